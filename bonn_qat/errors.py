@@ -1,0 +1,38 @@
+"""What a user can do wrong, as exceptions whose text is the one line that a command prints."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class BonnQatError(Exception):
+    """Base of every error that this package raises about its input."""
+
+
+class UnknownName(BonnQatError, LookupError):
+    """A name that nobody offers."""
+
+    def __init__(self, kind: str, given: str, known: Iterable[str]) -> None:
+        known = sorted(known)
+        near = difflib.get_close_matches(given, known, n=3)
+        guess = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        super().__init__(f"unknown {kind} {given!r}; {guess}known: {', '.join(known) or 'none'}")
+
+
+class InvalidModel(BonnQatError, ValueError):
+    """A model that cannot be treated as asked."""
+
+
+class InvalidRecipe(BonnQatError, ValueError):
+    """A recipe with an impossible value, an unknown key or a missing one."""
+
+
+class InvalidData(BonnQatError, ValueError):
+    """Data that is missing, empty or inconsistent with the model."""
+
+
+class PluginConflict(BonnQatError):
+    """Two plugins offer the same name, or one does not fit the hook specifications."""
+
+
+class TrainingDiverged(BonnQatError, ArithmeticError):
+    """A loss term became NaN or infinite."""

@@ -1,0 +1,251 @@
+"""Pure tensor mathematics: no modules, no state, no library but torch.
+
+Letters of BONN (Gu et al., ICCV 2019, arXiv:1908.06314; equation numbers are the paper's):
+X latent kernels ``(O, I, kh, kw)``; w modulation, broadcastable to X, shared by a layer's kernels;
+X^ binarized kernels; mu, sigma ``(O,)`` modes of ``|X|`` and their spread, one per kernel;
+f features ``(B, D)``; c, sigma_m class means and spreads ``(M, D)``. ``sign(0) = +1`` everywhere.
+"""
+
+import functools
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
+
+
+def sign(x: Tensor) -> Tensor:
+    """``+1`` where ``x >= 0``, else ``-1``; same shape and dtype, no gradient of its own."""
+    # Three passes in place are four to ten times faster on a CPU than torch.where, and unlike
+    # copysign they keep sign(-0.0) = +1 when a compiler drops the addition of zero.
+    return torch.sign(x).add_(0.5).sign_()
+
+
+@functools.cache
+def _next_above(bound: float, dtype: torch.dtype) -> float:
+    limit = torch.tensor(bound, dtype=dtype)
+    return float(torch.nextafter(limit, torch.full_like(limit, torch.inf)))
+
+
+def _inside(grad: Tensor, x: Tensor, clip: float) -> Tensor:
+    # hardtanh's backward is one fused pass but excludes its bounds; the papers include them.
+    bound = _next_above(clip, x.dtype)
+    return torch.ops.aten.hardtanh_backward(grad, x, -bound, bound)
+
+
+class _SteSign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clip: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.clip = clip
+        return sign(x)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return _inside(grad, x, ctx.clip), None
+
+
+def ste_sign(x: Tensor, clip: float = 1.0) -> Tensor:
+    """Binarize to {-1, +1}.
+
+    Backward: clipped straight-through estimator, ``dy * [|x| <= clip]`` (BNN, arXiv:1602.02830).
+    """
+    return cast(Tensor, _SteSign.apply(x, clip))
+
+
+class _ApproxSign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return sign(x)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return x.abs().clamp_(max=1).neg_().add_(1).mul_(2).mul_(grad)
+
+
+def approx_sign(x: Tensor) -> Tensor:
+    """Binarize to {-1, +1}.
+
+    Backward: derivative of a piecewise parabola, ``dy * max(0, 2 - 2|x|)`` (Bi-Real Net, arXiv:1808.00278).
+    """
+    return cast(Tensor, _ApproxSign.apply(x))
+
+
+class _BonnBinarize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, modulation: Tensor) -> Tensor:
+        ctx.save_for_backward(latent, modulation)
+        return sign(latent) * modulation.mean()
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        latent, modulation = ctx.saved_tensors
+        inside = _inside(grad, modulation * latent, 1.0)
+        return inside * modulation, (inside * latent).sum_to_size(modulation.shape)  # (12), (15)
+
+
+def bonn_binarize(latent: Tensor, modulation: Tensor) -> Tensor:
+    """``X^ = mean(w) * sign(X)`` (BONN, Algorithm 1, steps 3 to 8); shape of ``latent``.
+
+    Backward, with G the gradient of X^ and I = ``[|w X| <= 1]``: ``G I w`` to X (12) and
+    ``sum_i G I X`` to w (15). These are the estimator on the product ``w X``, not the derivative
+    of the forward.
+    """
+    return cast(Tensor, _BonnBinarize.apply(latent, modulation))
+
+
+class _BinaryConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        value: Tensor,
+        scale: Tensor,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        groups: int,
+    ) -> Tensor:
+        ctx.save_for_backward(x, value)
+        ctx.geometry = (list(stride), list(padding), list(dilation), groups)
+        sums = torch.conv2d(x, sign(value), None, stride, padding, dilation, groups)
+        return sums.mul_(scale.abs().reshape(-1, 1, 1))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, value = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
+        dx, dvalue, _ = _CONVOLUTION_BACKWARD(
+            grad, x, value, None, stride, padding, dilation, False, [0, 0], groups, needs
+        )
+        return dx, dvalue, None, None, None, None, None
+
+
+def binary_conv2d(
+    x: Tensor,
+    value: Tensor,
+    scale: Tensor,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """``conv2d(x, value)`` for kernels of two values, computed as ``conv2d(x, sign(value)) * |scale|``.
+
+    x ``(B, C, H, W)`` of {-1, +1}; value ``(O, C / groups, kh, kw)`` of {-scale, +scale}; scale ``()``,
+    or ``(O, 1, 1, 1)``. For inputs of +-1 (and the zeros of the padding) the sums are exact integers, in
+    any order of summation, which a packed network reproduces bit for bit. The gradients of ``x`` and
+    ``value`` are those of ``conv2d(x, value)``; ``scale`` gets none: what it must learn reaches it
+    through ``value``. Under autocast it runs in autocast's dtype, as ``conv2d`` does.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, value = x.to(dtype), value.to(dtype)
+    scale = scale.detach().to(value.dtype)
+    return cast(Tensor, _BinaryConv2d.apply(x, value, scale, stride, padding, dilation, groups))
+
+
+class _PReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(x, slope)
+        return torch.prelu(x, slope)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, slope = ctx.saved_tensors
+        per_channel = slope.reshape(-1, *[1] * (x.ndim - 2))
+        # Heaviside(x), then slope + (1 - slope) * Heaviside(x).
+        factor = torch.sign(x).clamp_(min=0).mul_(1 - per_channel).add_(per_channel)
+        dslope = x.clamp(max=0).mul_(grad)
+        if slope.numel() == 1:
+            return factor.mul_(grad), dslope.sum().reshape(slope.shape)
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        return factor.mul_(grad), dslope.sum(axes)
+
+
+def prelu(x: Tensor, slope: Tensor) -> Tensor:
+    """``max(x, 0) + slope * min(x, 0)``; x ``(B, C, ...)``, slope ``(C,)`` or ``(1,)``.
+
+    The same function as ``torch.prelu`` with a backward that is several times faster on a CPU, where
+    torch's costs half as much as a 3x3 convolution of 16 channels.
+    """
+    return cast(Tensor, _PReLU.apply(x, slope))
+
+
+class _KernelLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, latent: Tensor, modulation: Tensor, scale: Tensor, mu: Tensor, sigma: Tensor, nu: float
+    ) -> Tensor:
+        signs = sign(latent)
+        error = modulation * latent - scale * signs
+        per_kernel = (-1, *[1] * (latent.ndim - 1))
+        spread = signs * latent - mu.reshape(per_kernel)
+        scaled = spread / sigma.reshape(per_kernel) ** 2
+        mahalanobis = (spread * scaled).flatten(1).mean(1)
+        ctx.save_for_backward(
+            error * modulation + nu * signs * scaled,  # (13)
+            (error * latent).sum_to_size(modulation.shape),  # (16)
+            -nu * scaled.flatten(1).mean(1),  # (17)
+            nu * (1 - mahalanobis) / sigma,  # (18)
+        )
+        elements = latent[0].numel()
+        prior = elements * (mahalanobis + 2 * sigma.log()).sum()
+        return 0.5 * (error.square().sum() + nu * prior)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dlatent, dmodulation, dmu, dsigma = (grad * saved for saved in ctx.saved_tensors)
+        return dlatent, dmodulation, None, dmu, dsigma, None
+
+
+def kernel_loss(
+    latent: Tensor, modulation: Tensor, mu: Tensor, sigma: Tensor, *, nu: float, scale: Tensor | None = None
+) -> Tensor:
+    """One layer's Bayesian kernel loss: the first sum of (9) without its lambda; a scalar.
+
+    ``1/2 sum_i { ||X^_i - w X_i||^2 + nu sum_k (|X_ik| - mu_i)^2 / sigma_i^2 + nu K log sigma_i^2 }``
+    with ``X^ = scale * sign(X)`` held constant and ``scale = mean(w)`` unless given, ``()`` or
+    ``(O, 1, 1, 1)``.
+
+    Gradients are the paper's: (13) to X and (16) to w are the derivatives of (9); (17) to mu and (18) to
+    sigma are its derivatives divided by the kernel's number of elements K, as printed.
+    """
+    if scale is None:
+        scale = modulation.detach().mean()
+    return cast(Tensor, _KernelLoss.apply(latent, modulation, scale, mu, sigma, nu))
+
+
+def feature_loss(features: Tensor, targets: Tensor, centres: Tensor, sigma: Tensor) -> Tensor:
+    """The Bayesian feature loss: the second sum of (9) without its theta, averaged over the batch; a scalar.
+
+    ``1/(2B) sum_b { ||f_b - c_m||^2 + sum_k [ (f_bk - c_mk)^2 / sigma_mk^2 + log sigma_mk^2 ] }``, m the
+    target of sample b. Features ``(B, D)``, targets ``(B,)`` of class indices, centres and sigma ``(M, D)``.
+    """
+    spread = sigma[targets]
+    squared = (features - centres[targets]).square()
+    return 0.5 * (squared * (1 + spread.reciprocal().square()) + 2 * spread.log()).sum(1).mean()
+
+
+def centre_update(features: Tensor, targets: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """Numerator and denominator of the center-loss step ``sum_b [y_b = m] (c_m - f_b) / (1 + n_m)``.
+
+    Returns ``(M, D)`` and ``(M, 1)``: sums over the batch, so that processes can add theirs up before the
+    division (Wen et al., ECCV 2016).
+    """
+    counts = torch.zeros_like(centres[:, :1]).index_add_(0, targets, torch.ones_like(features[:, :1]))
+    sums = torch.zeros_like(centres).index_add_(0, targets, features)
+    return counts * centres - sums, counts

@@ -1,0 +1,63 @@
+"""Every hook, each a signature and what it is for. Mark an implementation with ``bonn_qat.hookimpl``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+from torch import nn
+
+if TYPE_CHECKING:
+    from bonn_qat.recipe import Recipe
+    from bonn_qat.regularizers import Regularizer
+    from bonn_qat.scheme import Scheme
+
+PROJECT = "bonn_qat"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def bonn_qat_schemes() -> Iterable[Scheme]:  # type: ignore[empty-body]
+    """Offer schemes; each is chosen by its ``name``."""
+
+
+@hookspec
+def bonn_qat_regularizers() -> Iterable[type[Regularizer]]:  # type: ignore[empty-body]
+    """Offer regularizer classes; each is chosen by its ``name``."""
+
+
+@hookspec(firstresult=True)
+def bonn_qat_binarize_layer(scheme: Scheme, name: str, layer: nn.Module, parent: nn.Module) -> nn.Module | None:
+    """Return what stands in for ``layer``, or None to leave it to others.
+
+    Asked from the outside in, a block before its children, once for each module that the policy does not
+    keep float. Unless the answer is a ``BinaryConv2d``, its children are asked about next.
+    """
+
+
+@hookspec
+def bonn_qat_before_comparison(directory: Path, recipes: list[Recipe]) -> None:
+    """A comparison begins: its directory exists, no run has started."""
+
+
+@hookspec
+def bonn_qat_before_run(recipe: Recipe, model: nn.Module) -> None:
+    """A training run begins; ``model`` is binarized and on its device."""
+
+
+@hookspec
+def bonn_qat_after_epoch(recipe: Recipe, epoch: int, metrics: Mapping[str, float]) -> None:
+    """An epoch (counted from 1) ended; metric names are like ``train/loss``, ``test/top1``, ``scale/NAME``."""
+
+
+@hookspec
+def bonn_qat_after_run(recipe: Recipe, report: Mapping[str, Any] | None) -> None:
+    """A run ended; ``report`` is what its results file holds, or None if it failed or was interrupted."""
+
+
+@hookspec
+def bonn_qat_after_comparison(directory: Path, report: Path) -> None:
+    """A comparison ended, finished or not; ``report`` is its page, ``directory`` holds everything else."""

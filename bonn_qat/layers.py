@@ -1,0 +1,83 @@
+"""Layers: the binary convolution, and what becomes of a float layer by default."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bonn_qat import functional
+from bonn_qat.hookspecs import hookimpl
+from bonn_qat.quantizers import ActivationQuantizer, WeightQuantizer
+from bonn_qat.scheme import Scheme
+
+
+class BinaryConv2d(nn.Conv2d):
+    """``norm -> input_quant -> conv2d with weight_quant(weight)``; latent ``weight`` ``(O, I / groups, kh, kw)``.
+
+    The convolution runs on kernels of {-1, +1}, the scale comes after it (:func:`functional.binary_conv2d`).
+    ``input_quant`` None leaves the inputs float. Made from a float convolution by :meth:`from_float`.
+    """
+
+    weight_quant: WeightQuantizer
+    input_quant: ActivationQuantizer | None
+
+    @classmethod
+    def from_float(cls, conv: nn.Conv2d, scheme: Scheme, *, normalize: bool = True) -> "BinaryConv2d":
+        """A binary layer that takes over ``conv``'s parameters; ``normalize=False`` leaves the norm out."""
+        if scheme.weight is None:
+            raise ValueError(f"the scheme {scheme.name!r} leaves weights float")
+        layer = cls(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+            conv.groups, bias=False, padding_mode=conv.padding_mode, device="meta",
+        )  # fmt: skip
+        layer.weight, layer.bias = conv.weight, conv.bias
+        layer.weight_quant = scheme.weight(conv.weight.detach())
+        layer.input_quant = scheme.activation() if scheme.activation else None
+        norm = scheme.norm(conv.in_channels) if scheme.norm and normalize else nn.Identity()
+        layer.norm = norm.to(device=conv.weight.device, dtype=conv.weight.dtype)
+        return layer.train(conv.training)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if isinstance(self.padding, str) or self.padding_mode != "zeros":
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            self._explicit_padding: tuple[list[int], str] | None = (self._reversed_padding_repeated_twice, mode)
+        else:
+            self._explicit_padding = None
+
+    @torch.no_grad()
+    def adopt(self, latent_std: float | None) -> None:
+        """Start from the float weights that stand in ``weight``: the quantizer's parameters, then the latents' scale."""
+        self.weight_quant.adopt(self.weight)
+        if latent_std is not None:
+            self.weight.mul_(latent_std / self.weight.std())
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.norm(input)
+        if self.input_quant is not None:
+            x, _ = self.input_quant.quantize(x)
+        padding: Any = self.padding
+        if self._explicit_padding is not None:
+            x, padding = F.pad(x, *self._explicit_padding), (0, 0)
+        value, scale = self.weight_quant.quantize(self.weight)
+        y = functional.binary_conv2d(
+            x, value, scale, self.stride, padding, self.dilation, self.groups  # type: ignore[arg-type]
+        )
+        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+
+
+@hookimpl(trylast=True)
+def bonn_qat_binarize_layer(scheme: Scheme, name: str, layer: nn.Module, parent: nn.Module) -> nn.Module | None:
+    """A block that has a ``binary_form`` gives it, a convolution becomes binary, a ReLU the scheme's nonlinearity.
+
+    A ``parent`` with a true attribute ``normalizes_input`` has its own norm before the convolution.
+    """
+    if hasattr(layer, "binary_form"):
+        form: nn.Module = layer.binary_form(scheme)
+        return form
+    if isinstance(layer, nn.Conv2d) and not isinstance(layer, BinaryConv2d):
+        return BinaryConv2d.from_float(layer, scheme, normalize=not getattr(parent, "normalizes_input", False))
+    if isinstance(layer, nn.ReLU | nn.ReLU6) and scheme.nonlinearity is not None:
+        return scheme.nonlinearity(1)
+    return None

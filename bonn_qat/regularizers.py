@@ -1,0 +1,289 @@
+"""Regularizers: losses beside the task's, each a module that owns its parameters and buffers.
+
+In any training loop: ``loss = task + kernel() + feature(targets)``, or all at once by
+:class:`bonn_qat.Objective`. Letters as in :mod:`bonn_qat.functional`.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bonn_qat import functional
+from bonn_qat.errors import InvalidData, InvalidModel
+from bonn_qat.policy import classifier as find_classifier
+from bonn_qat.quantizers import ParameterRule
+
+
+class Step(NamedTuple):
+    """What a regularizer may look at: targets ``(B,)``, and the features ``(B, D)`` that its tap caught."""
+
+    targets: Tensor | None
+    features: Tensor | None
+
+
+class _Tap:
+    """A forward hook that keeps the last input of the classifier until it is taken, or forgets it when copied."""
+
+    def __init__(self) -> None:
+        self._features: Tensor | None = None
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._features = inputs[0]
+
+    def take(self) -> Tensor:
+        features, self._features = self._features, None
+        if features is None:
+            raise InvalidModel("no features to take: the feature loss comes after a forward pass, once for each")
+        return features.flatten(1)
+
+    def __reduce__(self) -> tuple[type["_Tap"], tuple[()]]:
+        return (_Tap, ())
+
+
+class Regularizer(nn.Module, ABC):
+    """A loss term of a model's weights or features. Subclasses give :meth:`loss`, and ``name`` for recipes.
+
+    Called after a forward pass, it returns ``weight * loss(step)``, a scalar. ``weight`` 0 switches it off.
+    The model is only looked at: its parameters are not the regularizer's.
+    """
+
+    name: ClassVar[str]
+    parameter_rules: ClassVar[Mapping[str, ParameterRule]] = {}
+
+    def __init__(self, *, weight: float) -> None:
+        super().__init__()
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"the weight of a regularizer is at least 0; got {weight}")
+        self.weight = weight
+
+    @abstractmethod
+    def loss(self, step: Step) -> Tensor:
+        """The term without its weight; a scalar."""
+
+    def forward(self, targets: Tensor | None = None) -> Tensor:
+        return self.weight * self.loss(Step(targets, None))
+
+    def start(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:  # noqa: B027 (most need nothing)
+        """Prepare at the start of a stage that uses the term; ``batches`` is one pass over the training set."""
+
+
+@final
+class KernelLoss(Regularizer):
+    """BONN's Bayesian kernel loss: ``lambda/2`` times the first sum of (9), over all binary layers.
+
+    Works on every layer with a ``weight`` and a 1-bit ``weight_quant``: those of :func:`binarize` and
+    Brevitas' own. Without a learned modulation the quantizer's scale takes its place, as a constant.
+    ``mu`` and ``sigma``, ``(all kernels,)``, start at the mean of ``|X_i|`` and the standard deviation of
+    X_i. Before each use sigma is raised to ``min_sigma``: below it the gradient step would overshoot.
+
+    Call it as ``kernel()``. Raises InvalidModel for a model without binary weights.
+    """
+
+    name = "kernel"
+    parameter_rules = {"mu": ParameterRule(decay=False), "sigma": ParameterRule(lr_scale=0.1, decay=False)}
+
+    def __init__(self, model: nn.Module, *, weight: float = 1e-4, nu: float = 1e-4, min_sigma: float = 1e-3) -> None:
+        super().__init__(weight=weight)
+        self.nu, self.min_sigma = nu, min_sigma
+        # In a tuple, so that the model's layers are not registered as parts of this module.
+        self._layers = tuple(binary_weight_layers(model).values())
+        if not self._layers:
+            raise InvalidModel(f"no binary weights in {type(model).__name__}; binarize it before making the loss")
+        self._kernels = [layer.weight.shape[0] for layer in self._layers]  # type: ignore[union-attr,index]
+        latents = [layer.weight.detach().flatten(1) for layer in self._layers]  # type: ignore[operator,union-attr]
+        self.mu = nn.Parameter(torch.cat([x.abs().mean(1) for x in latents]))
+        self.sigma = nn.Parameter(torch.cat([x.std(1).clamp(min=min_sigma) for x in latents]))
+
+    def loss(self, step: Step) -> Tensor:
+        with torch.no_grad():
+            self.sigma.clamp_(min=self.min_sigma)
+        total = self.mu.new_zeros(())
+        for layer, mu, sigma in zip(
+            self._layers, self.mu.split(self._kernels), self.sigma.split(self._kernels), strict=True
+        ):
+            latent: Any = layer.weight
+            quantizer = _tensor_quant(layer)
+            modulation = getattr(quantizer, "modulation", None)
+            if modulation is not None:
+                term = functional.kernel_loss(latent, modulation, mu, sigma, nu=self.nu)
+            else:
+                with torch.no_grad():
+                    scale = quantizer(latent)[1]
+                term = functional.kernel_loss(latent, scale, mu, sigma, nu=self.nu, scale=scale)
+            total = total + term
+        return total
+
+
+class _ClassCentres(Regularizer):
+    """What the two losses of the features share: the tap, the centres, and the rule that moves them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        weight: float,
+        classifier: str | None,
+        num_classes: int | None,
+        alpha: float,
+    ) -> None:
+        super().__init__(weight=weight)
+        if classifier is None:
+            name, head = find_classifier(model)
+        else:
+            name, head = classifier, model.get_submodule(classifier)  # type: ignore[assignment]
+        features = getattr(head, "in_features", None) or getattr(head, "in_channels", None)
+        classes = num_classes or getattr(head, "out_features", None) or getattr(head, "out_channels", None)
+        if not isinstance(features, int) or not isinstance(classes, int):
+            raise InvalidModel(f"the classifier {name!r} is a {type(head).__name__}; a Linear or Conv2d layer is needed")
+        self.alpha = alpha
+        self._tap = _Tap()
+        head.register_forward_pre_hook(self._tap)
+        self._model = (model,)
+        self.centres: Tensor
+        self.register_buffer("centres", torch.zeros(classes, features, device=head.weight.device))
+
+    def forward(self, targets: Tensor | None = None) -> Tensor:
+        return self.weight * self.loss(Step(targets, self._tap.take()))
+
+    def _inputs(self, step: Step) -> tuple[Tensor, Tensor]:
+        if step.targets is None or step.features is None:
+            raise InvalidData(f"the {self.name} loss needs the targets: {self.name}(targets)")
+        check_targets(step.targets, len(self.centres))
+        return step.features.float(), step.targets
+
+    @torch.no_grad()
+    def _move_centres(self, features: Tensor, targets: Tensor) -> None:
+        numerator, counts = functional.centre_update(features, targets, self.centres)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(numerator)
+            dist.all_reduce(counts)
+        self.centres -= self.alpha * numerator / (1 + counts)
+
+    @torch.no_grad()
+    def measure(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Set the centres to the class means over ``batches``; returns (standard deviations ``(M, D)``, counts ``(M, 1)``)."""
+        (model,) = self._model
+        was_training = model.training
+        model.eval()
+        count = torch.zeros_like(self.centres[:, :1], dtype=torch.float64)
+        total, squares = (torch.zeros_like(self.centres, dtype=torch.float64) for _ in range(2))
+        try:
+            for images, targets in batches:
+                check_targets(targets, len(self.centres))
+                model(images)
+                features = self._tap.take().double()
+                count.index_add_(0, targets, torch.ones_like(features[:, :1]))
+                total.index_add_(0, targets, features)
+                squares.index_add_(0, targets, features.square())
+        finally:
+            model.train(was_training)
+        means = total / count.clamp(min=1)
+        self.centres.copy_(means)
+        return (squares / count.clamp(min=1) - means.square()).clamp(min=0).sqrt().float(), count
+
+
+@final
+class FeatureLoss(_ClassCentres):
+    """BONN's Bayesian feature loss: ``theta/2`` times the second sum of (9), averaged over the batch.
+
+    The features are the input of the classifier, ``(B, D)``. The class centres move by the center-loss
+    rule with rate ``alpha`` at each call in training mode; the class spreads ``sigma``, ``(classes, D)``,
+    are parameters, raised to ``min_sigma`` before each use. The paper fine-tunes with this loss: call
+    ``start(batches)`` first, which measures both on the training set.
+
+    Call it as ``feature(targets)`` after the forward pass. Raises InvalidModel where the classifier cannot
+    be found (name it: ``classifier="head.fc"``), InvalidData for targets out of range.
+    """
+
+    name = "feature"
+    parameter_rules = {"sigma": ParameterRule(decay=False)}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        weight: float = 1e-3,
+        classifier: str | None = None,
+        num_classes: int | None = None,
+        alpha: float = 0.5,
+        min_sigma: float = 1e-2,
+    ) -> None:
+        super().__init__(model, weight=weight, classifier=classifier, num_classes=num_classes, alpha=alpha)
+        self.min_sigma = min_sigma
+        self.sigma = nn.Parameter(torch.ones_like(self.centres))
+
+    def start(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        spread, count = self.measure(batches)
+        with torch.no_grad():
+            # A class with fewer than two images has no spread of its own: the default stays.
+            self.sigma.copy_(torch.where(count > 1, spread, 1.0).clamp(min=self.min_sigma))
+
+    def loss(self, step: Step) -> Tensor:
+        features, targets = self._inputs(step)
+        with torch.no_grad():
+            self.sigma.clamp_(min=self.min_sigma)
+        # A copy, because the centres move before the backward pass reads them.
+        loss = functional.feature_loss(features, targets, self.centres.clone(), self.sigma)
+        if self.training:
+            self._move_centres(features.detach(), targets)
+        return loss
+
+
+@final
+class CenterLoss(_ClassCentres):
+    """Center loss, ``1/(2B) sum_b ||f_b - c_m||^2`` (Wen et al., ECCV 2016): the feature loss without variances."""
+
+    name = "center"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        weight: float = 8e-3,
+        classifier: str | None = None,
+        num_classes: int | None = None,
+        alpha: float = 0.5,
+    ) -> None:
+        super().__init__(model, weight=weight, classifier=classifier, num_classes=num_classes, alpha=alpha)
+
+    def start(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        self.measure(batches)
+
+    def loss(self, step: Step) -> Tensor:
+        features, targets = self._inputs(step)
+        loss = 0.5 * (features - self.centres[targets]).square().sum(1).mean()
+        if self.training:
+            self._move_centres(features.detach(), targets)
+        return loss
+
+
+def check_targets(targets: Tensor, classes: int) -> None:
+    """Raise InvalidData unless every target is a class index; on the CPU only, where looking costs no synchronisation."""
+    if targets.device.type != "cpu" or torch.compiler.is_compiling() or not len(targets):
+        return
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= classes:
+        raise InvalidData(f"labels run from {low} to {high}, the model has {classes} classes (0 to {classes - 1})")
+
+
+def binary_weight_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers whose weights a 1-bit quantizer binarizes, ours or Brevitas', by name."""
+    found = {}
+    for name, module in model.named_modules():
+        quantizer = _tensor_quant(module)
+        if isinstance(quantizer, nn.Module) and isinstance(getattr(module, "weight", None), Tensor):
+            with torch.no_grad():
+                if float(quantizer(module.weight)[3]) == 1:
+                    found[name] = module
+    return found
+
+
+def _tensor_quant(layer: nn.Module) -> Any:
+    # Looked up at each use: Brevitas makes a new one whenever a state dict is loaded.
+    proxy = getattr(layer, "weight_quant", None)
+    return getattr(proxy, "tensor_quant", None if hasattr(proxy, "is_quant_enabled") else proxy)
