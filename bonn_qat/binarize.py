@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bonn_qat import plugins
 from bonn_qat.errors import InvalidModel
 from bonn_qat.layers import BinaryConv2d
-from bonn_qat.policy import float_layers
+from bonn_qat.policy import float_layers, skipped
 from bonn_qat.scheme import Scheme
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
@@ -44,10 +44,10 @@ def binarize(
     """Turn ``model`` into a 1-bit network by module replacement; a copy unless ``inplace``.
 
     The first convolution, the classifier, shortcut projections, depthwise convolutions and linear layers
-    stay float, as does whatever ``skip`` names (module names or globs). A normalisation before each sign
-    and the scheme's nonlinearity in place of each ReLU keep the signs informative. Norms that start at
-    zero (timm's ``zero_init_last``) start at one, because a zero there stops every binary weight's
-    gradient. The result loads the float model's state dict strictly, as if binarized after loading.
+    stay float, as does whatever ``skip`` names (module names or globs) and everything below it. A norm
+    before each sign and the scheme's nonlinearity in place of each ReLU keep the signs informative. Norms
+    that start at zero (timm's ``zero_init_last``) start at one, because a zero there stops every binary
+    weight's gradient. The result loads the float model's state dict strictly, as if binarized after loading.
 
     Raises UnknownName (scheme or skip pattern) and InvalidModel (nothing to binarize, or already binary).
     """
@@ -55,6 +55,7 @@ def binarize(
     if isinstance(getattr(model, "binarization", None), Binarization):
         raise InvalidModel(f"{type(model).__name__} is already binarized ({model.binarization.scheme.name}); "  # type: ignore[union-attr]
                            "binarize the float model instead")  # fmt: skip
+    skip = [skip] if isinstance(skip, str) else list(skip)
     kept = float_layers(model, skip)
     if chosen.weight is None:
         result = model if inplace else copy.deepcopy(model)
@@ -66,8 +67,10 @@ def binarize(
 
     before = set(model.state_dict())
     result = model if inplace else copy.deepcopy(model)
-    frozen = {id(result.get_submodule(name)) for name in kept}
+    frozen = {id(result.get_submodule(name)) for name in (*kept, *skipped(model, skip))}
+    originals = list(result.modules())
     _rewrite(result, "", chosen, frozen, pm or plugins.manager(), {})
+    _place_new_leaves(result, originals)
     result.binarization = Binarization(  # type: ignore[assignment]
         scheme=chosen,
         binary=tuple(name for name, _ in binary_layers(result)),
@@ -77,7 +80,7 @@ def binarize(
     )
     for _, layer in binary_layers(result):
         layer.adopt(chosen.latent_std)
-    result.register_load_state_dict_pre_hook(_complete_float_state_dict)
+    result.register_load_state_dict_pre_hook(_complete_float_state_dict)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -96,18 +99,37 @@ def _rewrite(
     pm: pluggy.PluginManager,
     done: dict[int, tuple[nn.Module, nn.Module]],
 ) -> None:
-    # Each module is asked about once, so that one that stands at two places stays shared; `done` keeps the
-    # replaced ones alive, for the id of a collected module may be given to a new one.
-    for child_name, child in list(parent.named_children()):
-        if id(child) in frozen:
+    # Each module is asked about once, so that one that stands at two places stays shared (named_children would
+    # leave out its second place); `done` keeps the replaced ones alive, for the id of a collected module may be
+    # given to a new one.
+    for child_name, child in list(parent._modules.items()):
+        if child is None or id(child) in frozen:
             continue
         name = prefix + child_name
         if id(child) not in done:
-            new = pm.hook.bonn_qat_binarize_layer(scheme=scheme, name=name, layer=child, parent=parent) or child
+            new = None
+            if not _stays_float(child, frozen):
+                new = pm.hook.bonn_qat_binarize_layer(scheme=scheme, name=name, layer=child, parent=parent)
+            new = child if new is None else new
             done[id(child)] = done[id(new)] = (child, new)
             if not isinstance(new, BinaryConv2d):
                 _rewrite(new, name + ".", scheme, frozen, pm, done)
         setattr(parent, child_name, done[id(child)][1])
+
+
+def _stays_float(module: nn.Module, frozen: set[int]) -> bool:
+    # A block whose convolutions are all kept must not be rebuilt as a binary one.
+    convolutions = [id(m) for m in module.modules() if isinstance(m, nn.Conv2d)]
+    return bool(convolutions) and frozen.issuperset(convolutions)
+
+
+def _place_new_leaves(model: nn.Module, originals: list[nn.Module]) -> None:
+    # A scheme makes its nonlinearities on the CPU in float32, wherever the model is.
+    reference = next((p for module in originals for p in module.parameters() if p.is_floating_point()), None)
+    known = {id(module) for module in originals}
+    for module in model.modules():
+        if reference is not None and id(module) not in known and not any(True for _ in module.children()):
+            module.to(device=reference.device, dtype=reference.dtype)
 
 
 def _revive_zero_norms(model: nn.Module) -> Iterator[str]:
@@ -127,7 +149,7 @@ def _complete_float_state_dict(model: nn.Module, state_dict: dict[str, Any], pre
         return
     for key in record.added:
         state_dict[prefix + key] = own[key]
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         keys = {key: f"{name}.{key}" for key in module.state_dict()}
         if isinstance(module, BinaryConv2d):
             fresh = copy.deepcopy(module)
@@ -144,6 +166,7 @@ def _complete_float_state_dict(model: nn.Module, state_dict: dict[str, Any], pre
         else:
             continue
         state_dict.update({prefix + keys[k]: v for k, v in fresh.state_dict().items() if keys[k] in record.added})
-    for name in record.revived:
-        if not state_dict[f"{prefix}{name}.weight"].any():
-            state_dict[f"{prefix}{name}.weight"] = torch.ones_like(state_dict[f"{prefix}{name}.weight"])
+    for name, module in model.named_modules(remove_duplicate=False):
+        key = f"{prefix}{name}.weight"
+        if isinstance(module, _NORMS) and key in state_dict and not state_dict[key].any():
+            state_dict[key] = torch.ones_like(state_dict[key])

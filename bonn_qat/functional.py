@@ -6,7 +6,7 @@ X^ binarized kernels; mu, sigma ``(O,)`` modes of ``|X|`` and their spread, one 
 f features ``(B, D)``; c, sigma_m class means and spreads ``(M, D)``. ``sign(0) = +1`` everywhere.
 """
 
-import functools
+import math
 from typing import Any, cast
 
 import torch
@@ -23,10 +23,9 @@ def sign(x: Tensor) -> Tensor:
     return torch.sign(x).add_(0.5).sign_()
 
 
-@functools.cache
 def _next_above(bound: float, dtype: torch.dtype) -> float:
-    limit = torch.tensor(bound, dtype=dtype)
-    return float(torch.nextafter(limit, torch.full_like(limit, torch.inf)))
+    # By hand, because a compiler follows this where it does not follow torch.nextafter and item().
+    return bound + torch.finfo(dtype).eps * 2.0 ** (math.frexp(bound)[1] - 1)
 
 
 def _inside(grad: Tensor, x: Tensor, clip: float) -> Tensor:

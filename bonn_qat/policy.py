@@ -2,7 +2,7 @@
 
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -19,10 +19,7 @@ def float_layers(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, str]:
     Raises UnknownName for a skip pattern that matches no module.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
-    kept: dict[str, str] = {}
-    for pattern, names in _matches(model, skip):
-        for name in names:
-            kept.setdefault(name, f"skip {pattern!r}")
+    kept = skipped(model, skip)
     for name in _first(model, layers):
         kept.setdefault(name, "first layer")
     for name in _classifiers(model, layers):
@@ -37,6 +34,25 @@ def float_layers(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, str]:
     return {name: reason for name, reason in kept.items() if name in layers}
 
 
+def skipped(model: nn.Module, skip: Iterable[str]) -> dict[str, str]:
+    """Names of all modules of ``model`` that ``skip`` names, directly or by a parent, each with the pattern.
+
+    A module that stands at several places has the name of its first. Raises UnknownName for a pattern that
+    matches no module.
+    """
+    modules = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
+    first = {id(module): name for name, module in reversed(modules)}
+    found: dict[str, str] = {}
+    for pattern in [skip] if isinstance(skip, str) else skip:
+        roots = set(fnmatch.filter((name for name, _ in modules), pattern))
+        if not roots:
+            raise UnknownName(f"module of {type(model).__name__} in skip", pattern, (name for name, _ in modules))
+        for name, module in modules:
+            if any(name == root or name.startswith(root + ".") for root in roots):
+                found.setdefault(first[id(module)], f"skip {pattern!r}")
+    return found
+
+
 def classifier(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
     """Name and module of the layer that turns features into logits.
 
@@ -47,17 +63,10 @@ def classifier(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
     found = [name for name in _classifiers(model, layers) if name in layers]
     if len(found) != 1:
         reason = "none" if not found else f"{len(found)} ({', '.join(found)})"
-        raise InvalidModel(f"{type(model).__name__} needs one classifier layer, has {reason}; name it: classifier='...'")
+        raise InvalidModel(
+            f"{type(model).__name__} needs one classifier layer, has {reason}; name it: classifier='...'"
+        )
     return found[0], layers[found[0]]
-
-
-def _matches(model: nn.Module, skip: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    names = [name for name, _ in model.named_modules() if name]
-    for pattern in [skip] if isinstance(skip, str) else skip:
-        roots = set(fnmatch.filter(names, pattern))
-        if not roots:
-            raise UnknownName(f"module of {type(model).__name__} in skip", pattern, names)
-        yield pattern, [n for n in names if n in roots or any(n.startswith(root + ".") for root in roots)]
 
 
 def _metadata(model: nn.Module, key: str) -> list[str]:

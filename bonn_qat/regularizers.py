@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from bonn_qat import functional
 from bonn_qat.errors import InvalidData, InvalidModel
+from bonn_qat.modes import modes
 from bonn_qat.policy import classifier as find_classifier
-from bonn_qat.quantizers import ParameterRule
+from bonn_qat.quantizers import ParameterRule, WeightQuantizer
 
 
 class Step(NamedTuple):
@@ -33,7 +34,7 @@ class _Tap:
         self._features: Tensor | None = None
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._features = inputs[0]
+        self._features = getattr(inputs[0], "value", inputs[0])  # of a Brevitas QuantTensor
 
     def take(self) -> Tensor:
         features, self._features = self._features, None
@@ -112,8 +113,9 @@ class KernelLoss(Regularizer):
             if modulation is not None:
                 term = functional.kernel_loss(latent, modulation, mu, sigma, nu=self.nu)
             else:
+                # A clone, because Brevitas' stock quantizer clamps the latent weights that it is given.
                 with torch.no_grad():
-                    scale = quantizer(latent)[1]
+                    scale = quantizer(latent.clone())[1]
                 term = functional.kernel_loss(latent, scale, mu, sigma, nu=self.nu, scale=scale)
             total = total + term
         return total
@@ -168,11 +170,9 @@ class _ClassCentres(Regularizer):
     def measure(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Set the centres to the class means over ``batches``; returns (standard deviations ``(M, D)``, counts ``(M, 1)``)."""
         (model,) = self._model
-        was_training = model.training
-        model.eval()
         count = torch.zeros_like(self.centres[:, :1], dtype=torch.float64)
         total, squares = (torch.zeros_like(self.centres, dtype=torch.float64) for _ in range(2))
-        try:
+        with modes(model):
             for images, targets in batches:
                 check_targets(targets, len(self.centres))
                 model(images)
@@ -180,8 +180,6 @@ class _ClassCentres(Regularizer):
                 count.index_add_(0, targets, torch.ones_like(features[:, :1]))
                 total.index_add_(0, targets, features)
                 squares.index_add_(0, targets, features.square())
-        finally:
-            model.train(was_training)
         means = total / count.clamp(min=1)
         self.centres.copy_(means)
         return (squares / count.clamp(min=1) - means.square()).clamp(min=0).sqrt().float(), count
@@ -275,12 +273,17 @@ def binary_weight_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers whose weights a 1-bit quantizer binarizes, ours or Brevitas', by name."""
     found = {}
     for name, module in model.named_modules():
-        quantizer = _tensor_quant(module)
-        if isinstance(quantizer, nn.Module) and isinstance(getattr(module, "weight", None), Tensor):
-            with torch.no_grad():
-                if float(quantizer(module.weight)[3]) == 1:
-                    found[name] = module
+        if isinstance(getattr(module, "weight", None), Tensor) and _bits(_tensor_quant(module)) == 1:
+            found[name] = module
     return found
+
+
+def _bits(quantizer: Any) -> float | None:
+    if isinstance(quantizer, WeightQuantizer):
+        return quantizer.bits
+    # Brevitas' binary and ternary quantizers hold a module that gives the bits; others are never binary.
+    width = getattr(quantizer, "bit_width", None)
+    return float(width()) if isinstance(width, nn.Module) else None
 
 
 def _tensor_quant(layer: nn.Module) -> Any:

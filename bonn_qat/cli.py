@@ -1,0 +1,195 @@
+"""The command ``bonn-qat``: parse, call a verb, print."""
+
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bonn_qat.errors import BonnQatError
+
+if TYPE_CHECKING:
+    from bonn_qat.recipe import Recipe
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Train and compare 1-bit networks.")
+console = Console()
+
+DataOption = Annotated[
+    str, typer.Option(help="digits, cifar10, cifar100, fashion-mnist, or the path of an image folder.")
+]
+DataDir = Annotated[Path | None, typer.Option(help="Where named data sets lie or are downloaded to.")]
+Model = Annotated[str | None, typer.Option(help="Any timm model; by default the recipe's.")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A TOML recipe instead of the one for the data.")]
+Size = Annotated[int, typer.Option(help="Height and width for the pictures of an image folder.")]
+
+
+@app.command()
+def compare(
+    data: DataOption = "digits",
+    schemes: Annotated[str, typer.Option(help="Comma-separated schemes.")] = "float,xnor,bireal,pcnn,bonn",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, counted from 0.")] = 1,
+    latents: Annotated[str, typer.Option(help="Comma-separated starts of the latent weights: 0.01, float, ...")] = "",
+    model: Model = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of every run.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", "-b")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of every run.")] = None,
+    train_images: Annotated[int | None, typer.Option(help="Train on a fixed random part.")] = None,
+    test_images: Annotated[int | None, typer.Option(help="Test on a fixed random part.")] = None,
+    recipe: RecipeFile = None,
+    data_dir: DataDir = None,
+    img_size: Size = 224,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory for the results; an existing one is continued.")
+    ] = None,
+) -> None:
+    """Train the same network under several schemes, and report accuracy, size and the latent weights."""
+    from bonn_qat import compare as comparing
+    from bonn_qat.data import load
+    from bonn_qat.recipe import Recipe
+    from bonn_qat.report import terminal_table
+    from bonn_qat.results import PAGE
+
+    base = Recipe.from_toml(recipe) if recipe else Recipe.default(data)
+    flags = {
+        "data": data if recipe is None or data != "digits" else base.data,
+        "model": model,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "train_images": train_images,
+        "test_images": test_images,
+    }
+    base = replace(base, **{key: value for key, value in flags.items() if value is not None})
+    planned = comparing.plan(base, schemes=_parts(schemes), seeds=range(seeds), latents=_parts(latents))
+    loaded = load(
+        base.data, directory=data_dir, train_images=base.train_images, test_images=base.test_images, size=img_size
+    )
+    directory = output or Path("results") / f"{loaded.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    console.print(
+        f"{loaded.name}: {loaded.train_size} training and {loaded.test_size} test images; {base.model}, "
+        f"{base.epochs} epochs; {len(planned)} runs; results in {directory}",
+        soft_wrap=True,
+    )
+    with _stoppable(directory), _progress(len(planned)) as watch:
+        comparison = comparing.compare(planned, loaded, directory, watch=watch)
+    console.print(terminal_table(comparison))
+    console.print(f"report: {directory / PAGE}", soft_wrap=True)
+    for name, reason in comparison.failures.items():
+        console.print(f"failed: {name}: {reason}", soft_wrap=True, markup=False)
+    if comparison.failures or comparison.missing:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(help="The results of a comparison.")]) -> None:
+    """Write the report of a comparison again from its results."""
+    from bonn_qat.report import terminal_table, write_report
+    from bonn_qat.results import read_comparison
+
+    comparison = read_comparison(directory)
+    page = write_report(comparison)
+    console.print(terminal_table(comparison))
+    console.print(f"report: {page}", soft_wrap=True)
+
+
+@app.command()
+def summary(
+    model: Annotated[str, typer.Argument(help="Any timm model.")],
+    scheme: Annotated[str, typer.Option(help="The scheme, or float.")] = "bonn",
+    num_classes: Annotated[int, typer.Option()] = 1000,
+    img_size: Size = 224,
+) -> None:
+    """Bits, sizes and multiply-accumulates of a network, layer by layer, and what stays float and why."""
+    import timm
+
+    import bonn_qat.models  # noqa: F401 (registers the paper's networks with timm)
+    from bonn_qat.binarize import binarize
+    from bonn_qat.errors import UnknownName
+    from bonn_qat.summary import summary as summarise
+
+    if not timm.is_model(model):
+        raise UnknownName("model", model, timm.list_models())
+    network = binarize(timm.create_model(model, num_classes=num_classes), scheme, inplace=True)
+    typer.echo(str(summarise(network, (3, img_size, img_size))))
+
+
+@app.command()
+def schemes() -> None:
+    """The schemes that are installed, with their bits and references."""
+    from bonn_qat import plugins
+    from bonn_qat.train import scheme_bits
+
+    table = Table("scheme", "bits W/A", "reference", box=None, pad_edge=False)
+    for scheme in plugins.schemes().values():
+        table.add_row(scheme.name, scheme_bits(scheme), scheme.reference)
+    console.print(table)
+
+
+class _Stopped(Exception):
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@contextmanager
+def _stoppable(directory: Path) -> Iterator[None]:
+    kept = f"finished runs are kept; the same command with --output {directory} goes on from them"
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise _Stopped(130, f"interrupted; {kept}") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise _Stopped(3, f"the disk is full; {kept}") from error
+
+
+@contextmanager
+def _progress(runs: int) -> Iterator[Callable[["Recipe", int], AbstractContextManager[Callable[[], None]]]]:
+    """A bar for all runs and one for the run under way, with the time that is left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True), console=console) as bars:
+        whole = bars.add_task("all runs", total=runs)
+
+        @contextmanager
+        def watch(recipe: "Recipe", steps: int) -> Iterator[Callable[[], None]]:
+            task = bars.add_task(recipe.name, total=steps)
+            try:
+                yield lambda: bars.advance(task)
+            finally:
+                bars.remove_task(task)
+                bars.advance(whole)
+
+        yield watch
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit code.
+
+    0; 1 when a run failed; 2 for bad input, 3 for a full disk, 130 for Ctrl-C, each with one line on stderr.
+    """
+    try:
+        app(args=arguments)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except _Stopped as stopped:
+        return _fail(stopped.code, str(stopped))
+    except BonnQatError as error:
+        return _fail(2, str(error))
+    return 0
+
+
+def _fail(code: int, message: str) -> int:
+    typer.echo(f"bonn-qat: {message}", err=True)
+    return code

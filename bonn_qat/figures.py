@@ -1,0 +1,380 @@
+"""Figures: the paper's pictures of a comparison, as SVG text. They need the extra ``compare`` (matplotlib)."""
+
+import io
+import math
+import re
+import textwrap
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from bonn_qat.errors import BonnQatError
+from bonn_qat.results import Comparison, RunResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 10.0  # inches; 960 CSS pixels
+SNAPSHOTS = 6  # epochs per histogram panel
+HERO, HERO_COLOUR, FLOAT_COLOUR = "bonn", "#0072B2", "#4D4D4D"
+# Okabe and Ito's colours, then Tol's muted ones; both can be told apart with any of the usual colour blindnesses.
+PALETTE = (
+    "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
+    "#882255", "#332288", "#999933", "#44AA99", "#AA4499", "#117733",
+)  # fmt: skip
+STYLE: Any = {  # matplotlib's annotations want every key as a literal
+    "svg.fonttype": "none",  # text stays text: searchable, small, in the reader's fonts
+    "svg.hashsalt": "bonn_qat",  # the same comparison gives the same bytes
+    "text.usetex": False,
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E3E3E3",
+    "legend.frameon": False,
+}
+
+Arm = list[RunResult]
+
+
+class MatplotlibMissing(BonnQatError, ImportError):
+    """Figures are asked for, and matplotlib is not installed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A figure as one SVG element (no XML header), with the words around it."""
+
+    name: str
+    title: str
+    caption: str
+    svg: str
+
+
+def pictures(comparison: Comparison) -> list[Picture]:
+    """Every figure that the finished runs have data for. Raises MatplotlibMissing without matplotlib."""
+    drawn = ((name, draw(comparison)) for name, draw in DRAWINGS.items())
+    return [Picture(name=name, title=TITLES[name], caption=CAPTIONS[name], svg=svg) for name, svg in drawn if svg]
+
+
+def arms(comparison: Comparison) -> list[Arm]:
+    """The finished runs, in the planned order, grouped by scheme and start of the latent weights."""
+    place = {name: index for index, name in enumerate(comparison.planned)}
+    found: dict[tuple[str, str], Arm] = {}
+    for run in sorted(comparison.results, key=lambda run: place.get(run.name, len(place))):
+        if run.epochs:
+            found.setdefault(run.arm, []).append(run)
+    return list(found.values())
+
+
+def binary_layers(run: RunResult) -> list[str]:
+    """Names of a run's binary layers, from input to output; none for a float network."""
+    return [key.removeprefix("scale/") for key in run.epochs[-1] if key.startswith("scale/")]
+
+
+def labels(comparison: Comparison) -> dict[tuple[str, str], str]:
+    """What to call each arm: its title, with the start of its latent weights where the comparison has several."""
+    firsts = [arm[0] for arm in arms(comparison)]
+    several = len({run.latents for run in firsts if binary_layers(run)}) > 1
+    return {run.arm: _label(run, start=several and bool(binary_layers(run))) for run in firsts}
+
+
+def colours(comparison: Comparison) -> dict[str, str]:
+    """One colour per scheme, the same in all figures; BONN's and float's are the same in all comparisons."""
+    result: dict[str, str] = {}
+    for run in (arm[0] for arm in arms(comparison)):
+        if run.scheme == HERO:
+            result[run.scheme] = HERO_COLOUR
+        elif not binary_layers(run):
+            result[run.scheme] = FLOAT_COLOUR
+        elif run.scheme not in result:
+            used = sum(colour in PALETTE for colour in result.values())
+            result[run.scheme] = PALETTE[used % len(PALETTE)]
+    return result
+
+
+def accuracy_curves(comparison: Comparison) -> str | None:
+    """Test (solid) and train (dashed) top-1 over epochs: mean line and min-max band over seeds (Fig. 6)."""
+    facets, colour = _facets(comparison), colours(comparison)
+    if not facets:
+        return None
+    with _canvas("accuracy", height=4.6) as (figure, svg):
+        for axis, (latents, group) in zip(_row(figure, len(facets)), facets.items(), strict=True):
+            for arm in group:
+                _curve(axis, arm, "train/top1", colour[arm[0].scheme], linewidth=0.9, linestyle=(0, (4, 3)), alpha=0.7)
+                _curve(axis, arm, "test/top1", colour[arm[0].scheme], linewidth=2.0, band=True)
+            _epochs_axis(axis)
+            axis.set_title(_panel_title(latents, facets))
+        figure.axes[0].set_ylabel("top-1 accuracy (%)")
+        _legend(figure, comparison, {"test": "-", "train": (0, (4, 3))})
+    return svg()
+
+
+def latent_histograms(comparison: Comparison) -> str | None:
+    """Histograms of the latent weights over epochs, of one seed: a row per arm, a column per layer (Figs. 3, 4)."""
+    layers = _chosen_layers(comparison)
+    shown = [arm for arm in arms(comparison) if any(_snapshots(arm, layer) for layer in layers)]
+    if not shown:
+        return None
+    colour, names = colours(comparison), labels(comparison)
+    with _canvas("histograms", height=1.8 * len(shown) + 0.7) as (figure, svg):
+        grid = figure.subplots(len(shown), len(layers), squeeze=False)
+        for arm, axes in zip(shown, grid, strict=True):
+            for axis, layer in zip(axes, layers, strict=True):
+                _ridges(axis, _snapshots(arm, layer), colour[arm[0].scheme])
+            name = "\n".join(textwrap.wrap(names[arm[0].arm], 18, break_on_hyphens=False))
+            axes[0].set_ylabel(_plain(name), color=colour[arm[0].scheme], fontweight="bold")
+        for axis, layer in zip(grid[0], layers, strict=True):
+            axis.set_title(_plain(layer))
+        figure.supxlabel("latent weight", fontsize=11)
+    return svg()
+
+
+def binary_values(comparison: Comparison) -> str | None:
+    """The binary value ``|x^|`` of a weight over epochs: a panel per layer, a line per arm (Fig. 5)."""
+    layers, colour = _chosen_layers(comparison), colours(comparison)
+    facets = {
+        latents: group
+        for latents, arms_ in _facets(comparison).items()
+        if (group := [arm for arm in arms_ if any(_series(arm, f"scale/{layer}") for layer in layers)])
+    }
+    if not facets:
+        return None
+    with _canvas("values", height=2.9 * len(facets) + 0.6) as (figure, svg):
+        grid = figure.subplots(len(facets), len(layers), squeeze=False, sharex=True, sharey=True)
+        for axes, (latents, group) in zip(grid, facets.items(), strict=True):
+            for axis, layer in zip(axes, layers, strict=True):
+                for arm in group:
+                    _curve(axis, arm, f"scale/{layer}", colour[arm[0].scheme], linewidth=2.0, band=True)
+                axis.set_yscale("log")
+                _epochs_axis(axis)
+            start = _panel_title(latents, facets)
+            axes[0].set_ylabel("binary value |x̂|" + (f"\n{start}" if start else ""))
+        for axis, layer in zip(grid[0], layers, strict=True):
+            axis.set_title(_plain(layer))
+        _legend(figure, comparison, {}, [arm for group in facets.values() for arm in group])
+    return svg()
+
+
+def final_accuracy(comparison: Comparison) -> str | None:
+    """Test top-1 after the last epoch: a point per seed, a bar at the mean, a line per arm."""
+    groups, colour, names = arms(comparison), colours(comparison), labels(comparison)
+    if not groups:
+        return None
+    with _canvas("final", height=0.36 * len(groups) + 0.9) as (figure, svg):
+        axis = figure.subplots()
+        for place, arm in enumerate(groups):
+            values, tint = [run.top1 for run in arm], colour[arm[0].scheme]
+            mean = sum(values) / len(values)
+            axis.plot(values, [place] * len(values), "o", color=tint, alpha=0.55, markeredgewidth=0)
+            axis.plot([mean], [place], "|", color=tint, markersize=16, markeredgewidth=2.5)
+            axis.text(1.02, place, f"{mean:.2f}", transform=axis.get_yaxis_transform(), va="center", color=tint)
+        axis.set_yticks(range(len(groups)), [_plain(names[arm[0].arm]) for arm in groups])
+        axis.set_ylim(len(groups) - 0.5, -0.5)
+        axis.set_xlabel("test top-1 after the last epoch (%)")
+        axis.margins(x=0.08)
+    return svg()
+
+
+DRAWINGS: Mapping[str, Callable[[Comparison], str | None]] = {
+    "final": final_accuracy,
+    "accuracy": accuracy_curves,
+    "histograms": latent_histograms,
+    "values": binary_values,
+}
+TITLES = {
+    "final": "Final accuracy",
+    "accuracy": "Accuracy over the epochs",
+    "histograms": "Latent weights over the epochs",
+    "values": "Binary values over the epochs",
+}
+CAPTIONS = {
+    "final": "A point is a seed, the bar and the number are the mean. Look at whether the points of two schemes "
+    "overlap before looking at the means; the axis does not start at zero.",
+    "accuracy": "Solid: test; dashed: training images; the band reaches from the worst to the best seed. A wide gap "
+    "between dashed and solid is overfitting; a jump is a step of the learning rate or a new stage of the scheme. "
+    "Mirrors Fig. 6 of the paper.",
+    "histograms": "The real-valued weights behind the signs, in the first, middle and last binary layer, for one "
+    "seed: time runs downwards and from light to dark, each ridge is scaled to its own peak, and each panel "
+    "has a horizontal axis of its own. BONN's prior should part one hump into two modes, one per sign. "
+    "Mirrors Figs. 3 and 4.",
+    "values": "The magnitude that every binary weight of a layer shares (its mean, where each filter has its own), "
+    "on a logarithmic axis. In the paper BONN's values grow by several times and settle high, while those of "
+    "XNOR-Net shrink. Mirrors Fig. 5.",
+}
+
+
+def _label(run: RunResult, *, start: bool) -> str:
+    title = textwrap.shorten(run.title, 40, placeholder="…") or run.scheme
+    return f"{title} ({_start(run.latents)})" if start else title
+
+
+def _start(latents: str) -> str:
+    # A line of a label may break before the start, but not within it.
+    return f"start\N{NO-BREAK SPACE}{latents}"
+
+
+def _panel_title(latents: str, facets: Mapping[str, Any]) -> str:
+    if len(facets) < 2:
+        return ""
+    return "latents start as float" if latents == "float" else _plain(f"latents start at std {latents}")
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib does not read as mathematics, nor as a label to leave out."""
+    return text.replace("$", r"\$")
+
+
+def _facets(comparison: Comparison) -> dict[str, list[Arm]]:
+    """Start of the latent weights -> its arms; float networks, which have none, stand in every panel."""
+    groups = arms(comparison)
+    starts = dict.fromkeys(arm[0].latents for arm in groups if binary_layers(arm[0]))
+    if not starts:
+        return {"": groups} if groups else {}
+    return {start: [arm for arm in groups if not binary_layers(arm[0]) or arm[0].latents == start] for start in starts}
+
+
+def _chosen_layers(comparison: Comparison) -> list[str]:
+    """First, middle and last binary layer of the first arm that has any, else of those with histograms."""
+    runs = [run for arm in arms(comparison) for run in arm]
+    layers = next(filter(None, map(binary_layers, runs)), None)
+    layers = layers or next((list(run.histograms) for run in runs if run.histograms), [])
+    places = sorted({0, len(layers) // 2, len(layers) - 1}) if layers else []
+    return [layers[place] for place in places]
+
+
+def _series(arm: Arm, key: str) -> dict[int, list[float]]:
+    """Epoch -> the values of the seeds that reached it; without scales of zero, for which a log axis has no place."""
+    above = 0.0 if key.startswith("scale/") else -math.inf
+    found: dict[int, list[float]] = {}
+    for run in arm:
+        for record in run.epochs:
+            if above < (value := record.get(key, math.nan)) < math.inf:
+                found.setdefault(int(record["epoch"]), []).append(value)
+    return dict(sorted(found.items()))
+
+
+def _snapshots(arm: Arm, layer: str) -> dict[int, Mapping[str, Sequence[float]]]:
+    """Up to SNAPSHOTS epochs, the first and the last among them -> histogram, of the first seed that has any."""
+    stored = next((run.histograms[layer] for run in arm if run.histograms.get(layer)), {})
+    filled = sorted(int(epoch) for epoch, histogram in stored.items() if sum(histogram["counts"]) > 0)
+    steps = min(SNAPSHOTS, len(filled)) - 1
+    chosen = {filled[round(i * (len(filled) - 1) / max(steps, 1))] for i in range(steps + 1)}
+    return {epoch: stored[str(epoch)] for epoch in sorted(chosen)}
+
+
+def _curve(axis: "Axes", arm: Arm, key: str, colour: str, *, band: bool = False, **style: Any) -> None:
+    series = _series(arm, key)
+    if not series:
+        return
+    means = [sum(values) / len(values) for values in series.values()]
+    # A line through one point is invisible.
+    axis.plot(list(series), means, color=colour, marker="o" if len(series) == 1 else None, **style)
+    if band:
+        low, high = [min(v) for v in series.values()], [max(v) for v in series.values()]
+        axis.fill_between(list(series), low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def _ridges(axis: "Axes", snapshots: Mapping[int, Mapping[str, Sequence[float]]], colour: str) -> None:
+    """Histograms one below the other, time downwards, each overlapping the one before it."""
+    axis.grid(False)
+    axis.spines["left"].set_visible(False)
+    for place, histogram in enumerate(snapshots.values()):
+        density = _density(histogram)
+        peak = max(density) or 1.0
+        top = [1.7 * value / peak - place for value in density]
+        tint = _tint(colour, 0.25 + 0.75 * (place + 1) / len(snapshots))
+        style: Any = {"facecolor": tint, "edgecolor": "white", "linewidth": 0.5, "zorder": place + 2}
+        axis.stairs(top, histogram["edges"], baseline=-place, fill=True, **style)
+    epochs = [f"epoch {epoch}" if place == 0 else str(epoch) for place, epoch in enumerate(snapshots)]
+    axis.set_yticks([-place for place in range(len(snapshots))], epochs, fontsize=9)
+    axis.tick_params(axis="y", length=0)
+    axis.tick_params(axis="x", labelsize=9)
+    if snapshots:
+        reach = max(map(_reach, snapshots.values()))
+        axis.set_xlim(-reach, reach)
+        axis.locator_params(axis="x", nbins=5)
+    else:
+        axis.set_xticks([])
+        axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", color="#777777")
+
+
+def _density(histogram: Mapping[str, Sequence[float]]) -> list[float]:
+    edges, counts = histogram["edges"], histogram["counts"]
+    return [n / (b - a) if b > a else 0.0 for n, a, b in zip(counts, edges[:-1], edges[1:], strict=True)]
+
+
+def _reach(histogram: Mapping[str, Sequence[float]]) -> float:
+    """The magnitude below which 99.5% of the weights are, so that a few outliers do not squeeze the rest."""
+    edges, counts = histogram["edges"], histogram["counts"]
+    outer = [max(abs(a), abs(b)) for a, b in pairwise(edges)]
+    seen, total = 0.0, sum(counts)
+    for magnitude, count in sorted(zip(outer, counts, strict=True)):
+        seen += count
+        if seen >= 0.995 * total:
+            return magnitude or 1.0
+    return max(outer) or 1.0
+
+
+def _tint(colour: str, strength: float) -> str:
+    """A colour mixed with white: 1 is the colour itself, 0 is white."""
+    parts = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(255 - strength * (255 - part)):02X}" for part in parts)
+
+
+def _row(figure: "Figure", panels: int) -> list["Axes"]:
+    return list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
+
+
+def _epochs_axis(axis: "Axes") -> None:
+    axis.locator_params(axis="x", integer=True)
+    axis.set_xlabel("epoch")
+    axis.label_outer()
+
+
+def _legend(
+    figure: "Figure", comparison: Comparison, strokes: Mapping[str, Any], shown: Iterable[Arm] | None = None
+) -> None:
+    """A legend below the panels: a line per scheme, then what a stroke means."""
+    from matplotlib.lines import Line2D
+
+    colour = colours(comparison)
+    titles = {run.scheme: _label(run, start=False) for run, *_ in (arms(comparison) if shown is None else shown)}
+    handles = [Line2D([], [], color=colour[scheme], linewidth=2.5) for scheme in titles]
+    handles += [Line2D([], [], color="#777777", linestyle=stroke) for stroke in strokes.values()]
+    # matplotlib leaves out labels that start with an underscore; a space before it is not seen.
+    names = [_plain(f" {title}" if title.startswith("_") else title) for title in (*titles.values(), *strokes)]
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(handles), 5))
+
+
+@contextmanager
+def _canvas(name: str, *, height: float) -> Iterator[tuple["Figure", Callable[[], str]]]:
+    """A figure to draw on in the package's style, and what gives its SVG once the block is left."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MatplotlibMissing("figures need matplotlib: pip install 'bonn-qat[compare]'") from error
+    text = io.StringIO()
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        # The reader's fonts draw the text, so what matplotlib's own font lacks does not matter.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        yield figure, lambda: _inline(text.getvalue(), name)
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+
+
+def _inline(svg: str, name: str) -> str:
+    """An SVG file as an element of a page: no header, ids that no other figure has, and as wide as its column."""
+    svg = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", svg[svg.index("<svg") :])
+    head, body = svg.split(">", 1)
+    head = re.sub(r' (width|height)="[^"]*"', "", head)
+    return f'{head} role="img" aria-label="{escape(TITLES[name])}">{body}'.strip()

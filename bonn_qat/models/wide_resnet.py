@@ -1,0 +1,275 @@
+"""Wide residual networks of BONN's CIFAR experiments: WRN-22 and WRN-40 in two widths (arXiv:1605.07146).
+
+Images are ``(B, in_chans, H, W)`` with H and W at least 8, activations ``(B, C, H, W)``.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.layers import create_classifier
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from bonn_qat.models.build import build
+from bonn_qat.scheme import Scheme
+
+_CIFAR_MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
+_CIFAR_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
+
+
+class BasicBlock(nn.Module):
+    """BN-ReLU-conv-BN-ReLU-dropout-conv, plus a shortcut; ``(B, I, H, W) -> (B, O, ceil(H/stride), ceil(W/stride))``.
+
+    The shortcut is the identity, or where the shape changes a 1x1 convolution of the first ReLU's output.
+    """
+
+    normalizes_input = True
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, drop_rate: float) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.act1 = nn.ReLU(inplace=True)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.act2 = nn.ReLU(inplace=True)
+        self.dropout = nn.Dropout(drop_rate)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        projects = stride != 1 or in_channels != out_channels
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False) if projects else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act1(self.bn1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(y)
+        y = self.dropout(self.act2(self.bn2(self.conv1(y))))
+        return shortcut + self.conv2(y)  # type: ignore[no-any-return]
+
+    def binary_form(self, scheme: Scheme) -> nn.Module:
+        """The block as ``scheme.shortcut`` wants it, made of this block's own modules under their own names.
+
+        ``"conv"`` gives :class:`ConvShortcutBlock`, ``"block"`` gives :class:`BlockShortcutBlock`. Under a
+        scheme that leaves activations float there is no sign to take the ReLU's place: ``"block"`` is this block.
+        """
+        if scheme.shortcut == "conv":
+            return ConvShortcutBlock(self, scheme)
+        return self if scheme.activation is None else BlockShortcutBlock(self, scheme)
+
+
+class _BinaryBlock(nn.Module):
+    """What the two binary forms share. The sign is the binary convolution's own, the BN before it the block's.
+
+    Dropout acts on the first convolution's output: between BN and sign it would turn what it drops into +1.
+    """
+
+    normalizes_input = True
+
+    def __init__(self, block: BasicBlock, scheme: Scheme) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = block.bn1, block.conv1
+        self.bn2, self.conv2 = block.bn2, block.conv2
+        self.dropout, self.shortcut = block.dropout, block.shortcut
+        self.act_after_add = scheme.nonlinearity_position == "after_add"
+        self.training = block.training
+
+    def _join(self, y: Tensor, shortcut: Tensor, act: nn.Module) -> Tensor:
+        joined: Tensor = act(y + shortcut) if self.act_after_add else act(y) + shortcut
+        return joined
+
+    def extra_repr(self) -> str:
+        return f"act_after_add={self.act_after_add}"
+
+
+class ConvShortcutBlock(_BinaryBlock):
+    """One shortcut per convolution, as in BONN's ResNet-18; shapes as in :class:`BasicBlock`.
+
+    Twice ``act(conv(sign(BN(x))) + shortcut(x))``, or ``act(conv(...)) + shortcut(x)`` for the position
+    ``before_add``. Where the shape changes, the first shortcut is 2x2 average pooling, then the 1x1
+    convolution with stride 1, both of the block's input as it is.
+    """
+
+    def __init__(self, block: BasicBlock, scheme: Scheme) -> None:
+        super().__init__(block, scheme)
+        channels = block.conv1.out_channels
+        self.act1, self.act2 = _nonlinearity(scheme, channels), _nonlinearity(scheme, channels)
+        stride = block.conv1.stride[0]
+        # A window that overhangs the edge gives an odd size the length that the strided convolution gives it.
+        self.pool = nn.Identity() if stride == 1 else nn.AvgPool2d(stride, ceil_mode=True)
+        if self.shortcut is not None:
+            self.shortcut.stride = (1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.shortcut is None else self.shortcut(self.pool(x))
+        x = self._join(self.dropout(self.conv1(self.bn1(x))), shortcut, self.act1)
+        return self._join(self.conv2(self.bn2(x)), x, self.act2)
+
+
+class BlockShortcutBlock(_BinaryBlock):
+    """The float block with signs in place of its ReLUs; shapes as in :class:`BasicBlock`.
+
+    ``act2`` joins what the two convolutions give and the shortcut: ``act2(y + shortcut)``, or
+    ``act2(y) + shortcut``. The projection takes the first BN's output before the sign.
+    """
+
+    def __init__(self, block: BasicBlock, scheme: Scheme) -> None:
+        super().__init__(block, scheme)
+        self.act2 = _nonlinearity(scheme, block.conv2.out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(x)
+        shortcut = x if self.shortcut is None else self.shortcut(y)
+        return self._join(self.conv2(self.bn2(self.dropout(self.conv1(y)))), shortcut, self.act2)
+
+
+def _nonlinearity(scheme: Scheme, channels: int) -> nn.Module:
+    if scheme.nonlinearity is not None:
+        return scheme.nonlinearity(channels)
+    return nn.ReLU() if scheme.activation is None else nn.Identity()
+
+
+class WideResNet(nn.Module):
+    """Pre-activation residual network of three stages; images ``(B, in_chans, H, W)`` -> logits ``(B, num_classes)``.
+
+    ``depth`` is 6n + 4 for n blocks in each stage, ``widths`` are the channels of the stem and the stages.
+    ``drop_rate`` is the dropout between the two convolutions of a block. Raises ValueError for another depth.
+    """
+
+    def __init__(
+        self,
+        depth: int = 22,
+        widths: Sequence[int] = (16, 16, 32, 64),
+        *,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if depth < 10 or (depth - 4) % 6:
+            raise ValueError(f"the depth of a WideResNet is 6n + 4, at least 10; got {depth}")
+        self.num_classes, self.drop_rate = num_classes, drop_rate
+        self.num_features = self.head_hidden_size = widths[-1]
+        self.grad_checkpointing = False
+        self.feature_info = [
+            {"num_chs": channels, "reduction": 2**stage, "module": f"layer{stage + 1}"}
+            for stage, channels in enumerate(widths[1:])
+        ]
+
+        blocks = (depth - 4) // 6
+        self.conv1 = nn.Conv2d(in_chans, widths[0], 3, 1, 1, bias=False)
+        self.layer1 = _stage(widths[0], widths[1], blocks, 1, drop_rate)
+        self.layer2 = _stage(widths[1], widths[2], blocks, 2, drop_rate)
+        self.layer3 = _stage(widths[2], widths[3], blocks, 2, drop_rate)
+        self.bn = nn.BatchNorm2d(widths[3])
+        self.act = nn.ReLU(inplace=True)
+        self.global_pool, self.fc = create_classifier(widths[3], num_classes, pool_type=global_pool)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """MSRA initialisation of the convolutions, zero bias of the classifier."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Patterns that sort parameters into layers, as timm's optimizers ask for them."""
+        return {"stem": r"^conv1", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute each block's activations again in the backward pass, in place of keeping them."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """The layer that turns features into logits."""
+        return self.fc  # type: ignore[no-any-return]
+
+    def reset_classifier(self, num_classes: int, global_pool: str = "avg") -> None:
+        """A new classifier of ``num_classes``; 0 leaves the features ``(B, num_features)`` as they are."""
+        self.num_classes = num_classes
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """``(B, in_chans, H, W) -> (B, num_features, ceil(H/4), ceil(W/4))``."""
+        x = self.conv1(x)
+        for stage in (self.layer1, self.layer2, self.layer3):
+            x = checkpoint_seq(stage, x) if self.grad_checkpointing and self.training else stage(x)
+        return self.act(self.bn(x))  # type: ignore[no-any-return]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """``(B, num_features, h, w) -> (B, num_classes)``, or with ``pre_logits`` ``(B, num_features)``."""
+        x = self.global_pool(x)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _stage(in_channels: int, out_channels: int, blocks: int, stride: int, drop_rate: float) -> nn.Sequential:
+    first = BasicBlock(in_channels, out_channels, stride, drop_rate)
+    return nn.Sequential(first, *(BasicBlock(out_channels, out_channels, 1, drop_rate) for _ in range(blocks - 1)))
+
+
+_NARROW, _WIDE = (16, 16, 32, 64), (64, 64, 128, 256)
+
+default_cfgs = generate_default_cfgs(
+    {
+        name: {
+            "num_classes": 10,
+            "input_size": (3, 32, 32),
+            "pool_size": (8, 8),
+            "min_input_size": (3, 8, 8),
+            "mean": _CIFAR_MEAN,
+            "std": _CIFAR_STD,
+            "crop_pct": 1.0,
+            "first_conv": "conv1",
+            "classifier": "fc",
+        }
+        for name in ("wrn10_16", "wrn16_16", "wrn22_16", "wrn22_64", "wrn40_16", "wrn40_64")
+    }
+)
+
+
+def _wide_resnet(
+    variant: str, pretrained: bool, depth: int, widths: tuple[int, ...], /, drop_rate: float = 0.0, **kwargs: Any
+) -> nn.Module:
+    features = {"out_indices": (0, 1, 2)}
+    return build(
+        WideResNet, variant, pretrained, feature_cfg=features,
+        depth=depth, widths=widths, drop_rate=drop_rate, **kwargs,
+    )  # fmt: skip
+
+
+@register_model  # type: ignore[untyped-decorator]
+def wrn10_16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """WRN-10, channels 16-16-32-64; float, or binarized by ``scheme``."""
+    return _wide_resnet("wrn10_16", pretrained, 10, _NARROW, **kwargs)
+
+
+@register_model  # type: ignore[untyped-decorator]
+def wrn16_16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """WRN-16, channels 16-16-32-64; float, or binarized by ``scheme``."""
+    return _wide_resnet("wrn16_16", pretrained, 16, _NARROW, **kwargs)
+
+
+@register_model  # type: ignore[untyped-decorator]
+def wrn22_16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """WRN-22, channels 16-16-32-64 (0.27 M parameters); float, or binarized by ``scheme``."""
+    return _wide_resnet("wrn22_16", pretrained, 22, _NARROW, **kwargs)
+
+
+@register_model  # type: ignore[untyped-decorator]
+def wrn22_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """WRN-22, channels 64-64-128-256 (4.33 M parameters), dropout 0.3; float, or binarized by ``scheme``."""
+    return _wide_resnet("wrn22_64", pretrained, 22, _WIDE, **{"drop_rate": 0.3, **kwargs})
+
+
+@register_model  # type: ignore[untyped-decorator]
+def wrn40_16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """WRN-40, channels 16-16-32-64; float, or binarized by ``scheme``."""
+    return _wide_resnet("wrn40_16", pretrained, 40, _NARROW, **kwargs)
+
+
+@register_model  # type: ignore[untyped-decorator]
+def wrn40_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """WRN-40, channels 64-64-128-256, dropout 0.3; float, or binarized by ``scheme``."""
+    return _wide_resnet("wrn40_64", pretrained, 40, _WIDE, **{"drop_rate": 0.3, **kwargs})

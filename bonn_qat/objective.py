@@ -1,0 +1,96 @@
+"""Objective: the task's loss and the regularizers as one module; and the optimizer's parameter groups."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import pluggy
+import torch
+from torch import Tensor, nn
+
+from bonn_qat import plugins
+from bonn_qat.quantizers import ParameterRule
+from bonn_qat.regularizers import Regularizer, check_targets
+from bonn_qat.scheme import Scheme
+
+
+class Losses(NamedTuple):
+    """What a step returns: the sum to minimise, the logits ``(B, classes)``, and each term, weighted, by name."""
+
+    total: Tensor
+    logits: Tensor
+    terms: dict[str, Tensor]
+
+
+class Objective(nn.Module):
+    """Model, task loss and regularizers in one forward pass: ``objective(images, targets).total.backward()``.
+
+    ``task`` maps (logits, targets) to a scalar, by default cross entropy. ``regularizers`` maps names to
+    weights, by default those of the model's scheme. Since the regularizers run inside ``forward``, wrapping
+    the Objective in DistributedDataParallel synchronises their parameters too.
+
+    Raises UnknownName for a regularizer that nobody offers, and when called InvalidData for targets that the
+    model has no class for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        regularizers: Mapping[str, float] | None = None,
+        pm: pluggy.PluginManager | None = None,
+    ) -> None:
+        super().__init__()
+        if regularizers is None:
+            scheme = getattr(getattr(model, "binarization", None), "scheme", None)
+            regularizers = scheme.regularizers if isinstance(scheme, Scheme) else {}
+        self.model = model
+        self.task = task or nn.CrossEntropyLoss()
+        self.regularizers = nn.ModuleDict()
+        for name, weight in regularizers.items():
+            make: Callable[..., Regularizer] = plugins.find_regularizer(name, pm)
+            self.regularizers[name] = make(model, weight=weight)
+
+    def forward(self, images: Tensor, targets: Tensor) -> Losses:
+        logits: Tensor = self.model(images)
+        check_targets(targets, logits.shape[1])
+        terms = {"task": self.task(logits, targets)}
+        for name, regularizer in self.regularizers.items():
+            if regularizer.weight:
+                terms[name] = regularizer(targets)
+        return Losses(torch.stack(list(terms.values())).sum(), logits, terms)
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Weigh the regularizers anew; one that is not named, or 0, is off and its parameters rest."""
+        for name, regularizer in self.regularizers.items():
+            regularizer.weight = weights.get(name, 0.0)  # type: ignore[assignment]
+            regularizer.requires_grad_(bool(regularizer.weight))
+
+
+def parameter_groups(
+    *modules: nn.Module, lr: float, weight_decay: float, modulation_lr_scale: float = 0.1
+) -> list[dict[str, Any]]:
+    """Optimizer groups with the paper's rates: an Objective, or a model and its regularizers.
+
+    BONN's modulation w and the kernel loss' sigma learn at ``modulation_lr_scale`` times ``lr``. The latent
+    weights, w and the float layers decay; biases, norms, PReLU slopes, mu, sigma and the class spreads do not.
+    """
+    groups: dict[ParameterRule, list[nn.Parameter]] = {}
+    for rule, parameter in _rules(modules):
+        groups.setdefault(rule, []).append(parameter)
+    result = []
+    for rule, parameters in groups.items():
+        scale = modulation_lr_scale if rule.lr_scale != 1 else 1.0
+        result.append({"params": parameters, "lr": lr * scale, "weight_decay": weight_decay if rule.decay else 0.0})
+    return result
+
+
+def _rules(modules: Iterable[nn.Module]) -> Iterator[tuple[ParameterRule, nn.Parameter]]:
+    seen: set[int] = set()
+    for root in modules:
+        for module in root.modules():
+            rules: Mapping[str, ParameterRule] = getattr(type(module), "parameter_rules", {})
+            for name, parameter in module.named_parameters(recurse=False):
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield rules.get(name, ParameterRule(decay=parameter.ndim > 1)), parameter

@@ -1,0 +1,147 @@
+"""Recipe: everything that one training run depends on, as frozen data that is read from TOML."""
+
+import importlib.resources
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from bonn_qat.errors import InvalidRecipe, UnknownName
+from bonn_qat.scheme import Stage
+
+SCHEDULES = ("constant", "cosine", "one_cycle", "step")
+OPTIMIZERS = ("sgd", "adam")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run: model, scheme, data, seed, optimizer, schedule and stages.
+
+    ``model`` is a timm name; ``data`` a name of :mod:`bonn_qat.data` or a path. ``train_images`` and
+    ``test_images`` take a fixed random part of the data, 0 all of it. ``latents`` is the start of the latent
+    weights: ``"scheme"`` as the scheme says, ``"float"`` as the float network's, or a standard deviation such
+    as ``"0.01"``. ``schedule`` shapes the learning rate over all epochs: ``one_cycle`` (up linearly during
+    ``warmup`` of them, then down along a cosine), ``cosine``, ``step`` (times ``gamma`` after each of the
+    ``milestones``, in epochs) or ``constant``. ``stages`` empty takes the scheme's.
+
+    Raises InvalidRecipe for an impossible value.
+    """
+
+    model: str = "wrn10_16"
+    scheme: str = "bonn"
+    data: str = "digits"
+    seed: int = 0
+    epochs: int = 30
+    batch_size: int = 64
+    optimizer: str = "sgd"
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    modulation_lr_scale: float = 0.1
+    schedule: str = "one_cycle"
+    warmup: float = 0.3
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.2
+    label_smoothing: float = 0.0
+    augment: bool = True
+    train_images: int = 0
+    test_images: int = 0
+    latents: str = "scheme"
+    skip: tuple[str, ...] = ()
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    scheme_options: Mapping[str, Any] = field(default_factory=dict)
+    stages: tuple[Stage, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("train_images", "test_images", "seed", "momentum", "weight_decay", "warmup", "label_smoothing"):
+            _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("lr", "gamma", "modulation_lr_scale"):
+            _check(0 < getattr(self, name) < float("inf"), name, getattr(self, name), "a number above 0")
+        for name in ("momentum", "warmup", "label_smoothing"):
+            _check(getattr(self, name) < 1, name, getattr(self, name), "below 1")
+        for name, allowed in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):
+            if getattr(self, name) not in allowed:
+                raise UnknownName(f"{name} in the recipe", getattr(self, name), allowed)
+        if self.stages and abs(sum(stage.share for stage in self.stages) - 1) > 1e-6:
+            raise InvalidRecipe(f"the shares of the stages add up to {sum(s.share for s in self.stages):g}, not to 1")
+        _ = self.latent_std
+
+    @property
+    def name(self) -> str:
+        """A name for the run, unique within a comparison."""
+        return f"{self.scheme}-{self.latents}-seed{self.seed}"
+
+    @property
+    def latent_std(self) -> float | None:
+        """``latents`` as a number, None for a word. Raises InvalidRecipe if it is neither."""
+        if self.latents in ("scheme", "float"):
+            return None
+        try:
+            std = float(self.latents)
+        except ValueError:
+            std = -1.0
+        _check(0 < std < float("inf"), "latents", self.latents, "'scheme', 'float' or a standard deviation above 0")
+        return std
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain data; :meth:`from_dict` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "Recipe":
+        """Raises UnknownName for a key that no recipe has, InvalidRecipe for a value of the wrong type."""
+        stages = content.get("stages", ())
+        if not isinstance(stages, list | tuple) or not all(isinstance(stage, Mapping) for stage in stages):
+            raise InvalidRecipe("stages is an array of tables: [[stages]]")
+        made = tuple(Stage(**_typed(Stage, "stage", stage)) for stage in stages)
+        return cls(**{**_typed(cls, "recipe", {k: v for k, v in content.items() if k != "stages"}), "stages": made})
+
+    @classmethod
+    def from_toml(cls, path: Path) -> "Recipe":
+        """Read a recipe. Raises InvalidRecipe naming the file if it cannot be read, else as :meth:`from_dict`."""
+        try:
+            content = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InvalidRecipe(f"cannot read the recipe {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise InvalidRecipe(f"{path} is not TOML: {error}") from error
+        return cls.from_dict(content)
+
+    @classmethod
+    def default(cls, data: str) -> "Recipe":
+        """The recipe that comes with the package for a data set, or the one for image folders, with ``data`` set."""
+        recipes = importlib.resources.files("bonn_qat") / "recipes"
+        file = recipes / f"{data}.toml"
+        with importlib.resources.as_file(file if file.is_file() else recipes / "folder.toml") as path:
+            return replace(cls.from_toml(path), data=data)
+
+
+def _check(holds: bool, name: str, given: object, allowed: str) -> None:
+    if not holds:
+        raise InvalidRecipe(f"{name} in the recipe is {given!r}; allowed: {allowed}")
+
+
+def _typed(cls: type, kind: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """``content`` with values of the field's types (an int may stand for a float, a list for a tuple)."""
+    hints = get_type_hints(cls)
+    known = {f.name for f in fields(cls)}
+    result = {}
+    for key, value in content.items():
+        if key not in known:
+            raise UnknownName(f"key of a {kind}", key, known)
+        result[key] = _coerce(kind, key, value, hints[key])
+    return result
+
+
+def _coerce(kind: str, key: str, value: Any, hint: Any) -> Any:
+    origin = get_origin(hint) or hint
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_coerce(kind, key, item, get_args(hint)[0]) for item in value)
+    if origin is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool):
+        raise InvalidRecipe(f"{key} of a {kind} is {value!r}; a value of type {getattr(origin, '__name__', origin)} is needed")
+    return value

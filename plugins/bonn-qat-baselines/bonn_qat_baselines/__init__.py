@@ -1,0 +1,1 @@
+"""Baselines for bonn-qat, one scheme a file; each uses what any plugin may use."""

@@ -1,0 +1,1 @@
+"""Tracks the runs of bonn-qat in MLflow; installing it is all it takes."""

@@ -1,0 +1,216 @@
+"""What the store holds after the timeline's calls, by a real database."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+from bonn_qat_mlflow.flat import flatten
+from bonn_qat_mlflow.tracker import Tracker
+
+from bonn_qat import plugins
+
+
+@dataclass(frozen=True)
+class FakeRecipe:
+    scheme: str = "bonn"
+    seed: int = 0
+    content: dict = field(default_factory=dict)
+
+    @property
+    def name(self):
+        return f"{self.scheme}-seed{self.seed}"
+
+    def to_dict(self):
+        stages = [{"share": 0.8, "regularizers": {"kernel": 1e-4}}, {"share": 0.2, "regularizers": {}}]
+        return {"model": "wrn10", "scheme": self.scheme, "data": "digits", "seed": self.seed, "lr": 0.1,
+                "skip": ["stem", "*.conv1"], "stages": stages, **self.content}  # fmt: skip
+
+
+REPORT = {
+    "name": "bonn-seed0",
+    "seconds": 2.5,
+    "size": {"mbit": 0.5},
+    "environment": {"torch": "2", "commit": "abc"},
+    "epochs": [],
+}
+
+
+@pytest.fixture
+def hook():
+    """The hooks of a manager whose only observer is a fresh tracker."""
+    pm = plugins.create_manager(entry_points=False)
+    pm.register(Tracker())
+    pm.check_pending()
+    return pm.hook
+
+
+def client_of(directory):
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=f"sqlite:///{directory}/mlflow.db")
+
+
+def runs_in(directory, experiment="digits", client=None):
+    client = client or client_of(directory)
+    found = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    return {run.info.run_name: run for run in found}
+
+
+def one_run(hook, recipe, report=REPORT, epochs=2):
+    hook.bonn_qat_before_run(recipe=recipe, model=None)
+    for epoch in range(1, epochs + 1):
+        hook.bonn_qat_after_epoch(recipe=recipe, epoch=epoch, metrics={"train/loss": 1 / epoch, "scale/a.b": 0.5})
+    hook.bonn_qat_after_run(recipe=recipe, report=report)
+
+
+def page_in(directory):
+    page = directory / "report.html"
+    page.write_text("<p>done</p>")
+    return page
+
+
+def test_a_comparison_is_a_parent_run_with_a_child_per_recipe(hook, directory):
+    recipes = [FakeRecipe(), FakeRecipe("xnor", 1)]
+    hook.bonn_qat_before_comparison(directory=directory, recipes=recipes)
+    for recipe in recipes:
+        one_run(hook, recipe)
+    hook.bonn_qat_after_comparison(directory=directory, report=page_in(directory))
+
+    client, runs = client_of(directory), runs_in(directory)
+    assert set(runs) == {"digits", "bonn-seed0", "xnor-seed1"}
+    parent, child = runs["digits"], runs["xnor-seed1"]
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    tags = {key: child.data.tags[key] for key in ("scheme", "seed", "backbone", "data", "commit", "environment.torch")}
+    assert tags == {"scheme": "xnor", "seed": "1", "backbone": "wrn10", "data": "digits", "commit": "abc",
+                    "environment.torch": "2"}  # fmt: skip
+    assert child.data.params["skip"] == "stem, *.conv1"
+    assert child.data.params["stages.0.regularizers.kernel"] == "0.0001"
+    assert child.data.metrics["size/mbit"] == 0.5
+    history = client.get_metric_history(child.info.run_id, "train/loss")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 1.0), (2, 0.5)]
+    logged = directory / "mlartifacts" / child.info.run_id / "artifacts" / "xnor-seed1.json"
+    assert json.loads(logged.read_text()) == REPORT
+    assert [item.path for item in client.list_artifacts(parent.info.run_id)] == ["report.html"]
+
+
+def test_a_comparison_that_goes_on_stays_one_parent_run(hook, directory):
+    for recipe in (FakeRecipe(), FakeRecipe(seed=1)):
+        hook.bonn_qat_before_comparison(directory=directory, recipes=[recipe])
+        assert runs_in(directory)["digits"].info.status == "RUNNING"
+        one_run(hook, recipe)
+        hook.bonn_qat_after_comparison(directory=directory, report=page_in(directory))
+    assert set(runs_in(directory)) == {"digits", "bonn-seed0", "bonn-seed1"}
+    assert len(client_of(directory).search_runs([runs_in(directory)["digits"].info.experiment_id])) == 3
+
+
+def test_a_run_without_a_report_has_failed_and_so_has_its_comparison(hook, directory):
+    hook.bonn_qat_before_comparison(directory=directory, recipes=[])
+    one_run(hook, FakeRecipe(), report=None)
+    one_run(hook, FakeRecipe(seed=1))
+    hook.bonn_qat_after_comparison(directory=directory, report=directory / "none.html")
+    status = {name: run.info.status for name, run in runs_in(directory).items()}
+    assert status == {"digits": "FAILED", "bonn-seed0": "FAILED", "bonn-seed1": "FINISHED"}
+
+
+def test_an_interrupted_run_is_killed(hook, directory):
+    recipe = FakeRecipe()
+
+    def interrupted():
+        try:
+            hook.bonn_qat_before_comparison(directory=directory, recipes=[recipe])
+            hook.bonn_qat_before_run(recipe=recipe, model=None)
+            raise KeyboardInterrupt
+        finally:
+            hook.bonn_qat_after_run(recipe=recipe, report=None)
+            hook.bonn_qat_after_comparison(directory=directory, report=page_in(directory))
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert {run.info.status for run in runs_in(directory).values()} == {"KILLED"}
+
+
+def test_a_run_outside_a_comparison_goes_to_mlflows_own_default(hook, directory):
+    one_run(hook, FakeRecipe())
+    run = runs_in(directory, "bonn-qat")["bonn-seed0"]
+    assert run.info.status == "FINISHED"
+    assert "mlflow.parentRunId" not in run.data.tags
+
+
+def test_a_tracking_uri_that_is_set_is_honoured(hook, directory, tmp_path, monkeypatch):
+    (directory / "mlflow.db").rename(tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    hook.bonn_qat_before_comparison(directory=directory, recipes=[])
+    one_run(hook, FakeRecipe())
+    hook.bonn_qat_after_comparison(directory=directory, report=page_in(directory))
+    assert set(runs_in(tmp_path, "mine")) == {"digits", "bonn-seed0"}
+    assert not (directory / "mlflow.db").exists()
+
+
+def test_the_programs_own_run_becomes_the_parent_and_stays_active(hook, directory):
+    import mlflow
+
+    with mlflow.start_run() as mine:
+        one_run(hook, FakeRecipe())
+        assert mlflow.active_run().info.run_id == mine.info.run_id
+    assert runs_in(directory, "Default")["bonn-seed0"].data.tags["mlflow.parentRunId"] == mine.info.run_id
+
+
+def test_a_store_out_of_reach_warns_once_and_the_training_goes_on(hook, directory, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://at/all")
+    with pytest.warns(RuntimeWarning, match="nowhere.*the training goes on"):
+        hook.bonn_qat_before_comparison(directory=directory, recipes=[])
+    one_run(hook, FakeRecipe())
+    hook.bonn_qat_after_comparison(directory=directory, report=page_in(directory))
+    one_run(hook, FakeRecipe())
+
+
+def test_what_the_store_refuses_costs_only_itself(hook, directory, monkeypatch):
+    recipe = FakeRecipe()
+    hook.bonn_qat_before_run(recipe=recipe, model=None)
+    with pytest.warns(RuntimeWarning, match="ValueError"):
+        hook.bonn_qat_after_epoch(recipe=recipe, epoch=1, metrics={"train/loss": "much"})
+    hook.bonn_qat_after_epoch(recipe=recipe, epoch=2, metrics={"train/loss": float("nan"), "scale/a[0]": 1.0})
+    hook.bonn_qat_after_run(recipe=recipe, report=REPORT)
+    run = runs_in(directory, "bonn-qat")["bonn-seed0"]
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["scale/a_0_"] == 1.0
+
+
+def test_long_recipes_and_many_layers_are_logged_in_batches(hook, directory):
+    recipe = FakeRecipe(content={"options": {f"o{i}": i for i in range(230)}})
+    hook.bonn_qat_before_run(recipe=recipe, model=None)
+    hook.bonn_qat_after_epoch(recipe=recipe, epoch=1, metrics={f"scale/l{i}": i / 7 for i in range(1100)})
+    hook.bonn_qat_after_run(recipe=recipe, report=REPORT)
+    data = runs_in(directory, "bonn-qat")["bonn-seed0"].data
+    assert data.params["options.o229"] == "229"
+    assert data.metrics["scale/l1099"] == 1099 / 7
+
+
+def test_flatten_joins_lists_leaves_out_what_is_empty_and_mends_names():
+    content = {"skip": ("a", "b"), "none": [], "empty": {}, "stages": [{"share": 1.0}], "a": {"b*": True}}
+    assert flatten(content) == {"skip": "a, b", "stages.0.share": "1.0", "a.b_": "True"}
+
+
+def test_the_tracker_is_found_by_its_entry_point():
+    pm = plugins.create_manager()
+    assert isinstance(pm.get_plugin("mlflow"), Tracker)
+
+
+def test_loading_the_plugin_does_not_load_mlflow():
+    code = "import sys; from bonn_qat import plugins; plugins.schemes(); sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_making_a_store_says_nothing(directory, capfd):
+    (directory / "mlflow.db").unlink()
+    code = (
+        "import pathlib; from bonn_qat_mlflow.tracker import TRACKER;TRACKER.bonn_qat_before_comparison(pathlib.Path())"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert capfd.readouterr() == ("", "")
+    assert (directory / "mlflow.db").exists()
+    assert not (directory / "mlruns").exists()

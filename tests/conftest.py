@@ -1,0 +1,17 @@
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# Before any test imports them: no window system, no telemetry, no stranger's plugin choice or tracking server.
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+for variable in ("BONN_QAT_PLUGINS", "BONN_QAT_DATA", "MLFLOW_TRACKING_URI"):
+    os.environ.pop(variable, None)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield

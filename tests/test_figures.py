@@ -1,0 +1,174 @@
+import dataclasses
+import re
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from bonn_qat import figures
+from bonn_qat.errors import BonnQatError
+from bonn_qat.results import Comparison, RunResult
+
+LAYERS = ("first", "second", "third", "fourth")
+TITLES = {"float": "Float", "bonn": "BONN", "xnor": "XNOR-Net"}
+
+
+def histogram(counts: tuple[int, ...] = (1, 4, 1, 4, 1)) -> dict[str, list[float]]:
+    return {"edges": [0.01 * (i - len(counts) / 2) for i in range(len(counts) + 1)], "counts": list(counts)}
+
+
+def run(scheme: str, seed: int = 0, *, epochs: int = 3, latents: str = "0.01", **changes: Any) -> RunResult:
+    layers = () if scheme == "float" else LAYERS
+    records = [
+        {"epoch": e, "train/top1": 30.0 + e, "test/top1": 20.0 + e + seed}
+        | {f"scale/{layer}": 0.1 / e for layer in layers}
+        for e in range(1, epochs + 1)
+    ]
+    values: dict[str, Any] = {
+        "name": f"{scheme}-{latents}-{seed}",
+        "scheme": scheme,
+        "title": TITLES.get(scheme, scheme),
+        "bits": "1/1" if layers else "32/32",
+        "latents": latents,
+        "seed": seed,
+        "recipe": {},
+        "environment": {},
+        "seconds": 6.0,
+        "epochs": records,
+        "size": {"mbit": 1.0, "compression": 32.0, "macs": 100, "binary_macs": 90 if layers else 0},
+        "histograms": {layer: {str(e): histogram() for e in range(epochs + 1)} for layer in LAYERS},
+    }
+    return RunResult(**values | changes)
+
+
+def comparison(*results: RunResult, missing: tuple[str, ...] = ()) -> Comparison:
+    data = {"name": "digits", "classes": 10, "train": 1000, "test": 500, "image": [1, 8, 8]}
+    planned = [result.name for result in results] + list(missing)
+    return Comparison(directory=Path("nowhere"), data=data, planned=planned, results=results)
+
+
+def dead() -> RunResult:
+    return dataclasses.replace(run("xnor"), epochs=[{"epoch": 1, "test/top1": 10.0, "scale/first": 0.0}])
+
+
+CASES = {
+    "two seeds": comparison(*(run(s, seed) for s in TITLES for seed in (0, 1))),
+    "two starts": comparison(run("float"), *(run(s, latents=x) for s in ("bonn", "xnor") for x in ("0.01", "float"))),
+    "one run of one epoch": comparison(run("bonn", epochs=1)),
+    "a missing seed": comparison(run("bonn", 0), run("bonn", 1), run("xnor", 1), missing=("xnor-0.01-0",)),
+    "seeds of different lengths": comparison(run("bonn", 0, epochs=2), run("bonn", 1, epochs=5)),
+    "float alone": comparison(run("float")),
+    "float without histograms": comparison(run("float", histograms={}), run("bonn")),
+    "no histograms at all": comparison(run("float", histograms={}), run("bonn", histograms={})),
+    "an empty histogram": comparison(run("bonn", histograms={"first": {"0": histogram((0, 0)), "1": histogram()}})),
+    "one value": comparison(run("bonn", histograms={"first": {"0": {"edges": [0.1, 0.1], "counts": [5]}}})),
+    "markup": comparison(
+        run("bonn", title="<b> & $x$ 'n' \"q\""), run("_x", title="_hidden $5"), run("y", title="漢字")
+    ),
+    "more schemes than colours": comparison(*(run(f"scheme{i}", title="long title " * 9) for i in range(13))),
+    "other layers": comparison(run("bonn"), run("xnor", histograms={"elsewhere": {"0": histogram()}})),
+    "a scale of zero": comparison(dead()),
+}
+
+
+def texts(svg: str) -> list[str]:
+    return [
+        "".join(element.itertext()) for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("}text")
+    ]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_picture_is_one_xml_element_with_ids_of_its_own(case: str) -> None:
+    drawn = figures.pictures(CASES[case])
+    assert drawn
+    ids: list[str] = []
+    for picture in drawn:
+        root = ElementTree.fromstring(picture.svg)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert "width" not in root.attrib
+        assert picture.caption
+        ids += [element.attrib["id"] for element in root.iter() if "id" in element.attrib]
+        links = re.findall(r'(?:href="#|url\(#)([^")]+)', picture.svg)
+        assert set(links) <= set(ids)
+    assert len(ids) == len(set(ids))
+
+
+def test_the_same_comparison_gives_the_same_bytes() -> None:
+    assert figures.pictures(CASES["float alone"]) == figures.pictures(CASES["float alone"])
+
+
+def test_nothing_finished_draws_nothing() -> None:
+    assert figures.pictures(comparison(missing=("bonn-0.01-0",))) == []
+
+
+def test_float_networks_have_no_binary_values() -> None:
+    assert {picture.name for picture in figures.pictures(CASES["float alone"])} == {"final", "accuracy", "histograms"}
+    svg = figures.binary_values(CASES["two seeds"])
+    assert svg
+    assert "BONN" in texts(svg)
+    assert "Float" not in texts(svg)
+
+
+def test_titles_are_drawn_as_they_are_written() -> None:
+    svg = figures.accuracy_curves(CASES["markup"])
+    assert svg
+    assert "<b>" not in svg
+    assert {"<b> & $x$ 'n' \"q\"", "_hidden $5", "漢字"} <= {text.strip() for text in texts(svg)}
+
+
+def test_layers_are_the_first_the_middle_and_the_last() -> None:
+    for svg in (figures.latent_histograms(CASES["two seeds"]), figures.binary_values(CASES["two seeds"])):
+        assert svg
+        assert [text for text in texts(svg) if text in LAYERS] == ["first", "third", "fourth"]
+
+
+def test_snapshots_are_few_and_hold_both_ends() -> None:
+    svg = figures.latent_histograms(comparison(run("bonn", epochs=40)))
+    assert svg
+    assert {"epoch 0", "40"} <= set(texts(svg))
+    assert texts(svg).count("40") == 3
+    assert (
+        len(re.findall(r"\b(?:epoch )?\d+\b", " ".join(t for t in texts(svg) if "." not in t))) == 3 * figures.SNAPSHOTS
+    )
+
+
+def test_a_scheme_has_one_colour_and_no_two_share_one() -> None:
+    mixed = CASES["two starts"]
+    colours = figures.colours(mixed)
+    assert len(set(colours.values())) == len(colours) == 3
+    assert colours["bonn"] == figures.HERO_COLOUR
+    assert colours["float"] == figures.FLOAT_COLOUR
+    for svg in (figures.accuracy_curves(mixed), figures.binary_values(mixed), figures.final_accuracy(mixed)):
+        assert svg
+        assert all(colours[scheme].lower() in svg for scheme in ("bonn", "xnor"))
+
+
+def test_the_band_reaches_from_the_worst_to_the_best_seed() -> None:
+    assert figures._series([run("bonn", seed) for seed in (0, 3, 1)], "test/top1")[2] == [22.0, 25.0, 23.0]
+
+
+def test_arms_stand_in_the_planned_order_whatever_the_order_of_the_results() -> None:
+    shuffled = dataclasses.replace(CASES["two seeds"], results=CASES["two seeds"].results[::-1])
+    assert [arm[0].scheme for arm in figures.arms(shuffled)] == ["float", "bonn", "xnor"]
+    assert [[r.seed for r in arm] for arm in figures.arms(shuffled)] == [[0, 1]] * 3
+
+
+def test_labels_name_the_start_only_where_it_tells_arms_apart() -> None:
+    assert set(figures.labels(CASES["two seeds"]).values()) == set(TITLES.values())
+    assert len(set(figures.labels(CASES["two starts"]).values())) == 5
+
+
+def test_without_matplotlib_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(BonnQatError, match=r"bonn-qat\[compare\]"):
+        figures.pictures(CASES["two seeds"])
+
+
+def test_drawing_leaves_the_settings_of_matplotlib_alone() -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    figures.pictures(CASES["float alone"])
+    assert dict(matplotlib.rcParams) == before

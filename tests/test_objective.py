@@ -1,0 +1,102 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bonn_qat
+from bonn_qat.errors import InvalidData, UnknownName
+from bonn_qat.objective import Objective, parameter_groups
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return bonn_qat.binarize(
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(8, 4),
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 3, 0, 1])
+
+
+def test_the_total_is_the_sum_of_the_terms(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    losses = Objective(model)(*batch)
+    assert set(losses.terms) == {"task", "kernel", "feature"}
+    torch.testing.assert_close(losses.total, sum(losses.terms.values()))
+    torch.testing.assert_close(losses.terms["task"], nn.functional.cross_entropy(losses.logits, batch[1]))
+
+
+def test_it_equals_the_terms_used_one_by_one(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    images, targets = batch
+    model.eval()  # so that both forward passes see the same batch norms
+    whole = Objective(model)(images, targets).total
+    kernel, feature = bonn_qat.KernelLoss(model), bonn_qat.FeatureLoss(model)
+    task = nn.functional.cross_entropy(model(images), targets)
+    torch.testing.assert_close(whole, task + kernel() + feature(targets))
+
+
+def test_every_parameter_learns(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    objective = Objective(model)
+    objective(*batch).total.backward()
+    still = [name for name, p in objective.named_parameters() if p.grad is None or not p.grad.any()]
+    # Behind the first convolution stands a batch norm, which takes its bias away again.
+    assert set(still) <= {"model.0.bias"}
+
+
+def test_a_weight_of_zero_switches_a_term_and_its_parameters_off(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    objective = Objective(model)
+    objective.set_weights({"kernel": 1e-3})
+    losses = objective(*batch)
+    assert set(losses.terms) == {"task", "kernel"}
+    losses.total.backward()
+    feature = objective.regularizers["feature"]
+    assert all(not p.requires_grad and p.grad is None for p in feature.parameters())
+    objective.set_weights({"feature": 1e-3})
+    assert set(objective(*batch).terms) == {"task", "feature"}
+
+
+def test_regularizers_can_be_chosen_and_a_float_model_has_none(batch: tuple[Tensor, Tensor], model: nn.Module) -> None:
+    assert set(Objective(model, regularizers={"center": 0.1})(*batch).terms) == {"task", "center"}
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    assert set(Objective(plain)(*batch).terms) == {"task"}
+    with pytest.raises(UnknownName, match="unknown regularizer 'kernal'; did you mean 'kernel'"):
+        Objective(model, regularizers={"kernal": 1.0})
+
+
+def test_targets_out_of_range_are_told(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    with pytest.raises(InvalidData, match="labels run from 0 to 4, the model has 4 classes"):
+        Objective(model)(batch[0], torch.tensor([0, 1, 2, 3, 4, 0]))
+
+
+def test_parameter_groups_are_the_papers(model: nn.Module) -> None:
+    objective = Objective(model)
+    groups = parameter_groups(objective, lr=0.1, weight_decay=5e-4)
+    settings = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    found = {name: settings[id(p)] for name, p in objective.named_parameters()}
+    assert len(found) == sum(len(g["params"]) for g in groups)
+    slow = pytest.approx(0.01)
+    assert found["model.3.weight"] == found["model.6.weight"] == (0.1, 5e-4)
+    assert found["model.3.weight_quant.modulation"] == (slow, 5e-4)
+    assert found["regularizers.kernel.sigma"] == (slow, 0.0)
+    for name in ("regularizers.kernel.mu", "regularizers.feature.sigma", "model.3.norm.weight", "model.2.weight"):
+        assert found[name] == (0.1, 0.0), name
+
+
+def test_parameter_groups_of_parts_hold_each_parameter_once(model: nn.Module) -> None:
+    kernel = bonn_qat.KernelLoss(model)
+    groups = parameter_groups(model, kernel, model, lr=0.1, weight_decay=0.0)
+    parameters = [id(p) for g in groups for p in g["params"]]
+    assert len(parameters) == len(set(parameters)) == len([*model.parameters(), *kernel.parameters()])
+
+
+def test_compiled_whole_without_a_graph_break(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    objective = Objective(model)
+    expected = objective(*batch)
+    compiled = torch.compile(objective, backend="eager", fullgraph=True)
+    objective.regularizers["feature"].centres.zero_()  # type: ignore[operator,union-attr]
+    losses = compiled(*batch)
+    torch.testing.assert_close(losses.total, expected.total)
+    losses.total.backward()

@@ -1,0 +1,345 @@
+"""The loss modules: what they measure, move and refuse; their formulas are tested in ``test_functional.py``."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bonn_qat import CenterLoss, FeatureLoss, KernelLoss, binarize, functional
+from bonn_qat.bonn import BONN
+from bonn_qat.errors import InvalidData, InvalidModel
+from bonn_qat.layers import BinaryConv2d
+from bonn_qat.quantizers import WeightQuantizer
+
+PLAIN = dataclasses.replace(BONN, norm=None, nonlinearity=None, latent_std=None)
+DOUBLE = torch.float64
+
+
+class PerFilter(WeightQuantizer):
+    """A scheme without a learned modulation."""
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scale = x.detach().abs().mean((1, 2, 3), keepdim=True)
+        return scale * functional.ste_sign(x), scale
+
+
+def convolutional(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)
+    )
+    return net.to(dtype)
+
+
+def dense() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 4))
+
+
+def batches(sizes: list[int], classes: int = 3) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(n, 3, 2, 2, generator=generator), torch.randint(classes, (n,), generator=generator)) for n in sizes
+    ]
+
+
+def relative_error(value: Tensor, reference: np.ndarray) -> float:
+    deviation = np.abs(value.detach().double().numpy() - reference).max()
+    return float(deviation / np.abs(reference).max())
+
+
+# ------------------------------------------------------------------------------------------ the kernel loss
+
+
+def test_mu_and_sigma_start_at_the_statistics_of_their_kernels():
+    model = binarize(convolutional())
+    kernel = KernelLoss(model)
+    latents = [layer.weight.detach().double().flatten(1).numpy() for layer in (model[1], model[2])]
+    assert relative_error(kernel.mu, np.concatenate([np.abs(x).mean(1) for x in latents])) < 1e-6
+    assert relative_error(kernel.sigma, np.concatenate([x.std(1, ddof=1) for x in latents])) < 1e-6
+    assert kernel.mu.shape == (4 + 5,)
+
+
+def test_sigma_is_raised_to_its_minimum_at_the_start_and_before_each_use():
+    model = binarize(convolutional())
+    kernel = KernelLoss(model, min_sigma=0.5)
+    assert kernel.sigma.tolist() == [0.5] * 9
+    with torch.no_grad():
+        kernel.sigma.copy_(torch.linspace(-1, 1, 9))
+    assert kernel().isfinite()
+    assert kernel.sigma.tolist() == torch.linspace(-1, 1, 9).clamp(min=0.5).tolist()
+
+
+def test_the_loss_is_its_weight_times_the_sum_over_layers():
+    model = binarize(convolutional())
+    kernel = KernelLoss(model, weight=0.2, nu=0.1)
+    mu, sigma = kernel.mu.split([4, 5]), kernel.sigma.split([4, 5])
+    expected = sum(
+        functional.kernel_loss(layer.weight, layer.weight_quant.modulation, m, s, nu=0.1)
+        for layer, m, s in zip((model[1], model[2]), mu, sigma, strict=True)
+    )
+    torch.testing.assert_close(kernel(), 0.2 * expected)
+
+
+def test_a_quantizer_without_modulation_lends_its_scale():
+    model = binarize(convolutional(), dataclasses.replace(PLAIN, weight=lambda weight: PerFilter()))
+    kernel = KernelLoss(model, weight=1.0, nu=0.1)
+    mu, sigma = kernel.mu.split([4, 5]), kernel.sigma.split([4, 5])
+    expected = 0.0
+    for layer, m, s in zip((model[1], model[2]), mu, sigma, strict=True):
+        _, scale = layer.weight_quant.quantize(layer.weight)
+        expected += functional.kernel_loss(layer.weight, scale, m, s, nu=0.1, scale=scale)
+    torch.testing.assert_close(kernel(), expected)
+    kernel().backward()
+    assert model[1].weight.grad.any()
+
+
+def test_weight_zero_switches_the_loss_off():
+    model = binarize(convolutional())
+    loss = KernelLoss(model, weight=0.0)()
+    loss.backward()
+    assert loss.item() == 0
+    assert not model[1].weight.grad.any()
+
+
+@pytest.mark.parametrize("weight", [-1e-4, float("nan"), float("inf")])
+def test_an_impossible_weight_is_refused(weight):
+    with pytest.raises(ValueError, match="weight of a regularizer"):
+        KernelLoss(binarize(convolutional()), weight=weight)
+
+
+def test_the_loss_owns_mu_and_sigma_and_nothing_of_the_model():
+    kernel = KernelLoss(binarize(convolutional()))
+    assert set(dict(kernel.named_parameters())) == set(kernel.state_dict()) == {"mu", "sigma"}
+    assert set(kernel.parameter_rules) == {"mu", "sigma"}
+    assert not any(rule.decay for rule in kernel.parameter_rules.values())
+
+
+def test_a_model_without_binary_weights_is_refused():
+    with pytest.raises(InvalidModel, match="no binary weights in Sequential"):
+        KernelLoss(convolutional())
+
+
+def test_the_loss_follows_the_device_and_dtype_of_the_latents():
+    model = binarize(convolutional(DOUBLE))
+    kernel = KernelLoss(model)
+    assert kernel.mu.dtype == kernel().dtype == DOUBLE
+
+
+def test_no_gradient_for_mu_and_sigma_at_the_statistics_of_the_latents():
+    model = binarize(convolutional(DOUBLE), PLAIN)
+    kernel = KernelLoss(model, weight=1.0, nu=1.0)
+    magnitudes = [layer.weight.detach().abs().flatten(1) for layer in (model[1], model[2])]
+    with torch.no_grad():
+        kernel.mu.copy_(torch.cat([x.mean(1) for x in magnitudes]))
+        kernel.sigma.copy_(torch.cat([x.var(1, correction=0).sqrt() for x in magnitudes]))
+    kernel().backward()
+    assert kernel.mu.grad.abs().max() < 1e-12
+    assert kernel.sigma.grad.abs().max() < 1e-12
+
+
+# --------------------------------------------------------------------- task loss and kernel loss through a net
+
+
+def test_latents_and_modulation_get_equations_11_to_16_of_task_and_kernel_loss():
+    lam, nu = 0.05, 0.4
+    torch.manual_seed(2)
+    model = binarize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3, padding=1, stride=2)).double(), PLAIN)
+    layer = model[1]
+    assert isinstance(layer, BinaryConv2d)
+    with torch.no_grad():
+        layer.weight.mul_(8)
+        layer.weight_quant.modulation.copy_(torch.rand(1, 4, 3, 3) * 2 - 0.3)
+    kernel = KernelLoss(model, weight=lam, nu=nu)
+    images, targets = torch.randn(6, 3, 9, 9, dtype=DOUBLE), torch.tensor([0, 1, 2, 3, 4, 0])
+
+    def task(maps: Tensor) -> Tensor:
+        return F.cross_entropy(maps.mean((2, 3)), targets)
+
+    (task(model(images)) + kernel()).backward()
+
+    x, w = layer.weight.detach(), layer.weight_quant.modulation.detach()
+    signs = torch.where(x >= 0, 1.0, -1.0).double()
+    binarized = (w.mean() * signs).requires_grad_()
+    inputs = torch.where(model[0](images) >= 0, 1.0, -1.0).double()
+    maps = F.conv2d(inputs, binarized, layer.bias, stride=2, padding=1)
+    (grad,) = torch.autograd.grad(task(maps), binarized)  # dL_S / dX^
+
+    X, W, G, Q = (t.detach().numpy() for t in (x, w, grad, binarized))
+    mu, sigma = (p.detach().numpy()[:, None, None, None] for p in (kernel.mu, kernel.sigma))
+    inside = np.abs(W * X) <= 1
+    assert 0 < inside.sum() < inside.size
+    plus, minus = X >= 0, X < 0
+    equation_12 = G * inside * W
+    equation_13 = lam * (W * (W * X - Q) + nu * (plus * (X - mu) + minus * (X + mu)) / sigma**2)
+    equation_15 = (G * inside * X).sum(0, keepdims=True)
+    equation_16 = lam * ((W * X - Q) * X).sum(0, keepdims=True)
+    assert relative_error(layer.weight.grad, equation_12 + equation_13) < 1e-6  # (11)
+    assert relative_error(layer.weight_quant.modulation.grad, equation_15 + equation_16) < 1e-6  # (14)
+
+
+# ----------------------------------------------------------------------------------------- the feature loss
+
+
+def test_the_feature_loss_is_taken_at_the_input_of_the_classifier():
+    model = dense().eval()
+    feature = FeatureLoss(model, weight=0.3).eval()
+    with torch.no_grad():
+        feature.centres.copy_(torch.randn(4, 5))
+        feature.sigma.copy_(torch.rand(4, 5) + 0.5)
+    (images, targets), = batches([7])
+    features = model[:-1](images)
+    model(images)
+    expected = functional.feature_loss(features, targets, feature.centres, feature.sigma)
+    torch.testing.assert_close(feature(targets), 0.3 * expected)
+
+
+@pytest.mark.parametrize("loss", [FeatureLoss, CenterLoss])
+@pytest.mark.parametrize("alpha", [0.5, 0.1])
+def test_centres_move_by_the_center_loss_rule_in_training_only(loss, alpha):
+    model = dense().eval()
+    term = loss(model, alpha=alpha)
+    start = torch.randn(4, 5)
+    term.centres.copy_(start)
+    (images, targets), = batches([8])
+    features = model[:-1](images).detach().double().numpy()
+
+    term.eval()
+    model(images)
+    term(targets)
+    assert torch.equal(term.centres, start)
+
+    term.train()
+    model(images)
+    value = term(targets)
+    expected = start.double().numpy()
+    for m in range(4):
+        own = features[targets.numpy() == m]
+        expected[m] -= alpha * (expected[m] - own).sum(0) / (1 + len(own))
+    assert relative_error(term.centres, expected) < 1e-6
+    assert torch.equal(term.centres[3], start[3])  # a class that the batch lacks stays
+
+    value.backward()  # with the centres as they were before they moved
+    reference = loss(model, alpha=alpha).eval()
+    reference.centres.copy_(start)
+    gradient = model[1].weight.grad.clone()
+    model.zero_grad()
+    model(images)
+    reference(targets).backward()
+    torch.testing.assert_close(gradient, model[1].weight.grad)
+
+
+def test_center_loss_is_half_the_mean_squared_distance():
+    model = dense().eval()
+    center = CenterLoss(model, weight=1.0).eval()
+    center.centres.copy_(torch.randn(4, 5))
+    (images, targets), = batches([6])
+    features = model[:-1](images).detach().double().numpy()
+    model(images)
+    distances = ((features - center.centres.double().numpy()[targets]) ** 2).sum(1)
+    assert center(targets).item() == pytest.approx(distances.mean() / 2, rel=1e-6)
+    assert list(center.parameters()) == []
+
+
+def test_start_measures_means_and_spreads_of_the_classes():
+    model = dense()
+    model[2].eval()  # a norm that a user froze
+    flags = [module.training for module in model.modules()]
+    feature = FeatureLoss(model, min_sigma=0.05)
+    data = batches([6, 9, 1, 12])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    feature.start(data)
+    assert [module.training for module in model.modules()] == flags
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+    model.eval()
+    features = np.concatenate([model[:-1](images).detach().double().numpy() for images, _ in data])
+    labels = np.concatenate([targets.numpy() for _, targets in data])
+    means = np.stack([features[labels == m].mean(0) for m in range(3)] + [np.zeros(5)])
+    spreads = np.stack([features[labels == m].std(0).clip(0.05) for m in range(3)] + [np.ones(5)])
+    assert relative_error(feature.centres, means) < 1e-6
+    assert relative_error(feature.sigma, spreads) < 1e-6
+
+
+def test_a_class_with_one_image_keeps_the_default_spread():
+    feature = FeatureLoss(dense())
+    images, _ = batches([3])[0]
+    feature.start([(images, torch.tensor([0, 0, 1]))])
+    assert feature.sigma[1].tolist() == [1.0] * 5
+    assert feature.centres[1].any()
+
+
+def test_sigma_of_the_classes_is_raised_to_its_minimum_before_use():
+    model = dense().eval()
+    feature = FeatureLoss(model, min_sigma=0.2)
+    with torch.no_grad():
+        feature.sigma.copy_(torch.full((4, 5), -1.0))
+    (images, targets), = batches([3])
+    model(images)
+    assert feature(targets).isfinite()
+    assert (feature.sigma == 0.2).all()
+
+
+def test_a_classifier_can_be_named_and_its_classes_counted_anew():
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 4, 1), nn.Flatten())
+    feature = FeatureLoss(model, classifier="2", num_classes=9)
+    assert feature.centres.shape == feature.sigma.shape == (9, 6)
+    model(torch.randn(2, 3, 4, 4))
+    assert feature(torch.tensor([8, 0])).isfinite()
+
+
+@pytest.mark.parametrize("loss", [FeatureLoss, CenterLoss])
+def test_a_model_without_a_classifier_is_refused(loss):
+    with pytest.raises(InvalidModel, match="classifier"):
+        loss(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    with pytest.raises(InvalidModel, match="is a ReLU"):
+        loss(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), classifier="1")
+
+
+@pytest.mark.parametrize("labels", [[0, 4], [-1, 2]])
+def test_labels_out_of_range_are_named(labels):
+    model = dense().eval()
+    feature = FeatureLoss(model)
+    model(batches([2])[0][0])
+    with pytest.raises(InvalidData, match=r"labels run from (0 to 4|-1 to 2), the model has 4 classes"):
+        feature(torch.tensor(labels))
+    with pytest.raises(InvalidData, match="labels run from"):
+        feature.start([(batches([2])[0][0], torch.tensor(labels))])
+
+
+def test_each_forward_pass_serves_one_call():
+    model = dense().eval()
+    feature = FeatureLoss(model)
+    (images, targets), = batches([3])
+    with pytest.raises(InvalidModel, match="after a forward pass"):
+        feature(targets)
+    model(images)
+    feature(targets)
+    with pytest.raises(InvalidModel, match="after a forward pass"):
+        feature(targets)
+
+
+def test_targets_are_needed():
+    model = dense().eval()
+    feature = FeatureLoss(model)
+    model(batches([3])[0][0])
+    with pytest.raises(InvalidData, match=r"feature\(targets\)"):
+        feature()
+
+
+def test_a_model_with_a_tap_can_be_copied_after_a_forward_pass():
+    model = dense()
+    feature = FeatureLoss(model)
+    (images, targets), = batches([4])
+    model(images)
+    twin = copy.deepcopy(model)
+    twin(2 * images)  # goes to the twin's own tap, not to the loss of the original
+    tapped = feature._tap._features
+    assert tapped is not None
+    assert feature(targets).isfinite()
+    assert set(dict(feature.named_parameters())) == {"sigma"}
+    assert set(feature.state_dict()) == {"sigma", "centres"}
