@@ -26,7 +26,7 @@ from bonn_qat.results import (
     write_manifest,
     write_run,
 )
-from bonn_qat.train import build, recipe_scheme, steps, train
+from bonn_qat.train import build, steps, train
 
 ARMS = ("float", "xnor", "bireal", "pcnn", "bonn")
 

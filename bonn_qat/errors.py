@@ -4,6 +4,9 @@ import difflib
 from collections.abc import Iterable
 
 
+_LISTED = 40  # names that a reader still looks through
+
+
 class BonnQatError(Exception):
     """Base of every error that this package raises about its input."""
 
@@ -15,7 +18,10 @@ class UnknownName(BonnQatError, LookupError):
         known = sorted(known)
         near = difflib.get_close_matches(given, known, n=3)
         guess = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-        super().__init__(f"unknown {kind} {given!r}; {guess}known: {', '.join(known) or 'none'}")
+        names = ", ".join(known) or "none"
+        if len(known) > _LISTED:
+            names = f"{len(known)} names, such as {', '.join(known[:3])}"
+        super().__init__(f"unknown {kind} {given!r}; {guess}known: {names}")
 
 
 class InvalidModel(BonnQatError, ValueError):

@@ -199,9 +199,9 @@ TITLES = {
 CAPTIONS = {
     "final": "A point is a seed, the bar and the number are the mean. Look at whether the points of two schemes "
     "overlap before looking at the means; the axis does not start at zero.",
-    "accuracy": "Solid: test; dashed: training images; the band reaches from the worst to the best seed. A wide gap "
-    "between dashed and solid is overfitting; a jump is a step of the learning rate or a new stage of the scheme. "
-    "Mirrors Fig. 6 of the paper.",
+    "accuracy": "Solid: test; dashed: training images (after one epoch: filled and hollow points); the band reaches "
+    "from the worst to the best seed. A wide gap between dashed and solid is overfitting; a jump is a step of the "
+    "learning rate or a new stage of the scheme. Mirrors Fig. 6 of the paper.",
     "histograms": "The real-valued weights behind the signs, in the first, middle and last binary layer, for one "
     "seed: time runs downwards and from light to dark, each ridge is scaled to its own peak, and each panel "
     "has a horizontal axis of its own. BONN's prior should part one hump into two modes, one per sign. "
@@ -277,7 +277,8 @@ def _curve(axis: "Axes", arm: Arm, key: str, colour: str, *, band: bool = False,
         return
     means = [sum(values) / len(values) for values in series.values()]
     # A line through one point is invisible.
-    axis.plot(list(series), means, color=colour, marker="o" if len(series) == 1 else None, **style)
+    mark: dict[str, Any] = {"marker": "o", "fillstyle": "full" if band else "none"} if len(series) == 1 else {}
+    axis.plot(list(series), means, color=colour, **style, **mark)
     if band:
         low, high = [min(v) for v in series.values()], [max(v) for v in series.values()]
         axis.fill_between(list(series), low, high, color=colour, alpha=0.18, linewidth=0)
@@ -335,7 +336,9 @@ def _row(figure: "Figure", panels: int) -> list["Axes"]:
 
 
 def _epochs_axis(axis: "Axes") -> None:
-    axis.locator_params(axis="x", integer=True)
+    axis.locator_params(axis="x", integer=True, min_n_ticks=1)
+    if len({*axis.dataLim.intervalx}) == 1:  # one epoch
+        axis.set_xlim(0, 2 * axis.dataLim.x0)
     axis.set_xlabel("epoch")
     axis.label_outer()
 
@@ -352,7 +355,8 @@ def _legend(
     handles += [Line2D([], [], color="#777777", linestyle=stroke) for stroke in strokes.values()]
     # matplotlib leaves out labels that start with an underscore; a space before it is not seen.
     names = [_plain(f" {title}" if title.startswith("_") else title) for title in (*titles.values(), *strokes)]
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(handles), 5))
+    columns = max(1, min(5, 120 // (8 + max(map(len, names)))))  # about 120 letters fit the width
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(handles), columns))
 
 
 @contextmanager

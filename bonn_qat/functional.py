@@ -164,14 +164,13 @@ class _PReLU(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, slope = ctx.saved_tensors
-        per_channel = slope.reshape(-1, *[1] * (x.ndim - 2))
-        # Heaviside(x), then slope + (1 - slope) * Heaviside(x).
-        factor = torch.sign(x).clamp_(min=0).mul_(1 - per_channel).add_(per_channel)
-        dslope = x.clamp(max=0).mul_(grad)
-        if slope.numel() == 1:
-            return factor.mul_(grad), dslope.sum().reshape(slope.shape)
-        axes = [axis for axis in range(x.ndim) if axis != 1]
-        return factor.mul_(grad), dslope.sum(axes)
+        slope_less_one = (slope - 1).reshape(-1, *[1] * (x.ndim - 2))
+        # The gradient where x <= 0, in one pass: below the smallest positive number.
+        info = torch.finfo(x.dtype)
+        below = torch.ops.aten.hardtanh_backward(grad, x, -math.inf, info.smallest_normal * info.eps)
+        dx = torch.addcmul(grad, below, slope_less_one)
+        dslope = below.mul_(x)
+        return dx, dslope.sum([axis for axis in range(x.ndim) if axis != 1 or slope.numel() == 1]).reshape(slope.shape)
 
 
 def prelu(x: Tensor, slope: Tensor) -> Tensor:

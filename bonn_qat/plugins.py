@@ -29,18 +29,21 @@ def create_manager(*, entry_points: bool = True) -> pluggy.PluginManager:
 
     The environment variable ``BONN_QAT_PLUGINS``, a comma-separated list of entry point names, restricts
     the installed plugins to those; empty means none. Raises PluginConflict when a plugin implements a hook
-    that does not exist, and UnknownName for a listed plugin that is not installed.
+    that does not exist or lacks its arguments, and UnknownName for a listed plugin that is not installed.
     """
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     for dotted in DEFAULT_PLUGINS:
         manager.register(importlib.import_module(dotted), name=dotted)
-    if entry_points:
-        _load_installed(manager)
     try:
+        if entry_points:
+            _load_installed(manager)
         manager.check_pending()
     except pluggy.PluginValidationError as error:
-        raise PluginConflict(f"plugin {manager.get_name(error.plugin)!r}: {error}") from error
+        # pluggy's own words name the plugin unless it got as far as being registered.
+        name = manager.get_name(error.plugin)
+        words = "; ".join(str(error).splitlines())
+        raise PluginConflict(f"plugin {name!r}: {words}" if name else words) from error
     return manager
 
 
@@ -49,7 +52,7 @@ def _load_installed(manager: pluggy.PluginManager) -> None:
     if wanted is None:
         manager.load_setuptools_entrypoints(hookspecs.PROJECT)
         return
-    for name in filter(None, (part.strip() for part in wanted.split(","))):
+    for name in dict.fromkeys(filter(None, (part.strip() for part in wanted.split(",")))):
         if not manager.load_setuptools_entrypoints(hookspecs.PROJECT, name=name):
             known = {entry.name for entry in importlib.metadata.entry_points(group=hookspecs.PROJECT)}
             raise UnknownName("plugin in BONN_QAT_PLUGINS", name, known)

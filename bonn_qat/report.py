@@ -219,6 +219,7 @@ figcaption, .note { font-size: .9rem; max-width: 46rem; }
 table { border-collapse: collapse; width: 100%; font-size: .93rem; }
 th, td { padding: .4rem .7rem; text-align: left; border-bottom: 1px solid var(--line); }
 .rows th, .rows td { white-space: nowrap; }
+.rows td:first-child { white-space: normal; min-width: 7rem; }
 thead th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 .verdicts { padding-left: 1.2rem; }
@@ -304,7 +305,7 @@ def _state(comparison: Comparison) -> str:
     lost = [(name, why) for name, why in comparison.failures.items() if name not in done]
     lost += [(name, "not run yet, or interrupted") for name in comparison.missing]
     if not lost:
-        return f'<section class="box"><p>All {planned} planned runs are finished.</p></section>'
+        return f'<section class="box"><p>Complete: {planned} of {planned} planned runs are finished.</p></section>'
     items = "".join(f"<li><strong>{escape(name)}</strong>: {escape(why)}</li>" for name, why in lost)
     return (
         f'<section class="box open"><h2>Incomplete: {len(done)} of {planned} planned runs are finished</h2>'

@@ -212,7 +212,7 @@ class _Run:
         term = next((name for name, value in losses.terms.items() if not bool(torch.isfinite(value))), "the sum")
         where = first_non_finite(self.model, images)
         raise TrainingDiverged(
-            f"{self.recipe.name}: the loss term {term!r} is {float(losses.terms.get(term, losses.total))} at epoch "
+            f"{self.recipe.name}: the loss term {term!r} is {losses.terms.get(term, losses.total).item()} at epoch "
             f"{epoch}, step {step + 1}; {where}; try a lower lr than {self.recipe.lr:g}"
         )
 

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-# Before any test imports them: no window system, no telemetry, no stranger's plugin choice or tracking server.
+# Before any test imports them: no window system, no telemetry, no tracking server, no observer among the plugins.
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-for variable in ("BONN_QAT_PLUGINS", "BONN_QAT_DATA", "MLFLOW_TRACKING_URI"):
+os.environ["BONN_QAT_PLUGINS"] = "baselines.float,baselines.xnor,baselines.bireal,baselines.pcnn"
+for variable in ("BONN_QAT_DATA", "MLFLOW_TRACKING_URI"):
     os.environ.pop(variable, None)
 
 

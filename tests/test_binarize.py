@@ -100,6 +100,19 @@ def test_forward_and_backward_are_finite_and_reach_every_binary_weight_at_the_fi
         assert layer.weight_quant.modulation.grad.any()
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_signs_carry_information(name):
+    torch.manual_seed(0)
+    model = bonn_qat.binarize(MODELS[name]())
+    shares = []
+    for _, layer in binary_layers(model):
+        quantize = layer.input_quant.quantize
+        layer.input_quant.quantize = lambda x, q=quantize: (shares.append((x >= 0).float().mean()), q(x))[1]
+    model(torch.randn(8, 3, 32, 32))
+    assert len(shares) >= len(model.binarization.binary)
+    assert all(0.05 < share < 0.95 for share in shares)
+
+
 @pytest.mark.parametrize("name", ["timm resnet18", "torchvision resnet18"])
 def test_resnet18_has_sixteen_binary_convolutions(name):
     model = bonn_qat.binarize(MODELS[name]())

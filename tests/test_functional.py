@@ -121,7 +121,7 @@ def equations_12_and_15(latent: np.ndarray, modulation: np.ndarray, grad: np.nda
     to_latent, to_modulation = np.zeros_like(latent), np.zeros_like(modulation)
     for i, kernel in enumerate(latent):
         product = modulation[0] * kernel
-        inside = ((-1 <= product) & (product <= 1)).astype(float)
+        inside = ((product >= -1) & (product <= 1)).astype(float)
         to_latent[i] = grad[i] * inside * modulation[0]
         share = grad[i] * inside * kernel
         to_modulation[0] += share if modulation.shape[1] > 1 else share.sum(0, keepdims=True)
@@ -432,9 +432,7 @@ def test_feature_loss_is_the_second_sum_of_9_averaged_over_the_batch():
 
 def test_centre_update_is_the_center_loss_rule():
     problem = feature_problem()
-    numerator, counts = functional.centre_update(
-        problem["features"].detach(), problem["targets"], problem["centres"]
-    )
+    numerator, counts = functional.centre_update(problem["features"].detach(), problem["targets"], problem["centres"])
     expected = centre_steps(array(problem["features"]), problem["targets"].numpy(), array(problem["centres"]))
     assert relative_error(numerator / (1 + counts), expected) < 1e-6
     assert counts.flatten().tolist() == [3, 1, 3, 0]
@@ -481,7 +479,9 @@ def largest_errors(dtype: torch.dtype = torch.float64) -> dict[str, float]:
     expected = feature_gradients(f, targets, c, s)
     record("features", array(features["features"].grad), expected["features"])
     record("class variances", array(features["sigma"].grad), expected["sigma"])
-    numerator, counts = functional.centre_update(features["features"].detach(), features["targets"], features["centres"])
+    numerator, counts = functional.centre_update(
+        features["features"].detach(), features["targets"], features["centres"]
+    )
     record("centres", array(numerator / (1 + counts)), centre_steps(f, targets, c))
     return errors
 

@@ -30,7 +30,12 @@ class PerFilter(WeightQuantizer):
 def convolutional(dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Conv2d(2, 3, 3), nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)
+        nn.Conv2d(2, 3, 3),
+        nn.Conv2d(3, 4, 3),
+        nn.Conv2d(4, 5, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(5, 3),
     )
     return net.to(dtype)
 
@@ -191,7 +196,7 @@ def test_the_feature_loss_is_taken_at_the_input_of_the_classifier():
     with torch.no_grad():
         feature.centres.copy_(torch.randn(4, 5))
         feature.sigma.copy_(torch.rand(4, 5) + 0.5)
-    (images, targets), = batches([7])
+    ((images, targets),) = batches([7])
     features = model[:-1](images)
     model(images)
     expected = functional.feature_loss(features, targets, feature.centres, feature.sigma)
@@ -205,7 +210,7 @@ def test_centres_move_by_the_center_loss_rule_in_training_only(loss, alpha):
     term = loss(model, alpha=alpha)
     start = torch.randn(4, 5)
     term.centres.copy_(start)
-    (images, targets), = batches([8])
+    ((images, targets),) = batches([8])
     features = model[:-1](images).detach().double().numpy()
 
     term.eval()
@@ -237,7 +242,7 @@ def test_center_loss_is_half_the_mean_squared_distance():
     model = dense().eval()
     center = CenterLoss(model, weight=1.0).eval()
     center.centres.copy_(torch.randn(4, 5))
-    (images, targets), = batches([6])
+    ((images, targets),) = batches([6])
     features = model[:-1](images).detach().double().numpy()
     model(images)
     distances = ((features - center.centres.double().numpy()[targets]) ** 2).sum(1)
@@ -278,7 +283,7 @@ def test_sigma_of_the_classes_is_raised_to_its_minimum_before_use():
     feature = FeatureLoss(model, min_sigma=0.2)
     with torch.no_grad():
         feature.sigma.copy_(torch.full((4, 5), -1.0))
-    (images, targets), = batches([3])
+    ((images, targets),) = batches([3])
     model(images)
     assert feature(targets).isfinite()
     assert (feature.sigma == 0.2).all()
@@ -314,7 +319,7 @@ def test_labels_out_of_range_are_named(labels):
 def test_each_forward_pass_serves_one_call():
     model = dense().eval()
     feature = FeatureLoss(model)
-    (images, targets), = batches([3])
+    ((images, targets),) = batches([3])
     with pytest.raises(InvalidModel, match="after a forward pass"):
         feature(targets)
     model(images)
@@ -334,7 +339,7 @@ def test_targets_are_needed():
 def test_a_model_with_a_tap_can_be_copied_after_a_forward_pass():
     model = dense()
     feature = FeatureLoss(model)
-    (images, targets), = batches([4])
+    ((images, targets),) = batches([4])
     model(images)
     twin = copy.deepcopy(model)
     twin(2 * images)  # goes to the twin's own tap, not to the loss of the original

@@ -13,8 +13,9 @@ from bonn_qat import plugins
 SCHEMES = {"float": "full_precision", "xnor": "xnor", "bireal": "bireal", "pcnn": "pcnn"}
 
 
-@pytest.fixture(scope="module")
-def pm():
+@pytest.fixture
+def pm(monkeypatch):
+    monkeypatch.setenv("BONN_QAT_PLUGINS", ",".join(f"baselines.{name}" for name in SCHEMES))
     return plugins.create_manager()
 
 

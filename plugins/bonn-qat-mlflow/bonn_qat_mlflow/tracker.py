@@ -128,7 +128,7 @@ def _status(finished: bool) -> str:
     return "KILLED" if interrupted else "FINISHED" if finished else "FAILED"
 
 
-def _open_store(directory: Path | None) -> "MlflowClient":
+def open_store(directory: Path | None) -> "MlflowClient":
     """The store that MLflow is told to use, else a database in ``directory``, else MLflow's default."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
@@ -143,7 +143,7 @@ def _open_store(directory: Path | None) -> "MlflowClient":
 def _open_comparison(directory: Path) -> _Place:
     import mlflow
 
-    client = _open_store(directory)
+    client = open_store(directory)
     artifacts = None if mlflow.is_tracking_uri_set() else (directory / ARTIFACTS).as_uri()
     experiment = _experiment(client, os.environ.get("MLFLOW_EXPERIMENT_NAME") or directory.name, artifacts)
     for run in client.search_runs([experiment]):
@@ -155,7 +155,7 @@ def _open_comparison(directory: Path) -> _Place:
 
 
 def _default_place() -> _Place:
-    client = _open_store(None)
+    client = open_store(None)
     import mlflow
 
     active = mlflow.active_run()

@@ -2,28 +2,34 @@
 
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+SETTINGS = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID")
 
 
 @pytest.fixture(scope="session")
-def empty_store(tmp_path_factory):
-    from mlflow import MlflowClient
-
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
+def new_store(tmp_path_factory):
+    """The directory of a store that the tracker made, and everything that it said."""
+    path = tmp_path_factory.mktemp("store")
+    code = "from pathlib import Path; from bonn_qat_mlflow import tracker; tracker.open_store(Path.cwd())"
+    environment = {key: value for key, value in os.environ.items() if key not in SETTINGS}
+    made = subprocess.run(
+        [sys.executable, "-c", code], cwd=path, env=environment, capture_output=True, text=True, check=True
+    )
+    return path, made.stdout + made.stderr
 
 
 @pytest.fixture
-def directory(empty_store, tmp_path, monkeypatch):
+def directory(new_store, tmp_path, monkeypatch):
     """A comparison's directory, which is also where the program runs."""
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID"):
+    for name in SETTINGS:
         monkeypatch.delenv(name, raising=False)
     path = tmp_path / "digits"
     path.mkdir()
-    shutil.copy(empty_store, path / "mlflow.db")
+    shutil.copy(new_store[0] / "mlflow.db", path)
     monkeypatch.chdir(path)
     return path

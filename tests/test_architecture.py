@@ -1,0 +1,120 @@
+"""Who may import whom, what importing the package costs, and that public things say what they are."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import bonn_qat
+
+PACKAGE = Path(bonn_qat.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A module imports from lower ranks only; siblings do not know each other. Imports inside functions are exempt:
+# they postpone what is expensive, or reach for a host that may be absent.
+RANKS = {
+    0: ("errors", "functional", "modes"),
+    1: ("policy", "quantizers", "results", "data"),
+    2: ("scheme", "regularizers", "figures"),
+    3: ("recipe", "hookspecs", "report"),
+    4: ("plugins", "layers", "bonn", "models"),
+    5: ("binarize", "objective", "adapters"),
+    6: ("summary", "diagnose"),
+    7: ("train",),
+    8: ("compare",),
+    9: ("cli",),
+    10: ("__init__",),
+}
+RANK = {name: rank for rank, names in RANKS.items() for name in names}
+HOSTS = {"brevitas", "timm", "mlflow", "torchvision", "matplotlib", "sklearn"}
+
+
+def room(path: Path) -> str:
+    """The first part of a module's name below the package; a folder is one room."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def is_type_checking(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Every statement that importing the module runs: not what stands in functions or under TYPE_CHECKING."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or is_type_checking(node):
+            continue
+        yield node
+        for field in ("body", "orelse", "finalbody"):
+            yield from statements(getattr(node, field, []))
+        for handler in getattr(node, "handlers", []):
+            yield from statements(handler.body)
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Dotted names that a module imports; ``from bonn_qat import x`` counts as ``bonn_qat.x``."""
+    for node in statements(ast.parse(path.read_text(encoding="utf-8")).body):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            if node.module == "bonn_qat":
+                yield from (f"bonn_qat.{alias.name}" for alias in node.names)
+            else:
+                yield str(node.module)
+
+
+def test_every_module_has_one_rank():
+    assert {room(path) for path in FILES} == set(RANK)
+    assert sum(map(len, RANKS.values())) == len(RANK)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_inwards(path):
+    own = room(path)
+    others = {name.split(".")[1] for name in imported(path) if name.startswith("bonn_qat.")} - {own}
+    outward = {name for name in others if RANK[name] >= RANK[own]}
+    assert not outward, f"{own} (rank {RANK[own]}) imports {sorted(outward)}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_host_is_imported_where_it_is_adapted(path):
+    hosts = {name.split(".")[0] for name in imported(path)} & HOSTS
+    allowed = {"models": {"timm"}, "adapters": {path.stem}, "figures": {"matplotlib"}}
+    assert hosts <= allowed.get(room(path), set())
+
+
+def test_functional_needs_torch_alone():
+    own = {name.split(".")[0] for name in imported(PACKAGE / "functional.py")}
+    assert own - sys.stdlib_module_names == {"torch"}
+
+
+def test_importing_the_package_loads_no_host():
+    code = "import bonn_qat, json, sys; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert HOSTS & set(json.loads(done.stdout)) == set()
+
+
+def test_every_public_name_exists_and_says_what_it_is():
+    assert sorted(bonn_qat.__all__) == list(bonn_qat.__all__)
+    for name in bonn_qat.__all__:
+        public = getattr(bonn_qat, name)
+        if callable(public):
+            assert public.__doc__, name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules_classes_and_functions_have_docstrings(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    silent = [] if ast.get_docstring(tree) or not tree.body else ["the module"]
+    for node in tree.body:
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        # What a hook is for stands at its specification.
+        is_hook = node.name.startswith("bonn_qat_") and path.name != "hookspecs.py"
+        if not is_hook and not ast.get_docstring(node):
+            silent.append(node.name)
+    assert not silent

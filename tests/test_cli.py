@@ -1,0 +1,89 @@
+from pathlib import Path
+
+import pytest
+
+from bonn_qat import cli
+from bonn_qat.results import PAGE, read_comparison
+
+TINY = ["--train-images", "32", "--test-images", "16", "--epochs", "1", "-b", "16"]
+
+
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.console, "_width", 200)
+
+
+def test_compare_prints_the_table_and_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "results"
+    assert cli.main(["compare", "--schemes", "float,bonn", *TINY, "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "digits: 32 training and 16 test images; wrn10_16, 1 epochs; 2 runs" in printed
+    assert "BONN" in printed
+    assert f"report: {output / PAGE}" in printed
+    assert not read_comparison(output).missing
+    (output / PAGE).unlink()
+    assert cli.main(["report", str(output)]) == 0
+    assert (output / PAGE).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["compare", "--schemes", "bon"], 2, "unknown scheme 'bon'; did you mean 'bonn'"),
+        (["compare", "--model", "resnet81"], 2, "unknown model 'resnet81'; did you mean"),
+        (["compare", "--data", "digit"], 2, "unknown data set 'digit'; did you mean 'digits'"),
+        (["compare", "--data", "no/such/folder"], 2, "the image folder no/such/folder does not exist"),
+        (["compare", "--recipe", "none.toml"], 2, "cannot read the recipe none.toml"),
+        (["compare", "--epochs", "0"], 2, "epochs in the recipe is 0; allowed: at least 1"),
+        (["compare", "--train-images", "99999"], 2, "99999 images were asked for, there are 1438"),
+        (["report", "nowhere"], 2, "cannot read nowhere"),
+        (["summary", "resnet18", "--scheme", "bon"], 2, "unknown scheme 'bon'"),
+        (["summary", "resnet81"], 2, "unknown model 'resnet81'"),
+    ],
+)
+def test_bad_input_gives_one_line_and_an_exit_code(
+    arguments: list[str], code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == code
+    told = capsys.readouterr().err
+    assert words in told
+    assert told.startswith("bonn-qat: ")
+    assert told.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_run_gives_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compare", "--schemes", "bonn", *TINY, "--lr", "1e30", "--output", str(tmp_path)]) == 1
+    assert "failed: bonn-0.01-seed0: bonn-0.01-seed0: the loss term" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; finished runs are kept; the same command with --output"),
+        (OSError(28, "No space left on device"), 3, "the disk is full; finished runs are kept"),
+    ],
+)
+def test_stopping_is_told_in_one_line(
+    error: BaseException, code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def stop(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr("bonn_qat.compare.train", stop)
+    assert cli.main(["compare", "--schemes", "bonn", *TINY, "--output", str(tmp_path)]) == code
+    told = capsys.readouterr().err
+    assert words in told
+    assert told.count("\n") == 1
+    assert read_comparison(tmp_path).missing == ["bonn-0.01-seed0"]
+
+
+def test_summary_and_schemes_print_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["summary", "wrn10_16", "--num-classes", "10", "--img-size", "32"]) == 0
+    assert "layer1.0.conv1" in capsys.readouterr().out
+    assert cli.main(["schemes"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("bonn", "xnor", "bireal", "pcnn", "float", "arXiv:1908.06314"))

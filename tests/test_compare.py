@@ -1,0 +1,153 @@
+import dataclasses
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+
+from bonn_qat import data, hookimpl, plugins
+from bonn_qat.compare import compare, plan
+from bonn_qat.errors import InvalidData, InvalidRecipe, UnknownName
+from bonn_qat.recipe import Recipe
+from bonn_qat.results import PAGE, RUNS, read_comparison
+from bonn_qat.train import build, train
+
+RECIPE = Recipe(model="wrn10_16", epochs=1, batch_size=16, latents="0.01")
+
+
+@pytest.fixture(scope="module")
+def digits() -> data.Data:
+    return data.load("digits", train_images=32, test_images=16)
+
+
+def _names(recipes: list[Recipe]) -> list[str]:
+    return [recipe.name for recipe in recipes]
+
+
+def test_a_plan_crosses_schemes_latents_and_seeds_and_runs_the_float_network_once_a_seed() -> None:
+    planned = plan(RECIPE, schemes=["float", "bonn"], seeds=range(2), latents=["0.01", "float"])
+    arms = ["float-float", "bonn-0.01", "bonn-float"]
+    assert _names(planned) == [f"{arm}-seed{seed}" for seed in (0, 1) for arm in arms]
+    with pytest.raises(UnknownName, match="did you mean 'xnor'"):
+        plan(RECIPE, schemes=["xnorr"])
+    with pytest.raises(InvalidRecipe, match="no scheme to compare"):
+        plan(RECIPE, schemes=[])
+
+
+def test_finished_runs_are_kept_and_not_run_again(tmp_path: Path, digits: data.Data) -> None:
+    planned = plan(RECIPE, schemes=["float", "bonn"])
+    first = compare(planned[:1], digits, tmp_path)
+    before = (tmp_path / RUNS / "float-float-seed0.json").stat().st_mtime_ns
+    second = compare(planned, digits, tmp_path)
+    assert [result.name for result in second.results] == _names(planned)
+    assert not second.missing
+    assert first.results[0] == second.results[0]
+    assert (tmp_path / RUNS / "float-float-seed0.json").stat().st_mtime_ns == before
+    assert "BONN" in (tmp_path / PAGE).read_text()
+
+
+def test_the_weights_beside_a_result_are_those_of_the_trained_model(tmp_path: Path, digits: data.Data) -> None:
+    (recipe,) = plan(RECIPE, schemes=["bonn"])
+    compare([recipe], digits, tmp_path)
+    model = build(recipe, digits)
+    train(model, recipe, digits)
+    again = build(recipe, digits)
+    again.load_state_dict(safetensors.torch.load_file(tmp_path / RUNS / f"{recipe.name}.safetensors"), strict=True)
+    for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert a.equal(b), name
+
+
+class _Interrupt:
+    """Raises in the middle of the second run."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error, self.runs = error, 0
+        self.calls: list[str] = []
+
+    @hookimpl
+    def bonn_qat_before_comparison(self) -> None:
+        self.calls.append("before")
+
+    @hookimpl
+    def bonn_qat_before_run(self) -> None:
+        self.runs += 1
+
+    @hookimpl
+    def bonn_qat_after_epoch(self) -> None:
+        if self.runs == 2:
+            raise self.error
+
+    @hookimpl
+    def bonn_qat_after_run(self, report: dict[str, Any] | None) -> None:
+        self.calls.append("failed" if report is None else "finished")
+
+    @hookimpl
+    def bonn_qat_after_comparison(self) -> None:
+        self.calls.append("after")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_an_interruption_keeps_what_was_finished_and_the_report_says_what_is_missing(
+    tmp_path: Path, digits: data.Data, error: BaseException
+) -> None:
+    pm, observer = plugins.create_manager(), _Interrupt(error)
+    pm.register(observer)
+    planned = plan(RECIPE, schemes=["float", "xnor", "bonn"])
+    with pytest.raises(type(error)):
+        compare(planned, digits, tmp_path, pm=pm)
+    found = read_comparison(tmp_path)
+    assert [result.name for result in found.results] == ["float-float-seed0"]
+    assert found.missing == ["xnor-0.01-seed0", "bonn-0.01-seed0"]
+    page = (tmp_path / PAGE).read_text()
+    assert all(name in page for name in found.missing)
+    assert observer.calls == ["before", "finished", "failed", "after"]
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_full_disk_leaves_no_half_written_result(
+    tmp_path: Path, digits: data.Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    planned = plan(RECIPE, schemes=["float"])
+    compare(planned, digits, tmp_path)
+    monkeypatch.setattr("bonn_qat.results.os.fsync", full)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+    with pytest.raises(InvalidData, match="cannot write results to .*: No space left on device"):
+        compare(plan(RECIPE, schemes=["float", "bonn"]), digits, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.json")} == before
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_diverging_run_fails_alone(tmp_path: Path, digits: data.Data) -> None:
+    wild = dataclasses.replace(RECIPE, lr=1e30, scheme="xnor")
+    found = compare([wild, *plan(RECIPE, schemes=["bonn"])], digits, tmp_path)
+    assert "the loss term 'task' is nan" in found.failures["xnor-0.01-seed0"]
+    assert [result.name for result in found.results] == ["bonn-0.01-seed0"]
+    assert read_comparison(tmp_path).failures == found.failures
+
+
+def test_a_directory_of_another_comparison_is_refused(tmp_path: Path, digits: data.Data) -> None:
+    planned = plan(RECIPE, schemes=["float"])
+    compare(planned, digits, tmp_path)
+    with pytest.raises(InvalidData, match="holds a comparison of other recipes or data"):
+        compare(plan(dataclasses.replace(RECIPE, lr=0.1), schemes=["float"]), digits, tmp_path)
+
+
+def test_damaged_results_are_named(tmp_path: Path, digits: data.Data) -> None:
+    compare(plan(RECIPE, schemes=["float"]), digits, tmp_path)
+    run = tmp_path / RUNS / "float-float-seed0.json"
+    whole = run.read_text()
+    for content, words in (
+        (whole[:100], "is not JSON"),
+        (json.dumps({"format": 99}), "is not of format 1"),
+        (json.dumps({"format": 1, "name": "x"}), "is not a run's result"),
+    ):
+        run.write_text(content)
+        with pytest.raises(InvalidData, match=f"float-float-seed0.json {words}"):
+            read_comparison(tmp_path)
+    with pytest.raises(InvalidData, match="cannot read"):
+        read_comparison(tmp_path / "nowhere")

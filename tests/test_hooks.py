@@ -1,0 +1,197 @@
+"""One test for each hook, and two that see to it that there is one."""
+
+import ast
+import dataclasses
+import inspect
+from pathlib import Path
+
+import pluggy
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bonn_qat
+from bonn_qat import Regularizer, Step, binarize, hookimpl, hookspecs, plugins
+from bonn_qat.bonn import BONN
+from bonn_qat.compare import compare
+from bonn_qat.data import TensorData
+from bonn_qat.layers import BinaryConv2d
+from bonn_qat.objective import Objective
+from bonn_qat.recipe import Recipe
+
+HOOKS = sorted(name for name in vars(hookspecs) if name.startswith("bonn_qat_"))
+PACKAGE = Path(bonn_qat.__file__).parent
+
+
+@pytest.fixture
+def pm() -> pluggy.PluginManager:
+    return plugins.create_manager(entry_points=False)
+
+
+def small() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(36, 2)
+    )
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_every_hook_is_documented_tested_and_asked(hook):
+    assert inspect.getdoc(getattr(hookspecs, hook)), "a hook without a docstring"
+    assert f"test_{hook}" in globals(), "a hook without a test in this file"
+    asked = f"hook.{hook}"
+    assert any(asked in path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")), "a hook that no verb asks"
+
+
+def test_every_public_function_of_the_specifications_is_a_hook():
+    tree = ast.parse(Path(hookspecs.__file__).read_text(encoding="utf-8"))
+    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert functions == set(HOOKS)
+
+
+def test_bonn_qat_schemes(pm):
+    mine = dataclasses.replace(BONN, name="mine", latent_std=0.5)
+
+    class Plugin:
+        @hookimpl
+        def bonn_qat_schemes(self):
+            yield mine
+
+    assert plugins.schemes(pm) == {"bonn": BONN}
+    pm.register(Plugin())
+    assert plugins.schemes(pm) == {"bonn": BONN, "mine": mine}
+    model = binarize(small(), "mine", pm=pm)
+    assert model.binarization.scheme is mine
+    assert model[2].weight.std().item() == pytest.approx(0.5)
+
+
+def test_bonn_qat_regularizers(pm):
+    class Size(Regularizer):
+        """The size of the first weights."""
+
+        name = "size"
+
+        def __init__(self, model: nn.Module, *, weight: float = 1.0) -> None:
+            super().__init__(weight=weight)
+            self._first = (next(model.parameters()),)
+
+        def loss(self, step: Step) -> Tensor:
+            return self._first[0].square().sum()
+
+    class Plugin:
+        @hookimpl
+        def bonn_qat_regularizers(self):
+            return [Size]
+
+    pm.register(Plugin())
+    assert plugins.find_regularizer("size", pm) is Size
+    model = binarize(small(), pm=pm)
+    objective = Objective(model, regularizers={"size": 0.5}, pm=pm)
+    (term,) = (module for module in objective.modules() if isinstance(module, Size))
+    assert term().item() == pytest.approx(0.5 * model[0].weight.square().sum().item())
+
+
+def test_bonn_qat_binarize_layer(pm):
+    asked: list[str] = []
+
+    class Plugin:
+        @hookimpl
+        def bonn_qat_binarize_layer(self, name: str, layer: nn.Module, parent: nn.Module):
+            asked.append(name)
+            assert parent.get_submodule(name) is layer
+            return nn.Hardtanh() if name == "3" else None
+
+    pm.register(Plugin())
+    model = binarize(small(), pm=pm)
+    assert asked == ["1", "2", "3", "4", "5"]  # not the first convolution and the classifier
+    assert isinstance(model[3], nn.Hardtanh)
+    assert isinstance(model[1], nn.PReLU)  # the default's answer, for the plugin gave none
+    assert isinstance(model[2], BinaryConv2d)
+
+
+class Observer:
+    """Writes down what every moment of a run tells it; takes only the arguments that it needs."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[object, ...]] = []
+
+    @hookimpl
+    def bonn_qat_before_comparison(self, directory, recipes):
+        self.seen.append(("before comparison", directory, len(recipes)))
+
+    @hookimpl
+    def bonn_qat_before_run(self, recipe):
+        self.seen.append(("before run", recipe.name))
+
+    @hookimpl
+    def bonn_qat_after_epoch(self, epoch, metrics):
+        self.seen.append(("after epoch", epoch, metrics))
+
+    @hookimpl
+    def bonn_qat_after_run(self, recipe, report):
+        self.seen.append(("after run", recipe.name, report))
+
+    @hookimpl
+    def bonn_qat_after_comparison(self, directory, report):
+        self.seen.append(("after comparison", directory, report))
+
+
+@pytest.fixture(scope="module")
+def events(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[object, ...]]:
+    """What an observer sees of a comparison of two runs, of which the second has no scheme that exists."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (8, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    batch = images, torch.arange(8) % 2
+    data = TensorData("noise", batch, batch, classes=2, pad=0, flip=False)
+    recipe = Recipe(data="noise", epochs=2, batch_size=4)
+    observer = Observer()
+    manager = plugins.create_manager(entry_points=False)
+    manager.register(observer)
+    compare([recipe, dataclasses.replace(recipe, scheme="nobody")], data, tmp_path_factory.mktemp("hooks"), pm=manager)
+    return observer.seen
+
+
+def test_the_timeline_is_in_order(events):
+    moments = ["before comparison", "before run", "after epoch", "after epoch", "after run"]
+    assert [event[0] for event in events] == [*moments, "after run", "after comparison"]
+
+
+def test_bonn_qat_before_comparison(events):
+    _, directory, recipes = events[0]
+    assert directory.is_dir()
+    assert recipes == 2
+
+
+def test_bonn_qat_before_run(events):
+    assert events[1] == ("before run", "bonn-scheme-seed0")
+
+
+def test_bonn_qat_after_epoch(events):
+    (_, first, metrics), (_, second, _) = events[2:4]
+    assert (first, second) == (1, 2)
+    assert {"train/loss", "train/kernel", "test/top1"} <= set(metrics)
+
+
+def test_bonn_qat_after_run(events):
+    (_, name, report), (_, failed, nothing) = events[4:6]
+    assert (name, failed) == ("bonn-scheme-seed0", "nobody-scheme-seed0")
+    assert report["size"]["mbit"] > 0
+    assert len(report["epochs"]) == 2
+    assert nothing is None
+
+
+def test_bonn_qat_after_comparison(events):
+    _, directory, page = events[-1]
+    assert page.parent == directory == events[0][1]
+    assert page.exists()
+
+
+def test_a_forward_pass_and_a_loss_call_no_hook(pm):
+    model = binarize(small(), pm=pm)
+    objective = Objective(model, pm=pm)
+    calls: list[str] = []
+    undo = pm.add_hookcall_monitoring(lambda name, *_: calls.append(name), lambda *_: None)
+    try:
+        objective(torch.randn(2, 3, 9, 9), torch.tensor([0, 1]))
+    finally:
+        undo()
+    assert calls == []

@@ -1,0 +1,142 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from bonn_qat import binarize, data, hookimpl, plugins
+from bonn_qat.errors import InvalidData, TrainingDiverged, UnknownName
+from bonn_qat.recipe import Recipe
+from bonn_qat.scheme import Stage
+from bonn_qat.train import build, first_non_finite, steps, train
+
+RECIPE = Recipe(model="wrn10_16", epochs=2, batch_size=32, train_images=96, test_images=64, latents="0.01")
+
+
+@pytest.fixture(scope="module")
+def digits() -> data.Data:
+    return data.load("digits", train_images=96, test_images=64)
+
+
+def test_the_same_recipe_gives_the_same_weights(digits: data.Data) -> None:
+    first, second = (build(RECIPE, digits) for _ in range(2))
+    results = []
+    for model in (first, second):
+        torch.manual_seed(123)
+        results.append(train(model, RECIPE, digits))
+    assert results[0].epochs == results[1].epochs
+    for (name, a), (_, b) in zip(first.state_dict().items(), second.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_every_scheme_starts_from_the_same_float_network(digits: data.Data) -> None:
+    models = {scheme: build(dataclasses.replace(RECIPE, scheme=scheme), digits) for scheme in ("bonn", "xnor", "float")}
+    for name in ("conv1.weight", "fc.weight", "layer1.0.bn1.weight"):
+        assert len({tuple(model.state_dict()[name].flatten().tolist()) for model in models.values()}) == 1
+    signs = {scheme: model.get_submodule("layer1.0.conv1").weight.sign() for scheme, model in models.items()}  # type: ignore[operator,union-attr]
+    assert torch.equal(signs["bonn"], signs["xnor"])
+    assert torch.equal(signs["bonn"], signs["float"])
+
+
+def test_a_result_holds_what_the_run_did(digits: data.Data) -> None:
+    ticks: list[None] = []
+    recipe = dataclasses.replace(RECIPE, stages=(Stage(regularizers={"kernel": 1e-4, "feature": 1e-3}),))
+    result = train(build(recipe, digits), recipe, digits, tick=lambda: ticks.append(None))
+    assert len(ticks) == steps(recipe, digits) == 6
+    assert [epoch["epoch"] for epoch in result.epochs] == [1, 2]
+    last = result.epochs[-1]
+    assert last["train/loss"] == pytest.approx(last["train/task"] + last["train/kernel"] + last["train/feature"])
+    assert result.top1 == last["test/top1"]
+    assert 0 <= result.top1 <= 100
+    assert (result.bits, result.latents, result.recipe) == ("1/1", "0.01", recipe.to_dict())
+    assert len([key for key in last if key.startswith("scale/")]) == 6
+    weights = 16 * 16 * 9
+    histogram = result.histograms["layer1.0.conv1"]
+    assert {"0", "1", "2"} <= set(histogram)
+    assert all(sum(part["counts"]) == weights and len(part["edges"]) == 62 for part in histogram.values())
+
+
+def test_learning_lowers_the_loss() -> None:
+    digits = data.load("digits")
+    recipe = Recipe(model="wrn10_16", epochs=3, latents="0.01")
+    result = train(build(recipe, digits), recipe, digits)
+    assert result.top1 > 40  # chance is 10
+    assert result.epochs[-1]["train/task"] < 0.7 * math.log(10)
+
+
+class _Feature:
+    """Remembers the class centres at the first epoch of the second stage."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+
+    @hookimpl
+    def bonn_qat_after_epoch(self, epoch: int, metrics: dict[str, float]) -> None:
+        self.seen.append((epoch, "train/feature" in metrics))
+
+
+def test_stages_switch_terms_on_and_the_feature_loss_starts_from_measured_classes(digits: data.Data) -> None:
+    stages = (Stage(share=0.5, regularizers={"kernel": 1e-4}), Stage(share=0.5, regularizers={"feature": 1e-3}))
+    recipe = dataclasses.replace(RECIPE, stages=stages)
+    pm, observer = plugins.create_manager(), _Feature()
+    pm.register(observer)
+    result = train(build(recipe, digits), recipe, digits, pm=pm)
+    assert observer.seen == [(1, False), (2, True)]
+    assert "train/kernel" in result.epochs[0]
+    assert "train/kernel" not in result.epochs[1]
+
+
+def test_divergence_names_the_term_and_the_layer(digits: data.Data) -> None:
+    recipe = dataclasses.replace(RECIPE, lr=1e30)
+    with pytest.raises(TrainingDiverged, match=r"bonn-0.01-seed0: the loss term 'task' is nan at epoch 1, step \d"):
+        train(build(recipe, digits), recipe, digits)
+
+
+def test_first_non_finite_looks_at_parameters_then_at_outputs() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    images = torch.full((1, 2), 3e38)
+    assert "first layer whose output is not finite is 0 (Linear)" in first_non_finite(
+        nn.Sequential(_Infinite(), model), images
+    ).replace("0 (_Infinite)", "0 (Linear)")
+    with torch.no_grad():
+        model[1].weight[0, 0] = math.nan
+    assert first_non_finite(model, images) == "the parameter 1.weight is not finite"
+    assert first_non_finite(nn.Sequential(nn.Identity()), images) == "no layer's output is"
+    assert "images hold NaN" in first_non_finite(nn.Sequential(), torch.full((1, 2), math.nan))
+
+
+class _Infinite(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 1e10
+
+
+def test_a_model_with_too_few_classes_is_told(digits: data.Data) -> None:
+    model = binarize(
+        nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+        )
+    )
+    with pytest.raises(InvalidData, match="the model has 3 classes"):
+        train(model, RECIPE, digits)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": "wrn22_61"}, "unknown model 'wrn22_61'; did you mean 'wrn22_64' or 'wrn22_16'"),
+        ({"scheme": "bon"}, "unknown scheme 'bon'; did you mean 'bonn'"),
+        ({"scheme_options": {"granularty": "plane"}}, "unknown option of the scheme 'bonn' 'granularty'; did you mean"),
+        ({"skip": ("layer9",)}, "unknown module of WideResNet in skip 'layer9'; did you mean"),
+    ],
+)
+def test_unknown_names_come_with_the_nearest(digits: data.Data, change: dict[str, object], words: str) -> None:
+    with pytest.raises(UnknownName) as caught:
+        build(dataclasses.replace(RECIPE, **change), digits)  # type: ignore[arg-type]
+    assert words in str(caught.value)
+
+
+def test_scheme_options_reach_the_quantizer(digits: data.Data) -> None:
+    recipe = dataclasses.replace(RECIPE, scheme_options={"granularity": "plane", "shortcut": "block"})
+    shapes = {name: tuple(p.shape) for name, p in build(recipe, digits).named_parameters() if "modulation" in name}
+    assert set(shapes.values()) == {(1, 1, 3, 3)}
