@@ -140,7 +140,7 @@ def _step(arm: str, args: argparse.Namespace, batch: int) -> Callable[[], None]:
         for term in losses:
             loss = loss + term(targets)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return step

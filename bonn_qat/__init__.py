@@ -1,10 +1,15 @@
 """1-bit networks for PyTorch: BONN and its baselines as quantization-aware training."""
 
 from bonn_qat.binarize import Binarization, binarize
+from bonn_qat.diagnose import diagnose
 from bonn_qat.errors import BonnQatError
-from bonn_qat.hookspecs import hookimpl, hookspec
+from bonn_qat.hookspecs import hookimpl
+from bonn_qat.objective import Objective, parameter_groups
+from bonn_qat.recipe import Recipe
 from bonn_qat.regularizers import CenterLoss, FeatureLoss, KernelLoss, Regularizer, Step
 from bonn_qat.scheme import Scheme, Stage
+from bonn_qat.summary import summary
+from bonn_qat.train import train
 
 __all__ = [
     "Binarization",
@@ -12,11 +17,16 @@ __all__ = [
     "CenterLoss",
     "FeatureLoss",
     "KernelLoss",
+    "Objective",
+    "Recipe",
     "Regularizer",
     "Scheme",
     "Stage",
     "Step",
     "binarize",
+    "diagnose",
     "hookimpl",
-    "hookspec",
+    "parameter_groups",
+    "summary",
+    "train",
 ]

@@ -23,9 +23,11 @@ BONN = Scheme(
 
 @hookimpl
 def bonn_qat_schemes() -> Iterable[Scheme]:
+    """Offer ``bonn``."""
     yield BONN
 
 
 @hookimpl
 def bonn_qat_regularizers() -> Iterable[type[Regularizer]]:
+    """Offer ``kernel``, ``feature`` and ``center``."""
     yield from (KernelLoss, FeatureLoss, CenterLoss)

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -53,11 +53,11 @@ def compare(
     from bonn_qat import compare as comparing
     from bonn_qat.data import load
     from bonn_qat.recipe import Recipe
-    from bonn_qat.report import terminal_table
+    from bonn_qat.report import differences, terminal_table
     from bonn_qat.results import PAGE
 
     base = Recipe.from_toml(recipe) if recipe else Recipe.default(data)
-    flags = {
+    flags: dict[str, Any] = {
         "data": data if recipe is None or data != "digits" else base.data,
         "model": model,
         "epochs": epochs,
@@ -80,6 +80,8 @@ def compare(
     with _stoppable(directory), _progress(len(planned)) as watch:
         comparison = comparing.compare(planned, loaded, directory, watch=watch)
     console.print(terminal_table(comparison))
+    for difference in differences(comparison):
+        console.print(str(difference), soft_wrap=True, markup=False)
     console.print(f"report: {directory / PAGE}", soft_wrap=True)
     for name, reason in comparison.failures.items():
         console.print(f"failed: {name}: {reason}", soft_wrap=True, markup=False)

@@ -1,10 +1,9 @@
 """compare: the same network, data order and budget for every scheme, seed and start of the latent weights."""
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pluggy
@@ -26,7 +25,7 @@ from bonn_qat.results import (
     write_manifest,
     write_run,
 )
-from bonn_qat.train import build, steps, train
+from bonn_qat.train import build, check, steps, train
 
 ARMS = ("float", "xnor", "bireal", "pcnn", "bonn")
 
@@ -70,10 +69,12 @@ def compare(
     diverges is reported as failed, and the others go on. ``watch(recipe, steps)`` gives a context in which the
     value is called after each step.
 
-    Raises InvalidData for a directory that holds another comparison. An interruption or a full disk is raised
-    again after the report is written.
+    Raises UnknownName before anything is run, InvalidData for a directory that holds another comparison. An
+    interruption or a full disk is raised again after the report is written.
     """
     hook = (pm or plugins.manager()).hook
+    for recipe in recipes:
+        check(recipe, pm)
     comparison = _begin(recipes, data, directory)
     hook.bonn_qat_before_comparison(directory=directory, recipes=list(recipes))
     try:
@@ -98,7 +99,7 @@ def _begin(recipes: Sequence[Recipe], data: Data, directory: Path) -> Comparison
     results: Sequence[RunResult] = ()
     if (directory / MANIFEST).exists():
         before = read_comparison(directory)
-        wanted = {recipe.name: _as_read(recipe) for recipe in recipes}
+        wanted = {recipe.name: recipe.to_dict() for recipe in recipes}
         if dict(before.data) != described or any(
             wanted.get(run.name, run.recipe) != run.recipe for run in before.results
         ):
@@ -113,10 +114,6 @@ def _begin(recipes: Sequence[Recipe], data: Data, directory: Path) -> Comparison
     return comparison
 
 
-def _as_read(recipe: Recipe) -> object:
-    return json.loads(json.dumps(recipe.to_dict()))
-
-
 def _run(
     comparison: Comparison,
     recipe: Recipe,
@@ -124,8 +121,6 @@ def _run(
     watch: Callable[[Recipe, int], contextlib.AbstractContextManager[Callable[[], None]]],
     pm: pluggy.PluginManager | None,
 ) -> Comparison:
-    hook = (pm or plugins.manager()).hook
-    result: RunResult | None = None
     try:
         model = build(recipe, data, pm)
         with watch(recipe, steps(recipe, data)) as tick:
@@ -136,8 +131,6 @@ def _run(
         comparison = replace(comparison, failures={**comparison.failures, recipe.name: str(error)})
         write_manifest(comparison)
         return comparison
-    finally:
-        hook.bonn_qat_after_run(recipe=recipe, report=None if result is None else asdict(result))
     return replace(comparison, results=[*comparison.results, result])
 
 

@@ -67,7 +67,7 @@ class TensorData(Data):
 
     def train_batches(self, batch_size: int, generator: torch.Generator, *, augment: bool) -> Iterator[Batch]:
         images, targets = self._train
-        for indices in torch.randperm(len(images), generator=generator).split(batch_size):
+        for indices in torch.split(torch.randperm(len(images), generator=generator), batch_size):
             if len(indices) == 1 < len(images):
                 continue  # batch statistics of one image are no statistics
             batch = images[indices]
@@ -82,7 +82,7 @@ class TensorData(Data):
         return self._in_order(self._train, batch_size)
 
     def _in_order(self, part: Batch, batch_size: int) -> Iterator[Batch]:
-        for images, targets in zip(*(tensor.split(batch_size) for tensor in part), strict=True):
+        for images, targets in zip(*(torch.split(tensor, batch_size) for tensor in part), strict=True):
             yield self._standardise(images), targets
 
 

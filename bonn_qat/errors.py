@@ -3,7 +3,6 @@
 import difflib
 from collections.abc import Iterable
 
-
 _LISTED = 40  # names that a reader still looks through
 
 

@@ -31,7 +31,7 @@ def _next_above(bound: float, dtype: torch.dtype) -> float:
 def _inside(grad: Tensor, x: Tensor, clip: float) -> Tensor:
     # hardtanh's backward is one fused pass but excludes its bounds; the papers include them.
     bound = _next_above(clip, x.dtype)
-    return torch.ops.aten.hardtanh_backward(grad, x, -bound, bound)
+    return cast(Tensor, torch.ops.aten.hardtanh_backward(grad, x, -bound, bound))
 
 
 class _SteSign(torch.autograd.Function):
@@ -42,7 +42,7 @@ class _SteSign(torch.autograd.Function):
         return sign(x)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         return _inside(grad, x, ctx.clip), None
@@ -63,10 +63,10 @@ class _ApproxSign(torch.autograd.Function):
         return sign(x)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return x.abs().clamp_(max=1).neg_().add_(1).mul_(2).mul_(grad)
+        return cast(Tensor, x.abs().clamp_(max=1).neg_().add_(1).mul_(2).mul_(grad))
 
 
 def approx_sign(x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class _BonnBinarize(torch.autograd.Function):
         return sign(latent) * modulation.mean()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         latent, modulation = ctx.saved_tensors
         inside = _inside(grad, modulation * latent, 1.0)
@@ -119,7 +119,7 @@ class _BinaryConv2d(torch.autograd.Function):
         return sums.mul_(scale.abs().reshape(-1, 1, 1))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, value = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
@@ -161,7 +161,7 @@ class _PReLU(torch.autograd.Function):
         return torch.prelu(x, slope)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, slope = ctx.saved_tensors
         slope_less_one = (slope - 1).reshape(-1, *[1] * (x.ndim - 2))
@@ -187,24 +187,25 @@ class _KernelLoss(torch.autograd.Function):
     def forward(
         ctx: Any, latent: Tensor, modulation: Tensor, scale: Tensor, mu: Tensor, sigma: Tensor, nu: float
     ) -> Tensor:
-        signs = sign(latent)
-        error = modulation * latent - scale * signs
-        per_kernel = (-1, *[1] * (latent.ndim - 1))
-        spread = signs * latent - mu.reshape(per_kernel)
-        scaled = spread / sigma.reshape(per_kernel) ** 2
-        mahalanobis = (spread * scaled).flatten(1).mean(1)
-        ctx.save_for_backward(
-            error * modulation + nu * signs * scaled,  # (13)
-            (error * latent).sum_to_size(modulation.shape),  # (16)
-            -nu * scaled.flatten(1).mean(1),  # (17)
-            nu * (1 - mahalanobis) / sigma,  # (18)
-        )
-        elements = latent[0].numel()
+        # With s = sign(X): X^ - w X = s (scale - w |X|), so that all but (13) is a matter of |X|.
+        magnitude = latent.abs()
+        error = (modulation * magnitude).sub_(scale)
+        per_kernel = (*mu.shape, *[1] * (latent.ndim - mu.ndim))
+        precision = sigma.square().reciprocal_()
+        spread = magnitude - mu.reshape(per_kernel)
+        mahalanobis = spread.square().flatten(mu.ndim).mean(-1).mul_(precision)
+        elements = latent.numel() // mu.numel()
         prior = elements * (mahalanobis + 2 * sigma.log()).sum()
-        return 0.5 * (error.square().sum() + nu * prior)
+        loss = 0.5 * (error.square().sum() + nu * prior)
+        dmu = spread.flatten(mu.ndim).mean(-1).mul_(precision).mul_(-nu)  # (17)
+        dmodulation = magnitude.mul_(error).sum_to_size(modulation.shape)  # (16)
+        dlatent = error.mul_(modulation).addcmul_(spread, precision.reshape(per_kernel), value=nu)
+        dlatent.mul_(sign(latent))  # (13)
+        ctx.save_for_backward(dlatent, dmodulation, dmu, (1 - mahalanobis).mul_(nu).div_(sigma))  # and (18)
+        return loss
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dlatent, dmodulation, dmu, dsigma = (grad * saved for saved in ctx.saved_tensors)
         return dlatent, dmodulation, None, dmu, dsigma, None
@@ -213,17 +214,18 @@ class _KernelLoss(torch.autograd.Function):
 def kernel_loss(
     latent: Tensor, modulation: Tensor, mu: Tensor, sigma: Tensor, *, nu: float, scale: Tensor | None = None
 ) -> Tensor:
-    """One layer's Bayesian kernel loss: the first sum of (9) without its lambda; a scalar.
+    """The Bayesian kernel loss of a layer: the first sum of (9) without its lambda; a scalar.
 
     ``1/2 sum_i { ||X^_i - w X_i||^2 + nu sum_k (|X_ik| - mu_i)^2 / sigma_i^2 + nu K log sigma_i^2 }``
     with ``X^ = scale * sign(X)`` held constant and ``scale = mean(w)`` unless given, ``()`` or
-    ``(O, 1, 1, 1)``.
+    ``(O, 1, 1, 1)``. Of layers of one shape, stacked along a new first axis of every argument, the sum.
 
     Gradients are the paper's: (13) to X and (16) to w are the derivatives of (9); (17) to mu and (18) to
     sigma are its derivatives divided by the kernel's number of elements K, as printed.
     """
     if scale is None:
-        scale = modulation.detach().mean()
+        layers = modulation.detach().flatten(mu.ndim - 1).mean(-1)
+        scale = layers.reshape(*layers.shape, *[1] * (latent.ndim - layers.ndim))
     return cast(Tensor, _KernelLoss.apply(latent, modulation, scale, mu, sigma, nu))
 
 

@@ -1,6 +1,7 @@
 """Layers: the binary convolution, and what becomes of a float layer by default."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ class BinaryConv2d(nn.Conv2d):
 
     weight_quant: WeightQuantizer
     input_quant: ActivationQuantizer | None
+    norm: nn.Module
 
     @classmethod
     def from_float(cls, conv: nn.Conv2d, scheme: Scheme, *, normalize: bool = True) -> "BinaryConv2d":
@@ -48,7 +50,7 @@ class BinaryConv2d(nn.Conv2d):
 
     @torch.no_grad()
     def adopt(self, latent_std: float | None) -> None:
-        """Start from the float weights that stand in ``weight``: the quantizer's parameters, then the latents' scale."""
+        """Start from the float weights that ``weight`` holds: the quantizer's parameters, then the latents' scale."""
         self.weight_quant.adopt(self.weight)
         if latent_std is not None:
             self.weight.mul_(latent_std / self.weight.std())
@@ -57,13 +59,11 @@ class BinaryConv2d(nn.Conv2d):
         x = self.norm(input)
         if self.input_quant is not None:
             x, _ = self.input_quant.quantize(x)
-        padding: Any = self.padding
+        stride, padding, dilation = cast(tuple[Any, Any, Any], (self.stride, self.padding, self.dilation))
         if self._explicit_padding is not None:
             x, padding = F.pad(x, *self._explicit_padding), (0, 0)
         value, scale = self.weight_quant.quantize(self.weight)
-        y = functional.binary_conv2d(
-            x, value, scale, self.stride, padding, self.dilation, self.groups  # type: ignore[arg-type]
-        )
+        y = functional.binary_conv2d(x, value, scale, stride, padding, dilation, self.groups)
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
 
 
@@ -73,9 +73,9 @@ def bonn_qat_binarize_layer(scheme: Scheme, name: str, layer: nn.Module, parent:
 
     A ``parent`` with a true attribute ``normalizes_input`` has its own norm before the convolution.
     """
-    if hasattr(layer, "binary_form"):
-        form: nn.Module = layer.binary_form(scheme)
-        return form
+    binary_form: Callable[[Scheme], nn.Module] | None = getattr(layer, "binary_form", None)
+    if binary_form is not None:
+        return binary_form(scheme)
     if isinstance(layer, nn.Conv2d) and not isinstance(layer, BinaryConv2d):
         return BinaryConv2d.from_float(layer, scheme, normalize=not getattr(parent, "normalizes_input", False))
     if isinstance(layer, nn.ReLU | nn.ReLU6) and scheme.nonlinearity is not None:

@@ -4,8 +4,8 @@ import functools
 import importlib
 import importlib.metadata
 import os
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol, TypeVar
+from collections.abc import Iterable
+from typing import Any, Protocol, TypeVar, cast
 
 import pluggy
 
@@ -20,8 +20,6 @@ DEFAULT_PLUGINS = ("bonn_qat.bonn", "bonn_qat.layers")
 class _Named(Protocol):
     @property
     def name(self) -> str: ...
-
-
 
 
 def create_manager(*, entry_points: bool = True) -> pluggy.PluginManager:
@@ -48,14 +46,21 @@ def create_manager(*, entry_points: bool = True) -> pluggy.PluginManager:
 
 
 def _load_installed(manager: pluggy.PluginManager) -> None:
+    entries = importlib.metadata.entry_points(group=hookspecs.PROJECT)
+    # pluggy would pass over the second of two entry points of one name without a word.
+    for entry in entries:
+        owners = sorted({other.dist.name for other in entries if other.name == entry.name and other.dist})
+        if len(owners) > 1:
+            raise PluginConflict(
+                f"two plugins have the entry point {entry.name!r}: {' and '.join(owners)}; uninstall one"
+            )
     wanted = os.environ.get("BONN_QAT_PLUGINS")
     if wanted is None:
         manager.load_setuptools_entrypoints(hookspecs.PROJECT)
         return
     for name in dict.fromkeys(filter(None, (part.strip() for part in wanted.split(",")))):
         if not manager.load_setuptools_entrypoints(hookspecs.PROJECT, name=name):
-            known = {entry.name for entry in importlib.metadata.entry_points(group=hookspecs.PROJECT)}
-            raise UnknownName("plugin in BONN_QAT_PLUGINS", name, known)
+            raise UnknownName("plugin in BONN_QAT_PLUGINS", name, {entry.name for entry in entries})
 
 
 @functools.cache
@@ -97,8 +102,8 @@ def _offers(kind: str, hook: pluggy.HookCaller) -> dict[str, Any]:
     found: dict[str, Any] = {}
     owner: dict[str, str] = {}
     for implementation in hook.get_hookimpls():
-        offer: Callable[[], Iterable[_Named]] = implementation.function
-        for item in offer():
+        items: Iterable[_Named] = cast(Any, implementation.function)()
+        for item in items:
             if item.name in found:
                 first, second = owner[item.name], implementation.plugin_name
                 raise PluginConflict(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bonn_qat import functional
+from bonn_qat.errors import InvalidRecipe
 
 
 class Quantized(NamedTuple):
@@ -44,9 +45,9 @@ class _Quantizer(nn.Module, ABC):
 
 
 class WeightQuantizer(_Quantizer):
-    """Binarizes latent weights ``(O, I, kh, kw)`` or ``(O, I)`` to ``scale * {-1, +1}``, scale ``()`` or ``(O, 1, ...)``."""
+    """Binarizes latent weights ``(O, I, ...)`` to ``scale * {-1, +1}``, scale ``()`` or ``(O, 1, ...)``."""
 
-    def adopt(self, weight: Tensor) -> None:  # noqa: B027 (most quantizers have nothing to derive)
+    def adopt(self, weight: Tensor) -> None:
         """Derive the quantizer's own parameters from float weights, in place."""
 
 
@@ -60,12 +61,15 @@ class BonnWeight(WeightQuantizer):
 
     ``modulation`` is ``(1, I, kh, kw)``, the reading of the ICCV paper, or with ``granularity="plane"``
     ``(1, 1, kh, kw)``, that of the authors' book. It starts at the mean of ``|weight|`` in every element.
+    Raises InvalidRecipe for another ``granularity``.
     """
 
-    parameter_rules = {"modulation": ParameterRule(lr_scale=0.1)}
+    parameter_rules: ClassVar[Mapping[str, ParameterRule]] = {"modulation": ParameterRule(lr_scale=0.1)}
 
     def __init__(self, weight: Tensor, *, granularity: Literal["kernel", "plane"] = "kernel") -> None:
         super().__init__()
+        if granularity not in ("kernel", "plane"):
+            raise InvalidRecipe(f"the granularity of BONN's modulation is 'kernel' or 'plane'; got {granularity!r}")
         shape = list(weight.shape)
         shape[0] = 1
         if granularity == "plane" and weight.ndim > 2:

@@ -1,6 +1,7 @@
 """Recipe: everything that one training run depends on, as frozen data that is read from TOML."""
 
 import importlib.resources
+import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -87,8 +88,9 @@ class Recipe:
         return std
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain data; :meth:`from_dict` is its inverse."""
-        return asdict(self)
+        """Nested data as JSON and TOML have it; :meth:`from_dict` is its inverse."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "Recipe":
@@ -143,5 +145,7 @@ def _coerce(kind: str, key: str, value: Any, hint: Any) -> Any:
     if origin is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool):
-        raise InvalidRecipe(f"{key} of a {kind} is {value!r}; a value of type {getattr(origin, '__name__', origin)} is needed")
+        raise InvalidRecipe(
+            f"{key} of a {kind} is {value!r}; a value of type {getattr(origin, '__name__', origin)} is needed"
+        )
     return value

@@ -19,6 +19,8 @@ from bonn_qat.modes import modes
 from bonn_qat.policy import classifier as find_classifier
 from bonn_qat.quantizers import ParameterRule, WeightQuantizer
 
+_STACKED = 2**17  # elements
+
 
 class Step(NamedTuple):
     """What a regularizer may look at: targets ``(B,)``, and the features ``(B, D)`` that its tap caught."""
@@ -69,7 +71,7 @@ class Regularizer(nn.Module, ABC):
     def forward(self, targets: Tensor | None = None) -> Tensor:
         return self.weight * self.loss(Step(targets, None))
 
-    def start(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:  # noqa: B027 (most need nothing)
+    def start(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Prepare at the start of a stage that uses the term; ``batches`` is one pass over the training set."""
 
 
@@ -86,7 +88,10 @@ class KernelLoss(Regularizer):
     """
 
     name = "kernel"
-    parameter_rules = {"mu": ParameterRule(decay=False), "sigma": ParameterRule(lr_scale=0.1, decay=False)}
+    parameter_rules: ClassVar[Mapping[str, ParameterRule]] = {
+        "mu": ParameterRule(decay=False),
+        "sigma": ParameterRule(lr_scale=0.1, decay=False),
+    }
 
     def __init__(self, model: nn.Module, *, weight: float = 1e-4, nu: float = 1e-4, min_sigma: float = 1e-3) -> None:
         super().__init__(weight=weight)
@@ -95,30 +100,32 @@ class KernelLoss(Regularizer):
         self._layers = tuple(binary_weight_layers(model).values())
         if not self._layers:
             raise InvalidModel(f"no binary weights in {type(model).__name__}; binarize it before making the loss")
-        self._kernels = [layer.weight.shape[0] for layer in self._layers]  # type: ignore[union-attr,index]
-        latents = [layer.weight.detach().flatten(1) for layer in self._layers]  # type: ignore[operator,union-attr]
+        self._kernels: list[int] = [layer.weight.shape[0] for layer in self._layers]  # type: ignore[index,misc]
+        latents = [layer.weight.detach().flatten(1) for layer in self._layers]  # type: ignore[operator]
         self.mu = nn.Parameter(torch.cat([x.abs().mean(1) for x in latents]))
         self.sigma = nn.Parameter(torch.cat([x.std(1).clamp(min=min_sigma) for x in latents]))
 
     def loss(self, step: Step) -> Tensor:
         with torch.no_grad():
             self.sigma.clamp_(min=self.min_sigma)
-        total = self.mu.new_zeros(())
-        for layer, mu, sigma in zip(
-            self._layers, self.mu.split(self._kernels), self.sigma.split(self._kernels), strict=True
-        ):
+        stacks: dict[tuple[Any, ...], list[tuple[Tensor, ...]]] = {}
+        kernels = zip(self._layers, *(torch.split(x, self._kernels) for x in (self.mu, self.sigma)), strict=True)
+        for layer, mu, sigma in kernels:
             latent: Any = layer.weight
-            quantizer = _tensor_quant(layer)
-            modulation = getattr(quantizer, "modulation", None)
-            if modulation is not None:
-                term = functional.kernel_loss(latent, modulation, mu, sigma, nu=self.nu)
-            else:
-                # A clone, because Brevitas' stock quantizer clamps the latent weights that it is given.
-                with torch.no_grad():
-                    scale = quantizer(latent.clone())[1]
-                term = functional.kernel_loss(latent, scale, mu, sigma, nu=self.nu, scale=scale)
-            total = total + term
-        return total
+            modulation, is_learned = _modulation(_tensor_quant(layer), latent)
+            key = latent.shape, modulation.shape, is_learned
+            stacks.setdefault(key, []).append((latent, modulation, mu, sigma))
+        terms = []
+        for (shape, _, is_learned), members in stacks.items():
+            # Small layers cost what their many small operations cost, so those of one shape are stacked;
+            # large ones would no longer fit into the cache.
+            most = max(1, _STACKED // math.prod(shape))
+            for stack in (members[i : i + most] for i in range(0, len(members), most)):
+                columns = zip(*stack, strict=True)
+                parts = stack[0] if len(stack) == 1 else [torch.stack(column) for column in columns]
+                scale = None if is_learned else parts[1]
+                terms.append(functional.kernel_loss(*parts, nu=self.nu, scale=scale))
+        return torch.stack(terms).sum()
 
 
 class _ClassCentres(Regularizer):
@@ -141,7 +148,9 @@ class _ClassCentres(Regularizer):
         features = getattr(head, "in_features", None) or getattr(head, "in_channels", None)
         classes = num_classes or getattr(head, "out_features", None) or getattr(head, "out_channels", None)
         if not isinstance(features, int) or not isinstance(classes, int):
-            raise InvalidModel(f"the classifier {name!r} is a {type(head).__name__}; a Linear or Conv2d layer is needed")
+            raise InvalidModel(
+                f"the classifier {name!r} is a {type(head).__name__}; a Linear or Conv2d layer is needed"
+            )
         self.alpha = alpha
         self._tap = _Tap()
         head.register_forward_pre_hook(self._tap)
@@ -168,7 +177,10 @@ class _ClassCentres(Regularizer):
 
     @torch.no_grad()
     def measure(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Set the centres to the class means over ``batches``; returns (standard deviations ``(M, D)``, counts ``(M, 1)``)."""
+        """Set the centres to the class means over ``batches``; returns the standard deviations and the counts.
+
+        They are ``(M, D)`` and ``(M, 1)``.
+        """
         (model,) = self._model
         count = torch.zeros_like(self.centres[:, :1], dtype=torch.float64)
         total, squares = (torch.zeros_like(self.centres, dtype=torch.float64) for _ in range(2))
@@ -199,7 +211,7 @@ class FeatureLoss(_ClassCentres):
     """
 
     name = "feature"
-    parameter_rules = {"sigma": ParameterRule(decay=False)}
+    parameter_rules: ClassVar[Mapping[str, ParameterRule]] = {"sigma": ParameterRule(decay=False)}
 
     def __init__(
         self,
@@ -225,8 +237,7 @@ class FeatureLoss(_ClassCentres):
         features, targets = self._inputs(step)
         with torch.no_grad():
             self.sigma.clamp_(min=self.min_sigma)
-        # A copy, because the centres move before the backward pass reads them.
-        loss = functional.feature_loss(features, targets, self.centres.clone(), self.sigma)
+        loss = functional.feature_loss(features, targets, self.centres, self.sigma)
         if self.training:
             self._move_centres(features.detach(), targets)
         return loss
@@ -261,7 +272,7 @@ class CenterLoss(_ClassCentres):
 
 
 def check_targets(targets: Tensor, classes: int) -> None:
-    """Raise InvalidData unless every target is a class index; on the CPU only, where looking costs no synchronisation."""
+    """Raise InvalidData unless every target is a class index; only on a CPU, where looking needs no synchronisation."""
     if targets.device.type != "cpu" or torch.compiler.is_compiling() or not len(targets):
         return
     low, high = int(targets.min()), int(targets.max())
@@ -284,6 +295,17 @@ def _bits(quantizer: Any) -> float | None:
     # Brevitas' binary and ternary quantizers hold a module that gives the bits; others are never binary.
     width = getattr(quantizer, "bit_width", None)
     return float(width()) if isinstance(width, nn.Module) else None
+
+
+def _modulation(quantizer: Any, latent: Tensor) -> tuple[Tensor, bool]:
+    """The learned modulation, or the scale of latents ``(O, ...)`` with as many axes; and which of the two it is."""
+    modulation = getattr(quantizer, "modulation", None)
+    if modulation is not None:
+        return modulation, True
+    # A clone, because Brevitas' stock quantizer clamps the latent weights that it is given.
+    with torch.no_grad():
+        scale = quantizer(latent.clone())[1]
+    return scale.reshape(scale.shape or [1] * latent.ndim), False
 
 
 def _tensor_quant(layer: nn.Module) -> Any:

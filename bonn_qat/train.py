@@ -5,10 +5,10 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pluggy
 import torch
@@ -34,23 +34,32 @@ def recipe_scheme(recipe: Recipe, pm: pluggy.PluginManager | None = None) -> Sch
     return scheme if recipe.latents == "scheme" else replace(scheme, latent_std=recipe.latent_std)
 
 
-def build(recipe: Recipe, data: Data, pm: pluggy.PluginManager | None = None) -> nn.Module:
-    """The recipe's network for ``data``, binarized. The same seed gives every scheme the same float start.
-
-    Raises UnknownName for a model or scheme that nobody offers.
-    """
+def check(recipe: Recipe, pm: pluggy.PluginManager | None = None) -> None:
+    """Raise UnknownName for a model, scheme, option or regularizer of the recipe that nobody offers."""
     import timm
 
     import bonn_qat.models  # noqa: F401 (registers the paper's networks with timm)
 
     if not timm.is_model(recipe.model):
         raise UnknownName("model", recipe.model, timm.list_models())
-    scheme = recipe_scheme(recipe, pm)
+    for stage in recipe.stages or recipe_scheme(recipe, pm).stages:
+        for name in stage.regularizers:
+            plugins.find_regularizer(name, pm)
+
+
+def build(recipe: Recipe, data: Data, pm: pluggy.PluginManager | None = None) -> nn.Module:
+    """The recipe's network for ``data``, binarized. The same seed gives every scheme the same float start.
+
+    Raises what :func:`check` and :func:`bonn_qat.binarize` raise.
+    """
+    import timm
+
+    check(recipe, pm)
     torch.manual_seed(recipe.seed)
     model: nn.Module = timm.create_model(
         recipe.model, num_classes=data.classes, in_chans=data.image[0], **recipe.model_options
     )
-    return binarize(model, scheme, skip=recipe.skip, inplace=True, pm=pm)
+    return binarize(model, recipe_scheme(recipe, pm), skip=recipe.skip, inplace=True, pm=pm)
 
 
 def train(
@@ -73,10 +82,16 @@ def train(
     run = _Run(model, recipe, data, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), tick, pm)
     hook = (pm or plugins.manager()).hook
     hook.bonn_qat_before_run(recipe=recipe, model=model)
-    for epoch in range(1, recipe.epochs + 1):
-        metrics = run.epoch(epoch)
-        hook.bonn_qat_after_epoch(recipe=recipe, epoch=epoch, metrics=metrics)
-    return run.result()
+    report: dict[str, Any] | None = None
+    try:
+        for epoch in range(1, recipe.epochs + 1):
+            metrics = run.epoch(epoch)
+            hook.bonn_qat_after_epoch(recipe=recipe, epoch=epoch, metrics=metrics)
+        result = run.result()
+        report = asdict(result)
+    finally:
+        hook.bonn_qat_after_run(recipe=recipe, report=report)
+    return result
 
 
 def steps(recipe: Recipe, data: Data) -> int:
@@ -212,7 +227,7 @@ class _Run:
         term = next((name for name, value in losses.terms.items() if not bool(torch.isfinite(value))), "the sum")
         where = first_non_finite(self.model, images)
         raise TrainingDiverged(
-            f"{self.recipe.name}: the loss term {term!r} is {losses.terms.get(term, losses.total).item()} at epoch "
+            f"the loss term {term!r} is {losses.terms.get(term, losses.total).item()} at epoch "
             f"{epoch}, step {step + 1}; {where}; try a lower lr than {self.recipe.lr:g}"
         )
 
@@ -222,7 +237,7 @@ class _Run:
         if epoch not in {0, 1, 2, total // 4, total // 2, total}:
             return
         for name, layer in self.watched.items():
-            weights = layer.weight.detach().float().cpu().flatten()
+            weights = cast(Tensor, layer.weight).detach().float().cpu().flatten()
             bound = float(weights.abs().max().clamp(min=1e-12))
             counts = torch.histc(weights, _BINS, -bound, bound)
             edges = torch.linspace(-bound, bound, _BINS + 1)

@@ -285,7 +285,9 @@ def test_without_quant_tensors_the_model_exports() -> None:
     assert net.conv.quant_weight().bit_width == 1
 
 
-@pytest.mark.parametrize(("weight", "act"), [(WEIGHT, ACT), (SignedBinaryWeightPerTensorConst, SignedBinaryActPerTensorConst)])
+@pytest.mark.parametrize(
+    ("weight", "act"), [(WEIGHT, ACT), (SignedBinaryWeightPerTensorConst, SignedBinaryActPerTensorConst)]
+)
 def test_the_losses_see_brevitas_layers(weight: Any, act: Any) -> None:
     net = Net(weight, act)
     latent = net.conv.weight.detach().clone().mul_(30)

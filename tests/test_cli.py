@@ -56,7 +56,7 @@ def test_bad_input_gives_one_line_and_an_exit_code(
 
 def test_a_failed_run_gives_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["compare", "--schemes", "bonn", *TINY, "--lr", "1e30", "--output", str(tmp_path)]) == 1
-    assert "failed: bonn-0.01-seed0: bonn-0.01-seed0: the loss term" in capsys.readouterr().out
+    assert "failed: bonn-0.01-seed0: the loss term" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

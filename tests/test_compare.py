@@ -116,7 +116,7 @@ def test_a_full_disk_leaves_no_half_written_result(
     compare(planned, digits, tmp_path)
     monkeypatch.setattr("bonn_qat.results.os.fsync", full)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
-    with pytest.raises(InvalidData, match="cannot write results to .*: No space left on device"):
+    with pytest.raises(InvalidData, match=r"cannot write results to .*: No space left on device"):
         compare(plan(RECIPE, schemes=["float", "bonn"]), digits, tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.json")} == before
     assert not list(tmp_path.rglob(".*"))
@@ -147,7 +147,7 @@ def test_damaged_results_are_named(tmp_path: Path, digits: data.Data) -> None:
         (json.dumps({"format": 1, "name": "x"}), "is not a run's result"),
     ):
         run.write_text(content)
-        with pytest.raises(InvalidData, match=f"float-float-seed0.json {words}"):
+        with pytest.raises(InvalidData, match=rf"float-float-seed0\.json {words}"):
             read_comparison(tmp_path)
     with pytest.raises(InvalidData, match="cannot read"):
         read_comparison(tmp_path / "nowhere")

@@ -76,6 +76,13 @@ def test_shares_are_those_of_a_norm_with_the_statistics_of_the_batch():
     assert diagnose(model, images).shares == {"1": pytest.approx(share, abs=0.01)}
 
 
+def test_dropout_is_off():
+    model = binarize(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Dropout(0.9), nn.Conv2d(3, 3, 1)), NAIVE)
+    images = torch.randn(4, 3, 9, 9)
+    share = (model[0](images) >= 0).float().mean().item()
+    assert diagnose(model, images).shares == {"2": pytest.approx(share)}
+
+
 def test_a_norm_outside_the_binary_layer_counts():
     class Block(nn.Module):
         normalizes_input = True

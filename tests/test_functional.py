@@ -367,6 +367,20 @@ def test_kernel_loss_takes_a_given_scale_in_place_of_a_modulation(per_filter):
     assert relative_error(problem["X"].grad, central_differences(moved, latent, 1e-2)) < 1e-6
 
 
+@pytest.mark.parametrize("granularity", SHAPES)
+def test_kernel_loss_of_stacked_layers_is_the_sum_over_them(granularity):
+    layers = [kernel_problem(granularity) for _ in range(3)]
+    for depth, problem in enumerate(layers):
+        for name in problem:
+            problem[name] = (problem[name].detach() * (1 + depth)).requires_grad_()
+    values, gradients = zip(*(gradients_of_kernel_loss(problem, 0.3) for problem in layers), strict=True)
+    stacked = {name: torch.stack([problem[name] for problem in layers]) for name in layers[0]}
+    value, together = gradients_of_kernel_loss(stacked, 0.3)
+    assert value == pytest.approx(sum(values), rel=1e-12)
+    for name, gradient in together.items():
+        assert relative_error(gradient, np.stack([one[name] for one in gradients])) < 1e-6, name
+
+
 def test_kernel_loss_has_no_gradient_for_mu_and_sigma_at_their_fixed_point():
     latent = kernel_problem()["X"].detach()
     magnitudes = latent.abs().flatten(1)

@@ -46,7 +46,9 @@ def test_every_parameter_learns(model: nn.Module, batch: tuple[Tensor, Tensor]) 
     assert set(still) <= {"model.0.bias"}
 
 
-def test_a_weight_of_zero_switches_a_term_and_its_parameters_off(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+def test_a_weight_of_zero_switches_a_term_and_its_parameters_off(
+    model: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
     objective = Objective(model)
     objective.set_weights({"kernel": 1e-3})
     losses = objective(*batch)
@@ -96,7 +98,7 @@ def test_compiled_whole_without_a_graph_break(model: nn.Module, batch: tuple[Ten
     objective = Objective(model)
     expected = objective(*batch)
     compiled = torch.compile(objective, backend="eager", fullgraph=True)
-    objective.regularizers["feature"].centres.zero_()  # type: ignore[operator,union-attr]
+    objective.regularizers["feature"].centres.zero_()
     losses = compiled(*batch)
     torch.testing.assert_close(losses.total, expected.total)
     losses.total.backward()

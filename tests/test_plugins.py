@@ -3,6 +3,7 @@
 The plugins here are installed for real, as a module and a ``dist-info`` folder on the path.
 """
 
+import importlib.metadata
 import sys
 import textwrap
 from collections.abc import Callable
@@ -27,10 +28,14 @@ SCHEME = """
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Installs a plugin from source; what else is installed on the machine is out of sight."""
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("BONN_QAT_PLUGINS", raising=False)
+    everywhere = importlib.metadata.distributions
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda **_: everywhere(path=[str(tmp_path)]))
 
-    def write(name: str, source: str) -> None:
-        module = f"bonn_qat_test_{name}"
+    def write(name: str, source: str, distribution: str | None = None) -> None:
+        module = f"bonn_qat_test_{distribution or name}"
         (tmp_path / f"{module}.py").write_text(textwrap.dedent(source))
         info = tmp_path / f"{module}-1.0.dist-info"
         info.mkdir()
@@ -58,7 +63,7 @@ def test_a_fresh_manager_has_the_default_plugins_and_no_other(install: Callable[
 def test_an_installed_plugin_is_found_by_its_entry_point(install: Callable[[str, str], None]):
     install("extra", SCHEME.format(name="extra"))
     manager = plugins.create_manager()
-    assert "extra" in names(manager)
+    assert names(manager) == {*plugins.DEFAULT_PLUGINS, "extra"}
     assert plugins.find_scheme("extra", manager).title == "Mine"
     assert plugins.find_scheme("bonn", manager) is BONN
 
@@ -91,6 +96,13 @@ def test_a_hook_that_does_not_fit_names_its_plugin(
         plugins.create_manager()
     assert complaint in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_two_entry_points_of_one_name_name_both_distributions(install: Callable[..., None]):
+    install("same", SCHEME.format(name="one"), "first")
+    install("same", SCHEME.format(name="two"), "second")
+    with pytest.raises(PluginConflict, match=r"'same'.*bonn_qat_test_first and bonn_qat_test_second"):
+        plugins.create_manager()
 
 
 class Offers:

@@ -16,7 +16,7 @@ def test_dict_and_recipe_are_inverse() -> None:
 
 def test_toml_is_read_with_stages(tmp_path: Path) -> None:
     path = tmp_path / "r.toml"
-    path.write_text('lr = 1\nmilestones = [3, 6]\n[[stages]]\nshare = 1\nregularizers = { kernel = 1e-3 }\n')
+    path.write_text("lr = 1\nmilestones = [3, 6]\n[[stages]]\nshare = 1\nregularizers = { kernel = 1e-3 }\n")
     recipe = Recipe.from_toml(path)
     assert (recipe.lr, recipe.milestones, recipe.stages[0].regularizers) == (1.0, (3, 6), {"kernel": 1e-3})
 

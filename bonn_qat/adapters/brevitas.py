@@ -46,10 +46,12 @@ class _Weight(ExtendedInjector):  # type: ignore[misc]
     scheme = BONN
 
     @value  # type: ignore[untyped-decorator]
-    def tensor_quant(scheme: Scheme, module: Any, proxy_module: Any, tracked_parameter_list: list[Tensor]) -> nn.Module:  # noqa: N805
+    def tensor_quant(scheme: Scheme, module: Any, proxy_module: Any, tracked_parameter_list: list[Tensor]) -> nn.Module:
         layers = module if isinstance(module, tuple) else (module,)
         if any(layer.output_channel_dim != 0 for layer in layers):
-            raise InvalidModel(f"{type(layers[0]).__name__} has its kernels on axis 1; a binary layer has them on axis 0")
+            raise InvalidModel(
+                f"{type(layers[0]).__name__} has its kernels on axis 1; a binary layer has them on axis 0"
+            )
         injector = proxy_module.quant_injector
         options = {name: getattr(injector, name) for name in injector.__dependencies__ if name not in _WIRING}
         assert scheme.weight is not None
@@ -65,7 +67,7 @@ class _Activation(ExtendedInjector):  # type: ignore[misc]
     scheme = BONN
 
     @value  # type: ignore[untyped-decorator]
-    def tensor_quant(scheme: Scheme, module: Any, proxy_module: Any) -> nn.Module:  # noqa: N805
+    def tensor_quant(scheme: Scheme, module: Any, proxy_module: Any) -> nn.Module:
         if brevitas.config.JIT_ENABLED:
             raise BonnQatError("BREVITAS_JIT=1 cannot script the quantizers of bonn_qat; unset it")
         assert scheme.activation is not None
@@ -144,7 +146,11 @@ def _camel(name: str) -> str:
 
 
 def _named(base: type[ExtendedInjector], name: str, scheme: Scheme) -> type[ExtendedInjector]:
-    return type(base)(name, (base,), {"scheme": scheme, "__module__": __name__, "__doc__": scheme.reference})
+    make: Any = type(base)
+    injector: type[ExtendedInjector] = make(
+        name, (base,), {"scheme": scheme, "__module__": __name__, "__doc__": scheme.reference}
+    )
+    return injector
 
 
 def _quantizer(proxy: Any) -> tuple[str, nn.Module | None]:
@@ -179,7 +185,13 @@ def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
 
 
 def _before_loading(
-    proxy: Any, state_dict: dict[str, Any], prefix: str, _metadata: object, _strict: bool, missing: list[str], *_: object
+    proxy: Any,
+    state_dict: dict[str, Any],
+    prefix: str,
+    _metadata: object,
+    _strict: bool,
+    missing: list[str],
+    *_: object,
 ) -> None:
     # A deep copy's injector still holds the original's proxy and layer.
     proxy.quant_injector = proxy.quant_injector.let(proxy_module=proxy)

@@ -1,0 +1,64 @@
+import re
+import sys
+import tomllib
+import types
+from pathlib import Path
+
+import pytest
+
+import bonn_qat
+from bonn_qat import hookspecs, plugins
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def namespace() -> dict[str, object]:
+    """What the README's Python blocks leave behind, run one after the other."""
+    module = types.ModuleType("readme")
+    sys.modules["readme"] = module
+    for index, block in enumerate(_blocks("python")):
+        exec(compile(block, f"README.md, block {index}", "exec"), module.__dict__)
+    return module.__dict__
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # Brevitas' own, at its import
+def test_the_python_blocks_run(namespace: dict[str, object]) -> None:
+    assert len(namespace["model"].binarization.binary) == 16
+
+
+def test_the_example_plugin_is_found_by_name(namespace: dict[str, object]) -> None:
+    pm = plugins.create_manager(entry_points=False)
+    pm.register(sys.modules["readme"], name="readme")
+    binarized = bonn_qat.binarize(namespace["timm"].create_model("resnet18"), "bonn-hard", pm=pm)
+    objective = bonn_qat.Objective(binarized, regularizers={"bound": 1.0}, pm=pm)
+    assert objective.regularizers["bound"]() == 0  # every latent starts inside
+
+
+def test_the_entry_point_block_names_our_group() -> None:
+    (block,) = _blocks("toml")
+    assert list(tomllib.loads(block)["project"]["entry-points"]) == [hookspecs.PROJECT]
+
+
+def test_the_commands_are_environments_of_tox() -> None:
+    sections = re.findall(r"^\[(.*)\]", (ROOT / "tox.ini").read_text(), re.MULTILINE)
+    assert [block.strip() for block in _blocks("sh")] == [
+        "pip install tox-uv && tox -e compare",
+        "pip install tox-uv && tox",
+    ]
+    assert "testenv:compare" in sections
+
+
+@pytest.mark.parametrize("hook", [name for name in vars(hookspecs) if name.startswith("bonn_qat_")])
+def test_every_hook_is_in_the_readme(hook: str) -> None:
+    assert f"`{hook}`" in README
+
+
+def test_every_picture_exists() -> None:
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / path).is_file(), path
