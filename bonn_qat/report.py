@@ -8,7 +8,6 @@ from html import escape
 from pathlib import Path
 from statistics import fmean, stdev
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -135,13 +134,13 @@ def differences(comparison: Comparison, reference: tuple[str, str] | None = None
 
 
 def terminal_table(comparison: Comparison) -> Table:
-    """The rows as a table for rich to print."""
-    table = Table(title=Text(_heading(comparison)), box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading, numeric, _ in COLUMNS:
-        # One word of a heading to a line, so that the table fits 80 characters.
+    """The rows as a table for rich to print, all columns but the seconds, in 80 characters."""
+    table = Table(title=Text(_heading(comparison)), box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    columns = [column for column in COLUMNS if column[0] != "s/epoch"]
+    for heading, numeric, _ in columns:
         table.add_column(heading.replace(" ", "\n"), justify="right" if numeric else "left", no_wrap=True)
     for row in statistics(comparison):
-        table.add_row(*(Text(cell(row)) for _, _, cell in COLUMNS))
+        table.add_row(*(Text(cell(row)) for _, _, cell in columns))
     return table
 
 

@@ -429,3 +429,17 @@ def test_the_record_says_what_was_done():
     assert record.kept == {"5": "skip '5'", "0": "first layer", "10": "classifier"}
     assert record.revived == ()
     assert {key.split(".")[0] for key in record.added} == {"2", "3", "4", "7"}
+
+
+def test_resnet18_compiles_whole_and_exports_with_equal_outputs():
+    model = bonn_qat.binarize(timm.create_model("resnet18", num_classes=10))
+    x = torch.randn(2, 3, 64, 64)
+    model(x)  # running statistics other than the initial ones
+    model.eval()
+    with torch.no_grad():
+        expected = model(x)
+        torch.compiler.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)(x)
+        exported = torch.export.export(model, (x,)).module()(x)
+    torch.testing.assert_close(compiled, expected)
+    torch.testing.assert_close(exported, expected)
