@@ -6,11 +6,10 @@ Images are ``(B, in_chans, H, W)``, activations ``(B, C, H, W)``.
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from timm.layers import create_classifier
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from bonn_qat.models.build import build
+from bonn_qat.models.backbone import Backbone, build
 from bonn_qat.scheme import PReLU, Scheme
 
 
@@ -56,7 +55,7 @@ class OneConvBlock(nn.Module):
         return f"act_after_add={self.act_after_add}"
 
 
-class BiRealNet(nn.Module):
+class BiRealNet(Backbone):
     """Residual network of four stages of one-convolution blocks; ``(B, in_chans, H, W) -> (B, num_classes)``.
 
     ``stem="imagenet"`` is a 7x7 convolution of stride 2, BN, PReLU and a max-pool of stride 2;
@@ -75,9 +74,6 @@ class BiRealNet(nn.Module):
         super().__init__()
         if stem not in ("imagenet", "cifar"):
             raise ValueError(f"the stem of a BiRealNet is 'imagenet' or 'cifar'; got {stem!r}")
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = 512
-        self.grad_checkpointing = False
         large = stem == "imagenet"
         self.feature_info = [
             {"num_chs": 64, "reduction": 2 if large else 1, "module": "act1"},
@@ -96,7 +92,7 @@ class BiRealNet(nn.Module):
         self.layer2 = _stage(64, 128, blocks[1], 2)
         self.layer3 = _stage(128, 256, blocks[2], 2)
         self.layer4 = _stage(256, 512, blocks[3], 2)
-        self.global_pool, self.fc = create_classifier(512, num_classes, pool_type=global_pool)
+        self.make_head(512, num_classes, global_pool)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -109,33 +105,12 @@ class BiRealNet(nn.Module):
         """Patterns that sort parameters into layers, as timm's optimizers ask for them."""
         return {"stem": r"^conv1|bn1|act1", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute each block's activations again in the backward pass, in place of keeping them."""
-        self.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """The layer that turns features into logits."""
-        return self.fc  # type: ignore[no-any-return]
-
-    def reset_classifier(self, num_classes: int, global_pool: str = "avg") -> None:
-        """A new classifier of ``num_classes``; 0 leaves the features ``(B, num_features)`` as they are."""
-        self.num_classes = num_classes
-        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool)
-
     def forward_features(self, x: Tensor) -> Tensor:
         """``(B, in_chans, H, W) -> (B, 512, h, w)``; h is H / 32, or H / 8 with the small stem, rounded up."""
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = checkpoint_seq(stage, x) if self.grad_checkpointing and self.training else stage(x)
         return x
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """``(B, 512, h, w) -> (B, num_classes)``, or with ``pre_logits`` ``(B, 512)``."""
-        x = self.global_pool(x)
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:

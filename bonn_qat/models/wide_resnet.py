@@ -6,11 +6,10 @@ Images are ``(B, in_chans, H, W)`` with H and W at least 8, activations ``(B, C,
 from collections.abc import Sequence
 from typing import Any
 
-from timm.layers import create_classifier
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from bonn_qat.models.build import build
+from bonn_qat.models.backbone import Backbone, build
 from bonn_qat.scheme import Scheme
 
 _CIFAR_MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
@@ -125,7 +124,7 @@ def _nonlinearity(scheme: Scheme, channels: int) -> nn.Module:
     return nn.ReLU() if scheme.activation is None else nn.Identity()
 
 
-class WideResNet(nn.Module):
+class WideResNet(Backbone):
     """Pre-activation residual network of three stages; images ``(B, in_chans, H, W)`` -> logits ``(B, num_classes)``.
 
     ``depth`` is 6n + 4 for n blocks in each stage, ``widths`` are the channels of the stem and the stages.
@@ -145,9 +144,7 @@ class WideResNet(nn.Module):
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f"the depth of a WideResNet is 6n + 4, at least 10; got {depth}")
-        self.num_classes, self.drop_rate = num_classes, drop_rate
-        self.num_features = self.head_hidden_size = widths[-1]
-        self.grad_checkpointing = False
+        self.drop_rate = drop_rate
         self.feature_info = [
             {"num_chs": channels, "reduction": 2**stage, "module": f"layer{stage + 1}"}
             for stage, channels in enumerate(widths[1:])
@@ -160,7 +157,7 @@ class WideResNet(nn.Module):
         self.layer3 = _stage(widths[2], widths[3], blocks, 2, drop_rate)
         self.bn = nn.BatchNorm2d(widths[3])
         self.act = nn.ReLU(inplace=True)
-        self.global_pool, self.fc = create_classifier(widths[3], num_classes, pool_type=global_pool)
+        self.make_head(widths[-1], num_classes, global_pool)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -175,33 +172,12 @@ class WideResNet(nn.Module):
         """Patterns that sort parameters into layers, as timm's optimizers ask for them."""
         return {"stem": r"^conv1", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute each block's activations again in the backward pass, in place of keeping them."""
-        self.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """The layer that turns features into logits."""
-        return self.fc  # type: ignore[no-any-return]
-
-    def reset_classifier(self, num_classes: int, global_pool: str = "avg") -> None:
-        """A new classifier of ``num_classes``; 0 leaves the features ``(B, num_features)`` as they are."""
-        self.num_classes = num_classes
-        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool)
-
     def forward_features(self, x: Tensor) -> Tensor:
         """``(B, in_chans, H, W) -> (B, num_features, ceil(H/4), ceil(W/4))``."""
         x = self.conv1(x)
         for stage in (self.layer1, self.layer2, self.layer3):
             x = checkpoint_seq(stage, x) if self.grad_checkpointing and self.training else stage(x)
         return self.act(self.bn(x))  # type: ignore[no-any-return]
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """``(B, num_features, h, w) -> (B, num_classes)``, or with ``pre_logits`` ``(B, num_features)``."""
-        x = self.global_pool(x)
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def _stage(in_channels: int, out_channels: int, blocks: int, stride: int, drop_rate: float) -> nn.Sequential:

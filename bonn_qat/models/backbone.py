@@ -1,0 +1,75 @@
+"""What the networks of this package share: timm's interface, and an entry point that binarizes if a scheme is named."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from timm.layers import create_classifier
+from timm.models import build_model_with_cfg
+from torch import Tensor, nn
+
+from bonn_qat.scheme import Scheme
+
+
+class Backbone(nn.Module, ABC):
+    """timm's interface around ``forward_features``: classifier, pooled head, checkpointing.
+
+    A subclass ends its ``__init__`` with :meth:`make_head`.
+    """
+
+    num_features: int
+    head_hidden_size: int
+    num_classes: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+
+    @abstractmethod
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images ``(B, in_chans, H, W) -> (B, num_features, h, w)``."""
+
+    def make_head(self, num_features: int, num_classes: int, global_pool: str) -> None:
+        """Pooling and a linear classifier behind ``num_features`` channels."""
+        self.num_features = self.head_hidden_size = num_features
+        self.reset_classifier(num_classes, global_pool)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute each block's activations again in the backward pass, in place of keeping them."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """The layer that turns features into logits."""
+        return self.fc  # type: ignore[no-any-return]
+
+    def reset_classifier(self, num_classes: int, global_pool: str = "avg") -> None:
+        """A new classifier of ``num_classes``; 0 leaves the features ``(B, num_features)`` as they are."""
+        self.num_classes = num_classes
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """``(B, num_features, h, w) -> (B, num_classes)``, or with ``pre_logits`` ``(B, num_features)``."""
+        x = self.global_pool(x)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images -> logits ``(B, num_classes)``."""
+        return self.forward_head(self.forward_features(x))
+
+
+def build(
+    model: Callable[..., nn.Module],
+    variant: str,
+    pretrained: bool,
+    *,
+    scheme: str | Scheme | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """The timm model ``variant``, float, or binarized by ``scheme``. Raises what :func:`bonn_qat.binarize` raises."""
+    built: nn.Module = build_model_with_cfg(model, variant, pretrained, **kwargs)
+    if scheme is None:
+        return built
+    # The verb stands above the models, which are one of the things that it is applied to.
+    from bonn_qat.binarize import binarize
+
+    return binarize(built, scheme, inplace=True)
