@@ -22,7 +22,8 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Tr
 console = Console()
 
 DataOption = Annotated[
-    str, typer.Option(help="digits, cifar10, cifar100, fashion-mnist, or the path of an image folder.")
+    str | None,
+    typer.Option(help="digits, cifar10, cifar100, fashion-mnist, or the path of an image folder; by default digits."),
 ]
 DataDir = Annotated[Path | None, typer.Option(help="Where named data sets lie or are downloaded to.")]
 Model = Annotated[str | None, typer.Option(help="Any timm model; by default the recipe's.")]
@@ -32,7 +33,7 @@ Size = Annotated[int, typer.Option(help="Height and width for the pictures of an
 
 @app.command()
 def compare(
-    data: DataOption = "digits",
+    data: DataOption = None,
     schemes: Annotated[str, typer.Option(help="Comma-separated schemes.")] = "float,xnor,bireal,pcnn,bonn",
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, counted from 0.")] = 1,
     latents: Annotated[str, typer.Option(help="Comma-separated starts of the latent weights: 0.01, float, ...")] = "",
@@ -54,11 +55,11 @@ def compare(
     from bonn_qat.data import load
     from bonn_qat.recipe import Recipe
     from bonn_qat.report import differences, terminal_table
-    from bonn_qat.results import PAGE
+    from bonn_qat.results import MANIFEST, PAGE, read_comparison
 
-    base = Recipe.from_toml(recipe) if recipe else Recipe.default(data)
+    base = Recipe.from_toml(recipe) if recipe else Recipe.default(data or "digits")
     flags: dict[str, Any] = {
-        "data": data if recipe is None or data != "digits" else base.data,
+        "data": data,
         "model": model,
         "epochs": epochs,
         "batch_size": batch_size,
@@ -77,7 +78,9 @@ def compare(
         f"{base.epochs} epochs; {len(planned)} runs; results in {directory}",
         soft_wrap=True,
     )
-    with _stoppable(directory), _progress(len(planned)) as watch:
+    before = read_comparison(directory).results if (directory / MANIFEST).exists() else ()
+    left = {run.name for run in planned} - {result.name for result in before}
+    with _stoppable(directory), _progress(len(left)) as watch:
         comparison = comparing.compare(planned, loaded, directory, watch=watch)
     console.print(terminal_table(comparison))
     for difference in differences(comparison):
@@ -165,9 +168,13 @@ def _progress(runs: int) -> Iterator[Callable[["Recipe", int], AbstractContextMa
             task = bars.add_task(recipe.name, total=steps)
             try:
                 yield lambda: bars.advance(task)
+            except BonnQatError:
+                bars.advance(whole)  # a run that failed is over, one that was interrupted is not
+                raise
+            else:
+                bars.advance(whole)
             finally:
                 bars.remove_task(task)
-                bars.advance(whole)
 
         yield watch
 

@@ -192,8 +192,8 @@ LEGEND = (
     "Accuracy is that after the last epoch, mean ± sample standard deviation over the seeds; no epoch was chosen by "
     "looking at the test set. Latents: the standard deviation that the real-valued weights behind the signs start "
     "with, or “float” for the float network's own start; the start alone can be worth points, so compare like with "
-    "like. Compression is against 32-bit floats. Seconds are wall "
-    "time, with whatever else the machine did."
+    "like. One learning rate serves all arms; it may suit one better than another. Compression is against 32-bit "
+    "floats. Seconds are wall time, with whatever else the machine did."
 )
 METHOD = (
     "Differences are paired by seed. A difference counts as larger than the noise if it exceeds both 95% margins: "

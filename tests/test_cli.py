@@ -1,6 +1,8 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from bonn_qat import cli
 from bonn_qat.results import PAGE, read_comparison
@@ -52,6 +54,19 @@ def test_bad_input_gives_one_line_and_an_exit_code(
     assert told.startswith("bonn-qat: ")
     assert told.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_an_image_folder_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (tmp_path / "pictures" / label).mkdir(parents=True)
+        for index in range(5):
+            pixels = rng.integers(0, 255, (20, 20, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / label / f"{index}.png")
+    folder, output = str(tmp_path / "pictures"), str(tmp_path / "results")
+    arguments = ["--schemes", "bonn", "--model", "wrn10_16", "--epochs", "1", "-b", "4", "--img-size", "16"]
+    assert cli.main(["compare", "--data", folder, *arguments, "--output", output]) == 0
+    assert "pictures: 8 training and 2 test images" in capsys.readouterr().out
 
 
 def test_a_failed_run_gives_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

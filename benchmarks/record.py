@@ -1,0 +1,59 @@
+"""Turn the results of `bonn-qat compare` into the dated files of `benchmarks/results`: a table and the figures behind it.
+
+Example::
+
+    python benchmarks/record.py results/cifar10-20261122-101500 2026-11-22-cifar10-wrn10
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from bonn_qat import report
+from bonn_qat.results import Comparison, read_comparison
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    """Write ``NAME.md`` and ``NAME.json``; what is there already is never overwritten."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("name")
+    args = parser.parse_args()
+    comparison = read_comparison(args.directory)
+    runs = [{key: value for key, value in asdict(run).items() if key != "histograms"} for run in comparison.results]
+    content = {"data": comparison.data, "failures": comparison.failures, "missing": comparison.missing, "runs": runs}
+    RESULTS.mkdir(exist_ok=True)
+    for suffix, text in ((".md", _page(comparison)), (".json", json.dumps(content) + "\n")):
+        with (RESULTS / f"{args.name}{suffix}").open("x", encoding="utf-8") as file:
+            file.write(text)
+
+
+def _page(comparison: Comparison) -> str:
+    data, run = comparison.data, comparison.results[0]
+    settings = ("model", "epochs", "batch_size", "optimizer", "lr", "schedule", "weight_decay")
+    lines = [
+        f"# {data['name']}: {data['train']} training and {data['test']} test images",
+        "",
+        ", ".join(f"{key} {run.recipe[key]}" for key in settings),
+        "",
+        ", ".join(f"{key} {value}" for key, value in run.environment.items()),
+        "",
+        "| scheme | bits W/A | latents | seeds | top-1 (%) | Mbit | compression |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row.title} | {row.bits} | {row.latents} | {len(row.seeds)} | {row.accuracy} | {row.mbit:.2f} "
+        f"| {row.compression:.1f}x |"
+        for row in report.statistics(comparison)
+    ]
+    lines += ["", *(f"- {difference}" for difference in report.differences(comparison))]
+    lines += [f"- failed: {name}: {reason}" for name, reason in comparison.failures.items()]
+    lines += [f"- missing: {name}" for name in comparison.missing]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
