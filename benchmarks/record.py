@@ -1,4 +1,4 @@
-"""Turn the results of `bonn-qat compare` into the dated files of `benchmarks/results`: a table and the figures behind it.
+"""Turn the results of `bonn-qat compare` into the dated files of `benchmarks/results`: a table, and what is behind it.
 
 Example::
 
