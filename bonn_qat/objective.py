@@ -80,7 +80,7 @@ def parameter_groups(
         groups.setdefault(rule, []).append(parameter)
     result = []
     for rule, parameters in groups.items():
-        scale = modulation_lr_scale if rule.lr_scale != 1 else 1.0
+        scale = modulation_lr_scale if rule.slow else 1.0
         result.append({"params": parameters, "lr": lr * scale, "weight_decay": weight_decay if rule.decay else 0.0})
     return result
 

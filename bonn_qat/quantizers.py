@@ -25,9 +25,9 @@ class Quantized(NamedTuple):
 
 
 class ParameterRule(NamedTuple):
-    """How an optimizer treats one parameter of a module: a factor on the rate, and whether it decays."""
+    """How an optimizer treats a parameter: at a tenth of the learning rate or not, with weight decay or not."""
 
-    lr_scale: float = 1.0
+    slow: bool = False
     decay: bool = True
 
 
@@ -64,7 +64,7 @@ class BonnWeight(WeightQuantizer):
     Raises InvalidRecipe for another ``granularity``.
     """
 
-    parameter_rules: ClassVar[Mapping[str, ParameterRule]] = {"modulation": ParameterRule(lr_scale=0.1)}
+    parameter_rules: ClassVar[Mapping[str, ParameterRule]] = {"modulation": ParameterRule(slow=True)}
 
     def __init__(self, weight: Tensor, *, granularity: Literal["kernel", "plane"] = "kernel") -> None:
         super().__init__()

@@ -90,7 +90,7 @@ class KernelLoss(Regularizer):
     name = "kernel"
     parameter_rules: ClassVar[Mapping[str, ParameterRule]] = {
         "mu": ParameterRule(decay=False),
-        "sigma": ParameterRule(lr_scale=0.1, decay=False),
+        "sigma": ParameterRule(slow=True, decay=False),
     }
 
     def __init__(self, model: nn.Module, *, weight: float = 1e-4, nu: float = 1e-4, min_sigma: float = 1e-3) -> None:

@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -102,3 +107,42 @@ def test_compiled_whole_without_a_graph_break(model: nn.Module, batch: tuple[Ten
     losses = compiled(*batch)
     torch.testing.assert_close(losses.total, expected.total)
     losses.total.backward()
+
+
+TWO_PROCESSES = """
+import torch, torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+import bonn_qat
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+net = nn.Sequential(
+    nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    nn.Linear(8, 4),
+)
+objective = bonn_qat.Objective(bonn_qat.binarize(net))
+wrapped = DistributedDataParallel(objective)
+optimizer = torch.optim.SGD(bonn_qat.parameter_groups(objective, lr=0.1, weight_decay=1e-4))
+torch.manual_seed(1 + dist.get_rank())
+for _ in range(3):
+    optimizer.zero_grad()
+    wrapped(torch.randn(6, 3, 8, 8), torch.randint(4, (6,))).total.backward()
+    optimizer.step()
+mine = torch.cat([*(p.detach().flatten() for p in objective.parameters()),
+                  objective.regularizers["feature"].centres.flatten()])
+both = [torch.empty_like(mine) for _ in range(2)]
+dist.all_gather(both, mine)
+assert torch.equal(both[0], both[1])
+assert objective.regularizers["feature"].centres.any()
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_hold_equal_parameters_and_centres(tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

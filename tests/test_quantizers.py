@@ -52,7 +52,7 @@ def test_the_modulation_starts_at_the_mean_magnitude(granularity, shape):
     assert quantizer.modulation.shape == shape
     assert torch.equal(quantizer.modulation, WEIGHT.abs().mean().expand(shape))
     assert isinstance(quantizer.modulation, nn.Parameter)
-    assert quantizer.parameter_rules["modulation"] == ParameterRule(lr_scale=0.1, decay=True)
+    assert quantizer.parameter_rules["modulation"] == ParameterRule(slow=True, decay=True)
 
 
 def test_the_scale_is_the_mean_of_the_modulation_with_its_sign():

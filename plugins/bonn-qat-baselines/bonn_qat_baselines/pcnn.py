@@ -59,7 +59,7 @@ class PcnnWeight(WeightQuantizer):
     Raises BonnQatError for an option below 0 or not finite.
     """
 
-    parameter_rules: ClassVar[Mapping[str, ParameterRule]] = {"projection": ParameterRule(lr_scale=0.1)}
+    parameter_rules: ClassVar[Mapping[str, ParameterRule]] = {"projection": ParameterRule(slow=True)}
 
     def __init__(self, weight: Tensor, *, projection_weight: float = 1e-4, look_ahead: float = 0.01) -> None:
         super().__init__()

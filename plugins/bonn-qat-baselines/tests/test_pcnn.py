@@ -92,7 +92,7 @@ def test_the_projection_starts_at_one_and_learns_at_a_tenth_of_the_rate():
         quantizer.projection.fill_(5)
     quantizer.adopt(torch.randn(4, 3, 3, 3))
     assert torch.equal(quantizer.projection, torch.ones(1, 1, 3, 3))
-    assert quantizer.parameter_rules["projection"].lr_scale == 0.1
+    assert quantizer.parameter_rules["projection"].slow
 
 
 def test_lambda_and_eta_are_options_of_the_scheme():
