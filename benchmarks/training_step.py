@@ -19,6 +19,7 @@ from typing import Any
 
 import timm
 import torch
+import torch._dynamo
 from torch import nn
 
 import bonn_qat
@@ -36,6 +37,8 @@ def main() -> None:
     """Measure, print a table for each batch size, and write all of it where ``--output`` says."""
     args = _arguments()
     torch.set_num_threads(args.threads)
+    # Without it the arm that taps the features would run the code compiled for one of the same shape that does not.
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
     results = []
     for batch in args.batch:
         times = measure(args, batch)

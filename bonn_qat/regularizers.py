@@ -41,7 +41,10 @@ class _Tap:
     def take(self) -> Tensor:
         features, self._features = self._features, None
         if features is None:
-            raise InvalidModel("no features to take: the feature loss comes after a forward pass, once for each")
+            raise InvalidModel(
+                "no features to take: the feature loss comes after a forward pass, once for each, and is made before "
+                "torch.compile first runs the model"
+            )
         return features.flatten(1)
 
     def __reduce__(self) -> tuple[type["_Tap"], tuple[()]]:
@@ -206,7 +209,8 @@ class FeatureLoss(_ClassCentres):
     are parameters, raised to ``min_sigma`` before each use. The paper fine-tunes with this loss: call
     ``start(batches)`` first, which measures both on the training set.
 
-    Call it as ``feature(targets)`` after the forward pass. Raises InvalidModel where the classifier cannot
+    Call it as ``feature(targets)`` after the forward pass, and make it before ``torch.compile`` first runs the
+    model, for compiled code does not see hooks that come later. Raises InvalidModel where the classifier cannot
     be found (name it: ``classifier="head.fc"``), InvalidData for targets out of range.
     """
 

@@ -8,6 +8,7 @@ import pytest
 
 import bonn_qat
 from bonn_qat import hookspecs, plugins
+from bonn_qat.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,9 +41,10 @@ def test_the_example_plugin_is_found_by_name(namespace: dict[str, object]) -> No
     assert objective.regularizers["bound"]() == 0  # every latent starts inside
 
 
-def test_the_entry_point_block_names_our_group() -> None:
-    (block,) = _blocks("toml")
-    assert list(tomllib.loads(block)["project"]["entry-points"]) == [hookspecs.PROJECT]
+def test_the_toml_blocks_are_an_entry_point_of_our_group_and_a_recipe() -> None:
+    entry_points, recipe = _blocks("toml")
+    assert list(tomllib.loads(entry_points)["project"]["entry-points"]) == [hookspecs.PROJECT]
+    assert Recipe.from_dict(tomllib.loads(recipe)).skip == ("layer3.*",)
 
 
 def test_the_commands_are_environments_of_tox() -> None:
