@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bonn_qat import plugins
 from bonn_qat.binarize import Binarization, binarize, binary_layers
 from bonn_qat.data import Data
-from bonn_qat.errors import TrainingDiverged, UnknownName
+from bonn_qat.errors import InvalidModel, TrainingDiverged, UnknownName
 from bonn_qat.objective import Losses, Objective, parameter_groups
 from bonn_qat.recipe import Recipe
 from bonn_qat.results import RunResult
@@ -76,8 +76,8 @@ def train(
     ``device`` defaults to a GPU where there is one. ``tick`` is called after each step, ``steps(recipe,
     data)`` times in all. The order of the data and its augmentation depend on the recipe's seed alone.
 
-    Raises TrainingDiverged when a loss term becomes NaN or infinite, InvalidData for labels that the model
-    has no class for.
+    Raises TrainingDiverged when a loss term becomes NaN or infinite (on a GPU up to 50 steps later),
+    InvalidData for labels that the model has no class for, InvalidModel for one that is not binarized.
     """
     run = _Run(model, recipe, data, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), tick, pm)
     hook = (pm or plugins.manager()).hook
@@ -109,8 +109,12 @@ class _Run:
         tick: Callable[[], None],
         pm: pluggy.PluginManager | None,
     ) -> None:
-        record = model.binarization
-        assert isinstance(record, Binarization)
+        record = getattr(model, "binarization", None)
+        if not isinstance(record, Binarization):
+            raise InvalidModel(
+                f"{type(model).__name__} is not binarized; train(binarize(model), ...), or for a float network "
+                "binarize(model, 'float')"
+            )
         self.model, self.recipe, self.data, self.device, self.tick = model.to(device), recipe, data, device, tick
         self.scheme = record.scheme
         self.stages = recipe.stages or self.scheme.stages
@@ -198,6 +202,7 @@ class _Run:
             sums["top1"] = sums.get("top1", 0) + hits
             seen += len(targets)
             self.tick()
+        self._check(losses, images, epoch, step)
         lr = self.optimizer.param_groups[0]["lr"]
         return {"lr": lr, **{f"train/{name}": float(value) / seen for name, value in sums.items()}}
 

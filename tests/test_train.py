@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from bonn_qat import binarize, data, hookimpl, plugins
-from bonn_qat.errors import InvalidData, TrainingDiverged, UnknownName
+from bonn_qat.errors import InvalidData, InvalidModel, TrainingDiverged, UnknownName
 from bonn_qat.recipe import Recipe
 from bonn_qat.scheme import Stage
 from bonn_qat.train import build, first_non_finite, steps, train
@@ -119,6 +119,11 @@ def test_a_model_with_too_few_classes_is_told(digits: data.Data) -> None:
     )
     with pytest.raises(InvalidData, match="the model has 3 classes"):
         train(model, RECIPE, digits)
+
+
+def test_a_model_that_is_not_binarized_is_told(digits: data.Data) -> None:
+    with pytest.raises(InvalidModel, match=r"Linear is not binarized; train\(binarize\(model\)"):
+        train(nn.Linear(2, 2), RECIPE, digits)
 
 
 @pytest.mark.parametrize(
