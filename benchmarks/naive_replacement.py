@@ -22,7 +22,7 @@ import bonn_qat
 from bonn_qat import plugins
 from bonn_qat.data import Data, load
 from bonn_qat.diagnose import DeadLayers
-from bonn_qat.train import environment
+from bonn_qat.environment import environment
 
 
 def main() -> None:

@@ -4,7 +4,8 @@ from bonn_qat.binarize import Binarization, binarize
 from bonn_qat.diagnose import diagnose
 from bonn_qat.errors import BonnQatError
 from bonn_qat.hookspecs import hookimpl
-from bonn_qat.objective import Objective, parameter_groups
+from bonn_qat.metrics import FlipRatio
+from bonn_qat.objective import Objective, advance, constrain_, parameter_groups
 from bonn_qat.recipe import Recipe
 from bonn_qat.regularizers import CenterLoss, FeatureLoss, KernelLoss, Regularizer, Step
 from bonn_qat.scheme import Scheme, Stage
@@ -16,6 +17,7 @@ __all__ = [
     "BonnQatError",
     "CenterLoss",
     "FeatureLoss",
+    "FlipRatio",
     "KernelLoss",
     "Objective",
     "Recipe",
@@ -23,7 +25,9 @@ __all__ = [
     "Scheme",
     "Stage",
     "Step",
+    "advance",
     "binarize",
+    "constrain_",
     "diagnose",
     "hookimpl",
     "parameter_groups",

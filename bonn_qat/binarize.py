@@ -15,7 +15,7 @@ from bonn_qat.layers import BinaryConv2d
 from bonn_qat.policy import float_layers, skipped
 from bonn_qat.scheme import Scheme
 
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ def _place_new_leaves(model: nn.Module, originals: list[nn.Module]) -> None:
 
 def _revive_zero_norms(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
-        weight = module.weight if isinstance(module, _NORMS) else None
+        weight = module.weight if isinstance(module, NORMS) else None
         if weight is not None and not weight.is_meta and not weight.detach().any():
             nn.init.ones_(weight)
             yield name
@@ -168,5 +168,5 @@ def _complete_float_state_dict(model: nn.Module, state_dict: dict[str, Any], pre
         state_dict.update({prefix + keys[k]: v for k, v in fresh.state_dict().items() if keys[k] in record.added})
     for name, module in model.named_modules(remove_duplicate=False):
         key = f"{prefix}{name}.weight"
-        if isinstance(module, _NORMS) and key in state_dict and not state_dict[key].any():
+        if isinstance(module, NORMS) and key in state_dict and not state_dict[key].any():
             state_dict[key] = torch.ones_like(state_dict[key])

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.text import Text
 
 from bonn_qat.errors import BonnQatError
 
@@ -34,7 +35,7 @@ Size = Annotated[int, typer.Option(help="Height and width for the pictures of an
 @app.command()
 def compare(
     data: DataOption = None,
-    schemes: Annotated[str, typer.Option(help="Comma-separated schemes.")] = "float,xnor,bireal,pcnn,bonn",
+    schemes: Annotated[str, typer.Option(help="Comma-separated schemes, or all.")] = "float,xnor,bireal,pcnn,bonn",
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, counted from 0.")] = 1,
     latents: Annotated[str, typer.Option(help="Comma-separated starts of the latent weights: 0.01, float, ...")] = "",
     model: Model = None,
@@ -127,14 +128,16 @@ def summary(
 
 @app.command()
 def schemes() -> None:
-    """The schemes that are installed, with their bits and references."""
+    """The schemes that are installed, with their bits, references and options."""
     from bonn_qat import plugins
-    from bonn_qat.train import scheme_bits
 
-    table = Table("scheme", "bits W/A", "reference", box=None, pad_edge=False)
-    for scheme in plugins.schemes().values():
-        table.add_row(scheme.name, scheme_bits(scheme), scheme.reference)
-    console.print(table)
+    for scheme in sorted(plugins.schemes().values(), key=lambda scheme: scheme.name):
+        options = ", ".join(f"{name}={value!r}" for name, value in scheme.options.items())
+        console.print(f"[bold]{scheme.name}[/bold]  {scheme.bits} bits W/A", highlight=False)
+        console.print(Padding(Text(scheme.reference), (0, 0, 0, 4)))
+        if options:
+            console.print(Padding(Text(f"options: {options}"), (0, 0, 0, 4)))
+    console.print("A recipe sets options in its table scheme_options.")
 
 
 class _Stopped(Exception):

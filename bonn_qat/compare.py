@@ -1,20 +1,18 @@
 """compare: the same network, data order and budget for every scheme, seed and start of the latent weights."""
 
 import contextlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pluggy
-import safetensors.torch
-from torch import nn
 
 from bonn_qat import plugins
+from bonn_qat.checkpoint import write_tensors
 from bonn_qat.data import Data
 from bonn_qat.errors import BonnQatError, InvalidData, InvalidRecipe
 from bonn_qat.recipe import Recipe
-from bonn_qat.report import write_report
+from bonn_qat.report import REFERENCE, write_report
 from bonn_qat.results import (
     MANIFEST,
     PAGE,
@@ -28,6 +26,7 @@ from bonn_qat.results import (
 from bonn_qat.train import build, check, steps, train
 
 ARMS = ("float", "xnor", "bireal", "pcnn", "bonn")
+ALL = "all"
 
 
 def plan(
@@ -40,18 +39,26 @@ def plan(
 ) -> list[Recipe]:
     """One recipe for each scheme, start of the latents and seed; a float network has no latents and runs once a seed.
 
+    ``"all"`` among the schemes stands for every one that is installed, the float network first and BONN last.
+
     ``latents`` empty takes the recipe's. Raises UnknownName for a scheme that no plugin offers, InvalidRecipe
     for no scheme at all.
     """
     starts = list(dict.fromkeys(latents)) or [recipe.latents]
     arms = []
-    for scheme in dict.fromkeys(schemes):
+    names = [name for scheme in schemes for name in (_everyone(pm) if scheme == ALL else [scheme])]
+    for scheme in dict.fromkeys(names):
         is_float = plugins.find_scheme(scheme, pm).weight is None
         arms += [replace(recipe, scheme=scheme, latents=start) for start in (["float"] if is_float else starts)]
     if not arms:
         raise InvalidRecipe("no scheme to compare; name at least one")
     # All arms of one seed before the next, so that an interrupted comparison is still a comparison.
     return [replace(arm, seed=seed) for seed in dict.fromkeys(seeds) for arm in arms]
+
+
+def _everyone(pm: pluggy.PluginManager | None) -> list[str]:
+    offered = plugins.schemes(pm)
+    return sorted(offered, key=lambda name: (offered[name].weight is not None, name == REFERENCE))
 
 
 def compare(
@@ -64,8 +71,9 @@ def compare(
 ) -> Comparison:
     """Run every recipe that ``directory`` has no result for, and write the report.
 
-    Each finished run is a file of its own, with its weights beside it, so an interruption loses only the run
-    under way: the report then names what is missing, and the same call goes on where it stopped. A run that
+    Each finished run is a file of its own, with its weights beside it, and the one under way leaves a checkpoint
+    after each epoch: after an interruption the report names what is missing, and the same call goes on where it
+    stopped. A run that
     diverges is reported as failed, and the others go on. ``watch(recipe, steps)`` gives a context in which the
     value is called after each step.
 
@@ -123,25 +131,18 @@ def _run(
 ) -> Comparison:
     try:
         model = build(recipe, data, pm)
+        runs = comparison.directory / RUNS
+        unfinished = runs / f"{recipe.name}.unfinished.safetensors"
         with watch(recipe, steps(recipe, data)) as tick:
-            result = train(model, recipe, data, tick=tick, pm=pm)
-        _save_weights(model, comparison.directory / RUNS / f"{recipe.name}.safetensors")
+            result = train(model, recipe, data, checkpoint=unfinished, tick=tick, pm=pm)
+        write_tensors(runs / f"{recipe.name}.safetensors", model.state_dict())
         write_run(comparison.directory, result)
+        unfinished.unlink(missing_ok=True)
     except BonnQatError as error:
         comparison = replace(comparison, failures={**comparison.failures, recipe.name: str(error)})
         write_manifest(comparison)
         return comparison
     return replace(comparison, results=[*comparison.results, result])
-
-
-def _save_weights(model: nn.Module, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        safetensors.torch.save_file({k: v.contiguous() for k, v in model.state_dict().items()}, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_report(comparison: Comparison) -> Path:

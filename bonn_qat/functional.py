@@ -77,6 +77,90 @@ def approx_sign(x: Tensor) -> Tensor:
     return cast(Tensor, _ApproxSign.apply(x))
 
 
+class _SwishSign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, beta: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.beta = beta
+        return sign(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        # With 1 + cosh(y) = 2 cosh(y/2)^2 and sech^2 = 1 - tanh^2 nothing overflows.
+        half = x * (0.5 * ctx.beta)
+        tanh = torch.tanh(half)
+        return grad * (ctx.beta * (1 - half * tanh) * (1 - tanh.square())), None
+
+
+def swish_sign(x: Tensor, beta: float = 5.0) -> Tensor:
+    """Binarize to {-1, +1}.
+
+    Backward: ``dy * beta (2 - beta x tanh(beta x / 2)) / (1 + cosh(beta x))``, the derivative of the SignSwish
+    (BNN+, arXiv:1812.11800; Larq's ``swish_sign``).
+    """
+    return cast(Tensor, _SwishSign.apply(x, beta))
+
+
+class _EdeSign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, t: Tensor) -> Tensor:
+        ctx.save_for_backward(x, t)
+        return sign(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, t = ctx.saved_tensors
+        return grad * ((1 - torch.tanh(x * t).square()) * t.clamp(min=1)), None
+
+
+def ede_sign(x: Tensor, t: Tensor) -> Tensor:
+    """Binarize to {-1, +1}; t a scalar tensor.
+
+    Backward: error decay estimator, ``dy * k t (1 - tanh(t x)^2)`` with ``k = max(1 / t, 1)``, the derivative of
+    ``k tanh(t x)``, which nears the sign as t grows (IR-Net, arXiv:1909.10788).
+    """
+    return cast(Tensor, _EdeSign.apply(x, t))
+
+
+class _SteHeaviside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clip: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.clip = clip
+        return (x > 0).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return _inside(grad, x, ctx.clip), None
+
+
+def ste_heaviside(x: Tensor, clip: float = 1.0) -> Tensor:
+    """Binarize to {0, 1}: 1 where ``x > 0``.
+
+    Backward: clipped straight-through estimator, ``dy * [|x| <= clip]`` (Larq's ``ste_heaviside``).
+    """
+    return cast(Tensor, _SteHeaviside.apply(x, clip))
+
+
+def magnitude_aware_sign(x: Tensor, clip: float = 1.0) -> Tensor:
+    """``alpha sign(x)`` with ``alpha = mean|x|`` over each slice of the first axis; x ``(O, ...)``.
+
+    Backward: ``alpha dy * [|x| <= clip]``, alpha a constant (Bi-Real Net, arXiv:1808.00278, (6) and (7)).
+    """
+    alpha = x.detach().abs().mean(tuple(range(1, x.ndim)), keepdim=True)
+    return alpha * ste_sign(x, clip)
+
+
+def leaky_clip(x: Tensor, slope: float = 0.1) -> Tensor:
+    """``x`` within [-1, 1], beyond it a line of ``slope``: Bi-Real Net's step between ReLU and sign."""
+    return x.clamp(-1, 1) + slope * (x - x.clamp(-1, 1))
+
+
 class _BonnBinarize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, latent: Tensor, modulation: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Layers: the binary convolution, and what becomes of a float layer by default."""
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -10,19 +11,24 @@ from torch import Tensor, nn
 from bonn_qat import functional
 from bonn_qat.hookspecs import hookimpl
 from bonn_qat.quantizers import ActivationQuantizer, WeightQuantizer
-from bonn_qat.scheme import Scheme
+from bonn_qat.scheme import ACTIVATIONS, Scheme, Stage
 
 
 class BinaryConv2d(nn.Conv2d):
-    """``norm -> input_quant -> conv2d with weight_quant(weight)``; latent ``weight`` ``(O, I / groups, kh, kw)``.
+    """``norm -> input_quant -> conv2d with weight_quant(weight) -> output``.
 
-    The convolution runs on kernels of {-1, +1}, the scale comes after it (:func:`functional.binary_conv2d`).
-    ``input_quant`` None leaves the inputs float. Made from a float convolution by :meth:`from_float`.
+    The latent ``weight`` is ``(O, I / groups, kh, kw)``. Kernels of two values ``+-scale`` are convolved as {-1, +1},
+    the scale comes after (:func:`functional.binary_conv2d`); others as they are. ``input_quant`` None leaves the
+    inputs float, ``output`` None what comes out. Made from a float convolution by :meth:`from_float`; :meth:`enter`
+    makes it float for a stage of the training.
     """
 
     weight_quant: WeightQuantizer
     input_quant: ActivationQuantizer | None
+    output: nn.Module | None
     norm: nn.Module
+    binary_weight: bool = True
+    stand_in: Callable[[Tensor], Tensor] | None = None  # for the activation quantizer
 
     @classmethod
     def from_float(cls, conv: nn.Conv2d, scheme: Scheme, *, normalize: bool = True) -> "BinaryConv2d":
@@ -35,7 +41,8 @@ class BinaryConv2d(nn.Conv2d):
         )  # fmt: skip
         layer.weight, layer.bias = conv.weight, conv.bias
         layer.weight_quant = scheme.weight(conv.weight.detach())
-        layer.input_quant = scheme.activation() if scheme.activation else None
+        layer.input_quant = scheme.activation(conv.in_channels) if scheme.activation else None
+        layer.output = scheme.output(conv.out_channels) if scheme.output else None
         norm = scheme.norm(conv.in_channels) if scheme.norm and normalize else nn.Identity()
         layer.norm = norm.to(device=conv.weight.device, dtype=conv.weight.dtype)
         return layer.train(conv.training)
@@ -55,16 +62,36 @@ class BinaryConv2d(nn.Conv2d):
         if latent_std is not None:
             self.weight.mul_(latent_std / self.weight.std())
 
+    def enter(self, stage: Stage) -> None:
+        """Quantize what ``stage`` has quantized, and nothing else."""
+        self.binary_weight, self.stand_in = stage.weights == "binary", ACTIVATIONS[stage.activations]
+
     def forward(self, input: Tensor) -> Tensor:
-        x = self.norm(input)
+        x, positions = self.norm(input), None
         if self.input_quant is not None:
-            x, _ = self.input_quant.quantize(x)
+            x, positions = self._activations(x)
         stride, padding, dilation = cast(tuple[Any, Any, Any], (self.stride, self.padding, self.dilation))
         if self._explicit_padding is not None:
             x, padding = F.pad(x, *self._explicit_padding), (0, 0)
-        value, scale = self.weight_quant.quantize(self.weight)
-        y = functional.binary_conv2d(x, value, scale, stride, padding, dilation, self.groups)
+            positions = None if positions is None else F.pad(positions, *self._explicit_padding)
+        if self.binary_weight and self.weight_quant.scaled_sign:
+            value, scale = self.weight_quant.quantize(self.weight)
+            y = functional.binary_conv2d(x, value, scale, stride, padding, dilation, self.groups)
+        else:
+            value = self.weight_quant.quantize(self.weight)[0] if self.binary_weight else self.weight
+            y = torch.conv2d(x, value, None, stride, padding, dilation, self.groups)
+        if positions is not None:
+            window = positions.new_full((1, 1, *self.kernel_size), 1 / math.prod(self.kernel_size))
+            y = y * torch.conv2d(positions, window, None, stride, padding, dilation)
+        y = y if self.output is None else self.output(y)
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+
+    def _activations(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.stand_in is not None:
+            return self.stand_in(x), None
+        assert self.input_quant is not None
+        value, scale = self.input_quant.quantize(x)
+        return value, scale if scale.ndim == 4 else None
 
 
 @hookimpl(trylast=True)

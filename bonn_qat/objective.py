@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bonn_qat import plugins
-from bonn_qat.quantizers import ParameterRule
-from bonn_qat.regularizers import Regularizer, check_targets
+from bonn_qat.quantizers import ParameterRule, Quantizer, WeightQuantizer
+from bonn_qat.regularizers import Regularizer, check_targets, tensor_quant
 from bonn_qat.scheme import Scheme
 
 
@@ -28,6 +28,10 @@ class Objective(nn.Module):
     weights, by default those of the model's scheme. Since the regularizers run inside ``forward``, wrapping
     the Objective in DistributedDataParallel synchronises their parameters too.
 
+    ``distillation`` is a task of timm for this model, such as ``timm.task.LogitDistillationTask(model, teacher)``: it
+    runs the model and gives the task's loss, ``task`` is not used. It is only looked at: the teacher's parameters are
+    not the Objective's, and it goes to its device by itself.
+
     Raises UnknownName for a regularizer that nobody offers, and when called InvalidData for targets that the
     model has no class for.
     """
@@ -38,6 +42,7 @@ class Objective(nn.Module):
         task: Callable[[Tensor, Tensor], Tensor] | None = None,
         *,
         regularizers: Mapping[str, float] | None = None,
+        distillation: nn.Module | None = None,
         pm: pluggy.PluginManager | None = None,
     ) -> None:
         super().__init__()
@@ -46,15 +51,21 @@ class Objective(nn.Module):
             regularizers = scheme.regularizers if isinstance(scheme, Scheme) else {}
         self.model = model
         self.task = task or nn.CrossEntropyLoss()
+        self._distillation = (distillation,)  # in a tuple: not a part of this module
         self.regularizers = nn.ModuleDict()
         for name, weight in regularizers.items():
             make: Callable[..., Regularizer] = plugins.find_regularizer(name, pm)
             self.regularizers[name] = make(model, weight=weight)
 
     def forward(self, images: Tensor, targets: Tensor) -> Losses:
-        logits: Tensor = self.model(images)
-        check_targets(targets, logits.shape[1])
-        terms = {"task": self.task(logits, targets)}
+        (distillation,) = self._distillation
+        if distillation is None:
+            logits: Tensor = self.model(images)
+            check_targets(targets, logits.shape[1])
+            terms = {"task": self.task(logits, targets)}
+        else:
+            result = distillation(images, targets)
+            logits, terms = result["output"], {"task": result["loss"]}
         for name, regularizer in self.regularizers.items():
             if regularizer.weight:
                 terms[name] = regularizer(targets)
@@ -94,3 +105,29 @@ def _rules(modules: Iterable[nn.Module]) -> Iterator[tuple[ParameterRule, nn.Par
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
                     yield rules.get(name, ParameterRule(decay=parameter.ndim > 1)), parameter
+
+
+@torch.no_grad()
+def constrain_(model: nn.Module) -> None:
+    """Bring latent weights back to where their scheme wants them, in place; call it after each optimizer step.
+
+    BNN's are clipped to [-1, 1]; most schemes want nothing. Works on Brevitas' layers with our quantizers too.
+    ``optimizer.register_step_post_hook(lambda *_: bonn_qat.constrain_(model))`` calls it for you.
+    """
+    for layer in model.modules():
+        quantizer = tensor_quant(layer)
+        if isinstance(quantizer, WeightQuantizer):
+            quantizer.constrain(layer.weight)  # type: ignore[arg-type]
+
+
+def advance(model: nn.Module, progress: float) -> None:
+    """Tell the quantizers of ``model`` which part of the training is done, 0 to 1; call it before each epoch.
+
+    The estimators of IR-Net, ReCU and AdaBin have a schedule; most schemes have none.
+    Raises ValueError for a progress that is no such part.
+    """
+    if not 0 <= progress <= 1:
+        raise ValueError(f"progress is the part of the training that is done, 0 to 1; got {progress}")
+    for module in model.modules():
+        if isinstance(module, Quantizer):
+            module.advance(progress)

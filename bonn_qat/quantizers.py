@@ -31,28 +31,55 @@ class ParameterRule(NamedTuple):
     decay: bool = True
 
 
-class _Quantizer(nn.Module, ABC):
-    bits: ClassVar[int] = 1
+class Quantizer(nn.Module, ABC):
+    """What weight and activation quantizers share. ``bits`` is 1 unless an instance says otherwise."""
+
+    bits: int = 1
     parameter_rules: ClassVar[Mapping[str, ParameterRule]] = {}
 
     @abstractmethod
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` -> (value, scale), value of x's shape with x's gradients, scale broadcastable to it."""
 
+    def advance(self, progress: float) -> None:
+        """Told before each epoch which part of the training is done, 0 to below 1: for an estimator with a schedule."""
+
     def forward(self, x: Tensor) -> Quantized:
         value, scale = self.quantize(x)
         return Quantized(value, scale, x.new_zeros(()), x.new_full((), float(self.bits)))
 
 
-class WeightQuantizer(_Quantizer):
-    """Binarizes latent weights ``(O, I, ...)`` to ``scale * {-1, +1}``, scale ``()`` or ``(O, 1, ...)``."""
+class WeightQuantizer(Quantizer):
+    """Quantizes latent weights ``(O, I, ...)``; made from float weights.
+
+    Unless ``scaled_sign`` is false, values are ``scale * {-1, +1}``, scale ``()`` or ``(O, 1, ...)``: the layer
+    convolves with the signs and scales what comes out. Otherwise it convolves with the values as they are.
+    Keyword-only arguments of a subclass are options of its schemes.
+    """
+
+    scaled_sign: bool = True
 
     def adopt(self, weight: Tensor) -> None:
         """Derive the quantizer's own parameters from float weights, in place."""
 
+    def constrain(self, weight: Tensor) -> None:
+        """Bring latent weights back to where the scheme wants them, in place: after each step of the optimizer."""
 
-class ActivationQuantizer(_Quantizer):
-    """Binarizes activations of any shape to {-1, +1}."""
+    def constants(self, weight: Tensor) -> int:
+        """How many 32-bit numbers a deployed layer keeps beside the bits: those of the scale, unless said otherwise."""
+        return self.quantize(weight)[1].numel()
+
+
+class ActivationQuantizer(Quantizer):
+    """Quantizes activations of any shape; ``channels`` are those of axis 1, or 1 where they are unknown.
+
+    The value contains its scale ``()`` or ``(C, 1, 1)``, but not a scale that is a map ``(B, 1, H, W)``: by its mean
+    over each window of the kernel the layer multiplies what comes out (XNOR-Net's K). Keyword-only arguments of a
+    subclass are options of its schemes.
+    """
+
+    def __init__(self, channels: int = 1) -> None:
+        super().__init__()
 
 
 @final
@@ -89,8 +116,8 @@ class BonnWeight(WeightQuantizer):
 class SteSign(ActivationQuantizer):
     """``sign`` forward, clipped straight-through backward (:func:`functional.ste_sign`)."""
 
-    def __init__(self, clip: float = 1.0) -> None:
-        super().__init__()
+    def __init__(self, channels: int = 1, *, clip: float = 1.0) -> None:
+        super().__init__(channels)
         self.clip = clip
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,3 +133,33 @@ class ApproxSign(ActivationQuantizer):
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return functional.approx_sign(x), x.new_ones(())
+
+
+@final
+class SwishSign(ActivationQuantizer):
+    """``sign`` forward, the derivative of SignSwish backward (:func:`functional.swish_sign`)."""
+
+    def __init__(self, channels: int = 1, *, beta: float = 5.0) -> None:
+        super().__init__(channels)
+        self.beta = beta
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return functional.swish_sign(x, self.beta), x.new_ones(())
+
+    def extra_repr(self) -> str:
+        return f"beta={self.beta}"
+
+
+@final
+class SteHeaviside(ActivationQuantizer):
+    """``{0, 1}`` forward, clipped straight-through backward (:func:`functional.ste_heaviside`)."""
+
+    def __init__(self, channels: int = 1, *, clip: float = 1.0) -> None:
+        super().__init__(channels)
+        self.clip = clip
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return functional.ste_heaviside(x, self.clip), x.new_ones(())
+
+    def extra_repr(self) -> str:
+        return f"clip={self.clip}"

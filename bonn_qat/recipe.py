@@ -24,7 +24,10 @@ class Recipe:
     weights: ``"scheme"`` as the scheme says, ``"float"`` as the float network's, or a standard deviation such
     as ``"0.01"``. ``schedule`` shapes the learning rate over all epochs: ``one_cycle`` (up linearly during
     ``warmup`` of them, then down along a cosine), ``cosine``, ``step`` (times ``gamma`` after each of the
-    ``milestones``, in epochs) or ``constant``. ``stages`` empty takes the scheme's.
+    ``milestones``, in epochs) or ``constant``. ``stages`` empty takes the scheme's. ``checkpoint`` is a safetensors
+    file to start from: the state dict of the float network, or of a binary one, such as a comparison leaves beside
+    each result. ``teacher`` is one of the float network, whose logits at ``temperature`` then make the part
+    ``distillation`` of the task's loss (timm's ``LogitDistillationTask``).
 
     Raises InvalidRecipe for an impossible value.
     """
@@ -53,14 +56,19 @@ class Recipe:
     model_options: Mapping[str, Any] = field(default_factory=dict)
     scheme_options: Mapping[str, Any] = field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
+    checkpoint: str = ""
+    teacher: str = ""
+    distillation: float = 0.5
+    temperature: float = 4.0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("train_images", "test_images", "seed", "momentum", "weight_decay", "warmup", "label_smoothing"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        for name in ("lr", "gamma", "modulation_lr_scale"):
+        for name in ("lr", "gamma", "modulation_lr_scale", "temperature"):
             _check(0 < getattr(self, name) < float("inf"), name, getattr(self, name), "a number above 0")
+        _check(0 <= self.distillation <= 1, "distillation", self.distillation, "0 to 1")
         for name in ("momentum", "warmup", "label_smoothing"):
             _check(getattr(self, name) < 1, name, getattr(self, name), "below 1")
         for name, allowed in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):

@@ -115,7 +115,7 @@ class KernelLoss(Regularizer):
         kernels = zip(self._layers, *(torch.split(x, self._kernels) for x in (self.mu, self.sigma)), strict=True)
         for layer, mu, sigma in kernels:
             latent: Any = layer.weight
-            modulation, is_learned = _modulation(_tensor_quant(layer), latent)
+            modulation, is_learned = _modulation(tensor_quant(layer), latent)
             key = latent.shape, modulation.shape, is_learned
             stacks.setdefault(key, []).append((latent, modulation, mu, sigma))
         terms = []
@@ -288,7 +288,7 @@ def binary_weight_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers whose weights a 1-bit quantizer binarizes, ours or Brevitas', by name."""
     found = {}
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "weight", None), Tensor) and _bits(_tensor_quant(module)) == 1:
+        if isinstance(getattr(module, "weight", None), Tensor) and _bits(tensor_quant(module)) == 1:
             found[name] = module
     return found
 
@@ -312,7 +312,8 @@ def _modulation(quantizer: Any, latent: Tensor) -> tuple[Tensor, bool]:
     return scale.reshape(scale.shape or [1] * latent.ndim), False
 
 
-def _tensor_quant(layer: nn.Module) -> Any:
+def tensor_quant(layer: nn.Module) -> Any:
+    """The quantizer of a layer's weights, ours or the one in Brevitas' proxy; None if it has none."""
     # Looked up at each use: Brevitas makes a new one whenever a state dict is loaded.
     proxy = getattr(layer, "weight_quant", None)
     return getattr(proxy, "tensor_quant", None if hasattr(proxy, "is_quant_enabled") else proxy)

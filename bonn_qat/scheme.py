@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from bonn_qat import functional
@@ -20,27 +21,58 @@ class PReLU(nn.PReLU):
         return functional.prelu(input, self.weight)
 
 
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+WEIGHTS = ("binary", "float")
+TRAINS = ("all", "norms")
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor] | None] = {
+    "binary": None,
+    "float": _as_it_is,
+    "relu": torch.relu,
+    "leaky_clip": functional.leaky_clip,
+    "clip": nn.functional.hardtanh,
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A part of a training run: its share of the epochs, and the weights of the regularizers in it."""
+    """A part of a training run.
+
+    ``share`` of the epochs; ``regularizers`` and their weights; ``lr_scale`` multiplies the learning rate.
+    ``weights`` ``"float"`` trains the latent weights as a float network's; at the first binary stage after that the
+    quantizers start from them anew. ``activations`` names what stands in the place of the activation quantizer:
+    ``"binary"`` itself, ``"relu"``, ``"leaky_clip"``, ``"clip"`` or ``"float"`` (nothing), the steps of Bi-Real
+    Net's training. ``trains`` ``"norms"`` lets only the norms learn. ``recompute_norms`` ends the stage with a pass
+    over the training set that measures the batch norms' statistics anew.
+    """
 
     share: float = 1.0
     regularizers: Mapping[str, float] = field(default_factory=dict)
     lr_scale: float = 1.0
+    weights: str = "binary"
+    activations: str = "binary"
+    trains: str = "all"
+    recompute_norms: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise InvalidRecipe(f"a stage's share is a part of the epochs, above 0 and at most 1; got {self.share}")
         if not self.lr_scale > 0:
             raise InvalidRecipe(f"a stage's lr_scale is above 0; got {self.lr_scale}")
+        for name, allowed in (("weights", WEIGHTS), ("activations", ACTIVATIONS), ("trains", TRAINS)):
+            if getattr(self, name) not in allowed:
+                raise UnknownName(f"{name} of a stage", getattr(self, name), allowed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
     """How weights and activations become binary, and what stands between the binary layers.
 
-    ``weight`` makes a quantizer for a float weight, ``activation`` one for a layer's input; ``None`` leaves
-    them float, and a scheme without ``weight`` leaves the whole network as it is.
+    ``weight`` makes a quantizer for a float weight, ``activation`` one for a layer's input (given its channels, or
+    1 where they are unknown); ``None`` leaves them float, and a scheme without ``weight`` leaves the whole network
+    as it is. ``output`` (given the channels) makes a module that stands behind each binary convolution.
 
     ``norm`` (given the channels) stands before each sign, ``nonlinearity`` (given the channels, or 1 where
     they are unknown) replaces each ReLU: after a ReLU every sign would be +1. ``shortcut`` and
@@ -55,7 +87,8 @@ class Scheme:
     title: str
     reference: str
     weight: Callable[..., WeightQuantizer] | None
-    activation: Callable[[], ActivationQuantizer] | None
+    activation: Callable[[int], ActivationQuantizer] | None
+    output: Callable[[int], nn.Module] | None = None
     norm: Callable[[int], nn.Module] | None = nn.BatchNorm2d
     nonlinearity: Callable[[int], nn.Module] | None = PReLU
     shortcut: Literal["conv", "block"] = "conv"
@@ -68,25 +101,42 @@ class Scheme:
         """The weights of the regularizers when all of them are on: those of the last stage."""
         return dict(self.stages[-1].regularizers)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Names and defaults of what the quantizers can be told: the keyword-only arguments of their factories."""
+        return {name: value for part in _PARTS for name, value in _keywords(getattr(self, part)).items()}
+
+    @property
+    def bits(self) -> str:
+        """Bits of weights and activations, such as ``"1/1"``; 32 is float."""
+        weight = 32 if self.weight is None else self.weight(torch.ones(2, 1, 1, 1)).bits
+        return f"{weight}/{32 if self.activation is None else self.activation(1).bits}"
+
     def configure(self, options: Mapping[str, Any]) -> "Scheme":
-        """A copy with other options: this class's own, or keyword arguments of the weight quantizer.
+        """A copy with other options: this class's own fields, or keyword arguments of the quantizers.
 
-        Raises UnknownName for an option that neither has.
+        Raises UnknownName for an option that neither has, and what the quantizers raise for an impossible value.
         """
-        own = {f.name for f in fields(self)} - {"name", "title", "reference", "weight", "activation", "stages"}
-        quantizer = _keywords(self.weight)
+        own = {f.name for f in fields(self)} - {"name", "title", "reference", "stages", *_PARTS}
         for option in options:
-            if option not in own | quantizer:
-                raise UnknownName(f"option of the scheme {self.name!r}", option, own | quantizer)
+            if option not in own | self.options.keys():
+                raise UnknownName(f"option of the scheme {self.name!r}", option, own | self.options.keys())
         changed: dict[str, Any] = {key: value for key, value in options.items() if key in own}
-        passed = {key: value for key, value in options.items() if key in quantizer}
-        if passed and self.weight is not None:
-            changed["weight"] = functools.partial(self.weight, **passed)
-        return replace(self, **changed)
+        for part in _PARTS:
+            make = getattr(self, part)
+            passed = {key: value for key, value in options.items() if key in _keywords(make)}
+            if passed:
+                changed[part] = functools.partial(make, **passed)
+        configured = replace(self, **changed)
+        _ = configured.bits  # makes the quantizers, so that an impossible value is told at once
+        return configured
 
 
-def _keywords(function: Callable[..., Any] | None) -> set[str]:
-    if function is None:
-        return set()
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+_PARTS = ("weight", "activation", "output")
+
+
+def _keywords(make: Callable[..., Any] | None) -> dict[str, Any]:
+    if make is None:
+        return {}
+    parameters = inspect.signature(make).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}

@@ -7,7 +7,7 @@ modulation, serve training only; buffers, such as running statistics, are not co
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -274,9 +274,10 @@ def _layer(
 @torch.no_grad()
 def _scales(layer: nn.Module) -> int:
     proxy: Any = layer.weight_quant
-    quantizer: Callable[[Tensor], tuple[Tensor, ...]] = getattr(proxy, "tensor_quant", proxy)
+    quantizer: Any = getattr(proxy, "tensor_quant", proxy)
     # A clone, because Brevitas' stock quantizer clamps the latent weights that it is given.
-    return quantizer(layer.weight.clone())[1].numel()  # type: ignore[operator]
+    weight: Tensor = layer.weight.clone()  # type: ignore[operator]
+    return quantizer.constants(weight) if isinstance(quantizer, WeightQuantizer) else quantizer(weight)[1].numel()
 
 
 def _input_bits(layer: nn.Module) -> int:

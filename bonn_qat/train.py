@@ -1,24 +1,25 @@
 """train(model, recipe, data): one run of a recipe."""
 
 import math
-import platform
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
 import pluggy
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from bonn_qat import plugins
-from bonn_qat.binarize import Binarization, binarize, binary_layers
+from bonn_qat.binarize import NORMS, Binarization, binarize, binary_layers
+from bonn_qat.checkpoint import read_tensors, write_tensors
 from bonn_qat.data import Data
-from bonn_qat.errors import InvalidModel, TrainingDiverged, UnknownName
-from bonn_qat.objective import Losses, Objective, parameter_groups
+from bonn_qat.environment import environment
+from bonn_qat.errors import InvalidData, InvalidModel, TrainingDiverged, UnknownName
+from bonn_qat.metrics import FlipRatio
+from bonn_qat.objective import Losses, Objective, advance, parameter_groups
 from bonn_qat.recipe import Recipe
 from bonn_qat.results import RunResult
 from bonn_qat.scheme import Scheme, Stage
@@ -50,16 +51,40 @@ def check(recipe: Recipe, pm: pluggy.PluginManager | None = None) -> None:
 def build(recipe: Recipe, data: Data, pm: pluggy.PluginManager | None = None) -> nn.Module:
     """The recipe's network for ``data``, binarized. The same seed gives every scheme the same float start.
 
-    Raises what :func:`check` and :func:`bonn_qat.binarize` raise.
+    Raises what :func:`check` and :func:`bonn_qat.binarize` raise, and InvalidData for a checkpoint that is not this
+    network's.
     """
-    import timm
-
     check(recipe, pm)
     torch.manual_seed(recipe.seed)
-    model: nn.Module = timm.create_model(
+    model, scheme = _network(recipe, data), recipe_scheme(recipe, pm)
+    # A stage with float weights wants them as they are: the latents' scale comes with the first binary stage.
+    float_first = (recipe.stages or scheme.stages)[0].weights == "float"
+    start = replace(scheme, latent_std=None) if float_first else scheme
+    model = binarize(model, start, skip=recipe.skip, inplace=True, pm=pm)
+    if recipe.checkpoint:
+        _load(model, Path(recipe.checkpoint))
+    model.binarization = replace(model.binarization, scheme=scheme)  # type: ignore[type-var]
+    return model
+
+
+def _network(recipe: Recipe, data: Data) -> nn.Module:
+    import timm
+
+    network: nn.Module = timm.create_model(
         recipe.model, num_classes=data.classes, in_chans=data.image[0], **recipe.model_options
     )
-    return binarize(model, recipe_scheme(recipe, pm), skip=recipe.skip, inplace=True, pm=pm)
+    return network
+
+
+def _load(model: nn.Module, path: Path) -> None:
+    tensors, _ = read_tensors(path)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        first, *rest = (line.strip() for line in str(error).splitlines() if line.strip())
+        raise InvalidData(
+            f"{path} is no checkpoint of this {type(model).__name__}: {' '.join(rest) or first}"
+        ) from error
 
 
 def train(
@@ -68,24 +93,33 @@ def train(
     data: Data,
     *,
     device: str | torch.device | None = None,
+    checkpoint: Path | None = None,
     tick: Callable[[], None] = lambda: None,
     pm: pluggy.PluginManager | None = None,
 ) -> RunResult:
     """Train a binarized model in place and return what came out.
 
-    ``device`` defaults to a GPU where there is one. ``tick`` is called after each step, ``steps(recipe,
-    data)`` times in all. The order of the data and its augmentation depend on the recipe's seed alone.
+    ``device`` defaults to a GPU where there is one. ``checkpoint`` is written after each epoch, with all that the
+    rest of the run depends on; where it exists the run goes on from it, on a CPU to the very weights that it would
+    have had without the interruption. ``tick`` is called after each step, ``steps(recipe, data)`` times in all.
+    The order of the data and its augmentation depend on the recipe's seed alone.
 
     Raises TrainingDiverged when a loss term becomes NaN or infinite (on a GPU up to 50 steps later),
-    InvalidData for labels that the model has no class for, InvalidModel for one that is not binarized.
+    InvalidData for labels that the model has no class for or a checkpoint of another run, InvalidModel for a model
+    that is not binarized.
     """
     run = _Run(model, recipe, data, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), tick, pm)
+    done = run.resume(checkpoint) if checkpoint and checkpoint.exists() else 0
     hook = (pm or plugins.manager()).hook
     hook.bonn_qat_before_run(recipe=recipe, model=model)
     report: dict[str, Any] | None = None
     try:
-        for epoch in range(1, recipe.epochs + 1):
+        for metrics in run.epochs:
+            hook.bonn_qat_after_epoch(recipe=recipe, epoch=int(metrics["epoch"]), metrics=metrics)
+        for epoch in range(done + 1, recipe.epochs + 1):
             metrics = run.epoch(epoch)
+            if checkpoint:
+                run.save(checkpoint)
             hook.bonn_qat_after_epoch(recipe=recipe, epoch=epoch, metrics=metrics)
         result = run.result()
         report = asdict(result)
@@ -121,7 +155,8 @@ class _Run:
         self.size = summary(model, data.image)
         names = {name: 0.0 for stage in self.stages for name in stage.regularizers}
         task = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
-        self.objective = Objective(model, task, regularizers=names, pm=pm).to(device)
+        teacher = _teacher(model, task, recipe, data, device) if recipe.teacher else None
+        self.objective = Objective(model, task, regularizers=names, distillation=teacher, pm=pm).to(device)
         groups = parameter_groups(
             self.objective,
             lr=recipe.lr,
@@ -132,34 +167,87 @@ class _Run:
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.steps_in_epoch = math.ceil(data.train_size / recipe.batch_size)
+        self.layers = dict(binary_layers(model))
+        self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.stage = -1
         self.epochs: list[dict[str, float]] = []
         self.watched = _watched(model, record)
         self.histograms: dict[str, dict[str, dict[str, list[float]]]] = {name: {} for name in self.watched}
-        self.started = time.perf_counter()
+        self.seconds, self.started = 0.0, time.perf_counter()
         self._keep_histograms(0)
 
     def epoch(self, epoch: int) -> dict[str, float]:
         self._enter_stage(epoch)
-        metrics = {"epoch": float(epoch), "stage": float(self.stage), **self._train_epoch(epoch), **self._test()}
+        advance(self.model, (epoch - 1) / self.recipe.epochs)
+        flips = FlipRatio(self.model) if self.layers else None
+        metrics = {"epoch": float(epoch), "stage": float(self.stage), **self._train_epoch(epoch)}
+        if self._stage.recompute_norms and (
+            epoch == self.recipe.epochs or stage_of(self.stages, epoch + 1, self.recipe.epochs) != self.stage
+        ):
+            update_bn(self._to_device(self.data.measure_batches()), self.model)
+        metrics |= self._test()
+        if flips is not None:
+            flips.update()
+            metrics |= {f"flips/{name}" if name else "flips": share for name, share in flips.compute().items()}
         with torch.no_grad():
-            for name, layer in binary_layers(self.model):
+            for name, layer in self.layers.items():
                 metrics[f"scale/{name}"] = float(layer.weight_quant.quantize(layer.weight)[1].abs().mean())
         self._keep_histograms(epoch)
         self.epochs.append(metrics)
         return metrics
+
+    def save(self, path: Path) -> None:
+        tensors = {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": t for name, t in state.items() if isinstance(t, Tensor)}
+        tensors |= {"random.data": self.generator.get_state(), "random.torch": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        header = {
+            "recipe": self.recipe.to_dict(),
+            "stage": self.stage,
+            "epochs": self.epochs,
+            "histograms": self.histograms,
+            "seconds": self.seconds + time.perf_counter() - self.started,
+        }
+        write_tensors(path, tensors, header)
+
+    def resume(self, path: Path) -> int:
+        """Take up the run where ``path`` left it; returns the number of epochs that are done."""
+        tensors, header = read_tensors(path)
+        if header.get("recipe") != self.recipe.to_dict():
+            raise InvalidData(f"{path} is not a checkpoint of this recipe; delete it, or give another path")
+        parts: dict[str, dict[str, Tensor]] = {"objective": {}, "optimizer": {}, "random": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        self.objective.load_state_dict(parts["objective"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in parts["optimizer"].items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.generator.set_state(parts["random"]["data"])
+        torch.set_rng_state(parts["random"]["torch"])
+        if "cuda" in parts["random"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state(parts["random"]["cuda"], self.device)
+        self.epochs, self.histograms, self.seconds = header["epochs"], header["histograms"], header["seconds"]
+        self._set_stage(header["stage"])
+        for _ in range(len(self.epochs) * self.steps_in_epoch):
+            self.tick()
+        return len(self.epochs)
 
     def result(self) -> RunResult:
         return RunResult(
             name=self.recipe.name,
             scheme=self.scheme.name,
             title=self.scheme.title,
-            bits=scheme_bits(self.scheme),
+            bits=self.scheme.bits,
             latents="float" if self.scheme.latent_std is None else f"{self.scheme.latent_std:g}",
             seed=self.recipe.seed,
             recipe=self.recipe.to_dict(),
             environment=environment(self.device),
-            seconds=time.perf_counter() - self.started,
+            seconds=self.seconds + time.perf_counter() - self.started,
             epochs=self.epochs,
             size={
                 "parameters": self.size.parameters,
@@ -172,16 +260,32 @@ class _Run:
             histograms=self.histograms,
         )
 
+    @property
+    def _stage(self) -> Stage:
+        return self.stages[self.stage]
+
     def _enter_stage(self, epoch: int) -> None:
         stage = stage_of(self.stages, epoch, self.recipe.epochs)
         if stage == self.stage:
             return
-        before = self.stages[self.stage].regularizers if self.stage >= 0 else {}
-        self.stage, weights = stage, self.stages[stage].regularizers
-        self.objective.set_weights(weights)
-        for name, weight in weights.items():
-            if weight and not before.get(name):
+        before = self._stage if self.stage >= 0 else None
+        self._set_stage(stage)
+        if before and before.weights == "float" and self._stage.weights == "binary":
+            for layer in self.layers.values():
+                layer.adopt(self.scheme.latent_std)
+            self.optimizer.state.clear()  # the momentum of weights that had another scale
+        for name, weight in self._stage.regularizers.items():
+            if weight and not (before and before.regularizers.get(name)):
                 self.objective.regularizers[name].start(self._to_device(self.data.measure_batches()))  # type: ignore[operator]
+
+    def _set_stage(self, stage: int) -> None:
+        self.stage = stage
+        norms = {id(p) for m in self.model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+        for parameter in self.trainable:
+            parameter.requires_grad_(self._stage.trains == "all" or id(parameter) in norms)
+        self.objective.set_weights(self._stage.regularizers)
+        for layer in self.layers.values():
+            layer.enter(self._stage)
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         self.objective.train()
@@ -196,6 +300,8 @@ class _Run:
             if self.device.type == "cpu" or step % _CHECK_EVERY == 0:
                 self._check(losses, images, epoch, step)
             self.optimizer.step()
+            for layer in self.layers.values():
+                layer.weight_quant.constrain(layer.weight)
             hits = (losses.logits.detach().argmax(1) == targets).sum() * 100
             for name, value in {"loss": losses.total, **losses.terms}.items():
                 sums[name] = sums.get(name, 0) + value.detach() * len(targets)
@@ -207,7 +313,7 @@ class _Run:
         return {"lr": lr, **{f"train/{name}": float(value) / seen for name, value in sums.items()}}
 
     def _set_lr(self, epoch: float) -> None:
-        factor = lr_factor(self.recipe, epoch) * self.stages[self.stage].lr_scale
+        factor = lr_factor(self.recipe, epoch) * self._stage.lr_scale
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
 
@@ -296,39 +402,22 @@ def first_non_finite(model: nn.Module, images: Tensor) -> str:
     return "no layer's output is" if bool(torch.isfinite(images).all()) else "the images hold NaN or infinity"
 
 
-def environment(device: torch.device) -> Mapping[str, str]:
-    """What a result depends on beside its recipe: versions, commit, machine."""
-    found = {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": str(torch.get_num_threads()),
-    }
-    for package in ("bonn-qat", "torch", "timm", "brevitas"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    found["commit"] = _commit()
-    return found
+def _teacher(model: nn.Module, task: nn.Module, recipe: Recipe, data: Data, device: torch.device) -> nn.Module:
+    from timm.task import LogitDistillationTask
 
-
-def _commit() -> str:
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
-def scheme_bits(scheme: Scheme) -> str:
-    """Bits of weights and activations, such as ``"1/1"``; 32 is float."""
-    return f"{_bits(scheme.weight)}/{_bits(scheme.activation)}"
-
-
-def _bits(quantizer: object) -> int:
-    return 32 if quantizer is None else getattr(getattr(quantizer, "func", quantizer), "bits", 1)
+    with torch.random.fork_rng():  # a teacher must not change the run's random numbers
+        teacher = _network(recipe, data)
+    _load(teacher, Path(recipe.teacher))
+    distillation: nn.Module = LogitDistillationTask(
+        model,
+        teacher.to(device).requires_grad_(False),
+        criterion=task,
+        task_loss_weight=1 - recipe.distillation,
+        temperature=recipe.temperature,
+        device=device,
+        verbose=False,
+    )
+    return distillation
 
 
 def _optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -220,7 +220,7 @@ def test_brevitas_jit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class _LearnedSign(ApproxSign.__base__):  # type: ignore[misc, name-defined]
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 1) -> None:
         super().__init__()
         self.shift = nn.Parameter(torch.zeros(()))
 

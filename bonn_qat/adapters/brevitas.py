@@ -56,6 +56,11 @@ class _Weight(ExtendedInjector):  # type: ignore[misc]
         options = {name: getattr(injector, name) for name in injector.__dependencies__ if name not in _WIRING}
         assert scheme.weight is not None
         fresh = scheme.weight(tracked_parameter_list[0].detach(), **options)
+        if not fresh.scaled_sign:
+            raise InvalidModel(
+                f"the weights of the scheme {scheme.name!r} are not a scale times a sign, as 1 bit is for Brevitas; "
+                "use bonn_qat.binarize"
+            )
         is_owner = proxy_module.tracked_parameter_list[0] is tracked_parameter_list[0]
         return _keep_parameters(proxy_module, fresh) if is_owner else fresh
 
@@ -71,8 +76,10 @@ class _Activation(ExtendedInjector):  # type: ignore[misc]
         if brevitas.config.JIT_ENABLED:
             raise BonnQatError("BREVITAS_JIT=1 cannot script the quantizers of bonn_qat; unset it")
         assert scheme.activation is not None
-        fresh = scheme.activation()
         layers = list(module) if isinstance(module, tuple) else [module]
+        # A QuantIdentity does not know its channels.
+        channels = getattr(layers[0], "in_channels", getattr(layers[0], "in_features", 1))
+        fresh = scheme.activation(channels)
         is_owner = all(a is b for a, b in zip(layers, proxy_module.tracked_module_list, strict=True))
         return _keep_parameters(proxy_module, fresh, rederive=False) if is_owner else fresh
 

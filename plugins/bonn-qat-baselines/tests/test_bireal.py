@@ -36,7 +36,7 @@ def test_each_filter_has_exactly_two_values(gradient):
 
 def test_activations_have_the_papers_derivative():
     x = torch.tensor([-1.5, -1.0, -0.25, 0.0, 0.75, 1.0, 2.0], dtype=torch.float64, requires_grad=True)
-    value, scale = BIREAL.activation().quantize(x)
+    value, scale = BIREAL.activation(1).quantize(x)
     value.sum().backward()
     assert value.tolist() == [-1, -1, -1, 1, 1, 1, 1]
     assert x.grad.tolist() == [0, 0, 1.5, 2, 0.5, 0, 0]

@@ -1,0 +1,48 @@
+"""Files of tensors: safetensors with a header of JSON, written whole or not at all, and read without running code."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from bonn_qat.errors import InvalidData
+
+_KEY = "bonn_qat"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> Path:
+    """Write tensors by name, with a header, to a file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # A copy of each, because safetensors refuses tensors that share their memory.
+    copies = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+    metadata = {_KEY: json.dumps(header)} if header is not None else None
+    try:
+        safetensors.torch.save_file(copies, temporary, metadata=metadata)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What :func:`write_tensors` wrote, on the CPU; the header is empty for a file without one.
+
+    Raises InvalidData naming the file if it cannot be read.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            header = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+    except OSError as error:
+        raise InvalidData(f"cannot read {path}: {error.strerror or error}") from error
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise InvalidData(f"{path} is not a whole safetensors file: {error}") from error
+    return tensors, header
