@@ -41,6 +41,7 @@ class Row:
     mbit: float
     compression: float
     binary_share: float  # of the MACs, 0 to 1
+    flips: float | None  # percent of the binary weights whose sign an epoch changed, mean over epochs and seeds
     seconds_per_epoch: float
 
     @property
@@ -134,9 +135,9 @@ def differences(comparison: Comparison, reference: tuple[str, str] | None = None
 
 
 def terminal_table(comparison: Comparison) -> Table:
-    """The rows as a table for rich to print, all columns but the seconds, in 80 characters."""
+    """The rows as a table for rich to print, in 80 characters: all columns but those of :data:`PAGE_ONLY`."""
     table = Table(title=Text(_heading(comparison)), box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    columns = [column for column in COLUMNS if column[0] != "s/epoch"]
+    columns = [column for column in COLUMNS if column[0] not in PAGE_ONLY]
     for heading, numeric, _ in columns:
         table.add_column(heading.replace(" ", "\n"), justify="right" if numeric else "left", no_wrap=True)
     for row in statistics(comparison):
@@ -184,16 +185,19 @@ COLUMNS: tuple[tuple[str, bool, Callable[[Row], str]], ...] = (
     ("seeds", True, lambda row: str(len(row.seeds))),
     ("test top-1 (%)", True, lambda row: row.accuracy),
     ("size (Mbit)", True, lambda row: f"{row.mbit:.2f}"),
-    ("compression", True, lambda row: f"{row.compression:.1f}x"),
+    ("times smaller", True, lambda row: f"{row.compression:.1f}"),
     ("binary MACs", True, lambda row: f"{row.binary_share:.1%}"),
+    ("flips (%/epoch)", True, lambda row: "-" if row.flips is None else f"{row.flips:.2f}"),
     ("s/epoch", True, lambda row: f"{row.seconds_per_epoch:.1f}"),
 )
+PAGE_ONLY = ("binary MACs", "s/epoch")
 LEGEND = (
     "Accuracy is that after the last epoch, mean ± sample standard deviation over the seeds; no epoch was chosen by "
     "looking at the test set. Latents: the standard deviation that the real-valued weights behind the signs start "
     "with, or “float” for the float network's own start; the start alone can be worth points, so compare like with "
-    "like. One learning rate serves all arms; it may suit one better than another. Compression is against 32-bit "
-    "floats. Seconds are wall time, with whatever else the machine did."
+    "like. One learning rate serves all arms; it may suit one better than another. “Times smaller” is against 32-bit "
+    "floats. Flips: the part of the binary weights whose sign at the end of an epoch is not that of its beginning, "
+    "mean over the epochs. Seconds are wall time, with whatever else the machine did."
 )
 METHOD = (
     "Differences are paired by seed. A difference counts as larger than the noise if it exceeds both 95% margins: "
@@ -251,8 +255,14 @@ def _statistics(arm: figures.Arm) -> Row:
         mbit=first.size["mbit"],
         compression=first.size["compression"],
         binary_share=first.size["binary_macs"] / max(first.size["macs"], 1),
+        flips=_flips(arm),
         seconds_per_epoch=fmean(run.seconds / len(run.epochs) for run in arm),
     )
+
+
+def _flips(arm: figures.Arm) -> float | None:
+    shares = [epoch["flips"] for run in arm for epoch in run.epochs if "flips" in epoch]
+    return 100 * fmean(shares) if shares else None
 
 
 def _comparable(other: RunResult, reference: tuple[str, str], references: Iterable[tuple[str, str]]) -> bool:

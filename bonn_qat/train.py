@@ -403,14 +403,14 @@ def first_non_finite(model: nn.Module, images: Tensor) -> str:
 
 
 def _teacher(model: nn.Module, task: nn.Module, recipe: Recipe, data: Data, device: torch.device) -> nn.Module:
-    from timm.task import LogitDistillationTask
+    from timm.task import DistillationTeacher, LogitDistillationTask
 
     with torch.random.fork_rng():  # a teacher must not change the run's random numbers
         teacher = _network(recipe, data)
     _load(teacher, Path(recipe.teacher))
     distillation: nn.Module = LogitDistillationTask(
         model,
-        teacher.to(device).requires_grad_(False),
+        DistillationTeacher(teacher.to(device).requires_grad_(False), device=device),
         criterion=task,
         task_loss_weight=1 - recipe.distillation,
         temperature=recipe.temperature,

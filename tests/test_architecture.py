@@ -23,7 +23,7 @@ RANKS = {
     3: ("recipe", "hookspecs", "report"),
     4: ("plugins", "layers", "bonn", "models"),
     5: ("binarize", "objective", "adapters"),
-    6: ("summary", "diagnose", "metrics"),
+    6: ("bop", "summary", "diagnose", "metrics"),
     7: ("train",),
     8: ("compare",),
     9: ("cli",),

@@ -102,3 +102,6 @@ def test_summary_and_schemes_print_what_they_say(capsys: pytest.CaptureFixture[s
     assert cli.main(["schemes"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("bonn", "xnor", "bireal", "pcnn", "float", "arXiv:1908.06314"))
+    assert "xnor  1/1 bits W/A" in printed
+    assert "float  32/32 bits W/A" in printed
+    assert "granularity='kernel', clip=1.0" in printed

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import torch
 
 from bonn_qat import data, hookimpl, plugins
 from bonn_qat.compare import compare, plan
@@ -34,6 +35,13 @@ def test_a_plan_crosses_schemes_latents_and_seeds_and_runs_the_float_network_onc
         plan(RECIPE, schemes=["xnorr"])
     with pytest.raises(InvalidRecipe, match="no scheme to compare"):
         plan(RECIPE, schemes=[])
+
+
+def test_all_stands_for_every_scheme_with_the_float_network_first_and_bonn_last() -> None:
+    names = [recipe.scheme for recipe in plan(RECIPE, schemes=["all"])]
+    assert set(names) == set(plugins.schemes())
+    assert (names[0], names[-1]) == ("float", "bonn")
+    assert [recipe.scheme for recipe in plan(RECIPE, schemes=["xnor", "all"])] == list(dict.fromkeys(["xnor", *names]))
 
 
 def test_finished_runs_are_kept_and_not_run_again(tmp_path: Path, digits: data.Data) -> None:
@@ -86,6 +94,24 @@ class _Interrupt:
     @hookimpl
     def bonn_qat_after_comparison(self) -> None:
         self.calls.append("after")
+
+
+def test_a_run_that_was_interrupted_goes_on_from_its_last_epoch(tmp_path: Path, digits: data.Data) -> None:
+    (recipe,) = plan(dataclasses.replace(RECIPE, epochs=3), schemes=["bonn"])
+    whole = compare([recipe], digits, tmp_path / "whole")
+    pm, observer = plugins.create_manager(), _Interrupt(KeyboardInterrupt())
+    observer.runs = 1  # so that the first run is the one that it stops, in its first epoch
+    pm.register(observer)
+    with pytest.raises(KeyboardInterrupt):
+        compare([recipe], digits, tmp_path / "twice", pm=pm)
+    assert [path.name for path in (tmp_path / "twice" / RUNS).iterdir()] == [f"{recipe.name}.unfinished.safetensors"]
+    twice = compare([recipe], digits, tmp_path / "twice")
+    assert twice.results[0].epochs == whole.results[0].epochs
+    weights = [safetensors.torch.load_file(tmp_path / part / RUNS / f"{recipe.name}.safetensors")
+               for part in ("whole", "twice")]  # fmt: skip
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert {path.suffix for path in (tmp_path / "twice" / RUNS).iterdir()} == {".json", ".safetensors"}
+    assert not (tmp_path / "twice" / RUNS / f"{recipe.name}.unfinished.safetensors").exists()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])

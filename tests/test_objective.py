@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import subprocess
 import sys
@@ -8,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import bonn_qat
+from bonn_qat import functional
+from bonn_qat.bonn import BONN
 from bonn_qat.errors import InvalidData, UnknownName
 from bonn_qat.objective import Objective, parameter_groups
+from bonn_qat.quantizers import WeightQuantizer
 
 
 @pytest.fixture
@@ -97,6 +101,49 @@ def test_parameter_groups_of_parts_hold_each_parameter_once(model: nn.Module) ->
     groups = parameter_groups(model, kernel, model, lr=0.1, weight_decay=0.0)
     parameters = [id(p) for g in groups for p in g["params"]]
     assert len(parameters) == len(set(parameters)) == len([*model.parameters(), *kernel.parameters()])
+
+
+class _Scheduled(WeightQuantizer):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.heard: list[float] = []
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return functional.ste_sign(x), x.new_ones(())
+
+    def advance(self, progress: float) -> None:
+        self.heard.append(progress)
+
+    def constrain(self, weight: Tensor) -> None:
+        weight.clamp_(-1, 1)
+
+
+def test_constrain_and_advance_reach_every_quantizer() -> None:
+    net = nn.Sequential(*(nn.Conv2d(4, 4, 3) for _ in range(3)), nn.Flatten(), nn.Linear(16, 2))
+    model = bonn_qat.binarize(net, dataclasses.replace(BONN, weight=_Scheduled, latent_std=5.0))
+    floats = model[0].weight.detach().clone().mul_(9)
+    model[0].weight.data.copy_(floats)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer.register_step_post_hook(lambda *_: bonn_qat.constrain_(model))
+    model(torch.randn(2, 4, 8, 8)).sum().backward()
+    optimizer.step()
+    assert model[1].weight.abs().max() == model[2].weight.abs().max() == 1
+    assert torch.equal(model[0].weight, floats)  # not binary
+    bonn_qat.advance(model, 0.25)
+    assert model[1].weight_quant.heard == model[2].weight_quant.heard == [0.25]
+    for wrong in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=f"0 to 1; got {wrong}"):
+            bonn_qat.advance(model, wrong)
+
+
+def test_constrain_reaches_brevitas_layers() -> None:
+    qnn = pytest.importorskip("brevitas.nn")
+    from bonn_qat.adapters.brevitas import weight_quantizer
+
+    layer = qnn.QuantConv2d(2, 2, 3, weight_quant=weight_quantizer(dataclasses.replace(BONN, weight=_Scheduled)))
+    layer.weight.data.fill_(3.0)
+    bonn_qat.constrain_(layer)
+    assert layer.weight.unique().tolist() == [1.0]
 
 
 def test_compiled_whole_without_a_graph_break(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:

@@ -96,6 +96,14 @@ def test_rows_hold_mean_and_sample_deviation(n: int) -> None:
     assert (row.mbit, row.compression, row.binary_share, row.seconds_per_epoch) == (2.0, 25.0, 0.95, 4.0)
 
 
+def test_flips_are_the_mean_over_epochs_and_seeds_in_percent() -> None:
+    epochs = [[{"epoch": 1, "test/top1": 1.0, "flips": a}, {"epoch": 2, "test/top1": 1.0, "flips": b}]
+              for a, b in ((0.5, 0.1), (0.3, 0.1))]  # fmt: skip
+    (row,) = report.statistics(comparison(*(run("bonn", seed, 0, epochs=e) for seed, e in enumerate(epochs))))
+    assert row.flips == pytest.approx(25.0)
+    assert report.statistics(comparison(run("float", 0, 0, epochs=[{"epoch": 1, "test/top1": 1.0}])))[0].flips is None
+
+
 def test_one_seed_has_no_deviation() -> None:
     (row,) = report.statistics(comparison(run("bonn", 0, 61.234)))
     assert row.std is None

@@ -1,9 +1,12 @@
 """Bi-Real Net (Liu et al., ECCV 2018, arXiv:1808.00278): its derivatives of the two signs.
 
 W latent weights ``(O, I, kh, kw)`` or ``(O, I)``; alpha ``(O, 1, ...)``; G the gradient of the binarized weights.
-The shortcut around each convolution, the paper's other half, is every scheme's default.
+The shortcut around each convolution, the paper's other half, is every scheme's default. ``bireal-staged`` trains as
+the authors' pretraining does: a float network with ReLU, then leaky clip, then clip in the place of the signs, then the
+binary network, and at the end its norms alone.
 """
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any, Literal, cast, final
 
@@ -11,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bonn_qat import BonnQatError, Scheme, hookimpl
-from bonn_qat.functional import sign, ste_sign
+from bonn_qat import BonnQatError, Scheme, Stage, hookimpl
+from bonn_qat.functional import magnitude_aware_sign, sign
 from bonn_qat.quantizers import ApproxSign, WeightQuantizer
 
 
@@ -50,7 +53,7 @@ class BiRealWeight(WeightQuantizer):
         """W -> (alpha sign(W), alpha)."""
         alpha = x.detach().abs().mean(tuple(range(1, x.ndim)), keepdim=True)
         if self.gradient == "magnitude":
-            return alpha * ste_sign(x), alpha
+            return magnitude_aware_sign(x), alpha
         # Not alpha * sign(W) - clamp(W) + clamp(W): its rounding leaves more than two values.
         return cast(Tensor, _ScaledSign.apply(x, alpha)), alpha
 
@@ -68,8 +71,22 @@ BIREAL = Scheme(
     activation=ApproxSign,
 )
 
+# The authors' staged training, with the shares of the epochs ours: they pretrain on ImageNet stage by stage.
+STAGED = dataclasses.replace(
+    BIREAL,
+    name="bireal-staged",
+    title="Bi-Real, staged",
+    stages=(
+        Stage(share=0.3, weights="float", activations="relu"),
+        Stage(share=0.1, weights="float", activations="leaky_clip"),
+        Stage(share=0.1, weights="float", activations="clip"),
+        Stage(share=0.4),
+        Stage(share=0.1, trains="norms", recompute_norms=True),
+    ),
+)
+
 
 @hookimpl
 def bonn_qat_schemes() -> Iterable[Scheme]:
-    """Offer ``bireal``."""
-    yield BIREAL
+    """Offer ``bireal`` and ``bireal-staged``."""
+    yield from (BIREAL, STAGED)
