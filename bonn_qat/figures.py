@@ -27,6 +27,8 @@ PALETTE = (
     "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
     "#882255", "#332288", "#999933", "#44AA99", "#AA4499", "#117733",
 )  # fmt: skip
+LAPS: Any = ("-", (0, (5, 1.5)), (0, (1, 1)))  # for schemes that repeat a colour
+TRAIN: Any = (0, (4, 3))
 STYLE: Any = {  # matplotlib's annotations want every key as a literal
     "svg.fonttype": "none",  # text stays text: searchable, small, in the reader's fonts
     "svg.hashsalt": "bonn_qat",  # the same comparison gives the same bytes
@@ -101,20 +103,36 @@ def colours(comparison: Comparison) -> dict[str, str]:
     return result
 
 
+def strokes(comparison: Comparison) -> dict[str, Any]:
+    """A line style per scheme: solid, and others for the schemes that repeat a colour."""
+    laps: dict[str, int] = {}
+    result = {}
+    for scheme, colour in colours(comparison).items():
+        laps[colour] = laps.get(colour, -1) + 1
+        result[scheme] = LAPS[laps[colour] % len(LAPS)]
+    return result
+
+
 def accuracy_curves(comparison: Comparison) -> str | None:
-    """Test (solid) and train (dashed) top-1 over epochs: mean line and min-max band over seeds (Fig. 6)."""
-    facets, colour = _facets(comparison), colours(comparison)
+    """Test and train (thin, dashed) top-1 over epochs: mean line and min-max band over seeds (Fig. 6).
+
+    Where there are more arms than colours, the training curves would bury the others and are left out.
+    """
+    facets, colour, stroke = _facets(comparison), colours(comparison), strokes(comparison)
     if not facets:
         return None
+    crowded = any(style != LAPS[0] for style in stroke.values())
     with _canvas("accuracy", height=4.6) as (figure, svg):
         for axis, (latents, group) in zip(_row(figure, len(facets)), facets.items(), strict=True):
             for arm in group:
-                _curve(axis, arm, "train/top1", colour[arm[0].scheme], linewidth=0.9, linestyle=(0, (4, 3)), alpha=0.7)
-                _curve(axis, arm, "test/top1", colour[arm[0].scheme], linewidth=2.0, band=True)
+                tint, style = colour[arm[0].scheme], stroke[arm[0].scheme]
+                if not crowded:
+                    _curve(axis, arm, "train/top1", tint, linewidth=0.9, linestyle=TRAIN, alpha=0.7)
+                _curve(axis, arm, "test/top1", tint, linewidth=2.0, linestyle=style, band=not crowded)
             _epochs_axis(axis)
             axis.set_title(_panel_title(latents, facets))
         figure.axes[0].set_ylabel("top-1 accuracy (%)")
-        _legend(figure, comparison, {"test": "-", "train": (0, (4, 3))})
+        _legend(figure, comparison, {} if crowded else {"test": "-", "train": TRAIN})
     return svg()
 
 
@@ -125,7 +143,7 @@ def latent_histograms(comparison: Comparison) -> str | None:
     if not shown:
         return None
     colour, names = colours(comparison), labels(comparison)
-    with _canvas("histograms", height=1.8 * len(shown) + 0.7) as (figure, svg):
+    with _canvas("histograms", height=(1.8 if len(shown) <= 6 else 1.3) * len(shown) + 0.7) as (figure, svg):
         grid = figure.subplots(len(shown), len(layers), squeeze=False)
         for arm, axes in zip(shown, grid, strict=True):
             for axis, layer in zip(axes, layers, strict=True):
@@ -140,7 +158,8 @@ def latent_histograms(comparison: Comparison) -> str | None:
 
 def binary_values(comparison: Comparison) -> str | None:
     """The binary value ``|x^|`` of a weight over epochs: a panel per layer, a line per arm (Fig. 5)."""
-    layers, colour = _chosen_layers(comparison), colours(comparison)
+    layers, colour, stroke = _chosen_layers(comparison), colours(comparison), strokes(comparison)
+    crowded = any(style != LAPS[0] for style in stroke.values())
     facets = {
         latents: group
         for latents, arms_ in _facets(comparison).items()
@@ -153,7 +172,8 @@ def binary_values(comparison: Comparison) -> str | None:
         for axes, (latents, group) in zip(grid, facets.items(), strict=True):
             for axis, layer in zip(axes, layers, strict=True):
                 for arm in group:
-                    _curve(axis, arm, f"scale/{layer}", colour[arm[0].scheme], linewidth=2.0, band=True)
+                    tint, style = colour[arm[0].scheme], stroke[arm[0].scheme]
+                    _curve(axis, arm, f"scale/{layer}", tint, linewidth=2.0, linestyle=style, band=not crowded)
                 axis.set_yscale("log")
                 _epochs_axis(axis)
             start = _panel_title(latents, facets)
@@ -199,9 +219,10 @@ TITLES = {
 CAPTIONS = {
     "final": "A point is a seed, the bar and the number are the mean. Look at whether the points of two schemes "
     "overlap before looking at the means; the axis does not start at zero.",
-    "accuracy": "Solid: test; dashed: training images (after one epoch: filled and hollow points); the band reaches "
-    "from the worst to the best seed. A wide gap between dashed and solid is overfitting; a jump is a step of the "
-    "learning rate or a new stage of the scheme. Mirrors Fig. 6 of the paper.",
+    "accuracy": "Thick: test; thin and dashed: training images (after one epoch: filled and hollow points), left out "
+    "where there are more arms than colours; the band reaches from the worst to the best seed. A wide gap between thin "
+    "and thick is overfitting; a jump is a step of the learning rate or a new stage of the scheme. Mirrors Fig. 6 of "
+    "the paper.",
     "histograms": "The real-valued weights behind the signs, in the first, middle and last binary layer, for one "
     "seed: time runs downwards and from light to dark, each ridge is scaled to its own peak, and each panel "
     "has a horizontal axis of its own. BONN's prior should part one hump into two modes, one per sign. "
@@ -344,17 +365,17 @@ def _epochs_axis(axis: "Axes") -> None:
 
 
 def _legend(
-    figure: "Figure", comparison: Comparison, strokes: Mapping[str, Any], shown: Iterable[Arm] | None = None
+    figure: "Figure", comparison: Comparison, meanings: Mapping[str, Any], shown: Iterable[Arm] | None = None
 ) -> None:
     """A legend below the panels: a line per scheme, then what a stroke means."""
     from matplotlib.lines import Line2D
 
-    colour = colours(comparison)
+    colour, stroke = colours(comparison), strokes(comparison)
     titles = {run.scheme: _label(run, start=False) for run, *_ in (arms(comparison) if shown is None else shown)}
-    handles = [Line2D([], [], color=colour[scheme], linewidth=2.5) for scheme in titles]
-    handles += [Line2D([], [], color="#777777", linestyle=stroke) for stroke in strokes.values()]
+    handles = [Line2D([], [], color=colour[name], linestyle=stroke[name], linewidth=2.5) for name in titles]
+    handles += [Line2D([], [], color="#777777", linestyle=meaning) for meaning in meanings.values()]
     # matplotlib leaves out labels that start with an underscore; a space before it is not seen.
-    names = [_plain(f" {title}" if title.startswith("_") else title) for title in (*titles.values(), *strokes)]
+    names = [_plain(f" {title}" if title.startswith("_") else title) for title in (*titles.values(), *meanings)]
     columns = max(1, min(5, 120 // (8 + max(map(len, names)))))  # about 120 letters fit the width
     figure.legend(handles, names, loc="outside lower center", ncols=min(len(handles), columns))
 

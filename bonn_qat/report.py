@@ -223,7 +223,8 @@ figcaption, .note { font-size: .9rem; max-width: 46rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .93rem; }
 th, td { padding: .4rem .7rem; text-align: left; border-bottom: 1px solid var(--line); }
-.rows th, .rows td { white-space: nowrap; }
+.rows td { white-space: nowrap; }
+.rows th { vertical-align: bottom; }
 .rows td:first-child { white-space: normal; min-width: 7rem; }
 thead th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
