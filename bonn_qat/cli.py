@@ -35,7 +35,9 @@ Size = Annotated[int, typer.Option(help="Height and width for the pictures of an
 @app.command()
 def compare(
     data: DataOption = None,
-    schemes: Annotated[str, typer.Option(help="Comma-separated schemes, or all.")] = "float,xnor,bireal,pcnn,bonn",
+    schemes: Annotated[
+        str, typer.Option(help="Comma-separated schemes, such as xnor:input_scale=true, or all.")
+    ] = "float,xnor,bireal,pcnn,bonn",
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, counted from 0.")] = 1,
     latents: Annotated[str, typer.Option(help="Comma-separated starts of the latent weights: 0.01, float, ...")] = "",
     model: Model = None,
@@ -137,7 +139,9 @@ def schemes() -> None:
         console.print(Padding(Text(scheme.reference), (0, 0, 0, 4)))
         if options:
             console.print(Padding(Text(f"options: {options}"), (0, 0, 0, 4)))
-    console.print("A recipe sets options in its table scheme_options.")
+    console.print(
+        "Set options in a recipe's table scheme_options, or: compare --schemes xnor:input_scale=true+gradient=plain"
+    )
 
 
 class _Stopped(Exception):

@@ -39,7 +39,8 @@ def plan(
 ) -> list[Recipe]:
     """One recipe for each scheme, start of the latents and seed; a float network has no latents and runs once a seed.
 
-    ``"all"`` among the schemes stands for every one that is installed, the float network first and BONN last.
+    A scheme may have options of its own, ``xnor:gradient=plain+input_scale=true``. ``"all"`` stands for every scheme
+    that is installed, the float network first and BONN last.
 
     ``latents`` empty takes the recipe's. Raises UnknownName for a scheme that no plugin offers, InvalidRecipe
     for no scheme at all.
@@ -48,8 +49,9 @@ def plan(
     arms = []
     names = [name for scheme in schemes for name in (_everyone(pm) if scheme == ALL else [scheme])]
     for scheme in dict.fromkeys(names):
-        is_float = plugins.find_scheme(scheme, pm).weight is None
-        arms += [replace(recipe, scheme=scheme, latents=start) for start in (["float"] if is_float else starts)]
+        arm = recipe.with_variant(scheme)
+        is_float = plugins.find_scheme(arm.scheme, pm).weight is None
+        arms += [replace(arm, latents=start) for start in (["float"] if is_float else starts)]
     if not arms:
         raise InvalidRecipe("no scheme to compare; name at least one")
     # All arms of one seed before the next, so that an interrupted comparison is still a comparison.

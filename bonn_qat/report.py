@@ -125,7 +125,8 @@ def differences(comparison: Comparison, reference: tuple[str, str] | None = None
     arms = {arm[0].arm: arm for arm in figures.arms(comparison)}
     if reference is not None and reference not in arms:
         raise UnknownName("arm", "/".join(reference), map("/".join, arms))
-    references = [reference] if reference else [key for key in arms if key[0] == REFERENCE]
+    plain = [key for key in arms if key[0] == REFERENCE]
+    references = [reference] if reference else plain or [key for key in arms if key[0].startswith(f"{REFERENCE}:")]
     return [
         _difference(comparison, arms[one], arms[other])
         for one in references

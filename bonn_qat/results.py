@@ -27,7 +27,7 @@ class RunResult:
     """
 
     name: str
-    scheme: str
+    scheme: str  # with its options, such as "xnor" or "xnor:gradient=plain"
     title: str
     bits: str  # weights/activations, such as "1/1"
     latents: str  # the start of the latent weights: "0.01" (standard deviation) or "float" (as the float network's)

@@ -240,8 +240,8 @@ class _Run:
     def result(self) -> RunResult:
         return RunResult(
             name=self.recipe.name,
-            scheme=self.scheme.name,
-            title=self.scheme.title,
+            scheme=self.recipe.variant,
+            title=" ".join(filter(None, (self.scheme.title, self.recipe.variant.partition(":")[2]))),
             bits=self.scheme.bits,
             latents="float" if self.scheme.latent_std is None else f"{self.scheme.latent_std:g}",
             seed=self.recipe.seed,

@@ -37,6 +37,23 @@ def test_a_plan_crosses_schemes_latents_and_seeds_and_runs_the_float_network_onc
         plan(RECIPE, schemes=[])
 
 
+def test_a_scheme_comes_with_options_of_its_own(tmp_path: Path, digits: data.Data) -> None:
+    variants = ["xnor", "xnor:gradient=plain+input_scale=true", "bonn:clip=0.5"]
+    planned = plan(RECIPE, schemes=variants)
+    assert [recipe.variant for recipe in planned] == variants
+    assert planned[1].scheme_options == {"gradient": "plain", "input_scale": True}
+    found = compare(planned, digits, tmp_path)
+    assert [result.scheme for result in found.results] == variants
+    assert len({path.name for path in (tmp_path / RUNS).iterdir()}) == 6
+    page = (tmp_path / PAGE).read_text()
+    assert "XNOR-Net gradient=plain+input_scale=true" in page
+    assert "BONN clip=0.5 is" in page  # the reference, for want of a plain one
+    with pytest.raises(InvalidRecipe, match="option 'clip' in 'xnor:clip' has no value; write clip=VALUE"):
+        plan(RECIPE, schemes=["xnor:clip"])
+    with pytest.raises(UnknownName, match="unknown option of the scheme 'xnor' 'clop'; did you mean 'clip'"):
+        compare(plan(RECIPE, schemes=["xnor:clop=1"]), digits, tmp_path)
+
+
 def test_all_stands_for_every_scheme_with_the_float_network_first_and_bonn_last() -> None:
     names = [recipe.scheme for recipe in plan(RECIPE, schemes=["all"])]
     assert set(names) == set(plugins.schemes())
