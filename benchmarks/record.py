@@ -41,12 +41,12 @@ def _page(comparison: Comparison) -> str:
         "",
         ", ".join(f"{key} {value}" for key, value in run.environment.items()),
         "",
-        "| scheme | bits W/A | latents | seeds | top-1 (%) | Mbit | compression |",
-        "|---|---|---|---|---|---|---|",
+        "| scheme | bits W/A | latents | seeds | top-1 (%) | Mbit | times smaller | flips (%/epoch) |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {row.title} | {row.bits} | {row.latents} | {len(row.seeds)} | {row.accuracy} | {row.mbit:.2f} "
-        f"| {row.compression:.1f}x |"
+        f"| {row.compression:.1f} | {'-' if row.flips is None else f'{row.flips:.2f}'} |"
         for row in report.statistics(comparison)
     ]
     lines += ["", *(f"- {difference}" for difference in report.differences(comparison))]

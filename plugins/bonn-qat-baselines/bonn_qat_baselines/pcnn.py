@@ -2,7 +2,10 @@
 
 Equation numbers are those of the authors' book (Zhang et al., Binary Neural Networks, chapter 3). C latent
 kernels ``(O, I, kh, kw)`` or ``(O, I)``; W projection ``(J, 1, kh, kw)`` or ``(J, 1)``, one matrix for all
-planes of the layer's kernels; C^ projected kernels; G the gradient of C^ by the task's loss. Here J = 1.
+planes of the layer's kernels; C^_j projected kernels; G the gradient of what convolves by the task's loss.
+
+The paper's feature maps have J channels each, one for each C^_j (3.45 to 3.48). So that a network keeps its shapes,
+here a kernel is the mean of its J projections, whose gradients are G_j = G / J. The paper's ImageNet network has J = 1.
 """
 
 import math
@@ -21,68 +24,85 @@ from bonn_qat.quantizers import ParameterRule, SteSign, WeightQuantizer
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, latent: Tensor, projection: Tensor, scale: Tensor, weight: float, look_ahead: float
+        ctx: Any, latent: Tensor, projections: Tensor, scale: Tensor, weight: float, look_ahead: float
     ) -> Tensor:
-        projected = scale * sign(projection.mean() * latent)  # (3.29)
-        ctx.save_for_backward(latent, projection, projected)
+        ctx.save_for_backward(latent, projections, scale)
         ctx.weight, ctx.look_ahead = weight, look_ahead
-        return projected
+        return scale * torch.stack([sign(w.mean() * latent) for w in torch.split(projections, 1)]).mean(0)  # (3.29)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        latent, projection, projected = ctx.saved_tensors
-        inside = grad * ((projection * latent).abs() <= 1)
+        latent, projections, scale = ctx.saved_tensors
+        grad = grad / len(projections)
         ahead = latent + ctx.look_ahead * grad
-        error = ctx.weight * (projection * ahead - projected)
-        dlatent = (inside + error) * projection  # (3.51) + (3.52)
-        dprojection = inside * latent + error * ahead  # (3.55) + (3.56)
-        return dlatent, dprojection.sum_to_size(projection.shape), None, None, None
+        dlatents, dprojections = [], []
+        for w in torch.split(projections, 1):
+            inside = grad * ((w * latent).abs() <= 1)
+            error = ctx.weight * (w * ahead - scale * sign(w.mean() * latent))
+            dlatents.append((inside + error) * w)  # (3.51) + (3.52)
+            dprojections.append((inside * latent + error * ahead).sum_to_size(w.shape))  # (3.55) + (3.56)
+        return torch.stack(dlatents).sum(0), torch.cat(dprojections), None, None, None
 
 
 @final
 class PcnnWeight(WeightQuantizer):
-    """``C^ = a sign(mean(W) C)`` with ``a = mean|C|`` over the layer; W is ``projection`` and starts at 1.
+    """The mean of J kernels ``C^_j = a sign(mean(W_j) C)`` with ``a = mean|C|`` over the layer; W is ``projection``.
 
-    Backward, with lambda = ``projection_weight``, eta = ``look_ahead`` and ``E = W (C + eta G) - C^``:
-    ``G [|W C| <= 1] W + lambda E W`` to C (3.51, 3.52), and the sum over all planes of
-    ``G [|W C| <= 1] C + lambda E (C + eta G)`` to W (3.55, 3.56).
+    Backward, with lambda = ``projection_weight``, eta = ``look_ahead``, ``G_j = G / J`` and
+    ``E_j = W_j (C + eta G_j) - C^_j``: the sum over j of ``G_j [|W_j C| <= 1] W_j + lambda E_j W_j`` to C (3.51, 3.52),
+    and the sum over all planes of ``G_j [|W_j C| <= 1] C + lambda E_j (C + eta G_j)`` to W_j (3.55, 3.56).
 
-    The terms with lambda are the gradient of the projection loss ``L_P = lambda/2 ||C^ - W (C + eta G)||^2``
-    (3.42). G is known in the backward pass only, so L_P enters here, by its gradient, and is in no loss that
-    is logged. Each backward pass adds it once, whatever the loss was multiplied by: with gradients
-    accumulated over n batches it counts n times, and G stands in it as it arrives, scaled by a GradScaler.
+    J is ``projections``. One W starts at 1. The paper starts its W at random; several that start as one would get one
+    gradient and stay one, so here they start evenly within (0.5, 1.5), ``1 + (j - (J - 1) / 2) / J`` for j from 0.
+    Deployed are J bits per weight and a.
+
+    The terms with lambda are the gradient of the projection loss (3.42),
+    ``L_P = lambda/2 sum_j ||C^_j - W_j (C + eta G_j)||^2``. G is known in the backward pass only, so L_P enters here,
+    by its gradient, and is in no loss that is logged. Each backward pass adds it once, whatever the loss was
+    multiplied by: with gradients accumulated over n batches it counts n times, and G stands in it as it arrives,
+    scaled by a GradScaler.
 
     The paper's eta is the learning rate, held constant. So is ``look_ahead``: it follows no schedule. What it
     changes in the gradient is of the order ``lambda eta G``, a millionth with the defaults; 0 leaves it out.
 
-    Raises BonnQatError for an option below 0 or not finite.
+    Raises BonnQatError for ``projections`` below 1, and another option below 0 or not finite.
     """
 
     parameter_rules: ClassVar[Mapping[str, ParameterRule]] = {"projection": ParameterRule(slow=True)}
 
-    def __init__(self, weight: Tensor, *, projection_weight: float = 1e-4, look_ahead: float = 0.01) -> None:
+    def __init__(
+        self, weight: Tensor, *, projection_weight: float = 1e-4, look_ahead: float = 0.01, projections: int = 1
+    ) -> None:
         super().__init__()
+        if not isinstance(projections, int) or projections < 1:
+            raise BonnQatError(
+                f"the option projections of the scheme 'pcnn' is a whole number, at least 1; got {projections!r}"
+            )
         for option, value in (("projection_weight", projection_weight), ("look_ahead", look_ahead)):
             if not (math.isfinite(value) and value >= 0):
                 raise BonnQatError(f"the option {option} of the scheme 'pcnn' is at least 0; got {value}")
         self.projection_weight, self.look_ahead = projection_weight, look_ahead
-        self.projection = nn.Parameter(weight.new_ones(1, 1, *weight.shape[2:]))
+        self.bits, self.scaled_sign = projections, projections == 1
+        self.projection = nn.Parameter(weight.new_empty(projections, 1, *weight.shape[2:]))
+        self.adopt(weight)
 
     @torch.no_grad()
     def adopt(self, weight: Tensor) -> None:
-        """Start from W = 1, which a = mean|C| asks for, whatever the float weights are."""
-        self.projection.fill_(1)
+        """Start from W about 1, which a = mean|C| asks for, whatever the float weights are."""
+        for j, w in enumerate(self.projection):
+            w.fill_(1 + (j - (self.bits - 1) / 2) / self.bits)
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """C -> (C^, a)."""
+        """C -> (the mean of the C^_j, a)."""
         scale = x.detach().abs().mean()
         value = _Project.apply(x, self.projection, scale, self.projection_weight, self.look_ahead)
         return cast(Tensor, value), scale
 
     def extra_repr(self) -> str:
         """The options, for ``print(model)``."""
-        return f"projection_weight={self.projection_weight}, look_ahead={self.look_ahead}"
+        options = f"projection_weight={self.projection_weight}, look_ahead={self.look_ahead}"
+        return f"{options}, projections={self.bits}"
 
 
 PCNN = Scheme(

@@ -1,0 +1,86 @@
+"""Every scheme, with the digits' default recipe: it learns, and an interruption, a save and a load change nothing."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from bonn_qat import Recipe, data, hookimpl, plugins
+from bonn_qat.checkpoint import write_tensors
+from bonn_qat.train import build, train
+
+SCHEMES = sorted(plugins.schemes())
+
+
+@pytest.fixture(scope="module")
+def digits() -> data.Data:
+    return data.load("digits")
+
+
+class _Stop:
+    """Interrupts a run, as Ctrl-C does, after ``epoch``."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    @hookimpl
+    def bonn_qat_after_epoch(self, epoch: int) -> None:
+        if epoch == self.epoch:
+            raise KeyboardInterrupt
+
+
+def stopping(epoch: int) -> Any:
+    pm = plugins.create_manager()
+    pm.register(_Stop(epoch))
+    return pm
+
+
+def logits(model: nn.Module, of: data.Data) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([model.eval()(images) for images, _ in of.test_batches()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCHEMES)
+def test_it_learns_the_digits_from_a_state_that_survives_save_load_and_resume(
+    name: str, digits: data.Data, tmp_path: Path, record_property: Any
+) -> None:
+    recipe = dataclasses.replace(Recipe.default("digits"), scheme=name)
+    unfinished = tmp_path / "unfinished.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        train(build(recipe, digits), recipe, digits, checkpoint=unfinished, pm=stopping(recipe.epochs // 2))
+    model = build(recipe, digits)
+    result = train(model, recipe, digits, checkpoint=unfinished)
+    record_property("top1", result.top1)
+    assert result.top1 >= 90, f"{name}: {result.top1:.2f}%"
+
+    path = write_tensors(tmp_path / "weights.safetensors", model.state_dict())
+    again = build(dataclasses.replace(recipe, seed=1), digits)
+    again.load_state_dict(safetensors.torch.load_file(path))
+    assert torch.equal(logits(again, digits), logits(model, digits))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_an_interrupted_run_ends_with_the_very_weights_of_an_undisturbed_one(name: str, tmp_path: Path) -> None:
+    few = data.load("digits", train_images=96, test_images=64)
+    recipe = dataclasses.replace(Recipe.default("digits"), scheme=name, epochs=5, batch_size=32)
+    whole, resumed = build(recipe, few), build(recipe, few)
+    torch.manual_seed(5)  # schemes with random numbers of their own draw the same ones
+    undisturbed = train(whole, recipe, few)
+    torch.manual_seed(5)
+    with pytest.raises(KeyboardInterrupt):
+        train(build_again(recipe, few), recipe, few, checkpoint=tmp_path / "run", pm=stopping(3))
+    torch.manual_seed(6)
+    assert train(resumed, recipe, few, checkpoint=tmp_path / "run").epochs == undisturbed.epochs
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+def build_again(recipe: Recipe, of: data.Data) -> nn.Module:
+    """The recipe's network, without a trace in the global generator."""
+    with torch.random.fork_rng():
+        return build(recipe, of)
