@@ -184,6 +184,29 @@ def binary_values(comparison: Comparison) -> str | None:
     return svg()
 
 
+def flip_ratios(comparison: Comparison) -> str | None:
+    """The share of binary weights whose sign an epoch changed, over the epochs: a line per arm."""
+    colour, stroke = colours(comparison), strokes(comparison)
+    facets = {
+        latents: group
+        for latents, arms_ in _facets(comparison).items()
+        if (group := [arm for arm in arms_ if _series(arm, "flips")])
+    }
+    if not facets:
+        return None
+    with _canvas("flips", height=4.2) as (figure, svg):
+        for axis, (latents, group) in zip(_row(figure, len(facets)), facets.items(), strict=True):
+            for arm in group:
+                scheme = arm[0].scheme
+                _curve(axis, arm, "flips", colour[scheme], linewidth=2.0, linestyle=stroke[scheme])
+            axis.set_yscale("log")
+            _epochs_axis(axis)
+            axis.set_title(_panel_title(latents, facets))
+        figure.axes[0].set_ylabel("part of the signs that an epoch changed")
+        _legend(figure, comparison, {}, [arm for group in facets.values() for arm in group])
+    return svg()
+
+
 def final_accuracy(comparison: Comparison) -> str | None:
     """Test top-1 after the last epoch: a point per seed, a bar at the mean, a line per arm."""
     groups, colour, names = arms(comparison), colours(comparison), labels(comparison)
@@ -209,12 +232,14 @@ DRAWINGS: Mapping[str, Callable[[Comparison], str | None]] = {
     "accuracy": accuracy_curves,
     "histograms": latent_histograms,
     "values": binary_values,
+    "flips": flip_ratios,
 }
 TITLES = {
     "final": "Final accuracy",
     "accuracy": "Accuracy over the epochs",
     "histograms": "Latent weights over the epochs",
     "values": "Binary values over the epochs",
+    "flips": "Flips over the epochs",
 }
 CAPTIONS = {
     "final": "A point is a seed, the bar and the number are the mean. Look at whether the points of two schemes "
@@ -230,6 +255,9 @@ CAPTIONS = {
     "values": "The magnitude that every binary weight of a layer shares (its mean, where each filter has its own), "
     "on a logarithmic axis. In the paper BONN's values grow by several times and settle high, while those of "
     "XNOR-Net shrink. Mirrors Fig. 5.",
+    "flips": "The part of all binary weights whose sign at the end of an epoch is not that of its beginning, on a "
+    "logarithmic axis; the mean over the seeds. Signs that still change late have not settled; signs that never change "
+    "were decided by the start.",
 }
 
 
@@ -273,8 +301,8 @@ def _chosen_layers(comparison: Comparison) -> list[str]:
 
 
 def _series(arm: Arm, key: str) -> dict[int, list[float]]:
-    """Epoch -> the values of the seeds that reached it; without scales of zero, for which a log axis has no place."""
-    above = 0.0 if key.startswith("scale/") else -math.inf
+    """Epoch -> the values of the seeds that reached it, above zero for what is drawn on a log axis."""
+    above = 0.0 if key.startswith(("scale/", "flips")) else -math.inf
     found: dict[int, list[float]] = {}
     for run in arm:
         for record in run.epochs:

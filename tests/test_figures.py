@@ -24,6 +24,7 @@ def run(scheme: str, seed: int = 0, *, epochs: int = 3, latents: str = "0.01", *
     records = [
         {"epoch": e, "train/top1": 30.0 + e, "test/top1": 20.0 + e + seed}
         | {f"scale/{layer}": 0.1 / e for layer in layers}
+        | ({"flips": 0.1 / e} if layers else {})
         for e in range(1, epochs + 1)
     ]
     values: dict[str, Any] = {
@@ -109,6 +110,26 @@ def test_float_networks_have_no_binary_values() -> None:
     assert svg
     assert "BONN" in texts(svg)
     assert "Float" not in texts(svg)
+
+
+def test_flips_are_drawn_for_binary_networks_alone() -> None:
+    svg = figures.flip_ratios(CASES["two seeds"])
+    assert svg
+    assert "BONN" in texts(svg)
+    assert "Float" not in texts(svg)
+    assert figures.flip_ratios(CASES["float alone"]) is None
+    assert figures.flip_ratios(comparison(dead())) is None  # a result of an earlier version has none
+
+
+def test_schemes_of_one_colour_have_line_styles_of_their_own_and_no_training_curves() -> None:
+    crowded = CASES["more schemes than colours"]
+    looks = {(figures.colours(crowded)[name], str(style)) for name, style in figures.strokes(crowded).items()}
+    assert len(looks) == 13
+    svg, few = figures.accuracy_curves(crowded), figures.accuracy_curves(CASES["two seeds"])
+    assert svg
+    assert few
+    assert "train" in texts(few)
+    assert "train" not in texts(svg)
 
 
 def test_titles_are_drawn_as_they_are_written() -> None:
