@@ -42,8 +42,8 @@ class AbcWeight(WeightQuantizer):
 
     Backward: ``(sum_m alpha_m) G``. Each sign is straight-through without a mask; alpha, mean and std are constants.
 
-    Deployed are M bits per weight and alpha, of which for M = 1 the layer takes the place of its scale. Raises
-    BonnQatError for ``weight_bases`` below 1 and a ``weight_spread`` that is not a number above 0.
+    Deployed are M bits per weight and the M numbers of alpha. Raises BonnQatError for ``weight_bases`` below 1 and a
+    ``weight_spread`` that is not a number above 0.
     """
 
     def __init__(
@@ -65,9 +65,9 @@ class AbcWeight(WeightQuantizer):
         centred = x - x.mean() if self.centre else x
         bases = torch.stack([sign(centred + u * std) for u in _evenly(self.bits, self.weight_spread)])
         # Of two bases one is nowhere below the other, so the mean of their product follows from their means.
-        means = bases.flatten(1).sum(1).double() / x.numel()
+        means = bases.flatten(1).mean(1, dtype=torch.float64)
         gram = 1 - (means[:, None] - means).abs()
-        products = (bases * x).flatten(1).sum(1).double() / x.numel()
+        products = (bases * x).flatten(1).mean(1, dtype=torch.float64)
         # inv_ex, because inv waits for a GPU to tell whether the matrix was singular.
         inverse = torch.linalg.inv_ex(gram + _RIDGE * torch.eye(self.bits, dtype=gram.dtype, device=gram.device))[0]
         alpha = inverse @ products

@@ -4,7 +4,7 @@ W latent weights ``(O, I, kh, kw)`` or ``(O, I)``; x activations ``(B, C, ...)``
 dr that of a layer's output; k bits. ``quantize_k(r) = round((2^k - 1) r) / (2^k - 1)`` for r in [0, 1], halves go to
 the even neighbour; its backward is the identity.
 
-The default, 1-bit weights, 4-bit activations and float gradients, is the 1/4 of the papers' tables. The blocks are
+The default, 1-bit weights, 4-bit activations and float gradients, is the 1/4 of published tables. The blocks are
 those of the other schemes: what binarizing an activation is elsewhere, clipping and rounding it is here.
 """
 

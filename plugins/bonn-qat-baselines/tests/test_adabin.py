@@ -247,6 +247,10 @@ def test_inputs_and_weights_have_one_bit_and_a_filter_two_constants():
     assert not ADABIN.weight(weight).scaled_sign
 
 
+def test_t_starts_at_t_min_in_the_precision_of_the_weights():
+    assert AdaBinWeight(torch.zeros(2, 5, **DOUBLE)).sign.t.item() == 0.1
+
+
 def test_schedule_and_centre_are_options_of_the_scheme():
     assert ADABIN.options == {"t_min": 0.1, "t_max": 10.0, "centre": "paper"}
     scheme = ADABIN.configure({"t_min": 0.001, "t_max": 0.01, "centre": "code"})

@@ -105,6 +105,13 @@ def test_the_random_sign_is_plus_one_with_the_hard_sigmoids_probability():
         assert abs(share - p) <= 5 * math.sqrt(p * (1 - p) / draws), p
 
 
+@pytest.mark.parametrize("draw", [0.0, 1 - 2**-24], ids=["least", "most"])
+def test_no_draw_changes_the_sign_beyond_one(monkeypatch, draw):
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, draw))
+    value, _ = stochastic().quantize(torch.tensor([-2.0, -1.0, 1.0, 2.0]))
+    assert value.tolist() == [-1, -1, 1, 1]
+
+
 def test_the_random_signs_of_two_elements_are_independent():
     torch.manual_seed(0)
     value, _ = stochastic().quantize(torch.zeros(20_000, 2, dtype=torch.float64))

@@ -179,6 +179,7 @@ def test_t_goes_from_t_min_to_t_max_by_equal_factors():
         sign.advance(progress)
         found.append(sign.t.item())
     assert found == pytest.approx([1e-3, 1e-2, 1e-1, 1.0, 10.0], rel=1e-12)
+    assert IrNetWeight(torch.zeros(2, 5, **DOUBLE)).sign.t.item() == 0.1  # not single precision's
 
 
 def test_inputs_and_weights_have_one_bit_and_a_filter_one_constant():
