@@ -128,7 +128,8 @@ class Scheme:
             if passed:
                 changed[part] = functools.partial(make, **passed)
         configured = replace(self, **changed)
-        _ = configured.bits  # makes the quantizers, so that an impossible value is told at once
+        # Makes what the options are for, so that an impossible value is told at once.
+        _ = configured.bits, configured.output and configured.output(1)
         return configured
 
 

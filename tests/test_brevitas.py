@@ -213,6 +213,31 @@ def test_transposed_convolutions_are_refused() -> None:
         qnn.QuantConvTranspose2d(4, 6, 3, weight_quant=WEIGHT)
 
 
+class _Ternary(ApproxSign.__base__):  # type: ignore[misc, name-defined]
+    bits = 2
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.sign(), x.new_ones(())
+
+
+class _TwoBases(BonnWeight.__base__):  # type: ignore[misc, name-defined]
+    scaled_sign = False
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x.new_ones(())
+
+
+def test_what_is_not_1_bit_is_refused() -> None:
+    scheme = Scheme(name="odd", title="Odd", reference="none", weight=_TwoBases, activation=_Ternary)
+    with pytest.raises(InvalidModel, match="activations of the scheme 'odd' have 2 bits"):
+        qnn.QuantIdentity(act_quant=adapter.activation_quantizer(scheme))
+    with pytest.raises(InvalidModel, match="weights of the scheme 'odd' are not a scale times a sign"):
+        qnn.QuantConv2d(3, 4, 3, weight_quant=adapter.weight_quantizer(scheme))
+
+
 def test_brevitas_jit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(brevitas.config, "JIT_ENABLED", True)
     with pytest.raises(BonnQatError, match="BREVITAS_JIT"):

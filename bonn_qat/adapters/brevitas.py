@@ -80,6 +80,11 @@ class _Activation(ExtendedInjector):  # type: ignore[misc]
         # A QuantIdentity does not know its channels.
         channels = getattr(layers[0], "in_channels", getattr(layers[0], "in_features", 1))
         fresh = scheme.activation(channels)
+        if fresh.bits != 1:
+            raise InvalidModel(
+                f"the activations of the scheme {scheme.name!r} have {fresh.bits} bits, this adapter knows 1; "
+                "use bonn_qat.binarize"
+            )
         is_owner = all(a is b for a, b in zip(layers, proxy_module.tracked_module_list, strict=True))
         return _keep_parameters(proxy_module, fresh, rederive=False) if is_owner else fresh
 
