@@ -27,7 +27,8 @@ class McnWeight(WeightQuantizer):
 
     ``C^`` has two values for the layer, the nearer of two centres (of two at the same distance the upper one). With
     ``centres="kmeans"`` they are those of Lloyd's algorithm in one dimension, started at ``-mean|C|`` and ``mean|C|``,
-    with ``"sign"`` they stay there. ``modulation="mean"`` puts the mean of each plane in its place (MCN-1).
+    and a centre that no weight is near keeps its place; with ``"sign"`` both do. ``modulation="mean"`` puts the mean of
+    each plane in its place (MCN-1).
 
     Backward: ``G_o * M_j [|C_o| <= 1]`` to C (3.22), straight-through within the clip, C^'s centres constants; to M_j
     the sum of ``G_o * C^_o`` over the input channels and over all o with ``o mod K = j`` (3.26), or with

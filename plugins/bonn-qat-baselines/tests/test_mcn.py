@@ -124,6 +124,13 @@ def test_kmeans_finds_the_means_of_two_clusters_that_are_not_symmetric():
     assert torch.equal(binary > 0, c > 0.4)
 
 
+def test_a_centre_without_weights_keeps_its_place():
+    c = torch.tensor([[0.1, 0.2, 0.9, 1.0]], dtype=DOUBLE)  # all nearer to 0.55 than to -0.55
+    binary, scale = McnWeight(c).binarize(c)
+    assert binary.tolist() == [pytest.approx([0.55] * 4)]
+    assert scale.item() == pytest.approx(0.55)
+
+
 @pytest.mark.parametrize("c", [torch.zeros(2, 3), torch.full((2, 3), 0.5), torch.tensor([[-0.5]])], ids=str)
 def test_a_layer_of_one_value_keeps_it(c):
     latent = c.clone().requires_grad_()
