@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -59,6 +59,8 @@ class Difference:
     by_seed: dict[int, float]
     test_images: int
     test_margin: float  # points; half a 95% interval for the choice of test images, as if each arm had its own
+    std: float | None  # of one paired difference, in points: what the choice of the seed is worth; None if unknown
+    dof: int  # degrees of freedom that ``std`` was estimated with
 
     @property
     def mean(self) -> float:
@@ -66,15 +68,10 @@ class Difference:
         return fmean(self.by_seed.values()) if self.by_seed else math.nan
 
     @property
-    def std(self) -> float | None:
-        """Sample standard deviation over the seeds; None for fewer than two."""
-        return stdev(self.by_seed.values()) if len(self.by_seed) > 1 else None
-
-    @property
     def seed_margin(self) -> float | None:
         """Half of the 95% interval of the mean that the seeds alone give, in points; None for fewer than two."""
         n = len(self.by_seed)
-        return None if self.std is None else student(n - 1) * self.std / math.sqrt(n)
+        return None if self.std is None or n < 2 else student(self.dof) * self.std / math.sqrt(n)
 
     @property
     def verdict(self) -> str:
@@ -120,7 +117,8 @@ def differences(comparison: Comparison, reference: tuple[str, str] | None = None
 
     Without ``reference``: each BONN arm against the arms whose latent weights start alike and against float
     networks; an arm whose start no BONN arm shares is set against all of them.
-    Raises UnknownName if no run of ``reference`` is finished.
+    The spread over the seeds is estimated from all arms together (:func:`residual_spread`), where two seeds are common
+    to them; else from the two arms alone. Raises UnknownName if no run of ``reference`` is finished.
     """
     arms = {arm[0].arm: arm for arm in figures.arms(comparison)}
     if reference is not None and reference not in arms:
@@ -133,6 +131,26 @@ def differences(comparison: Comparison, reference: tuple[str, str] | None = None
         for other in arms
         if other not in references and (reference or _comparable(arms[other][0], one, references))
     ]
+
+
+def residual_spread(arms: Sequence[Mapping[int, float]]) -> tuple[float, int] | None:
+    """Standard deviation of one paired difference and its degrees of freedom, from ``arms``: seed -> accuracy.
+
+    The residual of accuracy less the arm's mean, less the seed's mean, over the A arms and the n seeds that all of
+    them have (a randomized block design): ``sqrt(2 S / d)`` with S the sum of squares and ``d = (A - 1)(n - 1)``. It
+    takes the spread to be the same in all arms; of two arms it is that of their paired differences. None if d is 0.
+    """
+    common = sorted(set.intersection(*(set(arm) for arm in arms))) if arms else []
+    dof = (len(arms) - 1) * (len(common) - 1)
+    if not common or dof < 1:
+        return None
+    grand = fmean(arm[seed] for arm in arms for seed in common)
+    effects = {seed: fmean(arm[seed] for arm in arms) - grand for seed in common}
+    squares = 0.0
+    for arm in arms:
+        mean = fmean(arm[seed] for seed in common)
+        squares += sum((arm[seed] - mean - effects[seed]) ** 2 for seed in common)
+    return math.sqrt(2 * squares / dof), dof
 
 
 def terminal_table(comparison: Comparison) -> Table:
@@ -202,9 +220,9 @@ LEGEND = (
 )
 METHOD = (
     "Differences are paired by seed. A difference counts as larger than the noise if it exceeds both 95% margins: "
-    "that of the seeds (Student's t on the paired differences) and that of the test images (binomial, as if each "
-    "arm had its own images; the arms share theirs, so this errs on the strict side). Of twenty differences that "
-    "are nothing but noise, one may still pass."
+    "that of the seeds (Student's t; the spread of paired differences is estimated from all arms together, as if it "
+    "were the same for all) and that of the test images (binomial, as if each arm had its own images; the arms share "
+    "theirs, so this errs on the strict side). Of twenty differences that are nothing but noise, one may still pass."
 )
 CSS = """
 :root { color-scheme: light; --ink: #1b1f24; --soft: #59636e; --line: #d9dee3; --card: #f6f8fa; }
@@ -276,12 +294,16 @@ def _difference(comparison: Comparison, reference: figures.Arm, other: figures.A
     names, images = figures.labels(comparison), int(comparison.data["test"])
     ours, theirs = ({run.seed: run.top1 for run in arm} for arm in (reference, other))
     shares = [fmean(accuracies.values()) / 100 for accuracies in (ours, theirs)]
+    everyone = [{run.seed: run.top1 for run in arm} for arm in figures.arms(comparison)]
+    std, dof = residual_spread(everyone) or residual_spread([ours, theirs]) or (None, 0)
     return Difference(
         reference=names[reference[0].arm],
         other=names[other[0].arm],
         by_seed={seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())},
         test_images=images,
         test_margin=100 * NORMAL * math.sqrt(sum(p * (1 - p) for p in shares) / images),
+        std=std,
+        dof=dof,
     )
 
 

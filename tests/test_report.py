@@ -136,6 +136,31 @@ def test_differences_are_paired_by_seed() -> None:
     assert found.test_margin == pytest.approx(196 * math.sqrt((p * (1 - p) + q * (1 - q)) / 10_000))
 
 
+def test_the_spread_over_seeds_is_that_of_a_two_way_analysis_of_variance() -> None:
+    table = np.random.default_rng(0).normal(60, 3, (5, 4)) + np.array([0, 2, -1, 4])
+    names = ["bonn", "xnor", "pcnn", "bireal", "float"]
+    runs = [one for name, row in zip(names, table.tolist(), strict=True) for one in arm(name, row)]
+    # The residuals of a least-squares fit of an effect per arm and one per seed.
+    arms, seeds = np.repeat(np.eye(5), 4, axis=0), np.tile(np.eye(4), (5, 1))
+    _, squares, rank, _ = np.linalg.lstsq(design := np.hstack([arms, seeds[:, 1:]]), table.ravel())
+    assert (rank, design.shape) == (8, (20, 8))
+    for found in report.differences(comparison(*runs, run("tbn", 0, 10.0))):
+        if found.other != "TBN":
+            assert found.std is not None  # but TBN has one seed: the block is of the others' pairs
+    for found in report.differences(comparison(*runs)):
+        assert found.std == pytest.approx(math.sqrt(2 * squares[0] / 12))
+        assert found.dof == 12
+        assert found.seed_margin == pytest.approx(2.179 * found.std / 2)
+
+
+def test_the_spread_of_two_arms_is_that_of_their_paired_differences() -> None:
+    one, other = {0: 1.0, 1: 4.0, 2: 2.0, 5: 9.0}, {0: 3.0, 1: 3.0, 2: 7.0}
+    std, dof = report.residual_spread([one, other]) or (0.0, 0)
+    assert (std, dof) == (pytest.approx(np.std([-2.0, 1.0, -5.0], ddof=1)), 2)
+    assert report.residual_spread([one]) is report.residual_spread([]) is None
+    assert report.residual_spread([one, {5: 1.0}]) is None
+
+
 def test_seeds_that_one_arm_lacks_do_not_count() -> None:
     (found,) = report.differences(comparison(*arm("bonn", [80.0, 70.0, 60.0]), run("xnor", 1, 65.0)))
     assert found.by_seed == {1: 5.0}
@@ -161,7 +186,7 @@ def test_the_verdict_flips_at_the_margin_of_the_test_images(factor: float, verdi
     margin = 196 * math.sqrt(2 * 0.25 / 100)
     half = factor * margin / 2
     (found,) = report.differences(comparison(*arm("bonn", [50 + half] * 3), *arm("xnor", [50 - half] * 3), test=100))
-    assert found.seed_margin == 0
+    assert found.seed_margin == pytest.approx(0, abs=1e-9)
     assert found.test_margin == pytest.approx(margin, rel=0.02)
     assert (abs(found.mean) > found.test_margin) == (found.verdict == LARGER)
     close = dataclasses.replace(found, test_margin=abs(found.mean) / factor)
