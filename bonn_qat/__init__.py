@@ -1,6 +1,7 @@
 """1-bit networks for PyTorch: BONN and its baselines as quantization-aware training."""
 
 from bonn_qat.binarize import Binarization, binarize
+from bonn_qat.bop import Bop, binary_parameters
 from bonn_qat.diagnose import diagnose
 from bonn_qat.errors import BonnQatError
 from bonn_qat.hookspecs import hookimpl
@@ -15,6 +16,7 @@ from bonn_qat.train import train
 __all__ = [
     "Binarization",
     "BonnQatError",
+    "Bop",
     "CenterLoss",
     "FeatureLoss",
     "FlipRatio",
@@ -27,6 +29,7 @@ __all__ = [
     "Step",
     "advance",
     "binarize",
+    "binary_parameters",
     "constrain_",
     "diagnose",
     "hookimpl",

@@ -16,15 +16,20 @@ _KEY = "bonn_qat"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> Path:
-    """Write tensors by name, with a header, to a file that is there whole or not at all."""
+    """Write tensors by name, with a header, to a file that is there whole or not at all.
+
+    Raises OSError where the system refuses to write.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     # A copy of each, because safetensors refuses tensors that share their memory.
     copies = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
     metadata = {_KEY: json.dumps(header)} if header is not None else None
     try:
-        safetensors.torch.save_file(copies, temporary, metadata=metadata)
-        with temporary.open("rb") as file:
+        with temporary.open("wb") as file:
+            # Not save_file, which turns a full disk into an error of its own.
+            file.write(safetensors.torch.save(copies, metadata))
+            file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:

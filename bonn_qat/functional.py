@@ -88,10 +88,10 @@ class _SwishSign(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        # With 1 + cosh(y) = 2 cosh(y/2)^2 and sech^2 = 1 - tanh^2 nothing overflows.
-        half = x * (0.5 * ctx.beta)
+        # With 1 + cosh(y) = 2 cosh(y/2)^2 and sech^2 = 1 - tanh^2, which is 0 long before the clamp, nothing overflows.
+        half = (x * (0.5 * ctx.beta)).clamp_(-30, 30)
         tanh = torch.tanh(half)
-        return grad * (ctx.beta * (1 - half * tanh) * (1 - tanh.square())), None
+        return grad * ((1 - half * tanh) * (1 - tanh.square()) * ctx.beta), None
 
 
 def swish_sign(x: Tensor, beta: float = 5.0) -> Tensor:
