@@ -70,7 +70,7 @@ def binarize(
     frozen = {id(result.get_submodule(name)) for name in (*kept, *skipped(model, skip))}
     originals = list(result.modules())
     _rewrite(result, "", chosen, frozen, pm or plugins.manager(), {})
-    _place_new_leaves(result, originals)
+    _place_what_is_new(result, originals)
     result.binarization = Binarization(  # type: ignore[assignment]
         scheme=chosen,
         binary=tuple(name for name, _ in binary_layers(result)),
@@ -123,12 +123,12 @@ def _stays_float(module: nn.Module, frozen: set[int]) -> bool:
     return bool(convolutions) and frozen.issuperset(convolutions)
 
 
-def _place_new_leaves(model: nn.Module, originals: list[nn.Module]) -> None:
+def _place_what_is_new(model: nn.Module, originals: list[nn.Module]) -> None:
     # A scheme makes its nonlinearities on the CPU in float32, wherever the model is.
     reference = next((p for module in originals for p in module.parameters() if p.is_floating_point()), None)
     known = {id(module) for module in originals}
     for module in model.modules():
-        if reference is not None and id(module) not in known and not any(True for _ in module.children()):
+        if reference is not None and not any(id(part) in known for part in module.modules()):
             module.to(device=reference.device, dtype=reference.dtype)
 
 

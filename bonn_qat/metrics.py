@@ -5,13 +5,15 @@ from torch import Tensor, nn
 
 from bonn_qat.binarize import binary_layers
 from bonn_qat.errors import InvalidModel
+from bonn_qat.layers import BinaryConv2d
 
 
 class FlipRatio:
     """The share of binary weights whose sign changed from one :meth:`update` to the next, 0 to 1 (Larq's FlipRatio).
 
     Call :meth:`update` after each step or each epoch; :meth:`compute` averages over the intervals since the last
-    :meth:`reset`. The sign is that of the quantized weight. Raises InvalidModel for a model without binary layers.
+    :meth:`reset`. The sign is that of the quantized weight; where values are not ``+-scale``, as AdaBin's, that of its
+    difference from the middle of its filter's range. Raises InvalidModel for a model without binary layers.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -49,4 +51,12 @@ class FlipRatio:
 
     @torch.no_grad()
     def _measure(self) -> dict[str, Tensor]:
-        return {name: layer.weight_quant.quantize(layer.weight)[0] >= 0 for name, layer in self._layers.items()}
+        return {name: _signs(layer) for name, layer in self._layers.items()}
+
+
+def _signs(layer: BinaryConv2d) -> Tensor:
+    value, _ = layer.weight_quant.quantize(layer.weight)
+    if layer.weight_quant.scaled_sign:
+        return value >= 0
+    kernels = value.flatten(1)
+    return kernels >= (kernels.amin(1, keepdim=True) + kernels.amax(1, keepdim=True)) / 2

@@ -350,6 +350,22 @@ def test_new_parameters_follow_the_models_type_and_mode(training, dtype):
         assert model.training == training
 
 
+class _Nested(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(()))
+        self.act = nn.Sequential(nn.PReLU())
+
+    def forward(self, x):
+        return self.act(x - self.shift)
+
+
+def test_new_modules_with_parts_of_their_own_follow_too():
+    model = bonn_qat.binarize(MODELS["sequential"]().double(), replace(BONN, nonlinearity=_Nested))
+    assert any(isinstance(module, _Nested) for module in model.modules())
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
 def test_new_parameters_follow_the_models_device():
     with torch.device("meta"):
         model = MODELS["wrn10_16"]()

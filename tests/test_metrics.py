@@ -188,3 +188,23 @@ def test_a_step_of_training_is_one_interval():
     computed = ratio.compute()
     assert {name: computed[name] for name in SIZES} == {name: n / (5 * SIZES[name]) for name, n in expected.items()}
     assert computed[""] == sum(expected.values()) / (5 * sum(SIZES.values()))
+
+
+class Offset(Plain):
+    """Two values of one sign, as AdaBin's can be."""
+
+    scaled_sign = False
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return 3 + torch.where(x >= 0, 1.0, -1.0), x.new_ones(())
+
+
+def test_two_values_of_one_sign_flip_where_one_becomes_the_other():
+    model = network(Offset)
+    with torch.no_grad():
+        flat(model, "2")[::2] *= -1
+    ratio = FlipRatio(model)
+    with torch.no_grad():
+        flat(model, "2")[:2] *= -1
+    ratio.update()
+    assert ratio.compute() == {"": 2 / 126, "2": 2 / 72, "4": 0}
