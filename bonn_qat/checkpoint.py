@@ -47,7 +47,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             header = json.loads((file.metadata() or {}).get(_KEY, "{}"))
     except OSError as error:
-        raise InvalidData(f"cannot read {path}: {error.strerror or error}") from error
+        reason = error.strerror or ("no such file" if not path.exists() else str(error))
+        raise InvalidData(f"cannot read {path}: {reason}") from error
     except (safetensors.SafetensorError, ValueError) as error:
         raise InvalidData(f"{path} is not a whole safetensors file: {error}") from error
+    if not isinstance(header, dict):
+        raise InvalidData(f"{path} has a header of bonn-qat that is no table")
     return tensors, header

@@ -59,6 +59,9 @@ class WeightQuantizer(Quantizer):
 
     scaled_sign: bool = True
 
+    def __init__(self, weight: Tensor | None = None) -> None:
+        super().__init__()
+
     def adopt(self, weight: Tensor) -> None:
         """Derive the quantizer's own parameters from float weights, in place."""
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -244,3 +245,15 @@ def test_a_file_in_the_place_of_a_folder_is_an_error_of_the_system(whole, path):
     with pytest.raises(FileExistsError):
         write_tensors(path / "below.safetensors", {"y": torch.zeros(2)})
     assert path.read_bytes() == whole
+
+
+def test_a_header_that_is_no_table_is_told(path):
+    safetensors.torch.save_file({"x": torch.zeros(1)}, path, metadata={"bonn_qat": "3"})
+    with pytest.raises(InvalidData, match=r"model\.safetensors has a header of bonn-qat that is no table"):
+        read_tensors(path)
+
+
+def test_a_missing_file_is_told_once(path):
+    with pytest.raises(InvalidData) as caught:
+        read_tensors(path)
+    assert str(caught.value) == f"cannot read {path}: no such file"

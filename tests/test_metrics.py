@@ -208,3 +208,14 @@ def test_two_values_of_one_sign_flip_where_one_becomes_the_other():
         flat(model, "2")[:2] *= -1
     ratio.update()
     assert ratio.compute() == {"": 2 / 126, "2": 2 / 72, "4": 0}
+
+
+def test_a_quantized_weight_of_zero_counts_as_plus():
+    model = network(BonnWeight)
+    modulation = model.get_submodule("4").weight_quant.modulation
+    flat(model, "4")[:20] *= -1
+    ratio = FlipRatio(model)
+    with torch.no_grad():
+        modulation.zero_()  # the 20 that were -mean(w) are 0 now, as the others are
+    ratio.update()
+    assert ratio.compute()["4"] == 20 / 54

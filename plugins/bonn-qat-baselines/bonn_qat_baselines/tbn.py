@@ -28,9 +28,6 @@ class TbnWeight(WeightQuantizer):
     Backward: ``G``, straight-through without a mask and without alpha, as in the authors' code.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """W -> (alpha sign(W), alpha)."""
         alpha = x.detach().abs().mean(tuple(range(1, x.ndim)), keepdim=True)
