@@ -47,7 +47,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             header = json.loads((file.metadata() or {}).get(_KEY, "{}"))
     except OSError as error:
-        reason = error.strerror or ("no such file" if not path.exists() else str(error))
+        reason = error.strerror or ("no such file" if not path.is_file() else str(error))
         raise InvalidData(f"cannot read {path}: {reason}") from error
     except (safetensors.SafetensorError, ValueError) as error:
         raise InvalidData(f"{path} is not a whole safetensors file: {error}") from error

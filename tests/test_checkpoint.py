@@ -181,7 +181,7 @@ def test_a_file_of_another_program_is_read_and_a_header_that_is_no_json_is_told(
 
 
 def test_a_missing_file_and_a_directory_are_told(tmp_path):
-    assert "No such file" in told(tmp_path / "none.safetensors")
+    assert "no such file" in told(tmp_path / "none.safetensors")
     assert "cannot read" in told(tmp_path)
 
 
