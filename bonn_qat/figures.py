@@ -202,7 +202,7 @@ def flip_ratios(comparison: Comparison) -> str | None:
             axis.set_yscale("log")
             _epochs_axis(axis)
             axis.set_title(_panel_title(latents, facets))
-        figure.axes[0].set_ylabel("part of the signs that an epoch changed")
+        figure.axes[0].set_ylabel("flips / weights, per epoch")
         _legend(figure, comparison, {}, [arm for group in facets.values() for arm in group])
     return svg()
 
