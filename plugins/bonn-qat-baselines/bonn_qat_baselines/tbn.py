@@ -82,7 +82,7 @@ class TbnActivation(ActivationQuantizer):
 
     def reset_parameters(self) -> None:
         """Start the moving average anew; a float checkpoint does so when it is loaded."""
-        self.running_threshold.fill_(self.delta * _NORMAL_MAGNITUDE)
+        self.running_threshold.copy_(torch.tensor(self.delta * _NORMAL_MAGNITUDE))
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """I -> (T, 1) or (2 Delta T, 2 Delta)."""

@@ -1,9 +1,7 @@
 """ABC-Net's sums of binary bases against formulas written out element by element, in double precision."""
 
-import copy
 import itertools
 import math
-import pickle
 
 import numpy as np
 import pytest
@@ -288,48 +286,3 @@ def test_a_bit_for_each_base_and_one_number_for_each_alpha(pm, scheme, bits):
     assert layer.is_binary == (bits == 1)
     (activation,) = (other for other in report.others if other.type == "AbcActivation")
     assert activation.parameters == 2 * bits
-
-
-def trained(pm):
-    model = binarize(network(), "abcnet-5-5", pm=pm).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(2):
-        model(torch.randn(4, 3, 8, 8)).square().mean().backward()
-        optimizer.step()
-    return model.eval()
-
-
-def test_v_and_beta_are_learned_saved_copied_and_pickled(pm):
-    model, x = trained(pm), torch.randn(2, 3, 8, 8)
-    fresh = binarize(network(), "abcnet-5-5", pm=pm).eval()
-    for name in ("v", "beta"):
-        key = f"2.input_quant.{name}"
-        assert not torch.equal(model.state_dict()[key], fresh.state_dict()[key])
-    fresh.load_state_dict(model.state_dict())
-    for twin in (fresh, copy.deepcopy(model)):
-        assert torch.equal(twin(x), model(x))
-    layer = pickle.loads(pickle.dumps(model[2]))
-    assert torch.equal(layer(model[:2](x)), model[:3](x))
-
-
-def test_a_float_checkpoint_loads_as_if_binarized_after_loading(pm):
-    model, other = trained(pm), network(seed=4)
-    model.load_state_dict(other.state_dict())
-    for key, value in binarize(other, "abcnet-5-5", pm=pm).state_dict().items():
-        assert torch.equal(model.state_dict()[key], value), key
-
-
-@pytest.mark.parametrize("scheme", [ABCNET, ABCNET_5_5], ids=lambda s: s.name)
-def test_a_compiled_layer_has_the_same_values_and_gradients(scheme):
-    conv = nn.Conv2d(3, 4, 3, padding=1).double()
-    layer = BinaryConv2d.from_float(conv, scheme, normalize=False).double()
-    twin = copy.deepcopy(layer)
-    x = torch.randn(2, 3, 5, 5, dtype=DOUBLE)
-    results = []
-    for module, run in ((layer, layer), (twin, torch.compile(twin, backend="eager", fullgraph=True))):
-        inputs = x.clone().requires_grad_()
-        y = run(inputs)
-        y.square().sum().backward()
-        results.append((y, inputs.grad, *(parameter.grad for parameter in module.parameters())))
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(eager, compiled, rtol=1e-12, atol=1e-12)

@@ -1,9 +1,7 @@
 """AdaBin's quantizers and its nonlinearity against formulas written out element by element, in double precision."""
 
-import copy
 import itertools
 import math
-import pickle
 
 import pytest
 import torch
@@ -276,15 +274,6 @@ def binary(net, pm):
     return bonn_qat.binarize(net, "adabin", pm=pm)
 
 
-def trained(model):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(torch.randn(4, 3, 6, 6, **DOUBLE)).square().mean().backward()
-        optimizer.step()
-    return model
-
-
 def test_what_is_learned_does_not_decay(pm):
     model = binary(network(), pm)
     learned = {id(p) for m in model.modules() if isinstance(m, AdaBinActivation | Maxout) for p in m.parameters()}
@@ -292,52 +281,3 @@ def test_what_is_learned_does_not_decay(pm):
     for group in bonn_qat.parameter_groups(model, lr=1.0, weight_decay=0.1):
         if group["weight_decay"]:
             assert learned.isdisjoint(map(id, group["params"]))
-
-
-def test_a_binary_checkpoint_restores_the_outputs_and_holds_no_schedule(pm):
-    model, fresh = trained(binary(network(), pm)).eval(), binary(network(), pm).eval()
-    x = torch.randn(2, 3, 6, 6, **DOUBLE)
-    assert not torch.equal(fresh(x), model(x))
-    assert {"1.input_quant.a", "1.input_quant.b", "2.p", "2.q"} < model.state_dict().keys()
-    assert not any(key.endswith(".t") for key in model.state_dict())
-    fresh.load_state_dict(model.state_dict())
-    assert torch.equal(fresh(x), model(x))
-
-
-def test_a_float_checkpoint_starts_anew_whatever_was_learned_before(pm):
-    donor = network()
-    model = trained(binary(network(), pm))
-    expected = binary(donor, pm).state_dict()
-    for key in ("1.input_quant.a", "1.input_quant.b", "2.p", "2.q"):
-        assert not torch.equal(model.state_dict()[key], expected[key]), key
-    model.load_state_dict(donor.state_dict())
-    assert model.state_dict().keys() == expected.keys()
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, expected[key]), key
-
-
-def test_a_layer_is_copied_and_pickled_with_its_parameters_and_its_t(pm):
-    layer = trained(binary(network(), pm))[1]
-    bonn_qat.advance(layer, 0.5)
-    x = torch.randn(2, 4, 4, 4, **DOUBLE)
-    expected = layer(x)
-    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert other.weight_quant.sign.t == layer.weight_quant.sign.t == 1
-        assert torch.equal(other(x), expected)
-
-
-def test_a_layer_and_the_nonlinearity_compile_whole_with_the_same_values(pm):
-    part = nn.Sequential(*trained(binary(network(), pm))[1:3])
-    other = copy.deepcopy(part)
-    torch.compiler.reset()
-    compiled = torch.compile(other, backend="eager", fullgraph=True)
-    x = torch.randn(2, 4, 4, 4, **DOUBLE)
-    for progress in (0.0, 0.9):
-        for module in (part, other):
-            module.zero_grad()
-            bonn_qat.advance(module, progress)
-        expected, actual = part(x), compiled(x)
-        expected.square().sum().backward()
-        actual.square().sum().backward()
-        close(actual, expected)
-        close([p.grad for p in other.parameters()], [p.grad for p in part.parameters()])

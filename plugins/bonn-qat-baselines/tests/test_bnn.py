@@ -1,17 +1,14 @@
 """BNN's two signs against their formulas, element by element in double precision; the law of its random one."""
 
-import copy
 import math
-import pickle
 
 import pytest
 import torch
-from bonn_qat_baselines import bnn
 from bonn_qat_baselines.bnn import BNN, BnnSign, BnnWeight
 from torch import nn
 
 import bonn_qat
-from bonn_qat import BonnQatError, plugins
+from bonn_qat import BonnQatError
 from bonn_qat.layers import BinaryConv2d
 
 SHAPES = [(3, 2, 3, 3), (4, 1, 1, 1), (2, 5)]
@@ -158,20 +155,6 @@ def test_a_layer_is_the_convolution_of_the_signs(gradient, activations):
     torch.testing.assert_close(layer.bias.grad, grad.sum((0, 2, 3)), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("activations", ["deterministic", "stochastic"])
-def test_a_compiled_layer_has_the_same_values_and_gradients(activations):
-    layer = BinaryConv2d.from_float(nn.Conv2d(2, 3, 3), BNN.configure({"activations": activations}))
-    other, x = copy.deepcopy(layer), torch.randn(2, 2, 5, 5)
-    torch.compiler.reset()
-    results = []
-    for module in (layer, torch.compile(other, backend="eager", fullgraph=True)):
-        torch.manual_seed(3)
-        results.append(module(x))
-        results[-1].square().sum().backward()
-    assert torch.equal(*results)
-    torch.testing.assert_close(other.weight.grad, layer.weight.grad)
-
-
 def test_bits_stored_numbers_and_options():
     assert BNN.bits == "1/1"
     scheme = BNN.configure({"gradient": "clipped", "activations": "stochastic"})
@@ -184,16 +167,3 @@ def test_bits_stored_numbers_and_options():
         BNN.configure({"gradient": "exact"})
     with pytest.raises(BonnQatError, match=r"activations of the scheme 'bnn' is 'determin.*stochastic'; got 'random'"):
         BNN.configure({"activations": "random"})
-
-
-def test_a_binarized_model_can_be_copied_pickled_and_loaded_from_a_float_one():
-    pm = plugins.create_manager(entry_points=False)
-    pm.register(bnn)
-    torch.manual_seed(0)
-    net, other = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3), nn.ReLU()) for _ in range(2))
-    model, expected = bonn_qat.binarize(net, "bnn", pm=pm), bonn_qat.binarize(other, "bnn", pm=pm)
-    model.load_state_dict(other.state_dict())
-    x = torch.randn(2, 3, 8, 8)
-    y = expected(x)
-    for copied in (model, copy.deepcopy(expected), pickle.loads(pickle.dumps(expected))):
-        assert torch.equal(copied(x), y)

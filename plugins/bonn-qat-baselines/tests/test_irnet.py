@@ -1,29 +1,19 @@
 """IR-Net's weights and activations against formulas written out element by element, in double precision."""
 
-import copy
 import itertools
 import math
-import pickle
 
 import pytest
 import torch
-from bonn_qat_baselines import irnet
 from bonn_qat_baselines.irnet import IRNET, ErrorDecaySign, IrNetActivation, IrNetWeight
 from torch import nn
 
 import bonn_qat
-from bonn_qat import BonnQatError, plugins
+from bonn_qat import BonnQatError
 from bonn_qat.layers import BinaryConv2d
 
 DOUBLE = {"dtype": torch.float64}
 SHARPNESS = {0.0: 0.1, 0.25: 10**-0.5, 0.5: 1.0, 0.75: 10**0.5, 1.0: 10.0}  # t at some progress
-
-
-@pytest.fixture
-def pm():
-    manager = plugins.create_manager(entry_points=False)
-    manager.register(irnet)
-    return manager
 
 
 def latents(shape):
@@ -205,45 +195,3 @@ def test_an_impossible_schedule_is_refused(t_min, t_max):
         IRNET.configure({"t_min": t_min, "t_max": t_max})
     with pytest.raises(BonnQatError, match="'irnet'"):
         IrNetActivation(t_min=t_min, t_max=t_max)
-
-
-def network():
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3, padding=1), nn.Flatten(), nn.Linear(96, 2)).double()
-
-
-def test_a_checkpoint_holds_no_schedule_and_a_float_one_loads(pm):
-    donor, other = network(), network()
-    model = bonn_qat.binarize(donor, "irnet", pm=pm)
-    bonn_qat.advance(model, 0.5)
-    assert not any(key.endswith(".t") for key in model.state_dict())
-    for source in (model, donor):
-        fresh = bonn_qat.binarize(other, "irnet", pm=pm)
-        fresh.load_state_dict(source.state_dict())
-        x = torch.randn(2, 3, 6, 6, **DOUBLE)
-        assert torch.equal(fresh.eval()(x), model.eval()(x))
-
-
-def test_a_layer_is_copied_and_pickled_with_its_t(pm):
-    layer = bonn_qat.binarize(network(), "irnet", pm=pm)[1]
-    bonn_qat.advance(layer, 0.5)
-    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert other.weight_quant.sign.t == other.input_quant.sign.t == layer.weight_quant.sign.t == 1
-        bonn_qat.advance(other, 0.9)
-        assert layer.weight_quant.sign.t == 1
-
-
-def test_a_layer_compiles_whole_with_the_same_values_at_every_progress(pm):
-    layer = bonn_qat.binarize(network(), "irnet", pm=pm)[1]
-    other = copy.deepcopy(layer)
-    torch.compiler.reset()
-    compiled = torch.compile(other, backend="eager", fullgraph=True)
-    x = torch.randn(2, 4, 4, 4, **DOUBLE)
-    for progress in (0.0, 0.9):
-        for module in (layer, other):
-            module.zero_grad()
-            bonn_qat.advance(module, progress)
-        expected, actual = layer(x), compiled(x)
-        expected.square().sum().backward()
-        actual.square().sum().backward()
-        close(actual, expected)
-        close([p.grad for p in other.parameters()], [p.grad for p in layer.parameters()])

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import pickle
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from bonn_qat_baselines import mcn
 from bonn_qat_baselines.mcn import MCN, McnLoss, McnWeight
 from torch import nn
 
-from bonn_qat import BonnQatError, CenterLoss, Objective, binarize, constrain_, plugins, summary
+from bonn_qat import BonnQatError, CenterLoss, Objective, binarize, plugins, summary
 from bonn_qat.layers import BinaryConv2d
 
 DOUBLE = torch.float64
@@ -230,50 +229,6 @@ def test_options_reach_the_weights_and_impossible_ones_are_named():
         MCN.configure({"centres": "median"})
     with pytest.raises(BonnQatError, match=r"'elementwise' or 'mean'; got 'sum'"):
         MCN.configure({"modulation": "sum"})
-
-
-def trained(pm):
-    model = binarize(network(), "mcn", pm=pm)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(2):
-        model(torch.randn(4, 3, 8, 8)).square().mean().backward()
-        optimizer.step()
-        constrain_(model)
-    return model.eval()
-
-
-def test_m_is_learned_saved_copied_and_pickled(pm):
-    model, x = trained(pm), torch.randn(2, 3, 8, 8)
-    fresh = binarize(network(), "mcn", pm=pm).eval()
-    assert not torch.equal(model.state_dict()["3.weight_quant.m_filter"], fresh[3].weight_quant.m_filter)
-    fresh.load_state_dict(model.state_dict())
-    for twin in (fresh, copy.deepcopy(model)):
-        assert torch.equal(twin(x), model(x))
-    layer = pickle.loads(pickle.dumps(model[3]))
-    assert torch.equal(layer(model[:3](x)), model[:4](x))
-
-
-def test_a_float_checkpoint_loads_as_if_binarized_after_loading(pm):
-    model, other = trained(pm), network(seed=4)
-    model.load_state_dict(other.state_dict())
-    for key, value in binarize(other, "mcn", pm=pm).state_dict().items():
-        assert torch.equal(model.state_dict()[key], value), key
-
-
-@pytest.mark.parametrize("modulation", MODULATIONS)
-def test_a_compiled_layer_has_the_same_values_and_gradients(modulation):
-    conv = nn.Conv2d(3, 6, 3, padding=1).double()
-    layer = BinaryConv2d.from_float(conv, MCN.configure({"modulation": modulation}), normalize=False)
-    twin = copy.deepcopy(layer)
-    x = torch.randn(2, 3, 5, 5, dtype=DOUBLE)
-    results = []
-    for module, run in ((layer, layer), (twin, torch.compile(twin, backend="eager", fullgraph=True))):
-        inputs = x.clone().requires_grad_()
-        y = run(inputs)
-        y.square().sum().backward()
-        results.append((y, inputs.grad, *(parameter.grad for parameter in module.parameters())))
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(eager, compiled, rtol=1e-12, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------- the losses

@@ -1,8 +1,5 @@
 """PCNN's projection against the book's equations, written out plane by plane in double precision."""
 
-import copy
-import pickle
-
 import pytest
 import torch
 from bonn_qat_baselines import pcnn
@@ -209,50 +206,3 @@ def test_projections_are_an_option_and_a_bit_of_each_weight(pm):
 def network(seed=3):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3, padding=1), nn.Flatten(), nn.Linear(180, 2))
-
-
-def trained(scheme, pm):
-    model = binarize(network(), scheme, pm=pm)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(2):
-        model(torch.randn(4, 3, 8, 8)).square().mean().backward()
-        optimizer.step()
-    return model.eval()
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_projections_are_learned_saved_copied_and_pickled(pm, count):
-    scheme = PCNN.configure({"projections": count, "projection_weight": 0.1})
-    model, x = trained(scheme, pm), torch.randn(2, 3, 8, 8)
-    fresh = binarize(network(), scheme, pm=pm).eval()
-    assert not torch.equal(model.state_dict()["2.weight_quant.projection"], fresh[2].weight_quant.projection)
-    fresh.load_state_dict(model.state_dict())
-    for twin in (fresh, copy.deepcopy(model)):
-        assert torch.equal(twin(x), model(x))
-    layer = pickle.loads(pickle.dumps(model[2]))
-    assert torch.equal(layer(model[:2](x)), model[:3](x))
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_a_float_checkpoint_loads_as_if_binarized_after_loading(pm, count):
-    scheme = PCNN.configure({"projections": count})
-    model, other = trained(scheme, pm), network(seed=4)
-    model.load_state_dict(other.state_dict())
-    for key, value in binarize(other, scheme, pm=pm).state_dict().items():
-        assert torch.equal(model.state_dict()[key], value), key
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_a_compiled_layer_has_the_same_values_and_gradients(count):
-    conv = nn.Conv2d(3, 4, 3, padding=1).double()
-    layer = BinaryConv2d.from_float(conv, PCNN.configure({"projections": count}), normalize=False)
-    twin = copy.deepcopy(layer)
-    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
-    results = []
-    for module, run in ((layer, layer), (twin, torch.compile(twin, backend="eager", fullgraph=True))):
-        inputs = x.clone().requires_grad_()
-        y = run(inputs)
-        y.square().sum().backward()
-        results.append((y, inputs.grad, *(parameter.grad for parameter in module.parameters())))
-    for eager, compiled in zip(*results, strict=True):
-        assert torch.equal(eager, compiled)

@@ -1,8 +1,6 @@
 """ReCU's weights and activations against formulas written out element by element, in double precision."""
 
-import copy
 import math
-import pickle
 
 import pytest
 import torch
@@ -241,64 +239,3 @@ def test_an_impossible_tau_is_refused(low, high):
     message = rf"'recu' .*0.5 < tau_min <= tau_max < 1; got tau_min={low} and tau_max={high}"
     with pytest.raises(BonnQatError, match=message):
         RECU.configure({"tau_min": low, "tau_max": high})
-
-
-def network():
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3, padding=1), nn.Flatten(), nn.Linear(96, 2)).double()
-
-
-def trained(model):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(torch.randn(4, 3, 6, 6, **DOUBLE)).square().mean().backward()
-        optimizer.step()
-    return model
-
-
-def test_a_binary_checkpoint_restores_the_outputs_and_holds_no_schedule(pm):
-    model = trained(bonn_qat.binarize(network(), "recu", pm=pm)).eval()
-    fresh = bonn_qat.binarize(network(), "recu", pm=pm).eval()
-    assert "1.weight_quant.alpha" in model.state_dict()
-    assert not any(key.endswith("bound") for key in model.state_dict())
-    fresh.load_state_dict(model.state_dict())
-    x = torch.randn(2, 3, 6, 6, **DOUBLE)
-    assert torch.equal(fresh(x), model(x))
-
-
-def test_a_float_checkpoint_starts_alpha_anew(pm):
-    donor = network()
-    model = trained(bonn_qat.binarize(network(), "recu", pm=pm))
-    expected = bonn_qat.binarize(donor, "recu", pm=pm).state_dict()
-    assert not torch.equal(model.state_dict()["1.weight_quant.alpha"], expected["1.weight_quant.alpha"])
-    model.load_state_dict(donor.state_dict())
-    assert model.state_dict().keys() == expected.keys()
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, expected[key]), key
-
-
-def test_a_layer_is_copied_and_pickled_with_its_alpha_and_tau(pm):
-    layer = trained(bonn_qat.binarize(network(), "recu", pm=pm))[1]
-    bonn_qat.advance(layer, 0.5)
-    x = torch.randn(2, 4, 4, 4, **DOUBLE)
-    expected = layer(x)
-    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert other.weight_quant.bound == layer.weight_quant.bound
-        assert torch.equal(other(x), expected)
-
-
-def test_a_layer_compiles_whole_with_the_same_values(pm):
-    layer = bonn_qat.binarize(network(), "recu", pm=pm)[1]
-    other = copy.deepcopy(layer)
-    torch.compiler.reset()
-    compiled = torch.compile(other, backend="eager", fullgraph=True)
-    x = torch.randn(2, 4, 4, 4, **DOUBLE)
-    for progress in (0.0, 0.9):
-        for module in (layer, other):
-            module.zero_grad()
-            bonn_qat.advance(module, progress)
-        expected, actual = layer(x), compiled(x)
-        expected.square().sum().backward()
-        actual.square().sum().backward()
-        close(actual, expected)
-        close([p.grad for p in other.parameters()], [p.grad for p in layer.parameters()])

@@ -1,8 +1,6 @@
 """TBN's weights and activations against formulas written out element by element, in double precision."""
 
-import copy
 import math
-import pickle
 
 import pytest
 import torch
@@ -193,45 +191,3 @@ def test_one_bit_for_a_weight_two_for_an_activation_and_a_scale_for_each_filter(
     assert TBN.bits == "1/2"
     layer = summary(binarize(network(), "tbn", pm=pm), (3, 8, 8)).layers[1]
     assert (layer.weight_bits, layer.input_bits, layer.scales) == (1, 2, 5)
-
-
-def trained(pm):
-    model = binarize(network(), "tbn", pm=pm).train()
-    for _ in range(3):
-        model(3 * torch.randn(4, 3, 8, 8))
-    return model.eval()
-
-
-def test_the_running_threshold_is_saved_copied_and_pickled(pm):
-    model, x = trained(pm), torch.randn(2, 3, 8, 8)
-    assert "2.input_quant.running_threshold" in model.state_dict()
-    fresh = binarize(network(), "tbn", pm=pm).eval()
-    assert not torch.equal(fresh(x), model(x))
-    fresh.load_state_dict(model.state_dict())
-    for twin in (fresh, copy.deepcopy(model)):
-        assert torch.equal(twin(x), model(x))
-    layer = pickle.loads(pickle.dumps(model[2]))
-    assert torch.equal(layer(model[:2](x)), model[:3](x))
-
-
-def test_a_float_checkpoint_loads_as_if_binarized_after_loading(pm):
-    model, other = trained(pm), network(seed=4)
-    model.load_state_dict(other.state_dict())
-    for key, value in binarize(other, "tbn", pm=pm).state_dict().items():
-        assert torch.equal(model.state_dict()[key], value), key
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_compiled_layer_has_the_same_values_and_gradients(variant):
-    conv = nn.Conv2d(3, 4, 3, padding=1).double()
-    layer = BinaryConv2d.from_float(conv, TBN.configure({"variant": variant}), normalize=False).double()
-    twin = copy.deepcopy(layer)
-    x = torch.randn(2, 3, 5, 5, dtype=DOUBLE)
-    results = []
-    for module, run in ((layer, layer), (twin, torch.compile(twin, backend="eager", fullgraph=True))):
-        inputs = x.clone().requires_grad_()
-        y = run(inputs)
-        y.square().sum().backward()
-        results.append((y, inputs.grad, module.weight.grad, module.input_quant.running_threshold))
-    for eager, compiled in zip(*results, strict=True):
-        assert torch.equal(eager, compiled)

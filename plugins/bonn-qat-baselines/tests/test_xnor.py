@@ -1,16 +1,11 @@
 """XNOR-Net's weights and input scale against formulas written out element by element, in double precision."""
 
-import copy
-import pickle
-
 import pytest
 import torch
-from bonn_qat_baselines import xnor
 from bonn_qat_baselines.xnor import XNOR, XnorSign, XnorWeight
 from torch import nn
 
-import bonn_qat
-from bonn_qat import BonnQatError, plugins
+from bonn_qat import BonnQatError
 from bonn_qat.layers import BinaryConv2d
 
 SHAPES = [(3, 2, 3, 3), (4, 1, 1, 1), (2, 5)]
@@ -195,17 +190,6 @@ def test_a_layer_is_the_convolution_of_signs_times_k_and_alpha(input_scale, grad
     torch.testing.assert_close(binary.bias.grad, grad.sum((0, 2, 3)), rtol=1e-9, atol=1e-12)
 
 
-def test_a_compiled_layer_has_the_same_values_and_gradients():
-    binary, x = layer(input_scale=True, gradient="printed"), inputs()
-    other = copy.deepcopy(binary)
-    torch.compiler.reset()
-    y, z = binary(x), torch.compile(other, backend="eager", fullgraph=True)(x)
-    torch.testing.assert_close(z, y, rtol=1e-12, atol=1e-14)
-    grads = torch.autograd.grad(y.square().sum(), [x, binary.weight])
-    others = torch.autograd.grad(z.square().sum(), [x, other.weight])
-    torch.testing.assert_close(others, grads, rtol=1e-12, atol=1e-14)
-
-
 def test_the_options_reach_the_quantizers():
     scheme = XNOR.configure({"gradient": "plain", "centre": True, "input_scale": True, "clip": 1.5})
     weight, activation = scheme.weight(torch.zeros(1, 1, 1, 1)), scheme.activation(3)
@@ -229,17 +213,3 @@ def test_the_options_reach_the_quantizers():
 def test_a_wrong_option_is_told_with_what_is_allowed(options, message):
     with pytest.raises(BonnQatError, match=message):
         XNOR.configure(options)
-
-
-def test_a_binarized_model_can_be_copied_pickled_and_loaded_from_a_float_one():
-    pm = plugins.create_manager(entry_points=False)
-    pm.register(xnor)
-    scheme = plugins.schemes(pm)["xnor"].configure({"input_scale": True, "centre": True})
-    torch.manual_seed(0)
-    net, other = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3), nn.ReLU()) for _ in range(2))
-    model, expected = bonn_qat.binarize(net, scheme, pm=pm), bonn_qat.binarize(other, scheme, pm=pm)
-    model.load_state_dict(other.state_dict())
-    x = torch.randn(2, 3, 8, 8)
-    y = expected(x)
-    for copied in (model, copy.deepcopy(expected), pickle.loads(pickle.dumps(expected))):
-        assert torch.equal(copied(x), y)
