@@ -1,7 +1,6 @@
 """Files of tensors: safetensors with a header of JSON, written whole or not at all, and read without running code."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import safetensors.torch
 from torch import Tensor
 
 from bonn_qat.errors import InvalidData
+from bonn_qat.files import write_whole
 
 _KEY = "bonn_qat"
 
@@ -20,21 +20,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
 
     Raises OSError where the system refuses to write.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     # A copy of each, because safetensors refuses tensors that share their memory.
     copies = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
     metadata = {_KEY: json.dumps(header)} if header is not None else None
-    try:
-        with temporary.open("wb") as file:
-            # Not save_file, which turns a full disk into an error of its own.
-            file.write(safetensors.torch.save(copies, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    # Not save_file, which turns a full disk into an error of its own.
+    return write_whole(path, safetensors.torch.save(copies, metadata))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,13 +1,13 @@
 """Results: what a training run and a comparison leave on disk, as frozen data that is written whole or not at all."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from bonn_qat.errors import InvalidData
+from bonn_qat.files import write_whole
 
 FORMAT = 1
 RUNS, MANIFEST, PAGE = "runs", "comparison.json", "report.html"
@@ -109,17 +109,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> Path:
 
 def write_text(path: Path, text: str) -> Path:
     """Write text to a file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return write_whole(path, text.encode())
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module imports from lower ranks only; siblings do not know each other. Imports inside functions are exempt:
 # they postpone what is expensive, or reach for a host that may be absent.
 RANKS = {
-    0: ("environment", "errors", "functional", "modes"),
+    0: ("environment", "errors", "files", "functional", "modes"),
     1: ("checkpoint", "policy", "quantizers", "results", "data"),
     2: ("scheme", "regularizers", "figures"),
     3: ("recipe", "hookspecs", "report"),

@@ -157,7 +157,7 @@ def test_a_full_disk_leaves_no_half_written_result(
 
     planned = plan(RECIPE, schemes=["float"])
     compare(planned, digits, tmp_path)
-    monkeypatch.setattr("bonn_qat.results.os.fsync", full)
+    monkeypatch.setattr("bonn_qat.files.os.fsync", full)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
     with pytest.raises(InvalidData, match=r"cannot write results to .*: No space left on device"):
         compare(plan(RECIPE, schemes=["float", "bonn"]), digits, tmp_path)
