@@ -1,35 +1,44 @@
 """binarize: model -> model."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import pluggy
 import torch
 from torch import Tensor, nn
 
-from bonn_qat import plugins
+from bonn_qat import plugins, policy
 from bonn_qat.errors import InvalidModel
-from bonn_qat.layers import BinaryConv2d
-from bonn_qat.policy import float_layers, skipped
+from bonn_qat.layers import BinaryLayer
 from bonn_qat.scheme import Scheme
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+_FOLDS = ("fuse", "reparameterize", "switch_to_deploy")  # those that timm.utils.reparameterize_model calls
+
+
+class BypassedLayers(UserWarning):
+    """Layers that stay float because another module reads their weights, past the layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Binarization:
     """What :func:`binarize` did; stored as ``model.binarization``.
 
-    ``binary`` names the binary layers, ``kept`` the float ones with the reason, ``revived`` the norms whose
-    weights were all zero and now are one, ``added`` the keys that the float model's state dict lacks.
+    ``binary`` names the binary layers, ``kept`` the float ones with the reason, ``schemes`` the binary layers with
+    another scheme than ``scheme``, ``revived`` the norms whose weights were all zero and now are one, ``added`` the
+    keys that the float model's state dict lacks. ``input_size`` is that of the policy's dry run, None without one.
     """
 
     scheme: Scheme
     binary: tuple[str, ...]
     kept: Mapping[str, str]
+    schemes: Mapping[str, Scheme] = field(default_factory=dict)
     revived: tuple[str, ...] = ()
+    input_size: tuple[int, ...] | None = None
     added: frozenset[str] = field(default=frozenset(), repr=False)
 
 
@@ -38,89 +47,145 @@ def binarize(
     scheme: str | Scheme = "bonn",
     *,
     skip: Iterable[str] = (),
+    include: Iterable[str] = (),
+    predicate: policy.Predicate | None = None,
+    schemes: Mapping[str, str | Scheme] | None = None,
+    input_size: Sequence[int] | None = None,
     inplace: bool = False,
     pm: pluggy.PluginManager | None = None,
 ) -> nn.Module:
     """Turn ``model`` into a 1-bit network by module replacement; a copy unless ``inplace``.
 
-    The first convolution, the classifier, shortcut projections, depthwise convolutions and linear layers
-    stay float, as does whatever ``skip`` names (module names or globs) and everything below it. A norm
-    before each sign and the scheme's nonlinearity in place of each ReLU keep the signs informative. Norms
+    Convolutions and linear layers become binary, but for those that :func:`bonn_qat.policy.plan` keeps float: the first
+    layer, the classifier, shortcut projections, depthwise convolutions, gates. ``skip`` and ``include``, names of
+    modules or globs, and ``predicate(name, layer) -> bool | None`` overrule it; ``schemes`` maps names or globs to
+    other schemes, the last that matches counts, and a scheme with float weights keeps a layer float.
+    ``input_size`` ``(C, H, W)`` is what the model is for, found out if None.
+
+    A norm before each sign and the scheme's nonlinearity in place of each ReLU keep the signs informative. Norms
     that start at zero (timm's ``zero_init_last``) start at one, because a zero there stops every binary
     weight's gradient. The result loads the float model's state dict strictly, as if binarized after loading.
+    ``model.binarization`` says what was done. Warns of BypassedLayers.
 
-    Raises UnknownName (scheme or skip pattern) and InvalidModel (nothing to binarize, or already binary).
+    Raises UnknownName (a scheme or a pattern) and InvalidModel: nothing to binarize, already binary, a layer that was
+    asked for and cannot be, a scheme that does not fit a layer, a size that the model refuses. The model is as before.
     """
     chosen = plugins.find_scheme(scheme, pm)
     if isinstance(getattr(model, "binarization", None), Binarization):
         raise InvalidModel(f"{type(model).__name__} is already binarized ({model.binarization.scheme.name}); "  # type: ignore[union-attr]
                            "binarize the float model instead")  # fmt: skip
-    skip = [skip] if isinstance(skip, str) else list(skip)
-    kept = float_layers(model, skip)
-    if chosen.weight is None:
+    skip, include = (tuple([x] if isinstance(x, str) else x) for x in (skip, include))
+    others = _Schemes(chosen, {p: plugins.find_scheme(s, pm) for p, s in (schemes or {}).items()}, model)
+    plan = policy.plan(model, skip=skip, include=include, predicate=predicate, input_size=input_size)
+    kept = plan.kept | {n: f"scheme {others.of(n).name!r}" for n in plan.binary if others.of(n).weight is None}
+    if chosen.weight is None and not others.patterns:
         result = model if inplace else copy.deepcopy(model)
-        result.binarization = Binarization(scheme=chosen, binary=(), kept=kept)  # type: ignore[assignment]
+        result.binarization = Binarization(scheme=chosen, binary=(), kept=plan.kept)  # type: ignore[assignment]
         return result
-    if not any(isinstance(layer, nn.Conv2d) and name not in kept for name, layer in model.named_modules()):
-        reasons = ", ".join(f"{name} ({why})" for name, why in kept.items()) or "it has no convolution"
+    if len(kept) == len(plan.kept) + len(plan.binary):
+        reasons = ", ".join(f"{name} ({why})" for name, why in kept.items()) or "no module inside it has weights"
         raise InvalidModel(f"nothing to binarize in {type(model).__name__}: {reasons}")
+    _warn_of_bypassed(plan.bypassed)
 
     before = set(model.state_dict())
     result = model if inplace else copy.deepcopy(model)
-    frozen = {id(result.get_submodule(name)) for name in (*kept, *skipped(model, skip))}
+    names = {*kept, *policy.named(model, skip, "skip"), *_gates(model, kept)}
     originals = list(result.modules())
-    _rewrite(result, "", chosen, frozen, pm or plugins.manager(), {})
+    _rewrite(result, others, {id(result.get_submodule(name)) for name in names}, pm or plugins.manager())
     _place_what_is_new(result, originals)
+    layers = dict(binary_layers(result))
     result.binarization = Binarization(  # type: ignore[assignment]
         scheme=chosen,
-        binary=tuple(name for name, _ in binary_layers(result)),
-        kept=kept,
+        binary=tuple(layers),
+        kept={name: kept[name] for name, _ in model.named_modules() if name in kept},
+        schemes={name: others.of(name) for name in layers if others.of(name) is not chosen},
         revived=tuple(_revive_zero_norms(result)),
+        input_size=plan.input_size,
         added=frozenset(set(result.state_dict()) - before),
     )
-    for _, layer in binary_layers(result):
-        layer.adopt(chosen.latent_std)
+    for name, layer in layers.items():
+        layer.adopt(others.of(name).latent_std)
+    _refuse_folding(result)
     result.register_load_state_dict_pre_hook(_complete_float_state_dict)  # type: ignore[no-untyped-call]
     return result
 
 
-def binary_layers(model: nn.Module) -> Iterator[tuple[str, BinaryConv2d]]:
+def binary_layers(model: nn.Module) -> Iterator[tuple[str, BinaryLayer]]:
     """The binary layers of ``model`` with their names, each once."""
     for name, layer in model.named_modules():
-        if isinstance(layer, BinaryConv2d):
+        if isinstance(layer, BinaryLayer):
             yield name, layer
 
 
-def _rewrite(
-    parent: nn.Module,
-    prefix: str,
-    scheme: Scheme,
-    frozen: set[int],
-    pm: pluggy.PluginManager,
-    done: dict[int, tuple[nn.Module, nn.Module]],
-) -> None:
-    # Each module is asked about once, so that one that stands at two places stays shared (named_children would
-    # leave out its second place); `done` keeps the replaced ones alive, for the id of a collected module may be
-    # given to a new one.
-    for child_name, child in list(parent._modules.items()):
-        if child is None or id(child) in frozen:
-            continue
-        name = prefix + child_name
-        if id(child) not in done:
-            new = None
-            if not _stays_float(child, frozen):
-                new = pm.hook.bonn_qat_binarize_layer(scheme=scheme, name=name, layer=child, parent=parent)
-            new = child if new is None else new
-            done[id(child)] = done[id(new)] = (child, new)
-            if not isinstance(new, BinaryConv2d):
-                _rewrite(new, name + ".", scheme, frozen, pm, done)
-        setattr(parent, child_name, done[id(child)][1])
+class _Schemes:
+    """Which scheme a module has: the last of the patterns that name it or a parent, else the model's."""
+
+    def __init__(self, chosen: Scheme, patterns: Mapping[str, Scheme], model: nn.Module) -> None:
+        self.chosen, self.patterns = chosen, patterns
+        self._named = [(set(policy.named(model, [p], "schemes")), s) for p, s in reversed(list(patterns.items()))]
+
+    def of(self, name: str) -> Scheme:
+        parents = [name, *(name[:i] for i, letter in enumerate(name) if letter == ".")]
+        return next((s for names, s in self._named if not names.isdisjoint(parents)), self.chosen)
+
+
+def _rewrite(model: nn.Module, schemes: _Schemes, frozen: set[int], pm: pluggy.PluginManager) -> None:
+    # What is new is put in place at the end, so that an error leaves the model as it was. Each module is asked about
+    # once, so that one that stands at two places stays shared (named_children would leave out its second place);
+    # `done` keeps the replaced ones alive, for the id of a collected module may be given to a new one.
+    done: dict[int, tuple[nn.Module, nn.Module]] = {}
+    replaced: list[tuple[nn.Module, str, nn.Module]] = []
+
+    def walk(parent: nn.Module, prefix: str) -> None:
+        for child_name, child in list(parent._modules.items()):
+            if child is None or id(child) in frozen:
+                continue
+            name = prefix + child_name
+            if id(child) not in done:
+                scheme, new = schemes.of(name), None
+                if scheme.weight is not None and not _stays_float(child, frozen):
+                    try:
+                        new = pm.hook.bonn_qat_binarize_layer(scheme=scheme, name=name, layer=child, parent=parent)
+                    except InvalidModel as error:
+                        raise InvalidModel(f"{name}: {error}; skip={name!r} leaves it float") from error
+                new = child if new is None else new
+                done[id(child)] = done[id(new)] = (child, new)
+                if not isinstance(new, BinaryLayer):
+                    walk(new, name + ".")
+            if done[id(child)][1] is not child:
+                replaced.append((parent, child_name, done[id(child)][1]))
+
+    walk(model, "")
+    for parent, child_name, new in replaced:
+        setattr(parent, child_name, new)
 
 
 def _stays_float(module: nn.Module, frozen: set[int]) -> bool:
-    # A block whose convolutions are all kept must not be rebuilt as a binary one.
-    convolutions = [id(m) for m in module.modules() if isinstance(m, nn.Conv2d)]
-    return bool(convolutions) and frozen.issuperset(convolutions)
+    # A block whose layers are all kept must not be rebuilt as a binary one.
+    layers = [id(m) for m in module.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    return bool(layers) and frozen.issuperset(layers)
+
+
+def _gates(model: nn.Module, kept: Mapping[str, str]) -> Iterator[str]:
+    """The modules that are wholly gates or classifiers: their nonlinearities stay, too."""
+    for name, module in model.named_modules():
+        layers = [
+            f"{name}.{child}" for child, m in module.named_modules() if child and isinstance(m, nn.Conv2d | nn.Linear)
+        ]
+        if layers and all(kept.get(layer) in (policy.GATE, policy.CLASSIFIER) for layer in layers):
+            yield name
+
+
+def _warn_of_bypassed(bypassed: Mapping[str, str]) -> None:
+    if not bypassed:
+        return
+    name, reader = next(iter(bypassed.items()))
+    more = f", and {len(bypassed) - 1} more" if len(bypassed) > 1 else ""
+    warnings.warn(
+        f"stays float: {name}, whose weight {reader or 'the model'} reads itself{more}; skip silences this",
+        BypassedLayers,
+        stacklevel=3,
+    )
 
 
 def _place_what_is_new(model: nn.Module, originals: list[nn.Module]) -> None:
@@ -140,6 +205,21 @@ def _revive_zero_norms(model: nn.Module) -> Iterator[str]:
             yield name
 
 
+def _refuse_folding(model: nn.Module) -> None:
+    for module in model.modules():
+        if any(isinstance(part, BinaryLayer) for part in module.modules()):
+            for method in _FOLDS:
+                if callable(getattr(module, method, None)):
+                    setattr(module, method, functools.partial(_refuse, type(module).__name__, method))
+
+
+def _refuse(kind: str, method: str, *_: object, **__: object) -> NoReturn:
+    raise InvalidModel(
+        f"{kind}.{method}() folds float weights, and would make another function of binary ones; fold the float model "
+        "before it is binarized: binarize(timm.utils.reparameterize_model(model))"
+    )
+
+
 def _complete_float_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
     """Before loading: turn a float model's state dict into that of ``binarize`` of that model."""
     record: Binarization = model.binarization  # type: ignore[assignment]
@@ -149,16 +229,17 @@ def _complete_float_state_dict(model: nn.Module, state_dict: dict[str, Any], pre
         return
     for key in record.added:
         state_dict[prefix + key] = own[key]
+    first = {id(module): name for name, module in model.named_modules()}
     for name, module in model.named_modules(remove_duplicate=False):
         keys = {key: f"{name}.{key}" for key in module.state_dict()}
-        if isinstance(module, BinaryConv2d):
+        if isinstance(module, BinaryLayer):
             fresh = copy.deepcopy(module)
             weight: Tensor = state_dict[prefix + keys["weight"]]
             if weight.shape != fresh.weight.shape:
                 continue
             with torch.no_grad():
                 fresh.weight.copy_(weight)
-            fresh.adopt(record.scheme.latent_std)
+            fresh.adopt(record.schemes.get(first[id(module)], record.scheme).latent_std)
             state_dict[prefix + keys["weight"]] = fresh.weight.detach()
         elif hasattr(module, "reset_parameters"):
             fresh = copy.deepcopy(module)

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from bonn_qat.binarize import binary_layers
 from bonn_qat.errors import InvalidModel
-from bonn_qat.layers import BinaryConv2d
+from bonn_qat.layers import BinaryLayer
 from bonn_qat.modes import modes
 
 LOW, HIGH = 0.05, 0.95
@@ -23,9 +23,13 @@ class DeadLayers(UserWarning):
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """The share of +1 among the inputs of each binary layer, 0 to 1, by the layer's name."""
+    """The share of +1 among the inputs of each binary layer, 0 to 1, by the layer's name.
+
+    ``unreached`` are the binary layers that the images never came to.
+    """
 
     shares: Mapping[str, float]
+    unreached: tuple[str, ...] = ()
 
     @property
     def dead(self) -> tuple[str, ...]:
@@ -36,7 +40,8 @@ class Diagnosis:
         width = max(map(len, [*self.shares, "layer"]))
         rows = [f"{name:<{width}}  {s:6.1%}{'  dead' if name in self.dead else ''}" for name, s in self.shares.items()]
         verdict = f"{len(self.dead)} of {len(self.shares)} binary layers are dead: below {LOW:.0%} or above {HIGH:.0%}"
-        return "\n".join([f"{'layer':<{width}}  share of +1 inputs", *rows, verdict])
+        never = [f"not reached: {', '.join(self.unreached)}"] if self.unreached else []
+        return "\n".join([f"{'layer':<{width}}  share of +1 inputs", *rows, verdict, *never])
 
 
 def diagnose(model: nn.Module, images: Tensor) -> Diagnosis:
@@ -63,7 +68,10 @@ def diagnose(model: nn.Module, images: Tensor) -> Diagnosis:
     finally:
         for hook in hooks:
             hook.remove()
-    diagnosis = Diagnosis(shares={name: plus / seen for name, (plus, seen) in counts.items() if seen})
+    diagnosis = Diagnosis(
+        shares={name: plus / seen for name, (plus, seen) in counts.items() if seen},
+        unreached=tuple(name for name, (_, seen) in counts.items() if not seen),
+    )
     if diagnosis.dead:
         named = ", ".join(f"{name} ({diagnosis.shares[name]:.1%})" for name in diagnosis.dead)
         warnings.warn(
@@ -74,7 +82,7 @@ def diagnose(model: nn.Module, images: Tensor) -> Diagnosis:
     return diagnosis
 
 
-def _counter(layer: BinaryConv2d, count: list[int]) -> Any:
+def _counter(layer: BinaryLayer, count: list[int]) -> Any:
     def measure(norm: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         assert layer.input_quant is not None
         value, _ = layer.input_quant.quantize(output)

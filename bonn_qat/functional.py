@@ -238,6 +238,32 @@ def binary_conv2d(
     return cast(Tensor, _BinaryConv2d.apply(x, value, scale, stride, padding, dilation, groups))
 
 
+class _BinaryLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, value)
+        return torch.nn.functional.linear(x, sign(value)).mul_(scale.abs())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, value = ctx.saved_tensors
+        dx = grad @ value if ctx.needs_input_grad[0] else None
+        dvalue = grad.mT @ x if ctx.needs_input_grad[1] else None
+        return dx, dvalue, None
+
+
+def binary_linear(x: Tensor, value: Tensor, scale: Tensor) -> Tensor:
+    """``linear(x, value)`` for weights of two values, as :func:`binary_conv2d` is for kernels.
+
+    x ``(M, I)`` of {-1, +1}; value ``(O, I)`` of {-scale, +scale}; scale ``()``, or ``(O,)``. The sums are exact.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, value = x.to(dtype), value.to(dtype)
+    return cast(Tensor, _BinaryLinear.apply(x, value, scale.detach().to(value.dtype)))
+
+
 class _PReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, slope: Tensor) -> Tensor:

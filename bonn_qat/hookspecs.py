@@ -34,7 +34,7 @@ def bonn_qat_binarize_layer(scheme: Scheme, name: str, layer: nn.Module, parent:
     """Return what stands in for ``layer``, or None to leave it to others.
 
     Asked from the outside in, a block before its children, once for each module that the policy does not
-    keep float. Unless the answer is a ``BinaryConv2d``, its children are asked about next.
+    keep float. Unless the answer is a ``BinaryLayer``, its children are asked about next.
     """
 
 

@@ -1,51 +1,147 @@
-"""Layers: the binary convolution, and what becomes of a float layer by default."""
+"""Layers: the binary convolution and the binary linear layer, and what becomes of a float module by default."""
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bonn_qat import functional
+from bonn_qat.errors import BonnQatError, InvalidModel
 from bonn_qat.hookspecs import hookimpl
-from bonn_qat.quantizers import ActivationQuantizer, WeightQuantizer
+from bonn_qat.quantizers import ActivationQuantizer, FrozenWeight, WeightQuantizer
 from bonn_qat.scheme import ACTIVATIONS, Scheme, Stage
+from bonn_qat.variants import variant
+
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
 
 
-class BinaryConv2d(nn.Conv2d):
-    """``norm -> input_quant -> conv2d with weight_quant(weight) -> output``.
+class BinaryLayer(nn.Module):
+    """``norm -> input_quant -> product with weight_quant(latent) -> output -> bias``: what the binary layers share.
 
-    The latent ``weight`` is ``(O, I / groups, kh, kw)``. Kernels of two values ``+-scale`` are convolved as {-1, +1},
-    the scale comes after (:func:`functional.binary_conv2d`); others as they are. ``input_quant`` None leaves the
-    inputs float, ``output`` None what comes out. Made from a float convolution by :meth:`from_float`; :meth:`enter`
-    makes it float for a stage of the training.
+    The latents have the shape of a convolution's kernels, ``(O, I / groups, kh, kw)``. ``input_quant`` None leaves the
+    inputs float, ``output`` None what comes out. Made from a float layer by :func:`binary_form`; :meth:`enter` makes it
+    float for a stage of the training.
     """
 
+    weight: Tensor
+    bias: Any  # a parameter or None; torch's classes do not agree on its type
     weight_quant: WeightQuantizer
     input_quant: ActivationQuantizer | None
     output: nn.Module | None
     norm: nn.Module
+    channels: ClassVar[tuple[str, str]]  # the names of what a layer says of its inputs and outputs
     binary_weight: bool = True
     stand_in: Callable[[Tensor], Tensor] | None = None  # for the activation quantizer
+    # Of a layer that standardizes its kernels: their standard deviation afterwards, as float kernels and as latents.
+    kernel_std: float | None = None
+    latent_std: Tensor
+
+    def take(self, layer: nn.Module, scheme: Scheme, normalize: bool) -> None:
+        """Take over a float ``layer``'s parameters, hooks and attributes, and quantize by ``scheme``."""
+        assert scheme.weight is not None
+        self.weight, self.bias = layer.weight, layer.bias  # type: ignore[assignment]
+        if variant(layer).standardizes:
+            self.kernel_std = float(getattr(layer, "scale", 1.0))
+            self.register_buffer("latent_std", self.weight.new_tensor(self.kernel_std))
+        for name, value in vars(layer).items():  # what a subclass knows of itself, for those who ask it
+            self.__dict__.setdefault(name, value)
+        for name, parameter in layer._parameters.items():
+            if name not in self._parameters:
+                self.register_parameter(name, parameter)
+        for hooks in _HOOKS:
+            getattr(self, hooks).update(getattr(layer, hooks))
+        inputs, outputs = (getattr(layer, name) for name in self.channels)
+        self.weight_quant = scheme.weight(self.latent().detach())
+        self.input_quant = scheme.activation(inputs) if scheme.activation else None
+        self.output = scheme.output(outputs) if scheme.output else None
+        norm = scheme.norm(inputs) if scheme.norm and normalize else nn.Identity()
+        self.norm = norm.to(device=self.weight.device, dtype=self.weight.dtype)
+        self.train(layer.training)
+
+    def latent(self) -> Tensor:
+        """The real-valued kernels ``(O, I / groups, kh, kw)`` that ``weight_quant`` quantizes."""
+        kernels = self.kernels()
+        if self.kernel_std is None:
+            return kernels
+        flat = kernels.reshape(1, len(kernels), -1)
+        eps: float = getattr(self, "eps", 1e-6)
+        return F.batch_norm(flat, None, None, training=True, momentum=0.0, eps=eps).view_as(kernels) * self.latent_std
+
+    def kernels(self) -> Tensor:
+        """``weight`` in the shape of kernels."""
+        return self.weight
+
+    @torch.no_grad()
+    def adopt(self, latent_std: float | None) -> None:
+        """Start from the float weights that ``weight`` holds: the quantizer's parameters, then the latents' scale."""
+        if self.kernel_std is not None:
+            self.latent_std.fill_(self.kernel_std)
+        self.weight_quant.adopt(self.latent())
+        if latent_std is None:
+            return
+        if self.kernel_std is not None:
+            self.latent_std.fill_(latent_std)
+        else:
+            self.weight.mul_(latent_std / self.weight.std())
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Keep what inference needs, in place: ``weight`` becomes the quantized one, int8 where it is a sign.
+
+        The outputs stay the same. There is no way back: the latents are gone.
+        """
+        frozen, value = FrozenWeight.of(self.weight_quant, self.latent())
+        self.weight = nn.Parameter(value.reshape(self.weight.shape), requires_grad=False)
+        self.weight_quant, self.kernel_std = frozen, None
+
+    def enter(self, stage: Stage) -> None:
+        """Quantize what ``stage`` has quantized, and nothing else."""
+        self.binary_weight, self.stand_in = stage.weights == "binary", ACTIVATIONS[stage.activations]
+
+    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Float inputs ``(B, C, H, W)`` -> what the product gets, and its scale ``(B, 1, H, W)`` if that is a map."""
+        x = self.norm(x)
+        if self.input_quant is None:
+            return x, None
+        if self.stand_in is not None:
+            return self.stand_in(x), None
+        value, scale = self.input_quant.quantize(x)
+        return value, scale if scale.ndim == 4 else None
+
+    def finish(self, y: Tensor) -> Tensor:
+        """``(B, O, H, W)`` out of the product -> what the layer returns."""
+        gain: Tensor | None = getattr(self, "gain", None)  # of a scaled standardization, a factor for each filter
+        y = y if gain is None else y * gain.to(y.dtype).reshape(-1, 1, 1)
+        y = y if self.output is None else self.output(y)
+        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+
+
+class BinaryConv2d(BinaryLayer, nn.Conv2d):
+    """A convolution with binary kernels, and binary inputs if the scheme has them.
+
+    Kernels of two values ``+-scale`` are convolved as {-1, +1}, the scale comes after
+    (:func:`functional.binary_conv2d`); others as they are.
+    """
+
+    channels = ("in_channels", "out_channels")
+    same_padding: bool = False
 
     @classmethod
     def from_float(cls, conv: nn.Conv2d, scheme: Scheme, *, normalize: bool = True) -> "BinaryConv2d":
         """A binary layer that takes over ``conv``'s parameters; ``normalize=False`` leaves the norm out."""
-        if scheme.weight is None:
-            raise ValueError(f"the scheme {scheme.name!r} leaves weights float")
         layer = cls(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
             conv.groups, bias=False, padding_mode=conv.padding_mode, device="meta",
         )  # fmt: skip
-        layer.weight, layer.bias = conv.weight, conv.bias
-        layer.weight_quant = scheme.weight(conv.weight.detach())
-        layer.input_quant = scheme.activation(conv.in_channels) if scheme.activation else None
-        layer.output = scheme.output(conv.out_channels) if scheme.output else None
-        norm = scheme.norm(conv.in_channels) if scheme.norm and normalize else nn.Identity()
-        layer.norm = norm.to(device=conv.weight.device, dtype=conv.weight.dtype)
-        return layer.train(conv.training)
+        layer.same_padding = variant(conv).same_padding
+        layer.take(conv, scheme, normalize)
+        return layer
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -55,56 +151,95 @@ class BinaryConv2d(nn.Conv2d):
         else:
             self._explicit_padding = None
 
-    @torch.no_grad()
-    def adopt(self, latent_std: float | None) -> None:
-        """Start from the float weights that ``weight`` holds: the quantizer's parameters, then the latents' scale."""
-        self.weight_quant.adopt(self.weight)
-        if latent_std is not None:
-            self.weight.mul_(latent_std / self.weight.std())
-
-    def enter(self, stage: Stage) -> None:
-        """Quantize what ``stage`` has quantized, and nothing else."""
-        self.binary_weight, self.stand_in = stage.weights == "binary", ACTIVATIONS[stage.activations]
-
     def forward(self, input: Tensor) -> Tensor:
-        x, positions = self.norm(input), None
-        if self.input_quant is not None:
-            x, positions = self._activations(x)
+        x, positions = self.quantize_input(input)
         stride, padding, dilation = cast(tuple[Any, Any, Any], (self.stride, self.padding, self.dilation))
-        if self._explicit_padding is not None:
-            x, padding = F.pad(x, *self._explicit_padding), (0, 0)
-            positions = None if positions is None else F.pad(positions, *self._explicit_padding)
+        explicit = (self._same_padding(x), "constant") if self.same_padding else self._explicit_padding
+        if explicit is not None:
+            x, padding = F.pad(x, *explicit), (0, 0)
+            positions = None if positions is None else F.pad(positions, *explicit)
         if self.binary_weight and self.weight_quant.scaled_sign:
-            value, scale = self.weight_quant.quantize(self.weight)
+            value, scale = self.weight_quant.quantize(self.latent())
             y = functional.binary_conv2d(x, value, scale, stride, padding, dilation, self.groups)
         else:
-            value = self.weight_quant.quantize(self.weight)[0] if self.binary_weight else self.weight
+            value = self.weight_quant.quantize(self.latent())[0] if self.binary_weight else self.latent()
             y = torch.conv2d(x, value, None, stride, padding, dilation, self.groups)
         if positions is not None:
             window = positions.new_full((1, 1, *self.kernel_size), 1 / math.prod(self.kernel_size))
             y = y * torch.conv2d(positions, window, None, stride, padding, dilation)
-        y = y if self.output is None else self.output(y)
-        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+        return self.finish(y)
 
-    def _activations(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.stand_in is not None:
-            return self.stand_in(x), None
-        assert self.input_quant is not None
-        value, scale = self.input_quant.quantize(x)
-        return value, scale if scale.ndim == 4 else None
+    def _same_padding(self, x: Tensor) -> list[int]:
+        """Left, right, top, bottom, so that the output has ``ceil(size / stride)`` pixels, the odd one behind."""
+        padding: list[int] = []
+        for size, kernel, stride, dilation in zip(
+            reversed(x.shape[-2:]), *map(reversed, (self.kernel_size, self.stride, self.dilation)), strict=True
+        ):
+            missing = max(0, (math.ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1 - size)
+            padding += [missing // 2, missing - missing // 2]
+        return padding
+
+
+class BinaryLinear(BinaryLayer, nn.Linear):
+    """A linear layer ``(..., I) -> (..., O)`` with binary weights, and binary inputs if the scheme has them.
+
+    It is a 1x1 convolution over all positions: each is an image of one pixel to the norm and the quantizers, which
+    therefore are those of a convolution.
+    """
+
+    channels = ("in_features", "out_features")
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, scheme: Scheme, *, normalize: bool = True) -> "BinaryLinear":
+        """A binary layer that takes over ``linear``'s parameters; ``normalize=False`` leaves the norm out."""
+        layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
+        layer.take(linear, scheme, normalize)
+        return layer
+
+    def kernels(self) -> Tensor:
+        return self.weight[:, :, None, None]
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, positions = self.quantize_input(input.reshape(-1, self.in_features, 1, 1))
+        flat = x.flatten(1)
+        if self.binary_weight and self.weight_quant.scaled_sign:
+            value, scale = self.weight_quant.quantize(self.latent())
+            y = functional.binary_linear(flat, value.flatten(1), scale.flatten())
+        else:
+            value = self.weight_quant.quantize(self.latent())[0] if self.binary_weight else self.latent()
+            y = F.linear(flat, value.flatten(1))
+        y = y[:, :, None, None]
+        y = self.finish(y if positions is None else y * positions)
+        return y.reshape(*input.shape[:-1], self.out_features)
+
+
+def binary_form(layer: nn.Module, scheme: Scheme, *, normalize: bool = True) -> BinaryConv2d | BinaryLinear:
+    """The binary layer that takes over a convolution's or a linear layer's parameters.
+
+    Raises InvalidModel with the reason where there is none, or where the scheme does not fit.
+    """
+    if scheme.weight is None:
+        raise InvalidModel(f"the scheme {scheme.name!r} leaves weights float")
+    try:
+        variant(layer)
+        if isinstance(layer, nn.Linear):
+            return BinaryLinear.from_float(layer, scheme, normalize=normalize)
+        return BinaryConv2d.from_float(cast(nn.Conv2d, layer), scheme, normalize=normalize)
+    except (BonnQatError, ValueError, RuntimeError) as error:
+        raise InvalidModel(f"the scheme {scheme.name!r} does not fit {layer}: {error}") from error
 
 
 @hookimpl(trylast=True)
 def bonn_qat_binarize_layer(scheme: Scheme, name: str, layer: nn.Module, parent: nn.Module) -> nn.Module | None:
-    """A block that has a ``binary_form`` gives it, a convolution becomes binary, a ReLU the scheme's nonlinearity.
+    """A block with a ``binary_form`` gives it, convolutions and linear layers become binary, a ReLU the nonlinearity.
 
     A ``parent`` with a true attribute ``normalizes_input`` has its own norm before the convolution.
     """
-    binary_form: Callable[[Scheme], nn.Module] | None = getattr(layer, "binary_form", None)
-    if binary_form is not None:
-        return binary_form(scheme)
-    if isinstance(layer, nn.Conv2d) and not isinstance(layer, BinaryConv2d):
-        return BinaryConv2d.from_float(layer, scheme, normalize=not getattr(parent, "normalizes_input", False))
+    form: Callable[[Scheme], nn.Module] | None = getattr(layer, "binary_form", None)
+    if form is not None:
+        return form(scheme)
+    if not isinstance(layer, BinaryLayer) and isinstance(layer, nn.Conv2d | nn.Linear):
+        return binary_form(layer, scheme, normalize=not getattr(parent, "normalizes_input", False))
     if isinstance(layer, nn.ReLU | nn.ReLU6) and scheme.nonlinearity is not None:
         return scheme.nonlinearity(1)
     return None

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from bonn_qat.binarize import binary_layers
 from bonn_qat.errors import InvalidModel
-from bonn_qat.layers import BinaryConv2d
+from bonn_qat.layers import BinaryLayer
 
 
 class FlipRatio:
@@ -54,8 +54,8 @@ class FlipRatio:
         return {name: _signs(layer) for name, layer in self._layers.items()}
 
 
-def _signs(layer: BinaryConv2d) -> Tensor:
-    value, _ = layer.weight_quant.quantize(layer.weight)
+def _signs(layer: BinaryLayer) -> Tensor:
+    value, _ = layer.weight_quant.quantize(layer.latent())
     if layer.weight_quant.scaled_sign:
         return value >= 0
     kernels = value.flatten(1)

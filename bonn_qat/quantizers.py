@@ -86,6 +86,34 @@ class ActivationQuantizer(Quantizer):
 
 
 @final
+class FrozenWeight(WeightQuantizer):
+    """What is left of a weight quantizer for inference: the scale, beside a weight that is quantized already.
+
+    The layer's ``weight`` is int8 signs where values are ``scale * {-1, +1}``, else the values themselves.
+    """
+
+    def __init__(self, quantizer: WeightQuantizer, scale: Tensor, constants: int) -> None:
+        super().__init__()
+        self.bits, self.scaled_sign, self._constants = quantizer.bits, quantizer.scaled_sign, constants
+        self.scale: Tensor
+        self.register_buffer("scale", scale.detach().abs().clone())
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, quantizer: WeightQuantizer, latent: Tensor) -> tuple["FrozenWeight", Tensor]:
+        """The frozen form of ``quantizer``, and the weight that it goes with."""
+        value, scale = quantizer.quantize(latent)
+        weight = functional.sign(value).to(torch.int8) if quantizer.scaled_sign else value.clone()
+        return cls(quantizer, scale, quantizer.constants(latent)), weight
+
+    def constants(self, weight: Tensor) -> int:
+        return self._constants
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return (x.to(self.scale.dtype) * self.scale if self.scaled_sign else x), self.scale
+
+
+@final
 class BonnWeight(WeightQuantizer):
     """BONN's weights: ``mean(w) * sign(X)`` with a learned modulation w (:func:`functional.bonn_binarize`).
 

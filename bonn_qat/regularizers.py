@@ -6,7 +6,7 @@ In any training loop: ``loss = task + kernel() + feature(targets)``, or all at o
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple, final
 
 import torch
@@ -104,7 +104,7 @@ class KernelLoss(Regularizer):
         if not self._layers:
             raise InvalidModel(f"no binary weights in {type(model).__name__}; binarize it before making the loss")
         self._kernels: list[int] = [layer.weight.shape[0] for layer in self._layers]  # type: ignore[index,misc]
-        latents = [layer.weight.detach().flatten(1) for layer in self._layers]  # type: ignore[operator]
+        latents = [latent_weights(layer).detach().flatten(1) for layer in self._layers]
         self.mu = nn.Parameter(torch.cat([x.abs().mean(1) for x in latents]))
         self.sigma = nn.Parameter(torch.cat([x.std(1).clamp(min=min_sigma) for x in latents]))
 
@@ -114,7 +114,7 @@ class KernelLoss(Regularizer):
         stacks: dict[tuple[Any, ...], list[tuple[Tensor, ...]]] = {}
         kernels = zip(self._layers, *(torch.split(x, self._kernels) for x in (self.mu, self.sigma)), strict=True)
         for layer, mu, sigma in kernels:
-            latent: Any = layer.weight
+            latent = latent_weights(layer)
             modulation, is_learned = _modulation(tensor_quant(layer), latent)
             key = latent.shape, modulation.shape, is_learned
             stacks.setdefault(key, []).append((latent, modulation, mu, sigma))
@@ -291,6 +291,13 @@ def binary_weight_layers(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(getattr(module, "weight", None), Tensor) and _bits(tensor_quant(module)) == 1:
             found[name] = module
     return found
+
+
+def latent_weights(layer: nn.Module) -> Tensor:
+    """What a binary layer's quantizer quantizes, ``(O, I, ...)``: its weight, or what it makes of that."""
+    make: Callable[[], Tensor] | None = getattr(layer, "latent", None)
+    weight: Tensor = make() if make else layer.weight  # type: ignore[assignment]
+    return weight
 
 
 def _bits(quantizer: Any) -> float | None:

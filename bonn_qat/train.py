@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pluggy
 import torch
@@ -21,6 +21,7 @@ from bonn_qat.errors import InvalidData, InvalidModel, TrainingDiverged, Unknown
 from bonn_qat.metrics import FlipRatio
 from bonn_qat.objective import Losses, Objective, advance, parameter_groups
 from bonn_qat.recipe import Recipe
+from bonn_qat.regularizers import latent_weights
 from bonn_qat.results import RunResult
 from bonn_qat.scheme import Scheme, Stage
 from bonn_qat.summary import summary
@@ -191,7 +192,7 @@ class _Run:
             metrics |= {f"flips/{name}" if name else "flips": share for name, share in flips.compute().items()}
         with torch.no_grad():
             for name, layer in self.layers.items():
-                metrics[f"scale/{name}"] = float(layer.weight_quant.quantize(layer.weight)[1].abs().mean())
+                metrics[f"scale/{name}"] = float(layer.weight_quant.quantize(layer.latent())[1].abs().mean())
         self._keep_histograms(epoch)
         self.epochs.append(metrics)
         return metrics
@@ -348,7 +349,7 @@ class _Run:
         if epoch not in {0, 1, 2, total // 4, total // 2, total}:
             return
         for name, layer in self.watched.items():
-            weights = cast(Tensor, layer.weight).detach().float().cpu().flatten()
+            weights = latent_weights(layer).detach().float().cpu().flatten()
             bound = float(weights.abs().max().clamp(min=1e-12))
             counts = torch.histc(weights, _BINS, -bound, bound)
             edges = torch.linspace(-bound, bound, _BINS + 1)

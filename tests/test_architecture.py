@@ -17,13 +17,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module imports from lower ranks only; siblings do not know each other. Imports inside functions are exempt:
 # they postpone what is expensive, or reach for a host that may be absent.
 RANKS = {
-    0: ("environment", "errors", "files", "functional", "modes"),
+    0: ("dry_run", "environment", "errors", "files", "functional", "modes", "variants"),
     1: ("checkpoint", "policy", "quantizers", "results", "data"),
     2: ("scheme", "regularizers", "figures"),
     3: ("recipe", "hookspecs", "report"),
     4: ("plugins", "layers", "bonn", "models"),
-    5: ("binarize", "objective", "adapters"),
-    6: ("bop", "summary", "diagnose", "metrics"),
+    5: ("binarize", "objective"),
+    6: ("adapters", "bop", "summary", "diagnose", "metrics"),
     7: ("train",),
     8: ("compare",),
     9: ("cli",),

@@ -77,7 +77,7 @@ def test_shares_are_those_of_a_norm_with_the_statistics_of_the_batch():
 
 
 def test_dropout_is_off():
-    model = binarize(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Dropout(0.9), nn.Conv2d(3, 3, 1)), NAIVE)
+    model = binarize(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Dropout(0.9), nn.Conv2d(3, 3, 3)), NAIVE)
     images = torch.randn(4, 3, 9, 9)
     share = (model[0](images) >= 0).float().mean().item()
     assert diagnose(model, images).shares == {"2": pytest.approx(share)}
@@ -100,7 +100,7 @@ def test_a_norm_outside_the_binary_layer_counts():
 
 
 def test_a_layer_at_two_places_counts_both():
-    conv = nn.Conv2d(3, 3, 1)
+    conv = nn.Conv2d(3, 3, 3)
     model = binarize(nn.Sequential(nn.Conv2d(3, 3, 1), conv, nn.ReLU(), conv), NAIVE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeadLayers)

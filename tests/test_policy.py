@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from bonn_qat.errors import InvalidModel, UnknownName
-from bonn_qat.policy import classifier, float_layers, skipped
+from bonn_qat.policy import classifier, float_layers, named
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,6 @@ def test_without_metadata_the_first_convolution_and_the_last_linear_layer_are_ke
         "0": "first layer",
         "6": "classifier",
         "2": "depthwise",
-        "4": "linear layer",
     }
 
 
@@ -94,7 +93,7 @@ def test_the_first_pattern_gives_the_reason(resnet):
 
 def test_skipped_names_every_module_below():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU()))
-    assert skipped(model, ["1"]) == {"1": "skip '1'", "1.0": "skip '1'", "1.1": "skip '1'"}
+    assert named(model, ["1"], "skip") == {"1": "skip '1'", "1.0": "skip '1'", "1.1": "skip '1'"}
 
 
 def test_a_shared_layer_can_be_skipped_by_each_of_its_names():
