@@ -1,0 +1,54 @@
+"""Train a binary network with Hugging Face Accelerate: what is prepared is the Objective, so that its losses are in sync.
+
+    pip install -e '.[compare,accelerate]'
+    python examples/accelerate_loop.py
+"""
+
+import argparse
+
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader, TensorDataset
+
+import bonn_qat
+import bonn_qat.models  # registers wrn10_16 with timm
+from bonn_qat import data
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--epochs", type=int, default=10)
+parser.add_argument("--seed", type=int, default=0)
+arguments = parser.parse_args()
+
+set_seed(arguments.seed)
+accelerator = Accelerator()
+digits = data.load("digits")
+train_set, test_set = (
+    TensorDataset(*map(torch.cat, zip(*batches, strict=True)))
+    for batches in (digits.measure_batches(), digits.test_batches())
+)
+model = timm.create_model("wrn10_16", num_classes=digits.classes, in_chans=digits.image[0])
+objective = bonn_qat.Objective(bonn_qat.binarize(model, inplace=True))
+optimizer = torch.optim.SGD(bonn_qat.parameter_groups(objective, lr=0.1, weight_decay=5e-4), momentum=0.9)
+schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.epochs)
+train_loader, test_loader = accelerator.prepare(DataLoader(train_set, 64, shuffle=True), DataLoader(test_set, 500))
+objective, optimizer, schedule = accelerator.prepare(objective, optimizer, schedule)
+
+for epoch in range(arguments.epochs):
+    model.train()
+    for images, targets in train_loader:
+        optimizer.zero_grad()
+        loss = objective(images, targets).total
+        accelerator.backward(loss)
+        optimizer.step()
+    schedule.step()
+    accelerator.print(f"epoch {epoch + 1}: loss {loss.item():.3f}")
+
+model.eval()
+hits = 0
+with torch.no_grad():
+    for images, targets in test_loader:
+        guesses, targets = accelerator.gather_for_metrics((model(images).argmax(1), targets))
+        hits += int((guesses == targets).sum())
+accelerator.print(f"accuracy: {100 * hits / digits.test_size:.2f} % of {digits.test_size} test images")
