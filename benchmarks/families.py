@@ -9,7 +9,6 @@ same command goes on where it was stopped. Example::
 
 import argparse
 import datetime
-import inspect
 import json
 import statistics
 import sys
@@ -175,7 +174,7 @@ def _run(family: Family, arm: str, seed: int, data: Data, args: argparse.Namespa
     torch.manual_seed(seed)
     run: dict[str, Any] = {"lr": lr}
     try:
-        model = bonn_qat.binarize(family.build(data.classes), arm, **_input_size(data))
+        model = bonn_qat.binarize(family.build(data.classes), arm, input_size=data.image)
         size = bonn_qat.summary(model, data.image)
         binary = sum(layer.weights for layer in size.layers if layer.is_binary)
         run |= {"parameters": size.parameters, "binary_parameters": binary}
@@ -190,10 +189,6 @@ def _run(family: Family, arm: str, seed: int, data: Data, args: argparse.Namespa
         "top1": result.top1, "curve": curve, "train_loss": result.epochs[-1]["train/task"],
         "seconds": result.seconds, "environment": dict(result.environment),
     }  # fmt: skip
-
-
-def _input_size(data: Data) -> dict[str, Any]:
-    return {"input_size": data.image} if "input_size" in inspect.signature(bonn_qat.binarize).parameters else {}
 
 
 def _dead(model: nn.Module, data: Data) -> list[str]:

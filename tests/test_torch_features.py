@@ -1,0 +1,255 @@
+"""What people do to a torch model, done to binarized networks of four kinds: each feature does what it does in float."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+import bonn_qat
+import bonn_qat.models  # registers wrn10_16
+from bonn_qat.binarize import binary_layers
+
+SIZE = (3, 32, 32)
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "resnet": partial(timm.create_model, "test_resnet", num_classes=10),
+    "vit": partial(timm.create_model, "test_vit", num_classes=10, img_size=32, patch_size=8),
+    "efficientnet": partial(timm.create_model, "test_efficientnet", num_classes=10, pad_type="same"),
+    "wrn": partial(timm.create_model, "wrn10_16", num_classes=10),
+}
+CONVOLUTIONAL = [name for name in NETS if name != "vit"]
+EVERY_NET = pytest.mark.parametrize("net", NETS)
+
+
+@pytest.fixture(scope="module")
+def trained() -> Callable[[str], nn.Module]:
+    """A net after a few steps, so that no norm and no modulation is at its start; a new copy at each call."""
+    made: dict[str, nn.Module] = {}
+
+    def get(net: str) -> nn.Module:
+        if net not in made:
+            torch.manual_seed(1)
+            made[net] = binarized(net)
+            steps(made[net], 2)
+        return copy.deepcopy(made[net])
+
+    return get
+
+
+def binarized(net: str) -> nn.Module:
+    return bonn_qat.binarize(NETS[net](), input_size=SIZE)
+
+
+def steps(model: nn.Module, count: int) -> None:
+    objective = bonn_qat.Objective(model).train()
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.05)
+    for _ in range(count):
+        optimizer.zero_grad()
+        objective(*batch()).total.backward()
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def batch(count: int = 8) -> tuple[Tensor, Tensor]:
+    return torch.randn(count, *SIZE), torch.randint(10, (count,))
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def latents(model: nn.Module) -> dict[str, Tensor]:
+    return {name: layer.weight for name, layer in binary_layers(model)}
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@EVERY_NET
+def test_the_nets_are_what_they_stand_for(net, trained):
+    model = trained(net)
+    kinds = {type(layer).__name__ for _, layer in binary_layers(model)}
+    assert kinds == ({"BinaryLinear"} if net == "vit" else {"BinaryConv2d"})
+    assert len(latents(model)) >= 4
+
+
+def test_one_of_the_nets_pads_as_tensorflow_does():
+    assert any(type(module).__name__ == "Conv2dSame" for module in NETS["efficientnet"]().modules())
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("net", [pytest.param(net, marks=[pytest.mark.slow] if net != "wrn" else []) for net in NETS])
+def test_it_compiles_without_a_break(net, training, trained):
+    model, other = (trained(net).train(training) for _ in range(2))
+    images, _ = batch()
+    torch.compiler.reset()
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    for module in (model, compiled):
+        module(images).square().sum().backward()
+    torch.testing.assert_close(compiled(images), model(images))
+    torch.testing.assert_close(gradients(other), gradients(model))
+    torch.testing.assert_close(state(other), state(model))
+
+
+@pytest.mark.slow
+def test_inductor_gives_the_same():
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 2)
+    )
+    model = bonn_qat.binarize(net)
+    other = copy.deepcopy(model)
+    images = torch.randn(4, 3, 8, 8)
+    torch.compiler.reset()
+    compiled = torch.compile(other, fullgraph=True)
+    for module in (model, compiled):
+        module(images).square().sum().backward()
+    torch.testing.assert_close(gradients(other), gradients(model), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.eval()(images), model.eval()(images), rtol=1e-4, atol=1e-4)
+
+
+LOW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+
+
+@LOW
+@EVERY_NET
+def test_a_binary_layer_under_autocast_errs_by_its_rounding_alone(net, dtype, trained):
+    # Signs are exact in both types and their sums are added up in float32; rounded, by half an eps, are the sum and what
+    # it is scaled to, and backward the incoming gradient and the outgoing one. Whole nets cannot be compared so: a share
+    # p of wrong signs makes an error of about 2 sqrt(p) in the sums, which makes more wrong signs in the next layer.
+    model = trained(net).eval()
+    seen: dict[str, Tensor] = {}
+    for name, layer in binary_layers(model):
+        # Clones, because what follows may be computed in place.
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0].detach().clone()}))
+    model(batch()[0])
+    for name, layer in binary_layers(model):
+        output = layer(seen[name])
+        with torch.autocast("cpu", dtype):
+            low = layer(seen[name])
+        toward = torch.randn_like(output)
+        (expected,) = torch.autograd.grad(output, layer.weight, toward)
+        (grad,) = torch.autograd.grad(low.float(), layer.weight, toward)
+        eps = torch.finfo(dtype).eps
+        assert (low - output).abs().max() <= eps * output.abs().max(), name
+        assert (grad - expected).norm() <= eps * expected.norm(), name
+
+
+@LOW
+@EVERY_NET
+def test_autocast_trains(net, dtype, trained):
+    objective = bonn_qat.Objective(trained(net))
+    with torch.autocast("cpu", dtype):
+        losses = objective(*batch())
+    losses.total.backward()
+    assert losses.total.isfinite()
+    assert losses.total.dtype == torch.float32
+    assert all(grad.isfinite().all() for grad in gradients(objective).values())
+    assert all(weight.grad.any() for weight in latents(objective.model).values())
+
+
+@pytest.mark.parametrize("net", CONVOLUTIONAL)
+def test_channels_last_is_kept_and_changes_no_value(net, trained):
+    model, other = trained(net), trained(net).to(memory_format=torch.channels_last)
+    images, _ = batch()
+    layouts: dict[str, bool] = {}
+    for name, layer in binary_layers(other):
+        layer.register_forward_hook(
+            lambda _, inputs, output, name=name: layouts.update(
+                {name: all(x.is_contiguous(memory_format=torch.channels_last) for x in (*inputs, output))}
+            )
+        )
+    other(images.to(memory_format=torch.channels_last)).square().sum().backward()
+    model(images).square().sum().backward()
+    assert layouts == dict.fromkeys(latents(model), True)
+    torch.testing.assert_close(state(other), state(model))
+    torch.testing.assert_close(gradients(other), gradients(model), rtol=1e-4, atol=1e-4)
+
+
+@EVERY_NET
+def test_accumulated_gradients_are_those_of_the_whole_batch(net, trained):
+    # In evaluation mode: in training each part would be normalised by its own statistics, in float as well, and would
+    # move the centres of the feature loss.
+    whole, parts = (bonn_qat.Objective(trained(net)).eval() for _ in range(2))
+    images, targets = batch(8)
+    whole(images, targets).total.backward()
+    for part in zip(images.chunk(4), targets.chunk(4), strict=True):
+        (parts(*part).total / 4).backward()
+    torch.testing.assert_close(gradients(parts), gradients(whole), rtol=1e-4, atol=1e-5)
+
+
+@EVERY_NET
+def test_checkpointed_gradients_are_the_same(net, trained):
+    plain, saving = (bonn_qat.Objective(trained(net)) for _ in range(2))
+    saving.model.set_grad_checkpointing(True)
+    images, targets = batch()
+    results = []
+    for objective in (plain, saving):
+        losses = objective(images, targets)
+        losses.total.backward()
+        results.append((losses.total.detach(), gradients(objective)))
+    torch.testing.assert_close(results[1], results[0])
+
+
+@EVERY_NET
+def test_an_average_of_the_weights_averages_latents_and_quantizers(net, trained):
+    model = trained(net)
+    ema = ModelEmaV3(model, decay=0.75)
+    before = state(model)
+    steps(model, 1)
+    ema.update(model)
+    after = model.state_dict()
+    for name, average in ema.module.state_dict().items():
+        if average.is_floating_point():
+            torch.testing.assert_close(average, 0.75 * before[name] + 0.25 * after[name], msg=name)
+    assert all(not torch.equal(before[f"{name}.weight"], after[f"{name}.weight"]) for name in latents(model))
+    images, _ = batch()
+    expected = ema.module(images)  # in evaluation mode, as ModelEmaV3 sets it
+    restored = binarized(net).eval()
+    restored.load_state_dict(ema.module.state_dict())
+    torch.testing.assert_close(restored(images), expected, rtol=0, atol=0)
+
+
+@EVERY_NET
+def test_a_deep_copy_is_equal_and_independent(net, trained):
+    model = trained(net)
+    other = copy.deepcopy(model)
+    images, _ = batch()
+    assert torch.equal(other.eval()(images), model.eval()(images))
+    before = state(model)
+    steps(other, 1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(not torch.equal(weight, before[f"{name}.weight"]) for name, weight in latents(other).items())
+    assert not gradients(model)
+
+
+@EVERY_NET
+def test_safetensors_hold_the_model(net, trained, tmp_path: Path):
+    model = trained(net).eval()
+    file = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(model.state_dict(), file)
+    fresh = binarized(net).eval()
+    images, _ = batch()
+    assert not torch.equal(fresh(images), model(images))
+    fresh.load_state_dict(safetensors.torch.load_file(file))
+    assert torch.equal(fresh(images), model(images))
+
+
+@EVERY_NET
+def test_a_model_without_memory_gets_its_values_from_a_state_dict(net, trained):
+    model = trained(net).eval()
+    with torch.device("meta"):
+        empty = NETS[net]()
+    empty = bonn_qat.binarize(empty, input_size=SIZE).eval()
+    assert {tensor.device.type for tensor in empty.state_dict().values()} == {"meta"}
+    assert empty.binarization.binary == model.binarization.binary
+    empty.to_empty(device="cpu").load_state_dict(model.state_dict())
+    images, _ = batch()
+    assert torch.equal(empty(images), model(images))
