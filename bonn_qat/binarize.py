@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from bonn_qat.layers import BinaryLayer
 from bonn_qat.scheme import Scheme
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+_SCALE = re.compile(r"gain|gamma|scale")
 _FOLDS = ("fuse", "reparameterize", "switch_to_deploy")  # those that timm.utils.reparameterize_model calls
 
 
@@ -29,7 +31,7 @@ class Binarization:
     """What :func:`binarize` did; stored as ``model.binarization``.
 
     ``binary`` names the binary layers, ``kept`` the float ones with the reason, ``schemes`` the binary layers with
-    another scheme than ``scheme``, ``revived`` the norms whose weights were all zero and now are one, ``added`` the
+    another scheme than ``scheme``, ``revived`` the norms and gains that were all zero and now are one, ``added`` the
     keys that the float model's state dict lacks. ``input_size`` is that of the policy's dry run, None without one.
     """
 
@@ -62,9 +64,10 @@ def binarize(
     other schemes, the last that matches counts, and a scheme with float weights keeps a layer float.
     ``input_size`` ``(C, H, W)`` is what the model is for, found out if None.
 
-    A norm before each sign and the scheme's nonlinearity in place of each ReLU keep the signs informative. Norms
-    that start at zero (timm's ``zero_init_last``) start at one, because a zero there stops every binary
-    weight's gradient. The result loads the float model's state dict strictly, as if binarized after loading.
+    A norm before each sign and the scheme's nonlinearity in place of each ReLU keep the signs informative. Norms and
+    gains that start at zero (timm's ``zero_init_last``, the NFNets' ``skipinit_gain``) start at one, because a zero
+    there stops the gradient of every binary weight of the block. The result loads the float model's state dict
+    strictly, as if binarized after loading.
     ``model.binarization`` says what was done. Warns of BypassedLayers.
 
     Raises UnknownName (a scheme or a pattern) and InvalidModel: nothing to binarize, already binary, a layer that was
@@ -99,7 +102,7 @@ def binarize(
         binary=tuple(layers),
         kept={name: kept[name] for name, _ in model.named_modules() if name in kept},
         schemes={name: others.of(name) for name in layers if others.of(name) is not chosen},
-        revived=tuple(_revive_zero_norms(result)),
+        revived=tuple(_revive_zero_scales(result)),
         input_size=plan.input_size,
         added=frozenset(set(result.state_dict()) - before),
     )
@@ -197,12 +200,22 @@ def _place_what_is_new(model: nn.Module, originals: list[nn.Module]) -> None:
             module.to(device=reference.device, dtype=reference.dtype)
 
 
-def _revive_zero_norms(model: nn.Module) -> Iterator[str]:
-    for name, module in model.named_modules():
-        weight = module.weight if isinstance(module, NORMS) else None
-        if weight is not None and not weight.is_meta and not weight.detach().any():
-            nn.init.ones_(weight)
-            yield name
+def _scales(model: nn.Module) -> Iterator[str]:
+    """The keys of the parameters that branches are multiplied with: norms' weights, and gains by their name."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        for key, parameter in module._parameters.items():
+            is_scale = key == "weight" if isinstance(module, NORMS) else _SCALE.search(key)
+            if is_scale and parameter is not None and parameter.is_floating_point():
+                yield f"{name}.{key}" if name else key
+
+
+def _revive_zero_scales(model: nn.Module) -> Iterator[str]:
+    parameters = dict(model.named_parameters())  # each once
+    for key in _scales(model):
+        parameter = parameters.get(key)
+        if parameter is not None and not parameter.is_meta and not parameter.detach().any():
+            nn.init.ones_(parameter)
+            yield key.removesuffix(".weight")
 
 
 def _refuse_folding(model: nn.Module) -> None:
@@ -247,7 +260,6 @@ def _complete_float_state_dict(model: nn.Module, state_dict: dict[str, Any], pre
         else:
             continue
         state_dict.update({prefix + keys[k]: v for k, v in fresh.state_dict().items() if keys[k] in record.added})
-    for name, module in model.named_modules(remove_duplicate=False):
-        key = f"{prefix}{name}.weight"
-        if isinstance(module, NORMS) and key in state_dict and not state_dict[key].any():
+    for key in (prefix + scale for scale in _scales(model)):
+        if key in state_dict and not state_dict[key].any():
             state_dict[key] = torch.ones_like(state_dict[key])

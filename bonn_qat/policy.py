@@ -16,10 +16,10 @@ from bonn_qat.variants import variant
 Predicate = Callable[[str, nn.Module], bool | None]
 
 FIRST, CLASSIFIER, LAST = "first layer", "classifier", "last layer"
-SHORTCUT, DEPTHWISE, GATE = "shortcut projection", "depthwise", "gate"
+SHORTCUT, DEPTHWISE, SINGLE, GATE = "shortcut projection", "depthwise", "single input channel", "gate"
 NO_IMAGE, UNREACHED = "does not see the image", "not reached by a forward pass"
 _SHORTCUT = re.compile(r"downsample|shortcut|skip|project|proj_conv|residual|identity|c1x1_w", re.IGNORECASE)
-_GATE = re.compile(r"^SE(?![a-z])|Squeeze|Excit|Eca(?![a-z])|ChannelAttn|GlobalContext|GatherExcite")
+_GATE = re.compile(r"^SE(Module|Layer|Block)?$|Squeeze|Excit|^Eca|ChannelAttn|GlobalContext")
 _SIDES = (224, 64, 32)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -53,7 +53,8 @@ def plan(
     2. ``skip``, names of modules or globs, each for everything below it; then ``predicate(name, layer)``, True for
        binary, False for float, None for no opinion; then ``include``, written as ``skip``.
     3. Float stay the first layer, the classifier (timm's metadata, else the last layer if it gives ``(B, classes)`` or
-       is a 1x1 convolution with a bias), 1x1 shortcut projections, depthwise convolutions, gates (squeeze-and-excite:
+       is a 1x1 convolution with a bias), 1x1 shortcut projections, depthwise convolutions, layers of one input
+       channel, gates (squeeze-and-excite:
        layers on pooled features that come before others on unpooled ones) and layers that no image reaches.
 
     Part of that is seen in a dry run at ``input_size`` ``(C, H, W)``, which is guessed if None; a model that takes no
@@ -185,6 +186,8 @@ def _rules(model: nn.Module, layers: dict[str, nn.Module], run: DryRun | None) -
             reason = GATE
         elif isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1:
             reason = DEPTHWISE
+        elif 1 in (getattr(layer, "in_channels", None), getattr(layer, "in_features", None)):
+            reason = SINGLE
         elif isinstance(layer, nn.Conv2d) and _is_shortcut(model, name, layer):
             reason = SHORTCUT
         else:

@@ -1,0 +1,263 @@
+"""Binary layers: each computes what its formula says, whatever float layer it was made of."""
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import timm.layers
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import bonn_qat
+from bonn_qat.bonn import BONN
+from bonn_qat.errors import InvalidModel
+from bonn_qat.functional import binary_linear
+from bonn_qat.layers import BinaryConv2d, BinaryLinear, binary_form
+from bonn_qat.plugins import find_scheme, schemes
+from bonn_qat.quantizers import WeightQuantizer
+
+BARE = replace(BONN, norm=None, latent_std=None)
+STANDARDIZING = {
+    "StdConv2d": lambda **kw: timm.layers.StdConv2d(6, 8, 3, bias=True, **kw),
+    "StdConv2dSame": lambda **kw: timm.layers.StdConv2dSame(6, 8, 3, bias=True, **kw),
+    "ScaledStdConv2d": lambda **kw: timm.layers.ScaledStdConv2d(6, 8, 3, gamma=1.7, **kw),
+    "ScaledStdConv2dSame": lambda **kw: timm.layers.ScaledStdConv2dSame(6, 8, 3, gamma=1.7, **kw),
+}
+
+
+def sign(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x >= 0, 1.0, -1.0)
+
+
+def test_binary_linear_has_the_values_and_gradients_of_linear():
+    torch.manual_seed(0)
+    x = sign(torch.randn(7, 12)).double().requires_grad_()
+    for scale in (torch.tensor(-0.3).double(), torch.rand(5).double() + 0.1):
+        value = (sign(torch.randn(5, 12)).double() * scale.abs().reshape(-1, 1)).requires_grad_()
+        out, grad = binary_linear(x, value, scale), torch.randn(7, 5).double()
+        found = torch.autograd.grad(out, (x, value), grad)
+        expected = torch.autograd.grad(F.linear(x, value), (x, value), grad)
+        torch.testing.assert_close(out, F.linear(x, value))
+        torch.testing.assert_close(found, expected)
+        exact = out / scale.abs()
+        torch.testing.assert_close(exact, exact.round())
+
+
+@pytest.mark.parametrize("shape", [(12,), (3, 12), (2, 5, 12), (2, 3, 4, 12)])
+def test_a_binary_linear_layer_takes_any_leading_shape(shape):
+    torch.manual_seed(0)
+    linear = nn.Linear(12, 5)
+    layer = binary_form(linear, BARE)
+    x = torch.randn(shape)
+    expected = F.linear(sign(x), sign(linear.weight) * linear.weight.abs().mean(), linear.bias)
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("name", sorted(schemes()))
+def test_a_linear_layer_is_a_1x1_convolution_to_every_scheme(name):
+    scheme = find_scheme(name)
+    if scheme.weight is None:
+        pytest.skip("float weights")
+    torch.manual_seed(0)
+    linear = nn.Linear(12, 6)
+    conv = nn.Conv2d(12, 6, 1)
+    with torch.no_grad():
+        conv.weight.copy_(linear.weight[:, :, None, None])
+        conv.bias.copy_(linear.bias)
+    dense, convolution = binary_form(linear, scheme), binary_form(conv, scheme)
+    tokens = torch.randn(20, 12, requires_grad=True)
+    images = tokens.detach()[:, :, None, None].requires_grad_()
+    for layer in (dense, convolution):
+        layer.adopt(scheme.latent_std)
+    out, expected = dense(tokens), convolution(images)
+    torch.testing.assert_close(out[:, :, None, None], expected)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    expected.backward(grad[:, :, None, None])
+    torch.testing.assert_close(tokens.grad[:, :, None, None], images.grad)
+    torch.testing.assert_close(dense.weight.grad[:, :, None, None], convolution.weight.grad)
+
+
+@pytest.mark.parametrize("kind", STANDARDIZING)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_kernels_are_standardized_before_the_sign_and_the_gain_comes_after(kind, stride):
+    torch.manual_seed(0)
+    conv = STANDARDIZING[kind](stride=stride)
+    if hasattr(conv, "gain"):
+        nn.init.uniform_(conv.gain, -2, 2)
+    with torch.no_grad():
+        conv.weight.add_(torch.rand(8, 1, 1, 1) - 0.5)  # without standardizing most signs were one
+    layer = binary_form(conv, BARE)
+    kernels = conv.weight.detach()
+    mean, var = kernels.mean((1, 2, 3), keepdim=True), kernels.var((1, 2, 3), keepdim=True, unbiased=False)
+    latent = (kernels - mean) / (var + conv.eps).sqrt() * getattr(conv, "scale", 1.0)
+    torch.testing.assert_close(layer.latent(), latent)
+    x = torch.randn(2, 6, 8, 8)
+    plain = nn.Conv2d(6, 8, 3, stride, 0 if getattr(conv, "same_pad", False) else conv.padding)
+    with torch.no_grad():
+        plain.weight.copy_(sign(latent) * latent.abs().mean() * getattr(conv, "gain", torch.ones(())))
+        plain.bias.copy_(conv.bias)
+    signs = sign(x)
+    if getattr(conv, "same_pad", False):
+        signs = timm.layers.pad_same(signs, (3, 3), (stride, stride))
+    torch.testing.assert_close(layer(x), plain(signs))
+    layer(x).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("kind", STANDARDIZING)
+def test_a_standardized_layers_latents_get_their_scale_and_keep_their_signs(kind):
+    torch.manual_seed(0)
+    conv = STANDARDIZING[kind]()
+    before = conv.weight.clone()
+    layer = binary_form(conv, BARE)
+    signs, modulation = sign(layer.latent()), layer.weight_quant.modulation.clone()
+    layer.adopt(0.01)
+    assert layer.latent().std(unbiased=False).item() == pytest.approx(0.01, rel=1e-3)
+    assert torch.equal(sign(layer.latent()), signs)
+    assert torch.equal(layer.weight_quant.modulation, modulation)
+    assert torch.equal(layer.weight, before)
+    again = copy.deepcopy(layer)
+    again.adopt(0.01)
+    assert torch.equal(again.weight_quant.modulation, modulation)
+
+
+@pytest.mark.parametrize("size", [(7, 7), (8, 8), (9, 12)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation"), [(3, 2, 1), (5, 2, 1), (3, 1, 2), (2, 3, 1), ((3, 5), (2, 1), 1)]
+)
+def test_same_padding_is_that_of_timm(size, kernel, stride, dilation):
+    conv = timm.layers.Conv2dSame(4, 6, kernel, stride, dilation=dilation)
+    layer = binary_form(conv, BARE)
+    with torch.no_grad():
+        conv.weight.copy_(sign(conv.weight) * conv.weight.abs().mean())
+    x = torch.randn(2, 4, *size)
+    torch.testing.assert_close(layer(x), conv(sign(x)))
+
+
+def test_a_layer_keeps_what_others_ask_it_and_hang_on_it():
+    conv = timm.layers.StdConv2dSame(3, 4, 3, stride=2)
+    conv.note = "asked by others"
+    seen = []
+    conv.register_forward_hook(lambda *_: seen.append("after"))
+    conv.register_forward_pre_hook(lambda *_, **__: seen.append("before"), with_kwargs=True)
+    layer = binary_form(conv, BONN)
+    assert isinstance(layer, nn.Conv2d)
+    assert (layer.note, layer.same_pad, layer.eps) == ("asked by others", conv.same_pad, conv.eps)
+    assert (layer.in_channels, layer.out_channels, layer.stride) == (3, 4, (2, 2))
+    layer(torch.randn(2, 3, 8, 8))
+    assert seen == ["before", "after"]
+
+
+@pytest.mark.parametrize("name", sorted(schemes()))
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Conv2d(6, 8, 3, padding=1), lambda: nn.Linear(6, 8)], ids=["conv", "linear"]
+)
+def test_freezing_changes_no_output_and_leaves_no_latents(name, make):
+    scheme = find_scheme(name)
+    if scheme.weight is None:
+        pytest.skip("float weights")
+    torch.manual_seed(0)
+    layer = binary_form(make(), scheme).eval()
+    layer.adopt(scheme.latent_std)
+    x = torch.randn(3, 6, 6, 6)
+    expected, bits = layer(x), layer.weight_quant.bits
+    layer.freeze()
+    torch.testing.assert_close(layer(x), expected)
+    assert not layer.weight.requires_grad
+    assert layer.weight_quant.bits == bits
+    assert not list(layer.weight_quant.parameters())
+    if layer.weight_quant.scaled_sign:
+        assert layer.weight.dtype == torch.int8
+        assert set(layer.weight.unique().tolist()) <= {-1, 1}
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+def test_a_frozen_layer_of_standardized_kernels_is_the_same():
+    torch.manual_seed(0)
+    layer = binary_form(timm.layers.ScaledStdConv2d(6, 8, 3), BONN).eval()
+    layer.adopt(0.01)
+    x = torch.randn(2, 6, 5, 5)
+    expected = layer(x)
+    layer.freeze()
+    torch.testing.assert_close(layer(x), expected)
+
+
+class Fussy(WeightQuantizer):
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        if weight.shape[2:] == (1, 1):
+            raise ValueError("a kernel of one pixel has nothing to project")
+
+    def quantize(self, x):
+        return bonn_qat.functional.ste_sign(x), x.new_ones(())
+
+
+def test_a_scheme_that_does_not_fit_a_layer_names_both_and_changes_nothing():
+    fussy = replace(BONN, name="fussy", weight=Fussy)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3)
+    )
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(
+        InvalidModel, match=r"4: the scheme 'fussy' does not fit Conv2d\(8, 8.*one pixel.*skip='4' leaves"
+    ):
+        bonn_qat.binarize(model, fussy, inplace=True)
+    assert [type(module) for module in model.modules()] == kinds
+    assert not hasattr(model, "binarization")
+    assert bonn_qat.binarize(model, fussy, skip="4").binarization.binary == ("2", "5")
+
+
+@pytest.mark.parametrize("layer", [nn.Conv1d(3, 4, 3), nn.ConvTranspose2d(3, 4, 3), nn.Embedding(3, 4)])
+def test_other_layers_have_no_binary_form(layer):
+    with pytest.raises(InvalidModel, match=rf"{type(layer).__name__} is neither a Conv2d nor a Linear"):
+        binary_form(layer, BONN)
+
+
+def test_layers_with_a_forward_or_a_weight_of_their_own_have_no_binary_form():
+    class Doubled(nn.Conv2d):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    with pytest.raises(InvalidModel, match="Doubled has a forward of its own"):
+        binary_form(Doubled(3, 4, 3), BONN)
+    for normed in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm):
+        with pytest.raises(InvalidModel, match="computes its weight"):
+            binary_form(normed(nn.Linear(3, 4)), BONN)
+    with pytest.raises(InvalidModel, match="leaves weights float"):
+        binary_form(nn.Linear(3, 4), replace(BONN, name="float", weight=None))
+
+
+def test_the_kernel_loss_sees_standardized_latents():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), timm.layers.StdConv2d(6, 8, 3), nn.Linear(8, 6), nn.Flatten(), nn.LazyLinear(2)
+    )
+    model(torch.randn(2, 3, 10, 10))
+    binary = bonn_qat.binarize(model, input_size=(3, 10, 10))
+    assert binary.binarization.binary == ("1", "2")
+    loss = bonn_qat.KernelLoss(binary)
+    latents = [layer.latent().detach().flatten(1) for layer in (binary[1], binary[2])]
+    torch.testing.assert_close(loss.mu.detach(), torch.cat([x.abs().mean(1) for x in latents]))
+    loss().backward()
+    assert all(binary[i].weight.grad.any() for i in (1, 2))
+
+
+def test_a_scale_map_multiplies_each_token():
+    xnor = find_scheme("xnor").configure({"input_scale": True})
+    torch.manual_seed(0)
+    layer = binary_form(nn.Linear(8, 3), replace(xnor, norm=None))
+    x = torch.randn(2, 5, 8)
+    alpha = layer.weight.detach().abs().mean(1)
+    expected = F.linear(sign(x), sign(layer.weight) * alpha[:, None]) * x.abs().mean(-1, keepdim=True) + layer.bias
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_the_layers_say_what_they_are():
+    assert isinstance(binary_form(nn.Conv2d(3, 4, 3), BONN), BinaryConv2d)
+    assert isinstance(binary_form(timm.layers.Linear(3, 4), BONN), BinaryLinear)
+    assert math.prod(binary_form(nn.Linear(3, 4), BONN).weight_quant.modulation.shape) == 3
