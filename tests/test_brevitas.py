@@ -1,6 +1,7 @@
 """The adapter for Brevitas: one test per trap that its host sets."""
 
 import copy
+import dataclasses
 import subprocess
 import sys
 from typing import Any
@@ -9,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bonn_qat import BonnQatError, FeatureLoss, KernelLoss
+from bonn_qat import BonnQatError, FeatureLoss, KernelLoss, Objective, binarize
 from bonn_qat.bonn import BONN
 from bonn_qat.errors import InvalidModel, UnknownName
-from bonn_qat.layers import BinaryConv2d
+from bonn_qat.layers import BinaryConv2d, BinaryLinear
 from bonn_qat.quantizers import ApproxSign, BonnWeight, SteSign
-from bonn_qat.scheme import Scheme
+from bonn_qat.scheme import PReLU, Scheme
 
 qnn = pytest.importorskip("brevitas.nn")
 adapter = pytest.importorskip("bonn_qat.adapters.brevitas")
@@ -293,6 +294,134 @@ def test_layerwise_quantize_takes_the_layer_map() -> None:
     torch.testing.assert_close(quantizer(net).modulation[0, 0, 0, 0], float_net.conv.weight.abs().mean())
     net(images()).sum().backward()
     net.load_state_dict(float_net.state_dict())
+
+
+QUIET = pytest.mark.filterwarnings(
+    "ignore:brevitas.fx is deprecated:DeprecationWarning",
+    "ignore:fast_hadamard_transform package not found:UserWarning",
+)
+
+
+@QUIET
+def test_the_layer_map_takes_linear_layers_and_relus() -> None:
+    quantize = pytest.importorskip("brevitas.graph.quantize")
+    float_net = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(54, 8), nn.ReLU6(), nn.Linear(8, 3)
+    )
+    net = quantize.layerwise_quantize(copy.deepcopy(float_net), adapter.layer_map("bonn"), name_blacklist=["0", "5"])
+    assert [type(layer) for layer in net] == [nn.Conv2d, PReLU, nn.Flatten, qnn.QuantLinear, PReLU, nn.Linear]
+    assert torch.equal(net[3].weight, float_net[3].weight)
+    with torch.no_grad():
+        net[1].weight.fill_(0.5)
+    net.load_state_dict(float_net.state_dict())
+    assert net[1].weight.item() == 0.5
+    net(images()).sum().backward()
+    assert net[1].weight.grad is not None
+    plain = dataclasses.replace(BONN, nonlinearity=None)
+    assert set(adapter.layer_map(plain)) == {nn.Conv2d, nn.Linear}
+
+
+class Mixed(nn.Module):
+    """A sign of its own, input quantizers, a linear layer on four axes, a layer at two places, one of Brevitas' own."""
+
+    def __init__(self, scheme: str | Scheme = "bonn", **kwargs: Any) -> None:
+        super().__init__()
+        weight, act = adapter.weight_quantizer(scheme), adapter.activation_quantizer(scheme)
+        self.stem = qnn.QuantConv2d(3, 6, 3, padding=1)
+        self.sign = qnn.QuantIdentity(act_quant=act)
+        self.conv = qnn.QuantConv2d(
+            6, 6, 3, stride=2, padding=1, groups=2, weight_quant=weight, bias_quant=None, **kwargs
+        )
+        self.linear = qnn.QuantLinear(6, 6, bias=True, weight_quant=weight, input_quant=act, bias_quant=None)
+        self.again = self.linear
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(self.sign(self.stem(x))).movedim(1, -1)
+        return self.head(self.again(self.linear(y)).mean((1, 2)))
+
+
+@pytest.mark.parametrize("scheme", [BONN, OTHER], ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("training", [True, False])
+def test_from_brevitas_gives_the_same_outputs_and_gradients(scheme: Scheme, training: bool) -> None:
+    theirs = Mixed(scheme).train(training)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter += 0.1 * torch.rand_like(parameter)
+    ours = adapter.from_brevitas(theirs)
+    assert [type(m) for m in (ours.stem, ours.conv, ours.linear)] == [qnn.QuantConv2d, BinaryConv2d, BinaryLinear]
+    assert ours.again is ours.linear
+    assert ours.binarization.binary == ("conv", "linear")
+    assert ours.binarization.kept == dict.fromkeys(("stem", "head"), "not binary in Brevitas")
+    assert ours.binarization.scheme is scheme
+    results = []
+    for net in (theirs, ours):
+        y = net(images(4))
+        y.square().sum().backward()
+        results.append((y, net.stem.weight.grad, net.conv.weight.grad, net.linear.weight.grad, net.linear.bias.grad))
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_from_brevitas_takes_over_options_and_parameters() -> None:
+    theirs = Mixed(weight_granularity="plane")
+    with torch.no_grad():
+        theirs.conv.weight_quant.tensor_quant.modulation.uniform_()
+        theirs.linear.weight_quant.tensor_quant.modulation.uniform_()
+    ours = adapter.from_brevitas(theirs)
+    assert ours.conv.weight_quant.modulation.shape == (1, 1, 3, 3)
+    assert torch.equal(ours.conv.weight_quant.modulation, theirs.conv.weight_quant.tensor_quant.modulation)
+    assert torch.equal(
+        ours.linear.weight_quant.modulation.flatten(), theirs.linear.weight_quant.tensor_quant.modulation.flatten()
+    )
+    assert Objective(ours).regularizers.keys() == {"kernel", "feature"}
+    assert torch.equal(KernelLoss(ours)(), KernelLoss(theirs)())
+
+
+@QUIET
+def test_there_and_back_is_the_float_model_binarized_without_norms() -> None:
+    quantize = pytest.importorskip("brevitas.graph.quantize")
+    float_net = FloatNet()
+    net = quantize.layerwise_quantize(
+        copy.deepcopy(float_net), adapter.layer_map("bonn"), name_blacklist=["stem", "head"]
+    )
+    bare = dataclasses.replace(BONN, norm=None, latent_std=None)
+    expected = binarize(float_net, bare)
+    assert torch.equal(adapter.from_brevitas(net).eval()(images()), expected.eval()(images()))
+
+
+def test_what_a_layer_of_ours_cannot_have_is_told() -> None:
+    with pytest.raises(InvalidModel, match="FloatNet has no layer of Brevitas"):
+        adapter.from_brevitas(FloatNet())
+    with pytest.raises(InvalidModel, match="Net has no layer of Brevitas"):
+        adapter.from_brevitas(Net(SignedBinaryWeightPerTensorConst, SignedBinaryActPerTensorConst))
+    eight_bits = qnn.QuantReLU().act_quant.quant_injector
+    for part in ("input_quant", "output_quant"):
+        net = Net(**{part: eight_bits})
+        with pytest.raises(InvalidModel, match=f"conv: a layer of bonn_qat cannot have the {part}"):
+            adapter.from_brevitas(net)
+
+
+def test_the_kernel_loss_is_used_as_brevitas_own_losses() -> None:
+    net = Net()
+    loss = adapter.BonnKernelLoss(net, reg_coeff=0.25, nu=1e-2)
+    expected = 0.25 * KernelLoss(net, weight=1.0, nu=1e-2)()
+    net(images())
+    assert torch.equal(loss.retrieve(), expected)
+    assert torch.equal(loss.log(), expected)
+    assert not loss.log().requires_grad
+    net(images())
+    torch.testing.assert_close(loss.retrieve(), 2 * expected)
+    loss.retrieve().backward()
+    assert quantizer(net).modulation.grad is not None
+    assert loss.loss.mu.grad is not None
+    loss.zero_accumulated_values()
+    net.eval()(images())
+    with torch.no_grad():
+        net.train()(images())
+    assert loss.retrieve() == 0
+    with pytest.raises(InvalidModel, match="no binary weights"):
+        adapter.BonnKernelLoss(FloatNet())
 
 
 def test_without_quant_tensors_the_model_compiles_whole() -> None:

@@ -6,31 +6,41 @@
 
 The tensor quantizers are the modules of :mod:`bonn_qat.quantizers`, so the losses see them too. Options of a
 scheme's weight quantizer are keywords of the layer: ``QuantConv2d(..., weight_granularity="plane")``.
-Norms, nonlinearities and the scale of the latent weights are the user's: after a ReLU every sign is +1.
+Norms, nonlinearities and the scale of the latent weights are the user's: after a ReLU every sign is +1, so that
+:func:`layer_map` replaces ReLUs too. :func:`from_brevitas` leads back to layers of this package.
 
 The state dict is complete from construction on, and loading one keeps every Parameter object, so optimizers
 stay valid. A float layer's state dict loads strictly: the quantizer's parameters follow from its weights.
 Brevitas' models cannot be pickled, for their quantizers are nested classes: keep the state dict.
 """
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import brevitas.config
 import brevitas.nn as qnn
 import torch
 from brevitas.inject import ExtendedInjector, value
+from brevitas.loss.base_loss import SimpleBaseLoss
 from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
 from torch import Tensor, nn
 
+from bonn_qat.binarize import Binarization, binary_layers
 from bonn_qat.bonn import BONN
 from bonn_qat.errors import BonnQatError, InvalidModel
+from bonn_qat.layers import BinaryLayer, binary_form
 from bonn_qat.plugins import find_scheme
+from bonn_qat.quantizers import ActivationQuantizer, WeightQuantizer
+from bonn_qat.regularizers import KernelLoss, tensor_quant
 from bonn_qat.scheme import Scheme
 
 __all__ = [
+    "BonnKernelLoss",
     "SignedBinaryBonnActPerTensorConst",
     "SignedBinaryBonnWeightPerTensorFloat",
     "activation_quantizer",
+    "from_brevitas",
     "layer_map",
     "skip_quant_tensors",
     "weight_quantizer",
@@ -52,10 +62,8 @@ class _Weight(ExtendedInjector):  # type: ignore[misc]
             raise InvalidModel(
                 f"{type(layers[0]).__name__} has its kernels on axis 1; a binary layer has them on axis 0"
             )
-        injector = proxy_module.quant_injector
-        options = {name: getattr(injector, name) for name in injector.__dependencies__ if name not in _WIRING}
         assert scheme.weight is not None
-        fresh = scheme.weight(tracked_parameter_list[0].detach(), **options)
+        fresh = scheme.weight(tracked_parameter_list[0].detach(), **_options(proxy_module.quant_injector))
         if not fresh.scaled_sign:
             raise InvalidModel(
                 f"the weights of the scheme {scheme.name!r} are not a scale times a sign, as 1 bit is for Brevitas; "
@@ -92,6 +100,11 @@ class _Activation(ExtendedInjector):  # type: ignore[misc]
 _WIRING = {*_Weight.__dependencies__, "module", "proxy_module", "tracked_parameter_list"}
 
 
+def _options(injector: Any) -> dict[str, Any]:
+    """Options of the scheme's weight quantizer: keywords of the layer, or of the injector's ``let``."""
+    return {name: getattr(injector, name) for name in injector.__dependencies__ if name not in _WIRING}
+
+
 class SignedBinaryBonnWeightPerTensorFloat(_Weight):
     """BONN's weights, ``mean(w) * sign(X)`` with a learned modulation w: :class:`bonn_qat.quantizers.BonnWeight`.
 
@@ -122,14 +135,14 @@ def activation_quantizer(scheme: str | Scheme) -> type[ExtendedInjector]:
     return _named(_Activation, f"SignedBinary{_camel(chosen.name)}Act", chosen)
 
 
-def layer_map(scheme: str | Scheme) -> dict[type[nn.Module], tuple[type[nn.Module], dict[str, Any]]]:
-    """The ``compute_layer_map`` of ``brevitas.graph.quantize.layerwise_quantize``, for ``nn.Conv2d``.
+def layer_map(scheme: str | Scheme) -> dict[type[nn.Module], tuple[Callable[..., nn.Module], dict[str, Any]]]:
+    """The ``compute_layer_map`` of ``brevitas.graph.quantize.layerwise_quantize``: convolutions, linear layers, ReLUs.
 
     >>> blacklist = list(bonn_qat.policy.float_layers(model))
     >>> model = layerwise_quantize(model, compute_layer_map=layer_map("bonn"), name_blacklist=blacklist)
 
-    Brevitas matches exact classes: subclasses of ``nn.Conv2d``, such as timm's ``Conv2dSame``, stay float.
-    Raises UnknownName, and InvalidModel for a scheme that leaves weights float.
+    A ReLU becomes the scheme's nonlinearity. Brevitas matches exact classes: subclasses of ``nn.Conv2d``, such as
+    timm's ``Conv2dSame``, stay float. Raises UnknownName, and InvalidModel for a scheme that leaves weights float.
     """
     chosen = find_scheme(scheme)
     arguments = {
@@ -138,7 +151,80 @@ def layer_map(scheme: str | Scheme) -> dict[type[nn.Module], tuple[type[nn.Modul
         "bias_quant": None,
         "return_quant_tensor": False,
     }
-    return {nn.Conv2d: (qnn.QuantConv2d, arguments)}
+    layers: dict[type[nn.Module], tuple[Callable[..., nn.Module], dict[str, Any]]] = {
+        nn.Conv2d: (qnn.QuantConv2d, arguments),
+        nn.Linear: (qnn.QuantLinear, arguments),
+    }
+    nonlinearity = chosen.nonlinearity
+    if nonlinearity is not None:
+
+        def replace_relu() -> nn.Module:
+            new = nonlinearity(1)
+            new.register_load_state_dict_pre_hook(_complete)  # type: ignore[no-untyped-call]
+            return new
+
+        layers |= {nn.ReLU: (replace_relu, {}), nn.ReLU6: (replace_relu, {})}
+    return layers
+
+
+def from_brevitas(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` with layers of this package where Brevitas' layers carry quantizers of this module.
+
+    Weights and the quantizers' parameters are taken over and the outputs stay the same, as plain tensors; layers that
+    Brevitas quantizes by other quantizers stay Brevitas'. ``binarization`` is recorded as by :func:`bonn_qat.binarize`.
+    Raises InvalidModel where no layer has such weights, and for one that quantizes its input, bias or output otherwise.
+    """
+    result = copy.deepcopy(model)
+    schemes: dict[str, Scheme] = {}
+    done: dict[nn.Module, nn.Module] = {}
+    for name, layer in list(result.named_modules(remove_duplicate=False)):
+        if layer not in done:
+            new = _own(name, layer)
+            if new is None:
+                continue
+            done[layer] = new
+            if isinstance(new, BinaryLayer):
+                schemes[name] = layer.weight_quant.quant_injector.scheme
+        result.set_submodule(name, done[layer])
+    if not schemes:
+        raise InvalidModel(
+            f"{type(model).__name__} has no layer of Brevitas with a weight_quant of bonn_qat.adapters.brevitas"
+        )
+    scheme = next(iter(schemes.values()))
+    kept = [name for name, m in result.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and name not in schemes]
+    result.binarization = Binarization(  # type: ignore[assignment]
+        scheme=scheme,
+        binary=tuple(name for name, _ in binary_layers(result)),
+        kept=dict.fromkeys(kept, "not binary in Brevitas"),
+        schemes={name: other for name, other in schemes.items() if other != scheme},
+    )
+    return result
+
+
+class BonnKernelLoss(SimpleBaseLoss):  # type: ignore[misc]
+    """BONN's kernel loss as Brevitas' own losses are used: a hook adds it up in each forward pass of a training.
+
+    >>> kernel = BonnKernelLoss(model)
+    >>> loss = criterion(model(images), targets) + kernel.retrieve()
+    >>> loss.backward()
+    >>> kernel.zero_accumulated_values()
+
+    ``kernel.log()`` is the value for a log, ``kernel.loss`` the module for :func:`bonn_qat.parameter_groups`.
+    ``options`` are those of :class:`bonn_qat.KernelLoss`. Raises InvalidModel for a model without binary weights.
+    """
+
+    def __init__(self, model: nn.Module, reg_coeff: float = 1e-4, **options: Any) -> None:
+        self.loss = KernelLoss(model, weight=1.0, **options)
+        self.tot_loss: Any
+        super().__init__(model, reg_coeff)
+
+    def register_hooks(self) -> None:
+        """Called by Brevitas at construction."""
+        self.model.register_forward_hook(self._accumulate)
+
+    def _accumulate(self, model: nn.Module, *_: object) -> None:
+        if model.training and torch.is_grad_enabled():
+            self.tot_loss = self.tot_loss + self.loss()
 
 
 def skip_quant_tensors(model: nn.Module, skip: bool = True) -> nn.Module:
@@ -151,6 +237,68 @@ def skip_quant_tensors(model: nn.Module, skip: bool = True) -> nn.Module:
         if hasattr(module, "skip_create_quant_tensor"):
             module.skip_create_quant_tensor = skip  # type: ignore[assignment]
     return model
+
+
+class _Binarized(nn.Module):
+    """The value that an activation quantizer gives: what is left of a QuantIdentity."""
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.quantizer.quantize(x)[0]
+
+
+def _own(name: str, layer: Any) -> nn.Module | None:
+    """What takes the place of a layer of Brevitas, None for one that stays."""
+    if isinstance(layer, qnn.QuantIdentity):
+        _, quantizer = _quantizer(layer.act_quant)
+        return _Binarized(quantizer) if isinstance(quantizer, ActivationQuantizer) else None
+    theirs = tensor_quant(layer)
+    if not isinstance(layer, qnn.QuantConv2d | qnn.QuantLinear) or not isinstance(theirs, WeightQuantizer):
+        return None
+    _, inputs = _quantizer(layer.input_quant)
+    foreign = {
+        "input_quant": layer.input_quant.is_quant_enabled and not isinstance(inputs, ActivationQuantizer),
+        "bias_quant": layer.bias_quant.is_quant_enabled,
+        "output_quant": layer.output_quant.is_quant_enabled,
+    }
+    for part, is_foreign in foreign.items():
+        if is_foreign:
+            raise InvalidModel(
+                f"{name}: a layer of bonn_qat cannot have the {part} that this {type(layer).__name__} has"
+            )
+    injector = layer.weight_quant.quant_injector
+    options = _options(injector)
+    new = binary_form(
+        _plain(layer), injector.scheme.configure(options) if options else injector.scheme, normalize=False
+    )
+    new.input_quant = inputs if isinstance(inputs, ActivationQuantizer) else None
+    new.output = None
+    for mine, other in zip(new.weight_quant.state_dict().values(), theirs.state_dict().values(), strict=True):
+        mine.copy_(other.reshape(mine.shape))  # those of a linear layer have two axes, here four
+    return new.train(layer.training)
+
+
+def _plain(layer: Any) -> nn.Conv2d | nn.Linear:
+    """Torch's own layer with the parameters of a layer of Brevitas."""
+    plain: nn.Conv2d | nn.Linear
+    if isinstance(layer, qnn.QuantLinear):
+        plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
+    else:
+        plain = nn.Conv2d(
+            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
+            layer.groups, padding_mode=layer.padding_mode, device="meta",
+        )  # fmt: skip
+    plain.weight, plain.bias = layer.weight, layer.bias
+    return plain
+
+
+def _complete(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Before loading: a float model has no parameters where it has a ReLU."""
+    for key, own in module.state_dict().items():
+        state_dict.setdefault(prefix + key, own.clone())
 
 
 def _camel(name: str) -> str:
