@@ -94,7 +94,8 @@ class _Watch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):  # not what only asks for a shape, a type or a device
+        results = result if isinstance(result, tuple | list) else (result,)
+        if any(isinstance(x, Tensor) for x in results):  # not what only asks for a shape, a type or a device
             for tensor in (*args, *(kwargs or {}).values()):
                 owner = self._owners.get(id(tensor)) if isinstance(tensor, Tensor) else None
                 if owner is not None and owner not in self._running:
