@@ -176,10 +176,9 @@ def _run(family: Family, arm: str, seed: int, data: Data, args: argparse.Namespa
     try:
         model = bonn_qat.binarize(family.build(data.classes), arm, input_size=data.image)
         size = bonn_qat.summary(model, data.image)
-        binary = sum(layer.weights for layer in size.layers if layer.is_binary)
-        run |= {"parameters": size.parameters, "binary_parameters": binary}
+        run |= {"parameters": size.parameters, "binary_parameters": size.binary_weights}
         run |= {"macs": size.macs, "binary_macs": size.binary_macs, "mbit": size.mbit}
-        if binary:
+        if size.binary_weights:
             run["dead"] = _dead(model, data)
         result = bonn_qat.train(model, recipe, data, device=args.device)
     except bonn_qat.BonnQatError as error:

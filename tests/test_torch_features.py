@@ -1,4 +1,4 @@
-"""What people do to a torch model, done to binarized networks of four kinds: each feature does what it does in float."""
+"""What people do to a torch model, done to binary networks of four kinds: each feature does what it does in float."""
 
 import copy
 from collections.abc import Callable
@@ -121,9 +121,9 @@ LOW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf
 @LOW
 @EVERY_NET
 def test_a_binary_layer_under_autocast_errs_by_its_rounding_alone(net, dtype, trained):
-    # Signs are exact in both types and their sums are added up in float32; rounded, by half an eps, are the sum and what
-    # it is scaled to, and backward the incoming gradient and the outgoing one. Whole nets cannot be compared so: a share
-    # p of wrong signs makes an error of about 2 sqrt(p) in the sums, which makes more wrong signs in the next layer.
+    # Signs are exact in both types and their sums are added up in float32; rounded, by half an eps, are the sum and
+    # what it is scaled to, and backward the incoming gradient and the outgoing one. Whole nets cannot be compared so: a
+    # share p of wrong signs makes an error of about 2 sqrt(p) in the sums, and that more wrong signs in the next layer.
     model = trained(net).eval()
     seen: dict[str, Tensor] = {}
     for name, layer in binary_layers(model):
