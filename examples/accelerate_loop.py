@@ -1,7 +1,7 @@
-"""Train a binary network with Hugging Face Accelerate: what is prepared is the Objective, so that its losses are in sync.
+"""Train a binary network with Hugging Face Accelerate: it prepares the model and its losses.
 
-    pip install -e '.[compare,accelerate]'
-    python examples/accelerate_loop.py
+pip install -e '.[compare,accelerate]'
+python examples/accelerate_loop.py
 """
 
 import argparse
@@ -13,8 +13,8 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, TensorDataset
 
 import bonn_qat
+import bonn_qat.data
 import bonn_qat.models  # registers wrn10_16 with timm
-from bonn_qat import data
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--epochs", type=int, default=10)
@@ -23,7 +23,7 @@ arguments = parser.parse_args()
 
 set_seed(arguments.seed)
 accelerator = Accelerator()
-digits = data.load("digits")
+digits = bonn_qat.data.load("digits")
 train_set, test_set = (
     TensorDataset(*map(torch.cat, zip(*batches, strict=True)))
     for batches in (digits.measure_batches(), digits.test_batches())

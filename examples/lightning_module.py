@@ -1,7 +1,7 @@
 """Train a binary network with Lightning: the Objective is a part of the module.
 
-    pip install -e '.[compare,lightning]'
-    python examples/lightning_module.py
+pip install -e '.[compare,lightning]'
+python examples/lightning_module.py
 """
 
 import argparse
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bonn_qat
+import bonn_qat.data
 import bonn_qat.models  # registers wrn10_16 with timm
-from bonn_qat import data
 
 Batch = tuple[Tensor, Tensor]
 
 
-class Classifier(lightning.LightningModule):
+class Classifier(lightning.LightningModule):  # type: ignore[misc]
     """A model, its loss and its optimizer."""
 
     def __init__(self, model: nn.Module, epochs: int) -> None:
@@ -55,10 +55,10 @@ parser.add_argument("--epochs", type=int, default=10)
 parser.add_argument("--seed", type=int, default=0)
 arguments = parser.parse_args()
 
-logging.getLogger("lightning").setLevel(logging.ERROR)
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="lightning")  # advice on the number of workers
 lightning.seed_everything(arguments.seed, verbose=False)
-digits = data.load("digits")
+digits = bonn_qat.data.load("digits")
 train_set, test_set = (
     TensorDataset(*map(torch.cat, zip(*batches, strict=True)))
     for batches in (digits.measure_batches(), digits.test_batches())

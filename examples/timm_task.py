@@ -1,7 +1,7 @@
 """Train a binary timm backbone with timm's own parts: the task is ours, everything else stays.
 
-    pip install -e '.[compare]'
-    python examples/timm_task.py
+pip install -e '.[compare]'
+python examples/timm_task.py
 """
 
 import argparse
@@ -37,11 +37,14 @@ for epoch in range(arguments.epochs):
         result["loss"].backward()
         optimizer.step()
     schedule.step(epoch + 1)
-    print(f"epoch {epoch + 1}: " + ", ".join(f"{key} {value.item():.3f}" for key, value in result.items() if "loss" in key))
+    print(
+        f"epoch {epoch + 1}: "
+        + ", ".join(f"{key} {value.item():.3f}" for key, value in result.items() if "loss" in key)
+    )
 
 task.eval()
 evaluator = task.create_evaluator()
 with torch.no_grad():
     for images, targets in digits.test_batches():
-        evaluator.update(task.get_eval_model()(images), targets)
+        evaluator.update(model(images), targets)
 print(f"accuracy: {evaluator.summary()['top1']:.2f} % of {digits.test_size} test images")

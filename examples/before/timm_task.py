@@ -31,11 +31,14 @@ for epoch in range(arguments.epochs):
         result["loss"].backward()
         optimizer.step()
     schedule.step(epoch + 1)
-    print(f"epoch {epoch + 1}: " + ", ".join(f"{key} {value.item():.3f}" for key, value in result.items() if "loss" in key))
+    print(
+        f"epoch {epoch + 1}: "
+        + ", ".join(f"{key} {value.item():.3f}" for key, value in result.items() if "loss" in key)
+    )
 
 task.eval()
 evaluator = task.create_evaluator()
 with torch.no_grad():
     for images, targets in digits.test_batches():
-        evaluator.update(task.get_eval_model()(images), targets)
+        evaluator.update(model(images), targets)
 print(f"accuracy: {evaluator.summary()['top1']:.2f} % of {digits.test_size} test images")

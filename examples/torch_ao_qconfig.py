@@ -1,0 +1,47 @@
+"""Train a binary network in a loop that has torch.ao's prepare_qat already. torch.ao is deprecated: not for new code.
+
+pip install -e '.[compare]'
+python examples/torch_ao_qconfig.py
+"""
+
+# mypy: disable-error-code=no-untyped-call
+import argparse
+import warnings
+
+import timm
+import torch
+
+import bonn_qat.data
+import bonn_qat.models  # registers wrn10_16 with timm
+from bonn_qat.adapters.torch_ao import assign_qconfig, prepare_qat
+
+warnings.simplefilter("ignore")  # it is known that torch.ao is deprecated
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--epochs", type=int, default=10)
+parser.add_argument("--seed", type=int, default=0)
+arguments = parser.parse_args()
+
+torch.manual_seed(arguments.seed)
+generator = torch.Generator().manual_seed(arguments.seed)
+digits = bonn_qat.data.load("digits")
+model = timm.create_model("wrn10_16", num_classes=digits.classes, in_chans=digits.image[0])
+assign_qconfig(model)
+model = prepare_qat(model.train())
+objective = bonn_qat.Objective(model, regularizers={"kernel": 1e-4, "feature": 1e-3})
+optimizer = torch.optim.SGD(bonn_qat.parameter_groups(objective, lr=0.1, weight_decay=5e-4), momentum=0.9)
+schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.epochs)
+
+for epoch in range(arguments.epochs):
+    model.train()
+    for images, targets in digits.train_batches(64, generator, augment=False):
+        optimizer.zero_grad()
+        loss = objective(images, targets).total
+        loss.backward()
+        optimizer.step()
+    schedule.step()
+    print(f"epoch {epoch + 1}: loss {loss.item():.3f}")
+
+model.eval()
+with torch.no_grad():
+    hits = sum(int((model(images).argmax(1) == targets).sum()) for images, targets in digits.test_batches())
+print(f"accuracy: {100 * hits / digits.test_size:.2f} % of {digits.test_size} test images")
