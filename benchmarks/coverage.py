@@ -168,8 +168,8 @@ def families() -> dict[str, list[str]]:
     return found
 
 
-def examine(family: str, *, tools: bool = True) -> Row:
-    """Build the member of ``family``, binarize it, and find out; ``tools=False`` leaves compiling and exporting out."""
+def examine(family: str, *, quick: bool = False) -> Row:
+    """Build the member of ``family``, binarize it, and find out; ``quick`` leaves the naive one, compiling and exporting out."""
     name, options = MODELS[family]
     row = Row(family=family, model=name, options=options)
     torch.manual_seed(0)
@@ -179,8 +179,8 @@ def examine(family: str, *, tools: bool = True) -> Row:
         warnings.simplefilter("ignore")  # of bypassed and dead layers, which the row tells
         binary = bonn_qat.binarize(model)
         diagnosis = bonn_qat.diagnose(binary, images)
-        naive = bonn_qat.binarize(model, replace(BONN, norm=None, nonlinearity=None))
-        dead_before = len(bonn_qat.diagnose(naive, images).dead)
+        naive = None if quick else bonn_qat.binarize(model, replace(BONN, norm=None, nonlinearity=None))
+        dead_before = len(bonn_qat.diagnose(naive, images).dead) if naive else 0
     record: Any = binary.binarization
     row = replace(
         row,
@@ -194,7 +194,7 @@ def examine(family: str, *, tools: bool = True) -> Row:
     row = replace(row, state=_round_trip(model, binary, images))
     report = bonn_qat.summary(binary, images.shape[1:])
     row = replace(row, macs_binary=report.binary_macs / report.macs)
-    if tools:
+    if not quick:
         row = replace(row, compiles=_outcome(_compile, model, binary, images[:1]))
         row = replace(row, exports=_outcome(_export, model, binary, images[:1]))
     return row
