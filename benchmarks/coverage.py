@@ -394,7 +394,7 @@ def main() -> None:
     settings = dict(environment(torch.device("cpu")))
     rows = _read(args.output)
     todo = [family for family in args.families if family not in rows]
-    with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn"), max_tasks_per_child=12) as pool:
+    with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
         for done in as_completed([pool.submit(_examine, family) for family in todo]):
             row = done.result()
             rows[row.family] = row
