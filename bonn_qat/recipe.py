@@ -54,6 +54,7 @@ class Recipe:
     test_images: int = 0
     latents: str = "scheme"
     skip: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
     model_options: Mapping[str, Any] = field(default_factory=dict)
     scheme_options: Mapping[str, Any] = field(default_factory=dict)
     stages: tuple[Stage, ...] = ()

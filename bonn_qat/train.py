@@ -61,7 +61,7 @@ def build(recipe: Recipe, data: Data, pm: pluggy.PluginManager | None = None) ->
     # A stage with float weights wants them as they are: the latents' scale comes with the first binary stage.
     float_first = (recipe.stages or scheme.stages)[0].weights == "float"
     start = replace(scheme, latent_std=None) if float_first else scheme
-    model = binarize(model, start, skip=recipe.skip, inplace=True, pm=pm)
+    model = binarize(model, start, skip=recipe.skip, include=recipe.include, inplace=True, pm=pm)
     if recipe.checkpoint:
         _load(model, Path(recipe.checkpoint))
     model.binarization = replace(model.binarization, scheme=scheme)  # type: ignore[type-var]
