@@ -1,6 +1,6 @@
 """What `binarize` costs: seconds, and memory beyond the model's own, for models up to the largest that fits.
 
-Each measurement is a process of its own, because the peak that an operating system remembers does not come down. The
+Each measurement is a process of its own, because the peak that Linux remembers does not come down. The
 parameters are filled with noise instead of timm's initialisation, which would take minutes. Example::
 
     python benchmarks/binarize_cost.py --models resnet18 vit_gigantic_patch14_224 --output cost.json
@@ -8,7 +8,7 @@ parameters are filled with noise instead of timm's initialisation, which would t
 
 import argparse
 import json
-import resource
+import re
 import subprocess
 import sys
 import time
@@ -52,7 +52,9 @@ def measure(name: str, way: str) -> dict[str, Any]:
 
 
 def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Of the address space: a system that pages idle memory out reports less resident memory than there is.
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(r"VmPeak:\s+(\d+) kB", status)[0]) * 1024
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 import dataclasses
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -160,3 +161,9 @@ def test_scheme_options_reach_the_quantizer(digits: data.Data) -> None:
     recipe = dataclasses.replace(RECIPE, scheme_options={"granularity": "plane", "shortcut": "block"})
     shapes = {name: tuple(p.shape) for name, p in build(recipe, digits).named_parameters() if "modulation" in name}
     assert set(shapes.values()) == {(1, 1, 3, 3)}
+
+
+def test_skip_and_include_of_a_recipe_reach_the_network(digits: data.Data) -> None:
+    record: Any = build(dataclasses.replace(RECIPE, skip=("layer3",), include=("conv1",)), digits).binarization
+    assert record.kept["layer3.0.conv1"] == "skip 'layer3'"
+    assert "conv1" in record.binary
