@@ -36,7 +36,7 @@ LOOPS = {
     "brevitas_layers": (
         "Brevitas",
         "Brevitas replaces layers one by one: no norm comes before a sign, latent weights keep their scale, subclasses "
-        "of `nn.Conv2d` stay float, and schemes whose weights are no scale times a sign do not fit. ReLUs are replaced: "
+        "of `nn.Conv2d` stay float, and schemes whose weights are no scale times a sign do not fit. ReLUs go: "
         "after them every sign is +1. `from_brevitas(model)` turns the result into layers of this package, "
         "`BonnKernelLoss` is the kernel loss in the manner of Brevitas' own.",
     ),
