@@ -9,6 +9,7 @@ parameters are filled with noise instead of timm's initialisation, which would t
 import argparse
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -73,7 +74,14 @@ def main() -> None:
     for name in args.models:
         for way in WAYS:
             command = [sys.executable, __file__, "--one", name, way]
-            row = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                told = done.stderr.strip().splitlines()
+                reason = "too little memory" if done.returncode == -signal.SIGKILL else (told or ["failed"])[-1]
+                rows.append({"model": name, "way": way, "failed": reason})
+                print(f"| {name} | | | {way} | | {reason} |", flush=True)
+                continue
+            row = json.loads(done.stdout)
             rows.append(row)
             share = f"{row['extra_bytes'] / 2**20:,.0f} MiB, {row['extra_bytes'] / row['bytes']:.1%}"
             size = f"{row['parameters'] / 1e6:,.0f} | {row['layers']}"

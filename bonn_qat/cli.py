@@ -124,8 +124,9 @@ def summary(
 
     if not timm.is_model(model):
         raise UnknownName("model", model, timm.list_models())
-    network = binarize(timm.create_model(model, num_classes=num_classes), scheme, inplace=True)
-    typer.echo(str(summarise(network, (3, img_size, img_size))))
+    size = (3, img_size, img_size)
+    network = binarize(timm.create_model(model, num_classes=num_classes), scheme, input_size=size, inplace=True)
+    typer.echo(str(summarise(network, size)))
 
 
 @app.command()

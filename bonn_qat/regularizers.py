@@ -167,6 +167,11 @@ class _ClassCentres(Regularizer):
     def _inputs(self, step: Step) -> tuple[Tensor, Tensor]:
         if step.targets is None or step.features is None:
             raise InvalidData(f"the {self.name} loss needs the targets: {self.name}(targets)")
+        if step.targets.is_floating_point():
+            raise InvalidData(
+                f"the {self.name} loss needs class indices (B,), got soft targets {tuple(step.targets.shape)}, such as "
+                "Mixup's; leave it out: regularizers={'kernel': 1e-4}"
+            )
         check_targets(step.targets, len(self.centres))
         return step.features.float(), step.targets
 
@@ -276,8 +281,13 @@ class CenterLoss(_ClassCentres):
 
 
 def check_targets(targets: Tensor, classes: int) -> None:
-    """Raise InvalidData unless every target is a class index; only on a CPU, where looking needs no synchronisation."""
-    if targets.device.type != "cpu" or torch.compiler.is_compiling() or not len(targets):
+    """Raise InvalidData for a class index out of range; only on a CPU, where looking needs no synchronisation."""
+    if (
+        targets.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or not targets.numel()
+        or targets.dtype.is_floating_point
+    ):
         return
     low, high = int(targets.min()), int(targets.max())
     if low < 0 or high >= classes:

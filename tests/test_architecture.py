@@ -30,7 +30,9 @@ RANKS = {
     10: ("__init__",),
 }
 RANK = {name: rank for rank, names in RANKS.items() for name in names}
-HOSTS = {"brevitas", "timm", "mlflow", "torchvision", "matplotlib", "sklearn"}
+HOSTS = {
+    "accelerate", "brevitas", "lightning", "matplotlib", "mlflow", "sklearn", "timm", "torchao", "torchvision",
+}  # fmt: skip
 
 
 def room(path: Path) -> str:

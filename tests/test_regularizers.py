@@ -334,6 +334,9 @@ def test_targets_are_needed():
     model(batches([3])[0][0])
     with pytest.raises(InvalidData, match=r"feature\(targets\)"):
         feature()
+    model(batches([3])[0][0])
+    with pytest.raises(InvalidData, match=r"needs class indices \(B,\), got soft targets \(3, 4\)"):
+        feature(torch.full((3, 4), 0.25))
 
 
 def test_a_model_with_a_tap_can_be_copied_after_a_forward_pass():

@@ -72,8 +72,9 @@ def assign_qconfig(model: nn.Module, scheme: str | Scheme = "bonn", **options: A
         is_float = type(replaced.get(name)) is type(module)
         if isinstance(module, _REPLACED) and not is_float and not hasattr(module, "qconfig"):
             module.qconfig = bonn_qconfig(record.schemes.get(name, record.scheme))
+    parameters = dict(model.named_parameters())
     for name in record.revived:
-        nn.init.ones_(model.get_submodule(name).weight)  # type: ignore[arg-type]
+        nn.init.ones_(parameters[name if name in parameters else f"{name}.weight"])
 
 
 def prepare_qat(model: nn.Module, mapping: dict[Any, Any] | None = None, inplace: bool = False) -> nn.Module:
