@@ -243,7 +243,7 @@ def _short(reason: str) -> str:
 
 def _logits(output: Any) -> Tensor:
     logits: Tensor = output[0] if isinstance(output, tuple | list) else output  # some give two heads' in training
-    return logits
+    return logits.mean(1) if logits.ndim == 3 else logits  # and some a vector for each token
 
 
 def _trained(model: nn.Module, binary: nn.Module, images: Tensor, row: Row) -> Row:

@@ -1,7 +1,7 @@
 """dry_run: model, size -> DryRun, what each layer meets in one forward pass, found without computing anything.
 
-The pass runs on a copy whose parameters are fake tensors, which have shapes but no memory, so that a model of any
-size, on any device, costs the time of its Python code alone.
+The pass runs on a copy whose tensors have shapes but no memory, so that a model of any size, on any device, costs the
+time of its Python code alone.
 """
 
 import contextlib
@@ -45,13 +45,23 @@ def dry_run(model: nn.Module, layers: Iterable[str], input_size: Sequence[int]) 
 
     The model is not touched. Raises whatever the model raises.
     """
-    with _silence(), FakeTensorMode(allow_non_fake_inputs=True):
-        fake = _fake_copy(model).eval()
-        reference = next((p for p in fake.parameters() if p.is_floating_point()), torch.empty(0))
-        image = torch.empty(_BATCH, *input_size, dtype=reference.dtype).requires_grad_()
-        watch = _Watch(fake, layers)
-        with torch.enable_grad(), watch:
-            fake(image * 1)  # not a leaf, which no layer may change in place
+    layers = list(layers)
+    try:
+        with torch.device("meta"):
+            return _follow(model, layers, input_size, "meta")
+    except Exception:
+        # Meta tensors are quick, but do not mix with a model's tensors that are no buffers; fake ones do.
+        with _silence(), FakeTensorMode(allow_non_fake_inputs=True):
+            return _follow(model, layers, input_size, "cpu")
+
+
+def _follow(model: nn.Module, layers: list[str], input_size: Sequence[int], device: str) -> DryRun:
+    ghost = _ghost(model, device).eval()
+    reference = next((p for p in ghost.parameters() if p.is_floating_point()), torch.empty(0))
+    image = torch.empty(_BATCH, *input_size, dtype=reference.dtype, device=device).requires_grad_()
+    watch = _Watch(ghost, layers)
+    with torch.enable_grad(), watch:
+        ghost(image * 1)  # not a leaf, which no layer may change in place
     return DryRun(uses=watch.uses, readers=watch.readers)
 
 
@@ -66,13 +76,14 @@ def _silence() -> Iterator[None]:
         logger.disabled = before
 
 
-def _fake_copy(model: nn.Module) -> nn.Module:
+def _ghost(model: nn.Module, device: str) -> nn.Module:
+    """A copy whose tensors have no memory."""
     # Without gradients, so that whether a tensor has one tells whether it comes from the image.
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
     for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="cpu")
+        memo[id(buffer)] = torch.empty_like(buffer, device=device)
     return copy.deepcopy(model, memo)
 
 
