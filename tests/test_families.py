@@ -252,3 +252,27 @@ def test_an_all_float_policy_says_what_every_layer_is_kept_for():
         InvalidModel, match=r"nothing to binarize in VisionTransformer: patch_embed\.proj \(first layer\).*predicate"
     ):
         bonn_qat.binarize(model, predicate=lambda name, _: None if name.startswith(("patch", "head")) else False)
+
+
+ACTIVATIONS = [*timm.layers.create_act._ACT_LAYER_DEFAULT, "star_relu", "squared_relu"]
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_signs_carry_information_behind_every_activation_that_timm_has(name):
+    from timm.models.metaformer import SquaredReLU, StarReLU
+
+    classes = {"star_relu": StarReLU, "squared_relu": SquaredReLU}
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=4, act_layer=name if name not in classes else None)
+    if name in classes:
+        for parent in list(model.modules()):
+            for child, module in parent.named_children():
+                if isinstance(module, nn.ReLU):
+                    setattr(parent, child, classes[name]())
+    binary = bonn_qat.binarize(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeadLayers)
+        shares = bonn_qat.diagnose(binary, coverage.photographs(64)).shares
+    assert len(shares) > 3
+    act1 = {type(m) for n, m in model.named_modules() if n.endswith("act1")}
+    assert act1 - {nn.ReLU, nn.ReLU6} <= {type(m) for m in binary.modules()}  # others stay
