@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import bonn_qat
+from bonn_qat import policy
 from bonn_qat.binarize import BypassedLayers, binary_layers
 from bonn_qat.bonn import BONN
 from bonn_qat.environment import environment
@@ -181,6 +182,7 @@ def examine(family: str, *, quick: bool = False) -> Row:
     row = Row(family=family, model=name, options=options)
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10, **options)
+    _start_zero_heads(model)
     images, row = _images(model, row)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of bypassed and dead layers, which the row tells
@@ -219,6 +221,15 @@ def _images(model: nn.Module, row: Row) -> tuple[Tensor, Row]:
             if size == own:
                 raise
     return images, replace(row, side=size[1], parameters=sum(p.numel() for p in model.train().parameters()))
+
+
+@torch.no_grad()
+def _start_zero_heads(model: nn.Module) -> None:
+    # Some classifiers start at zero: all outputs were equal, whatever the layers before do.
+    for name in policy.plan(model).kept:
+        layer = model.get_submodule(name)
+        if isinstance(layer, nn.Linear) and not layer.weight.any():
+            nn.init.normal_(layer.weight, std=0.02)
 
 
 def photographs(side: int) -> Tensor:

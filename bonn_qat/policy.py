@@ -19,7 +19,7 @@ FIRST, CLASSIFIER, LAST = "first layer", "classifier", "last layer"
 SHORTCUT, DEPTHWISE, SINGLE, GATE = "shortcut projection", "depthwise", "single input channel", "gate"
 NO_IMAGE, UNREACHED = "does not see the image", "not reached by a forward pass"
 _SHORTCUT = re.compile(r"downsample|shortcut|skip|project|proj_conv|residual|identity|c1x1_w", re.IGNORECASE)
-_GATE = re.compile(r"^SE(Module|Layer|Block)?$|Squeeze|Excit|^Eca|ChannelAttn|GlobalContext")
+_GATE = re.compile(r"^SE$|^SE(Layer|Block)$|SEModule$|Excit|^Eca|ChannelAttn$|^GlobalContext$")
 _SIDES = (224, 64, 32)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 

@@ -186,6 +186,7 @@ def test_gates_are_found_by_class_where_the_maps_are_single_pixels():
         ("test_vit", {"features_only": True}, {"first layer": 1}),
         ("tf_efficientnet_b0", {"features_only": True}, {"first layer": 1, "depthwise": 16, "gate": 32}),
         ("test_vit", {"num_classes": 0}, {"first layer": 1}),
+        ("gcvit_xxtiny", {}, {"first layer": 1, "depthwise": 11, "gate": 22, "classifier": 1}),
     ],
 )
 def test_what_timms_nets_keep(name, options, reasons):
@@ -204,6 +205,7 @@ def test_what_timms_nets_keep(name, options, reasons):
         ("resnet18", "conv1", "fc"),
         ("vgg11_bn", "features.0", "classifier.6"),
         ("mobilenet_v2", "features.0.0", "classifier.1"),
+        ("squeezenet1_1", "features.0", "classifier.1"),
         ("vit_b_16", "conv_proj", "heads.head"),
         ("convnext_tiny", "features.0.0", "classifier.2"),
         ("swin_t", "features.0.0", "head"),
