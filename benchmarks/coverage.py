@@ -169,10 +169,12 @@ class Row:
 
 
 def families() -> dict[str, list[str]]:
-    """The names of timm's models by the module file that they stand in."""
+    """The names of timm's own models by the module file that they stand in."""
     found: dict[str, list[str]] = {}
     for name in timm.list_models():
-        found.setdefault(timm.models.model_entrypoint(name).__module__.rsplit(".", 1)[-1], []).append(name)
+        package, _, family = timm.models.model_entrypoint(name).__module__.rpartition(".")
+        if package == "timm.models":
+            found.setdefault(family, []).append(name)
     return found
 
 
