@@ -61,12 +61,13 @@ def plan(
     such size is decided by names and classes alone. Raises UnknownName for a pattern that matches no module, and
     InvalidModel for an ``input_size`` that the model refuses, or an ``include`` of nothing that can be binary.
     """
+    include = [include] if isinstance(include, str) else list(include)
     layers = {name: module for name, module in model.named_modules() if name and _has_matrix(module)}
     run, size = _observe(model, list(layers), input_size)
     impossible = _impossible(model, layers, run)
     kept = {**{n: r for n, r in named(model, skip, "skip").items() if n in layers}}
     wanted = named(model, include, "include")
-    _check_include(include, wanted, layers, impossible)
+    _check_include(model, include, layers, impossible)
     soft = _rules(model, layers, run)
     for name, layer in layers.items():
         if name in impossible:
@@ -160,10 +161,10 @@ def _impossible(model: nn.Module, layers: dict[str, nn.Module], run: DryRun | No
 
 
 def _check_include(
-    include: Iterable[str], wanted: dict[str, str], layers: dict[str, nn.Module], impossible: dict[str, str]
+    model: nn.Module, include: Iterable[str], layers: Collection[str], impossible: dict[str, str]
 ) -> None:
-    for pattern in [include] if isinstance(include, str) else include:
-        asked = [name for name, why in wanted.items() if why == f"include {pattern!r}" and name in layers]
+    for pattern in include:
+        asked = [name for name in named(model, [pattern], "include") if name in layers]
         reasons = {name: impossible[name] for name in asked if name in impossible}
         if len(reasons) == len(asked):
             why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "there is no layer with weights"
@@ -291,10 +292,9 @@ def _sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     config = getattr(model, "pretrained_cfg", None)
     known = config.get("input_size") if isinstance(config, dict) else None
     first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
-    channels = getattr(model, "in_chans", None) or (first if known is None or first in (1, 4) else known[0])
     fixed: Any = next((m.img_size for m in model.modules() if getattr(m, "img_size", None)), ())
-    if fixed:
-        yield (channels, fixed, fixed) if isinstance(fixed, int) else (channels, *fixed)
-    if known is not None:
-        yield (channels, *known[1:])
-    yield from ((channels, side, side) for side in _SIDES)
+    sides = [(fixed, fixed) if isinstance(fixed, int) else tuple(fixed), tuple(known[1:]) if known else ()]
+    sides += [(side, side) for side in _SIDES]
+    # The metadata's channels are those of the pretrained weights; the first convolution may see the image unfolded.
+    for channels in (getattr(model, "in_chans", None), known[0] if known else None, first):
+        yield from ((channels, *side) for side in sides if channels and side)

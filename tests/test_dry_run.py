@@ -81,6 +81,6 @@ def test_a_large_model_costs_no_memory():
 
 
 def test_what_the_model_raises_comes_through_silently(capfd):
-    with pytest.raises(RuntimeError, match=r"mat1|reduction dim|channels|3"):
+    with pytest.raises(RuntimeError, match=r"mat1|reduction dim"):
         dry_run(nn.Sequential(nn.Flatten(), nn.Linear(4, 4)), ["1"], (3, 9, 9))
     assert capfd.readouterr() == ("", "")

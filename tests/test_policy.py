@@ -277,6 +277,7 @@ def test_include_overrules_the_rules_and_skip_overrules_include(resnet):
     assert (
         plan(resnet, include=["layer2"], skip=["layer2.0.downsample"]).kept["layer2.0.downsample.0"].startswith("skip")
     )
+    assert "layer2.0.conv1" in plan(resnet, include=iter(["layer2", "layer2.0.conv1"])).binary  # one within the other
     mobile = timm.create_model("mobilenetv2_035", num_classes=2)
     assert not any(why == "depthwise" for why in plan(mobile, include=["*.conv_dw"]).kept.values())
 
@@ -321,4 +322,5 @@ def test_a_size_that_the_model_refuses_is_named():
 
 def test_the_size_that_a_model_was_made_for_is_found():
     assert plan(timm.create_model("test_vit", img_size=64)).input_size == (3, 64, 64)
-    assert plan(timm.create_model("resnet10t", in_chans=1)).input_size == (1, 176, 176)
+    for channels in (1, 13):
+        assert plan(timm.create_model("resnet10t", in_chans=channels)).input_size == (channels, 176, 176)
