@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -103,8 +104,13 @@ class Scheme:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Names and defaults of what the quantizers can be told: the keyword-only arguments of their factories."""
-        return {name: value for part in _PARTS for name, value in _keywords(getattr(self, part)).items()}
+        """Names and defaults of what a scheme can be told.
+
+        They are the keyword-only arguments of its quantizers' factories, and the names of the regularizers of its
+        stages, with the weight of the last stage that has each.
+        """
+        options = {name: weight for stage in self.stages for name, weight in stage.regularizers.items()}
+        return {name: value for part in _PARTS for name, value in _keywords(getattr(self, part)).items()} | options
 
     @property
     def bits(self) -> str:
@@ -113,15 +119,19 @@ class Scheme:
         return f"{weight}/{32 if self.activation is None else self.activation(1).bits}"
 
     def configure(self, options: Mapping[str, Any]) -> "Scheme":
-        """A copy with other options: this class's own fields, or keyword arguments of the quantizers.
+        """A copy with other options: this class's own fields, keyword arguments of the quantizers, regularizers.
 
-        Raises UnknownName for an option that neither has, and what the quantizers raise for an impossible value.
+        The weight of a regularizer becomes that in every stage that has it, 0 switches it off.
+
+        Raises UnknownName for an option that there is not, InvalidRecipe for a weight that is no number of at least
+        0, and what the quantizers raise for an impossible value.
         """
         own = {f.name for f in fields(self)} - {"name", "title", "reference", "stages", *_PARTS}
         for option in options:
             if option not in own | self.options.keys():
                 raise UnknownName(f"option of the scheme {self.name!r}", option, own | self.options.keys())
         changed: dict[str, Any] = {key: value for key, value in options.items() if key in own}
+        changed["stages"] = tuple(_reweighed(stage, options) for stage in self.stages)
         for part in _PARTS:
             make = getattr(self, part)
             passed = {key: value for key, value in options.items() if key in _keywords(make)}
@@ -134,6 +144,14 @@ class Scheme:
 
 
 _PARTS = ("weight", "activation", "output")
+
+
+def _reweighed(stage: Stage, options: Mapping[str, Any]) -> Stage:
+    weights = {name: options.get(name, weight) for name, weight in stage.regularizers.items()}
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise InvalidRecipe(f"the weight of the regularizer {name!r} is a number of at least 0; got {weight!r}")
+    return replace(stage, regularizers={name: float(weight) for name, weight in weights.items()})
 
 
 def _keywords(make: Callable[..., Any] | None) -> dict[str, Any]:

@@ -1,0 +1,77 @@
+"""Schemes as data: options of quantizers and weights of regularizers."""
+
+import dataclasses
+import math
+
+import pytest
+from torch import nn
+
+from bonn_qat import binarize
+from bonn_qat.bonn import BONN
+from bonn_qat.compare import plan
+from bonn_qat.errors import InvalidRecipe, UnknownName
+from bonn_qat.objective import Objective
+from bonn_qat.recipe import Recipe
+from bonn_qat.scheme import Scheme, Stage
+
+STAGED = dataclasses.replace(
+    BONN,
+    stages=(
+        Stage(share=0.5, regularizers={"center": 1e-2, "kernel": 1e-5}, weights="float", activations="relu"),
+        Stage(share=0.2, lr_scale=0.1),
+        Stage(share=0.3, regularizers={"kernel": 1e-4, "feature": 1e-3}, recompute_norms=True),
+    ),
+)
+
+
+def test_the_options_name_every_regularizer_with_its_last_weight():
+    assert {name: BONN.options[name] for name in ("kernel", "feature")} == {"kernel": 1e-4, "feature": 1e-3}
+    assert {name: STAGED.options[name] for name in ("kernel", "feature", "center")} == {
+        "kernel": 1e-4, "feature": 1e-3, "center": 1e-2
+    }  # fmt: skip
+    assert not {"kernel", "feature"} & dataclasses.replace(BONN, stages=(Stage(),)).options.keys()
+
+
+@pytest.mark.parametrize("weight", [0, 0.0, 2, 0.5])
+def test_a_weight_is_set_where_the_regularizer_is_and_nowhere_else(weight):
+    scheme = STAGED.configure({"kernel": weight})
+    assert [dict(stage.regularizers) for stage in scheme.stages] == [
+        {"center": 1e-2, "kernel": weight}, {}, {"kernel": weight, "feature": 1e-3}
+    ]  # fmt: skip
+    assert scheme.options["kernel"] == weight
+    assert scheme.regularizers["kernel"] == weight
+    for own, other in zip(STAGED.stages, scheme.stages, strict=True):
+        assert dataclasses.replace(other, regularizers=own.regularizers) == own
+
+
+def test_no_option_changes_nothing():
+    assert STAGED.configure({}) == STAGED
+
+
+def test_every_option_can_be_set_to_itself():
+    scheme = BONN.configure(BONN.options)
+    assert scheme.options == BONN.options
+    assert scheme.stages == BONN.stages
+
+
+@pytest.mark.parametrize("weight", [-1e-9, math.inf, math.nan, True, "1e-4", None])
+def test_a_weight_that_is_none_is_told(weight):
+    with pytest.raises(InvalidRecipe, match=r"the weight of the regularizer 'feature' is .* at least 0; got"):
+        BONN.configure({"feature": weight})
+
+
+def test_a_regularizer_that_no_stage_has_is_told():
+    with pytest.raises(UnknownName, match=r"unknown option of the scheme 'bonn' 'kernle'; did you mean 'kernel'"):
+        BONN.configure({"kernle": 0})
+    with pytest.raises(UnknownName, match="option of the scheme 'bonn' 'center'"):
+        BONN.configure({"center": 0})
+
+
+def test_a_variant_without_losses_is_an_arm_of_its_own_and_trains_without():
+    both, neither = plan(Recipe(), schemes=["bonn", "bonn:kernel=0+feature=0"])
+    assert both.name != neither.name
+    assert neither.variant == "bonn:feature=0+kernel=0"
+    scheme: Scheme = BONN.configure(neither.scheme_options)
+    network = nn.Sequential(*(nn.Conv2d(3, 3, 3) for _ in range(3)), nn.Flatten(), nn.Linear(3, 2))
+    objective = Objective(binarize(network, scheme))
+    assert all(regularizer.weight == 0 for regularizer in objective.regularizers.values())
