@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from bonn_qat.hookspecs import hookimpl
-from bonn_qat.quantizers import BonnWeight, SteSign
+from bonn_qat.quantizers import BonnWeight, sign_activation
 from bonn_qat.regularizers import CenterLoss, FeatureLoss, KernelLoss, Regularizer
 from bonn_qat.scheme import Scheme, Stage
 
@@ -12,7 +12,7 @@ BONN = Scheme(
     title="BONN",
     reference="Gu et al., Bayesian Optimized 1-Bit CNNs, ICCV 2019, arXiv:1908.06314",
     weight=BonnWeight,
-    activation=SteSign,
+    activation=sign_activation,
     latent_std=0.01,  # the scale of Fig. 3; with larger latents the kernel loss is lost beside weight decay
     stages=(
         Stage(share=0.8, regularizers={"kernel": 1e-4}),

@@ -5,7 +5,7 @@ A quantizer is what Brevitas calls a ``tensor_quant``, so the same class works i
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, NamedTuple, final
 
 import torch
@@ -85,6 +85,12 @@ class ActivationQuantizer(Quantizer):
         super().__init__()
 
 
+def _check_choice(option: str, given: object, allowed: Sequence[str]) -> None:
+    if given not in allowed:
+        *others, last = map(repr, allowed)
+        raise InvalidRecipe(f"the {option} is {', '.join(others)} or {last}; got {given!r}")
+
+
 @final
 class FrozenWeight(WeightQuantizer):
     """What is left of a weight quantizer for inference: the scale, beside a weight that is quantized already.
@@ -126,8 +132,7 @@ class BonnWeight(WeightQuantizer):
 
     def __init__(self, weight: Tensor, *, granularity: Literal["kernel", "plane"] = "kernel") -> None:
         super().__init__()
-        if granularity not in ("kernel", "plane"):
-            raise InvalidRecipe(f"the granularity of BONN's modulation is 'kernel' or 'plane'; got {granularity!r}")
+        _check_choice("granularity of BONN's modulation", granularity, ("kernel", "plane"))
         shape = list(weight.shape)
         shape[0] = 1
         if granularity == "plane" and weight.ndim > 2:
@@ -145,10 +150,15 @@ class BonnWeight(WeightQuantizer):
 
 @final
 class SteSign(ActivationQuantizer):
-    """``sign`` forward, clipped straight-through backward (:func:`functional.ste_sign`)."""
+    """``sign`` forward, clipped straight-through backward (:func:`functional.ste_sign`).
+
+    Raises InvalidRecipe for a ``clip`` that is no number above 0.
+    """
 
     def __init__(self, channels: int = 1, *, clip: float = 1.0) -> None:
         super().__init__(channels)
+        if isinstance(clip, bool) or not isinstance(clip, int | float) or not clip > 0:
+            raise InvalidRecipe(f"the clip of the sign's estimator is a number above 0; got {clip!r}")
         self.clip = clip
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,6 +189,24 @@ class SwishSign(ActivationQuantizer):
 
     def extra_repr(self) -> str:
         return f"beta={self.beta}"
+
+
+def sign_activation(
+    channels: int = 1,
+    *,
+    estimator: Literal["ste_sign", "approx_sign", "swish_sign"] = "ste_sign",
+    clip: float = 1.0,
+) -> ActivationQuantizer:
+    """The quantizer of ``sign`` with the backward that ``estimator`` names; for schemes that leave the choice open.
+
+    Raises InvalidRecipe for another ``estimator``, and for a ``clip``, which is that of ``"ste_sign"``, of the others.
+    """
+    _check_choice("estimator of the sign", estimator, ("ste_sign", "approx_sign", "swish_sign"))
+    if estimator == "ste_sign":
+        return SteSign(channels, clip=clip)
+    if clip != 1.0:
+        raise InvalidRecipe(f"the clip is an option of the estimator 'ste_sign'; {estimator!r} has none, got {clip!r}")
+    return ApproxSign(channels) if estimator == "approx_sign" else SwishSign(channels)
 
 
 @final

@@ -104,4 +104,4 @@ def test_summary_and_schemes_print_what_they_say(capsys: pytest.CaptureFixture[s
     assert all(name in printed for name in ("bonn", "xnor", "bireal", "pcnn", "float", "arXiv:1908.06314"))
     assert "xnor  1/1 bits W/A" in printed
     assert "float  32/32 bits W/A" in printed
-    assert "granularity='kernel', clip=1.0" in printed
+    assert "options: granularity='kernel', " in printed

@@ -8,8 +8,9 @@ from torch import Tensor
 
 import bonn_qat
 from bonn_qat import functional
+from bonn_qat.bonn import BONN
 from bonn_qat.errors import BonnQatError
-from bonn_qat.quantizers import BonnWeight, SteHeaviside, SwishSign
+from bonn_qat.quantizers import ApproxSign, BonnWeight, SteHeaviside, SteSign, SwishSign
 
 POINTS = [-1e4, -40.0, -7.3, -2.0, -1.25, -1.0, -0.6, -0.1, -1e-12, -0.0, 0.0, 1e-12, 0.2, 0.75, 1.0, 1.25, 3.1, 1e4]
 TIMES = {"0.4": 0.4, "1": 1.0, "3": 3.0}  # t of the error decay estimator, on both sides of max(1 / t, 1) = 1
@@ -206,7 +207,7 @@ def scheme(activation) -> bonn_qat.Scheme:
 )
 def test_an_option_reaches_the_quantizer_and_its_function(quantizer, option, default, other, function):
     plain = scheme(quantizer)
-    assert plain.options == {"granularity": "kernel", option: default}
+    assert plain.options[option] == default
     assert plain.bits == "1/1"
     x = torch.tensor([-1.5, -0.7, -0.0, 0.0, 0.2, 0.9], dtype=torch.float64)
     for made, setting in ((plain, default), (plain.configure({option: other}), other)):
@@ -222,6 +223,37 @@ def test_an_option_reaches_the_quantizer_and_its_function(quantizer, option, def
         )
     with pytest.raises(BonnQatError, match=f"unknown option of the scheme 'mine' 'bta'; .*known: .*{option}"):
         plain.configure({"bta": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("options", "quantizer", "function"),
+    [
+        ({}, SteSign, functional.ste_sign),
+        ({"clip": 0.5}, SteSign, lambda x: functional.ste_sign(x, 0.5)),
+        ({"estimator": "ste_sign", "clip": 2}, SteSign, lambda x: functional.ste_sign(x, 2.0)),
+        ({"estimator": "approx_sign"}, ApproxSign, functional.approx_sign),
+        ({"estimator": "swish_sign"}, SwishSign, functional.swish_sign),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_bonns_estimator_is_an_option(options, quantizer, function):
+    activation = BONN.configure(options).activation(4)
+    assert type(activation) is quantizer
+    assert derivative(lambda x: activation.quantize(x)[0], POINTS) == derivative(function, POINTS)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"estimator": "sign"}, "estimator of the sign is 'ste_sign', 'approx_sign' or 'swish_sign'; got 'sign'"),
+        ({"estimator": "approx_sign", "clip": 2.0}, "clip is an option of the estimator 'ste_sign'; 'approx_sign' has"),
+        ({"clip": 0}, "clip of the sign's estimator is a number above 0; got 0"),
+        ({"clip": "wide"}, "clip of the sign's estimator is a number above 0; got 'wide'"),
+    ],
+)
+def test_an_estimator_that_there_is_not_is_told(options, words):
+    with pytest.raises(BonnQatError, match=words):
+        BONN.configure(options)
 
 
 @pytest.mark.parametrize("quantizer", [SwishSign, SteHeaviside])

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from bonn_qat import BonnQatError, Scheme, hookimpl
 from bonn_qat.functional import sign
-from bonn_qat.quantizers import ParameterRule, SteSign, WeightQuantizer
+from bonn_qat.quantizers import ParameterRule, WeightQuantizer, sign_activation
 
 
 class _Project(torch.autograd.Function):
@@ -111,7 +111,7 @@ PCNN = Scheme(
     reference="Gu et al., Projection Convolutional Neural Networks for 1-bit CNNs via Discrete Back Propagation, "
     "AAAI 2019, arXiv:1811.12755",
     weight=PcnnWeight,
-    activation=SteSign,
+    activation=sign_activation,
 )
 
 

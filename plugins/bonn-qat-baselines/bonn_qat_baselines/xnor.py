@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bonn_qat import BonnQatError, Scheme, hookimpl
 from bonn_qat.functional import sign, ste_sign
-from bonn_qat.quantizers import ActivationQuantizer, WeightQuantizer
+from bonn_qat.quantizers import ActivationQuantizer, WeightQuantizer, sign_activation
 
 
 def _check_bool(option: str, value: bool) -> None:
@@ -85,30 +85,40 @@ class XnorWeight(WeightQuantizer):
 class XnorSign(ActivationQuantizer):
     """``sign`` forward, clipped straight-through backward ``dy * [|I| <= clip]``; I ``(B, C, ...)``.
 
+    Another ``estimator`` than that of the paper, ``"ste_sign"``, is ``"approx_sign"`` or ``"swish_sign"``, as in
+    :func:`bonn_qat.quantizers.sign_activation`.
+
     With ``input_scale`` the scale is the map A ``(B, 1, H, W)``, and the layer multiplies what its convolution gives
     by ``K = A * k``, the mean of A over each window of the kernel, zeros of the padding included (the paper's (11),
     ``(sign(I) * sign(W)) K alpha``). A is a constant of the backward pass: the paper gives a derivative for the sign
     only, and the implementations that have K do not differentiate it. Inputs ``(B, C)`` have no map: their scale is 1.
 
     The authors' released code leaves K out, as does the default here; it zeroes the gradient at ``|I| = 1``, too.
-    Raises BonnQatError for a ``clip`` that is not above 0, or an ``input_scale`` that is no bool.
+    Raises BonnQatError for what :func:`~bonn_qat.quantizers.sign_activation` refuses, and an ``input_scale`` that is no
+    bool.
     """
 
-    def __init__(self, channels: int = 1, *, clip: float = 1.0, input_scale: bool = False) -> None:
+    def __init__(
+        self,
+        channels: int = 1,
+        *,
+        clip: float = 1.0,
+        estimator: Literal["ste_sign", "approx_sign", "swish_sign"] = "ste_sign",
+        input_scale: bool = False,
+    ) -> None:
         super().__init__(channels)
-        if not clip > 0:
-            raise BonnQatError(f"the option clip of XNOR-Net's activations is above 0; got {clip!r}")
         _check_bool("input_scale", input_scale)
-        self.clip, self.input_scale = clip, input_scale
+        self.sign = sign_activation(channels, estimator=estimator, clip=clip)
+        self.input_scale = input_scale
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """I -> (sign(I), A), or (sign(I), 1)."""
-        has_map = self.input_scale and x.ndim == 4
-        return ste_sign(x, self.clip), x.detach().abs().mean(1, keepdim=True) if has_map else x.new_ones(())
+        value, one = self.sign.quantize(x)
+        return value, x.detach().abs().mean(1, keepdim=True) if self.input_scale and x.ndim == 4 else one
 
     def extra_repr(self) -> str:
-        """The options, for ``print(model)``."""
-        return f"clip={self.clip}, input_scale={self.input_scale}"
+        """The option of its own, for ``print(model)``."""
+        return f"input_scale={self.input_scale}"
 
 
 XNOR = Scheme(

@@ -6,6 +6,7 @@ from bonn_qat_baselines.xnor import XNOR, XnorSign, XnorWeight
 from torch import nn
 
 from bonn_qat import BonnQatError
+from bonn_qat.functional import approx_sign, swish_sign
 from bonn_qat.layers import BinaryConv2d
 
 SHAPES = [(3, 2, 3, 3), (4, 1, 1, 1), (2, 5)]
@@ -190,15 +191,30 @@ def test_a_layer_is_the_convolution_of_signs_times_k_and_alpha(input_scale, grad
     torch.testing.assert_close(binary.bias.grad, grad.sum((0, 2, 3)), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(("estimator", "function"), [("approx_sign", approx_sign), ("swish_sign", swish_sign)])
+def test_another_estimator_changes_the_gradient_and_nothing_else(estimator, function):
+    x = inputs()
+    gradients = []
+    for call in (function, lambda x: XNOR.configure({"estimator": estimator}).activation(3).quantize(x)[0]):
+        value = call(x)
+        assert torch.equal(value, sign_of(x.detach()))
+        gradients += torch.autograd.grad(value, x, torch.ones_like(x))
+    assert torch.equal(*gradients)
+    ste = torch.autograd.grad(XnorSign().quantize(x)[0], x, torch.ones_like(x))[0]
+    assert not torch.equal(gradients[0], ste)
+    _, plain = XnorSign(input_scale=True).quantize(x)
+    assert torch.equal(XnorSign(input_scale=True, estimator=estimator).quantize(x)[1], plain)
+
+
 def test_the_options_reach_the_quantizers():
     scheme = XNOR.configure({"gradient": "plain", "centre": True, "input_scale": True, "clip": 1.5})
     weight, activation = scheme.weight(torch.zeros(1, 1, 1, 1)), scheme.activation(3)
     assert (weight.gradient, weight.centre) == ("plain", True)
-    assert (activation.input_scale, activation.clip) == (True, 1.5)
+    assert (activation.input_scale, activation.sign.clip) == (True, 1.5)
     assert scheme.bits == "1/1"
     assert weight.constants(torch.ones(5, 2, 3, 3)) == 5
     assert repr(weight) == "XnorWeight(gradient='plain', centre=True)"
-    assert repr(activation) == "XnorSign(clip=1.5, input_scale=True)"
+    assert {"input_scale=True", "(sign): SteSign(clip=1.5)"} <= set(map(str.strip, repr(activation).splitlines()))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +223,8 @@ def test_the_options_reach_the_quantizers():
         ({"gradient": "rough"}, r"option gradient of XNOR-Net's weights is 'exact', .*'straight'; got 'rough'"),
         ({"centre": "yes"}, r"option centre of XNOR-Net is true or false; got 'yes'"),
         ({"input_scale": "yes"}, r"option input_scale of XNOR-Net is true or false; got 'yes'"),
-        ({"clip": 0.0}, r"option clip of XNOR-Net's activations is above 0; got 0\.0"),
+        ({"clip": 0.0}, r"clip of the sign's estimator is a number above 0; got 0\.0"),
+        ({"estimator": "sign"}, r"estimator of the sign is 'ste_sign', 'approx_sign' or 'swish_sign'; got 'sign'"),
     ],
 )
 def test_a_wrong_option_is_told_with_what_is_allowed(options, message):
