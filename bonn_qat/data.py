@@ -1,26 +1,32 @@
 """Data: labelled images by name or path, in batches. The loaders are torchvision's, scikit-learn's and timm's."""
 
 import contextlib
+import copy
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bonn_qat.errors import InvalidData, UnknownName
 
 Batch = tuple[Tensor, Tensor]
+Share = tuple[int, int]
+WHOLE: Share = (0, 1)
 _TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion-mnist": "FashionMNIST"}
 NAMES = ("digits", *_TORCHVISION)
 _SPLIT_SEED = 0
 
 
 class Data(ABC):
-    """A training and a test set. Images come as ``(B, C, H, W)`` float32, standardised; targets as ``(B,)`` int64."""
+    """A training and a test set. Images come as ``(B, C, H, W)`` float32, standardised; targets as ``(B,)`` int64.
+
+    ``share`` is (rank, world): of each training batch, and of the other sets, the process ``rank`` of ``world`` gets
+    its part; of training batches equal ones, so that up to ``world - 1`` images of the last are left out.
+    """
 
     name: str
     classes: int
@@ -28,22 +34,31 @@ class Data(ABC):
     train_size: int
     test_size: int
 
+    def to(self, device: torch.device) -> "Data":
+        """The same data, in the memory of ``device`` if it can be held there; otherwise as it is."""
+        return self
+
     @abstractmethod
-    def train_batches(self, batch_size: int, generator: torch.Generator, *, augment: bool) -> Iterator[Batch]:
+    def train_batches(
+        self, batch_size: int, generator: torch.Generator, *, augment: bool, share: Share = WHOLE
+    ) -> Iterator[Batch]:
         """One epoch in an order, and with augmentations, that the generator alone decides."""
 
     @abstractmethod
-    def test_batches(self, batch_size: int = 500) -> Iterator[Batch]:
+    def test_batches(self, batch_size: int = 500, *, share: Share = WHOLE) -> Iterator[Batch]:
         """The test set in its order, without augmentation."""
 
     @abstractmethod
-    def measure_batches(self, batch_size: int = 500) -> Iterator[Batch]:
+    def measure_batches(self, batch_size: int = 500, *, share: Share = WHOLE) -> Iterator[Batch]:
         """The training set in its order, without augmentation."""
 
 
 @final
 class TensorData(Data):
-    """Images held in memory as uint8 ``(N, C, H, W)``, augmented in whole batches: pad, crop at random, flip."""
+    """Images held in memory as uint8 ``(N, C, H, W)``, augmented in whole batches: pad, crop at random, flip.
+
+    On a GPU they lie in its memory (:meth:`to`), and nothing crosses over but one epoch's random numbers.
+    """
 
     def __init__(self, name: str, train: Batch, test: Batch, *, classes: int, pad: int, flip: bool) -> None:
         self.name, self.classes = name, classes
@@ -62,51 +77,92 @@ class TensorData(Data):
         self._mean = pixels.mean(1).view(1, -1, 1, 1)
         self._std = pixels.std(1).clamp(min=1e-3).view(1, -1, 1, 1)
 
+    def to(self, device: torch.device) -> "TensorData":
+        moved = copy.copy(self)
+        moved._train, moved._test = (
+            (images.to(device), targets.to(device)) for images, targets in (self._train, self._test)
+        )
+        moved._mean, moved._std = self._mean.to(device), self._std.to(device)
+        return moved
+
     def _standardise(self, images: Tensor) -> Tensor:
         return (images.float() - self._mean) / self._std
 
-    def train_batches(self, batch_size: int, generator: torch.Generator, *, augment: bool) -> Iterator[Batch]:
+    def train_batches(
+        self, batch_size: int, generator: torch.Generator, *, augment: bool, share: Share = WHOLE
+    ) -> Iterator[Batch]:
         images, targets = self._train
-        for indices in torch.split(torch.randperm(len(images), generator=generator), batch_size):
-            if len(indices) == 1 < len(images):
+        order = torch.randperm(len(images), generator=generator)
+        views = random_views(len(images), generator, pad=self._pad, flip=self._flip) if augment else None
+        # The whole epoch's at once: a GPU waits for a copy from ordinary memory.
+        order = order.to(images.device)
+        views = views and Views(*(part.to(images.device) for part in views))
+        for start in range(0, len(images), batch_size):
+            end = min(start + batch_size, len(images))
+            own = slice(start + share[0], end - (end - start) % share[1], share[1])
+            chosen = order[own]
+            if len(chosen) < 2 <= len(images):
                 continue  # batch statistics of one image are no statistics
-            batch = images[indices]
-            if augment:
-                batch = augmented(batch, generator, pad=self._pad, flip=self._flip)
-            yield self._standardise(batch), targets[indices]
+            batch = images[chosen]
+            if views:
+                batch = augmented(batch, Views(*(part[own] for part in views)))
+            yield self._standardise(batch), targets[chosen]
 
-    def test_batches(self, batch_size: int = 500) -> Iterator[Batch]:
-        return self._in_order(self._test, batch_size)
+    def test_batches(self, batch_size: int = 500, *, share: Share = WHOLE) -> Iterator[Batch]:
+        return self._in_order(self._test, batch_size, share)
 
-    def measure_batches(self, batch_size: int = 500) -> Iterator[Batch]:
-        return self._in_order(self._train, batch_size)
+    def measure_batches(self, batch_size: int = 500, *, share: Share = WHOLE) -> Iterator[Batch]:
+        return self._in_order(self._train, batch_size, share)
 
-    def _in_order(self, part: Batch, batch_size: int) -> Iterator[Batch]:
-        for images, targets in zip(*(torch.split(tensor, batch_size) for tensor in part), strict=True):
+    def _in_order(self, part: Batch, batch_size: int, share: Share) -> Iterator[Batch]:
+        rank, world = share
+        for images, targets in zip(*(torch.split(tensor[rank::world], batch_size) for tensor in part), strict=True):
             yield self._standardise(images), targets
 
 
-def augmented(images: Tensor, generator: torch.Generator, *, pad: int, flip: bool) -> Tensor:
-    """Crop each image at random from itself padded by ``pad`` pixels of reflection, then mirror half of them."""
-    count, _, height, width = images.shape
-    if pad:
-        padded = F.pad(images.float(), [pad] * 4, mode="reflect").to(images.dtype)
-        offsets = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator)
-        rows = (torch.arange(height) + offsets[0])[:, None, :, None]
-        columns = (torch.arange(width) + offsets[1])[:, None, None, :]
-        channels = torch.arange(images.shape[1])[None, :, None, None]
-        images = padded[torch.arange(count)[:, None, None, None], channels, rows, columns]
-    if flip:
-        mirrored = torch.rand(count, generator=generator) < 0.5
-        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-    return images
+class Views(NamedTuple):
+    """Where each image is cropped and whether it is mirrored: ``(B,)`` each; pixels, pixels, bool."""
+
+    down: Tensor
+    right: Tensor
+    mirrored: Tensor
+
+
+def random_views(count: int, generator: torch.Generator, *, pad: int, flip: bool) -> Views:
+    """Shifts between -pad and pad, and for half of the images a flip; zero and none without pad and flip."""
+    down, right = torch.randint(-pad, pad + 1, (2, count), generator=generator)
+    return Views(down, right, (torch.rand(count, generator=generator) < 0.5) & flip)
+
+
+def augmented(images: Tensor, views: Views) -> Tensor:
+    """Each image ``(B, C, H, W)`` shifted, with its own reflection where it left off, then mirrored."""
+    (count, channels, height, width), device = images.shape, images.device
+    columns = torch.arange(width, device=device)
+    columns = torch.where(views.mirrored[:, None], columns.flip(0), columns)
+    rows = _reflected(torch.arange(height, device=device) + views.down[:, None], height)
+    columns = _reflected(columns + views.right[:, None], width)
+    batch, channel = torch.arange(count, device=device), torch.arange(channels, device=device)
+    return images[batch[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None]]
+
+
+def _reflected(places: Tensor, length: int) -> Tensor:
+    return (length - 1) - ((length - 1) - places.abs()).abs()
 
 
 @final
 class FolderData(Data):
     """An image folder read from disk batch by batch, with timm's transforms for training and evaluation."""
 
-    def __init__(self, root: Path, *, size: int, train_images: int = 0, test_images: int = 0, workers: int = 0) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        size: int,
+        train_images: int = 0,
+        test_images: int = 0,
+        validation_images: int = 0,
+        workers: int = 0,
+    ) -> None:
         from timm.data import create_transform
 
         self.name, self.image, self._workers = root.name, (3, size, size), workers
@@ -116,24 +172,49 @@ class FolderData(Data):
         self.classes = len(_classes(train))
         self._train, self._test = _part(train, train_images), _part(test, test_images)
         self._measure = _part(measure, train_images)
+        if validation_images:
+            kept, held_out = _held_out(len(self._train), validation_images)
+            self._test = torch.utils.data.Subset(self._measure, held_out.tolist())
+            self._train, self._measure = (
+                torch.utils.data.Subset(part, kept.tolist()) for part in (self._train, self._measure)
+            )
         self.train_size, self.test_size = len(self._train), len(self._test)
 
-    def _loader(self, dataset: Any, batch_size: int, **options: Any) -> Iterator[Batch]:
-        loader = torch.utils.data.DataLoader(dataset, batch_size, num_workers=self._workers, **options)
+    def _loader(self, dataset: Any, batch_size: int) -> Iterator[Batch]:
+        loader = torch.utils.data.DataLoader(dataset, batch_size, num_workers=self._workers, pin_memory=_pins())
         return iter(loader)
 
-    def train_batches(self, batch_size: int, generator: torch.Generator, *, augment: bool) -> Iterator[Batch]:
+    def train_batches(
+        self, batch_size: int, generator: torch.Generator, *, augment: bool, share: Share = WHOLE
+    ) -> Iterator[Batch]:
+        part = self._train if augment else self._measure
+        order = torch.randperm(self.train_size, generator=generator).tolist()
+        rank, world = share
+        # The batches of one image, and what does not divide, are left out; see TensorData.
+        whole = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        batches = [batch[: len(batch) - len(batch) % world][rank::world] for batch in whole]
+        own = [batch for batch in batches if len(batch) > 1 or self.train_size == 1]
         # timm's transforms draw from the global generators, which a DataLoader's workers seed from this one.
-        with _seeded(int(torch.randint(2**31, (), generator=generator))):
-            drop = self.train_size > batch_size and self.train_size % batch_size == 1
-            part = self._train if augment else self._measure
-            yield from self._loader(part, batch_size, shuffle=True, generator=generator, drop_last=drop)
+        with _seeded(int(torch.randint(2**31, (), generator=generator)) + rank):
+            loader = torch.utils.data.DataLoader(
+                part, batch_sampler=own, num_workers=self._workers, generator=generator, pin_memory=_pins()
+            )
+            yield from loader
 
-    def test_batches(self, batch_size: int = 100) -> Iterator[Batch]:
-        return self._loader(self._test, batch_size)
+    def test_batches(self, batch_size: int = 100, *, share: Share = WHOLE) -> Iterator[Batch]:
+        return self._loader(_shared(self._test, share), batch_size)
 
-    def measure_batches(self, batch_size: int = 100) -> Iterator[Batch]:
-        return self._loader(self._measure, batch_size)
+    def measure_batches(self, batch_size: int = 100, *, share: Share = WHOLE) -> Iterator[Batch]:
+        return self._loader(_shared(self._measure, share), batch_size)
+
+
+def _pins() -> bool:
+    return torch.cuda.is_available()
+
+
+def _shared(dataset: Any, share: Share) -> Any:
+    rank, world = share
+    return dataset if world == 1 else torch.utils.data.Subset(dataset, list(range(rank, len(dataset), world)))
 
 
 @contextlib.contextmanager
@@ -151,30 +232,47 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def load(
-    name: str, *, directory: Path | None = None, train_images: int = 0, test_images: int = 0, size: int = 224
+    name: str,
+    *,
+    directory: Path | None = None,
+    train_images: int = 0,
+    test_images: int = 0,
+    validation_images: int = 0,
+    size: int = 224,
+    workers: int = 0,
 ) -> Data:
     """Load data by name (``digits``, ``cifar10``, ``cifar100``, ``fashion-mnist``) or by the path of an image folder.
 
     ``directory`` is where the named sets lie or are downloaded to, by default ``data`` or ``BONN_QAT_DATA``.
-    ``train_images`` and ``test_images`` take a random part that is the same in every call, 0 all. ``size`` is
-    the height and width that an image folder's pictures are brought to.
+    ``train_images`` and ``test_images`` take a random part that is the same in every call, 0 all. With
+    ``validation_images`` so many of these training images, always the same, are the test set and no longer trained on.
+    ``size`` is the height and width that an image folder's pictures are brought to, ``workers`` are the processes that
+    read them.
 
-    Raises UnknownName, or InvalidData for a path that does not exist or holds no images.
+    Raises UnknownName, or InvalidData for a path that does not exist or holds no images, or too many images asked for.
     """
+    parts = train_images, test_images, validation_images
     if name == "digits":
-        return _digits(train_images, test_images)
+        return _digits(parts)
     if name in _TORCHVISION:
         root = directory or Path(os.environ.get("BONN_QAT_DATA", "data"))
-        return _torchvision(name, root, train_images, test_images)
+        return _torchvision(name, root, parts)
     path = Path(name)
     if path.is_dir():
-        return FolderData(path, size=size, train_images=train_images, test_images=test_images)
+        return FolderData(
+            path,
+            size=size,
+            train_images=train_images,
+            test_images=test_images,
+            validation_images=validation_images,
+            workers=workers,
+        )
     if os.sep in name or path.exists():
         raise InvalidData(f"the image folder {name} does not exist" if not path.exists() else f"{name} is no folder")
     raise UnknownName("data set", name, [*NAMES, "the path of an image folder"])
 
 
-def _digits(train_images: int, test_images: int) -> Data:
+def _digits(parts: tuple[int, int, int]) -> Data:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -185,26 +283,22 @@ def _digits(train_images: int, test_images: int) -> Data:
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_SPLIT_SEED))
     held_out = len(images) // 5
     test, train = order[:held_out], order[held_out:]
-    return TensorData(
-        "digits",
-        _part_of_tensors((images[train], targets[train]), train_images),
-        _part_of_tensors((images[test], targets[test]), test_images),
-        classes=10, pad=1, flip=False,
-    )  # fmt: skip
+    chosen = _chosen_tensors((images[train], targets[train]), (images[test], targets[test]), parts)
+    return TensorData("digits", *chosen, classes=10, pad=1, flip=False)
 
 
-def _torchvision(name: str, root: Path, train_images: int, test_images: int) -> Data:
+def _torchvision(name: str, root: Path, parts: tuple[int, int, int]) -> Data:
     import torchvision
 
     maker = getattr(torchvision.datasets, _TORCHVISION[name])
-    parts = []
-    for train, count in ((True, train_images), (False, test_images)):
+    tensors = []
+    for train in (True, False):
         dataset = _open_or_download(maker, name, root, train)
         images = torch.as_tensor(dataset.data)
         images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
-        parts.append(_part_of_tensors((images, torch.as_tensor(dataset.targets)), count))
-        classes = len(dataset.classes)
-    return TensorData(name, parts[0], parts[1], classes=classes, pad=4, flip=True)
+        tensors.append((images, torch.as_tensor(dataset.targets)))
+    chosen = _chosen_tensors(tensors[0], tensors[1], parts)
+    return TensorData(name, *chosen, classes=len(dataset.classes), pad=4, flip=True)
 
 
 def _open_or_download(maker: Any, name: str, root: Path, train: bool) -> Any:
@@ -216,6 +310,23 @@ def _open_or_download(maker: Any, name: str, root: Path, train: bool) -> Any:
         raise InvalidData(
             f"{name} is not in {root} and could not be downloaded ({error}); name the folder that holds it"
         ) from error
+
+
+def _chosen_tensors(train: Batch, test: Batch, parts: tuple[int, int, int]) -> tuple[Batch, Batch]:
+    train_images, test_images, validation_images = parts
+    train, test = (_part_of_tensors(part, count) for part, count in ((train, train_images), (test, test_images)))
+    if not validation_images:
+        return train, test
+    kept, held_out = _held_out(len(train[0]), validation_images)
+    return (train[0][kept], train[1][kept]), (train[0][held_out], train[1][held_out])
+
+
+def _held_out(total: int, count: int) -> tuple[Tensor, Tensor]:
+    """Places of what stays to train on, and of what is held out."""
+    if count >= total:
+        raise InvalidData(f"{count} images were to be held out for validation, of {total} training images")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(_SPLIT_SEED + 1))
+    return order[count:], order[:count]
 
 
 def _part_of_tensors(part: Batch, count: int) -> Batch:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bonn_qat import plugins
+from bonn_qat.errors import BonnQatError, InvalidRecipe
 from bonn_qat.quantizers import ParameterRule, Quantizer, WeightQuantizer
 from bonn_qat.regularizers import Regularizer, check_targets, tensor_quant
 from bonn_qat.scheme import Scheme
@@ -25,14 +26,16 @@ class Objective(nn.Module):
     """Model, task loss and regularizers in one forward pass: ``objective(images, targets).total.backward()``.
 
     ``task`` maps (logits, targets) to a scalar, by default cross entropy. ``regularizers`` maps names to
-    weights, by default those of the model's scheme. Since the regularizers run inside ``forward``, wrapping
+    weights, by default those of the model's scheme; ``options`` maps names to further keyword arguments, such as
+    ``{"kernel": {"nu": 1e-3}}``. Since the regularizers run inside ``forward``, wrapping
     the Objective in DistributedDataParallel synchronises their parameters too.
 
     ``distillation`` is a task of timm for this model, such as ``timm.task.LogitDistillationTask(model, teacher)``: it
     runs the model and gives the task's loss, ``task`` is not used. It is only looked at: the teacher's parameters are
     not the Objective's, and it goes to its device by itself.
 
-    Raises UnknownName for a regularizer that nobody offers, and when called InvalidData for targets that the
+    Raises UnknownName for a regularizer that nobody offers, InvalidRecipe for options that it does not take, and when
+    called InvalidData for targets that the
     model has no class for.
     """
 
@@ -42,6 +45,7 @@ class Objective(nn.Module):
         task: Callable[[Tensor, Tensor], Tensor] | None = None,
         *,
         regularizers: Mapping[str, float] | None = None,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
         distillation: nn.Module | None = None,
         pm: pluggy.PluginManager | None = None,
     ) -> None:
@@ -55,7 +59,12 @@ class Objective(nn.Module):
         self.regularizers = nn.ModuleDict()
         for name, weight in regularizers.items():
             make: Callable[..., Regularizer] = plugins.find_regularizer(name, pm)
-            self.regularizers[name] = make(model, weight=weight)
+            try:
+                self.regularizers[name] = make(model, weight=weight, **(options or {}).get(name, {}))
+            except BonnQatError:
+                raise
+            except (TypeError, ValueError) as error:
+                raise InvalidRecipe(f"the options of the regularizer {name!r} do not fit: {error}") from error
 
     def forward(self, images: Tensor, targets: Tensor) -> Losses:
         (distillation,) = self._distillation

@@ -14,21 +14,34 @@ from bonn_qat.scheme import Stage
 
 SCHEDULES = ("constant", "cosine", "one_cycle", "step")
 OPTIMIZERS = ("sgd", "adam")
+COMPILE = ("", "default", "reduce-overhead", "max-autotune")
+PRECISIONS = ("float32", "tf32", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One run: model, scheme, data, seed, optimizer, schedule and stages.
 
-    ``model`` is a timm name; ``data`` a name of :mod:`bonn_qat.data` or a path. ``train_images`` and
-    ``test_images`` take a fixed random part of the data, 0 all of it. ``latents`` is the start of the latent
-    weights: ``"scheme"`` as the scheme says, ``"float"`` as the float network's, or a standard deviation such
-    as ``"0.01"``. ``schedule`` shapes the learning rate over all epochs: ``one_cycle`` (up linearly during
-    ``warmup`` of them, then down along a cosine), ``cosine``, ``step`` (times ``gamma`` after each of the
-    ``milestones``, in epochs) or ``constant``. ``stages`` empty takes the scheme's. ``checkpoint`` is a safetensors
-    file to start from: the state dict of the float network, or of a binary one, such as a comparison leaves beside
-    each result. ``teacher`` is one of the float network, whose logits at ``temperature`` then make the part
-    ``distillation`` of the task's loss (timm's ``LogitDistillationTask``).
+    ``model`` is a timm name; ``data`` a name of :mod:`bonn_qat.data` or a path. ``train_images`` and ``test_images``
+    take a fixed random part of the data, 0 all of it; ``validation_images`` of the training images are held out and
+    take the place of the test set, for a search that must not see it. ``latents`` is the start of the latent weights:
+    ``"scheme"`` as the scheme says, ``"float"`` as the float network's, or a standard deviation such as ``"0.01"``.
+
+    ``schedule`` shapes the learning rate over all epochs: ``one_cycle`` (up linearly during ``warmup`` of them, then
+    down along a cosine), ``cosine``, ``constant``, or ``step``: times ``gamma`` after each of the ``milestones``, in
+    epochs, or with ``factors`` that factor of the first rate from each milestone on, so that a later stage can start
+    higher again.
+
+    ``regularizer_options`` are keyword arguments of the regularizers, such as ``{"kernel": {"nu": 1e-3}}``.
+    ``stages`` empty takes the scheme's. ``checkpoint`` is a safetensors file to start from: the state dict of the
+    float network, or of a binary one, such as a comparison leaves beside each result. ``teacher`` is one of the float
+    network, whose logits at ``temperature`` then make the part ``distillation`` of the task's loss (timm's
+    ``LogitDistillationTask``).
+
+    How fast, not what: ``channels_last`` lays tensors out as convolutions like them, ``compile`` is a mode of
+    ``torch.compile`` for network and losses together (``"reduce-overhead"``: CUDA graphs; empty: none), and
+    ``precision`` is that of a GPU's products: ``"float32"``, ``"tf32"``, or ``"float16"`` under autocast with a
+    scaled loss. The integer sums of binary layers are exact in the first two, in the third up to 2,048.
 
     Raises InvalidRecipe for an impossible value.
     """
@@ -48,32 +61,49 @@ class Recipe:
     warmup: float = 0.3
     milestones: tuple[int, ...] = ()
     gamma: float = 0.2
+    factors: tuple[float, ...] = ()
     label_smoothing: float = 0.0
     augment: bool = True
     train_images: int = 0
     test_images: int = 0
+    validation_images: int = 0
     latents: str = "scheme"
     skip: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     model_options: Mapping[str, Any] = field(default_factory=dict)
     scheme_options: Mapping[str, Any] = field(default_factory=dict)
+    regularizer_options: Mapping[str, Any] = field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
     checkpoint: str = ""
     teacher: str = ""
     distillation: float = 0.5
     temperature: float = 4.0
+    channels_last: bool = True
+    compile: str = ""
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("train_images", "test_images", "seed", "momentum", "weight_decay", "warmup", "label_smoothing"):
+        for name in (
+            "train_images", "test_images", "validation_images",
+            "seed", "momentum", "weight_decay", "warmup", "label_smoothing",
+        ):  # fmt: skip
             _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        _check(
+            len(self.factors) in (0, len(self.milestones)), "factors", self.factors, "one for each milestone, or none"
+        )
+        _check(all(factor > 0 for factor in self.factors), "factors", self.factors, "numbers above 0")
+        for name, options in self.regularizer_options.items():
+            _check(isinstance(options, Mapping), f"regularizer_options.{name}", options, "a table of its arguments")
         for name in ("lr", "gamma", "modulation_lr_scale", "temperature"):
             _check(0 < getattr(self, name) < float("inf"), name, getattr(self, name), "a number above 0")
         _check(0 <= self.distillation <= 1, "distillation", self.distillation, "0 to 1")
         for name in ("momentum", "warmup", "label_smoothing"):
             _check(getattr(self, name) < 1, name, getattr(self, name), "below 1")
-        for name, allowed in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):
+        for name, allowed in (
+            ("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("compile", COMPILE), ("precision", PRECISIONS),
+        ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise UnknownName(f"{name} in the recipe", getattr(self, name), allowed)
         if self.stages and abs(sum(stage.share for stage in self.stages) - 1) > 1e-6:

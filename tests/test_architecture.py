@@ -17,17 +17,19 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module imports from lower ranks only; siblings do not know each other. Imports inside functions are exempt:
 # they postpone what is expensive, or reach for a host that may be absent.
 RANKS = {
-    0: ("dry_run", "environment", "errors", "files", "functional", "modes", "variants"),
+    0: ("distributed", "dry_run", "environment", "errors", "files", "functional", "modes", "precision", "variants"),
     1: ("checkpoint", "policy", "quantizers", "results", "data"),
     2: ("scheme", "regularizers", "figures"),
     3: ("recipe", "hookspecs", "report"),
-    4: ("plugins", "layers", "bonn", "models"),
+    4: ("plugins", "layers", "bonn", "models", "schedule"),
     5: ("binarize", "objective"),
     6: ("adapters", "bop", "summary", "diagnose", "metrics"),
-    7: ("train",),
-    8: ("compare",),
-    9: ("cli",),
-    10: ("__init__",),
+    7: ("trainer",),
+    8: ("train",),
+    9: ("compare",),
+    10: ("study",),
+    11: ("cli",),
+    12: ("__init__",),
 }
 RANK = {name: rank for rank, names in RANKS.items() for name in names}
 HOSTS = {

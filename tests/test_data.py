@@ -61,7 +61,8 @@ def test_augmentation_crops_from_the_reflected_image_and_mirrors() -> None:
     padded = torch.nn.functional.pad(image.float(), [2] * 4, mode="reflect").to(torch.uint8)
     crops = {tuple(padded[0, 0, r : r + 6, c : c + 6].flatten().tolist()) for r in range(5) for c in range(5)}
     mirrored = {tuple(torch.tensor(crop).reshape(6, 6).flip(-1).flatten().tolist()) for crop in crops}
-    made = data.augmented(image.expand(200, 1, 6, 6), _generator(), pad=2, flip=True)
+    views = data.random_views(200, _generator(), pad=2, flip=True)
+    made = data.augmented(image.expand(200, 1, 6, 6), views)
     found = {tuple(crop.flatten().tolist()) for crop in made}
     assert found <= crops | mirrored
     assert found & crops

@@ -5,8 +5,8 @@ import pytest
 
 from bonn_qat.errors import InvalidRecipe, UnknownName
 from bonn_qat.recipe import Recipe
+from bonn_qat.schedule import lr_factor, stage_of
 from bonn_qat.scheme import Stage
-from bonn_qat.train import lr_factor, stage_of
 
 
 def test_dict_and_recipe_are_inverse() -> None:

@@ -11,7 +11,8 @@ from bonn_qat import FeatureLoss, binarize, data, hookimpl, plugins
 from bonn_qat.errors import InvalidData, InvalidModel, TrainingDiverged, UnknownName
 from bonn_qat.recipe import Recipe
 from bonn_qat.scheme import Stage
-from bonn_qat.train import build, first_non_finite, steps, train
+from bonn_qat.train import build, steps, train
+from bonn_qat.trainer import first_non_finite
 
 RECIPE = Recipe(model="wrn10_16", epochs=2, batch_size=32, train_images=96, test_images=64, latents="0.01")
 

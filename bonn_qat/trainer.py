@@ -1,0 +1,354 @@
+"""Trainer: the epochs of one run: steps, stages, tests, checkpoints, and what is measured on the way."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pluggy
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import update_bn
+
+from bonn_qat import distributed
+from bonn_qat.binarize import NORMS, Binarization, binary_layers
+from bonn_qat.checkpoint import read_tensors, write_tensors
+from bonn_qat.data import Batch, Data
+from bonn_qat.environment import environment
+from bonn_qat.errors import InvalidData, InvalidModel, TrainingDiverged
+from bonn_qat.metrics import FlipRatio
+from bonn_qat.objective import Losses, Objective, advance, parameter_groups
+from bonn_qat.recipe import Recipe
+from bonn_qat.regularizers import latent_weights
+from bonn_qat.results import RunResult
+from bonn_qat.schedule import lr_factor, stage_of
+from bonn_qat.scheme import Stage
+from bonn_qat.summary import summary
+
+_BINS = 61
+_CHECK_EVERY = 50  # steps between looks for NaN on a GPU, where each look is a synchronisation
+_TOP = 5
+
+
+class Trainer:
+    """One run of a recipe on a binarized model; :func:`bonn_qat.train` drives it.
+
+    ``distillation`` is what :class:`bonn_qat.Objective` takes. In a process group every process has a part of each
+    batch, and the gradients are averaged over all of them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        data: Data,
+        device: torch.device,
+        *,
+        task: nn.Module,
+        distillation: nn.Module | None = None,
+        tick: Callable[[], None] = lambda: None,
+        pm: pluggy.PluginManager | None = None,
+    ) -> None:
+        record = getattr(model, "binarization", None)
+        if not isinstance(record, Binarization):
+            raise InvalidModel(
+                f"{type(model).__name__} is not binarized; train(binarize(model), ...), or for a float network "
+                "binarize(model, 'float')"
+            )
+        self.size = summary(model, data.image)
+        self.layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        self.model = model.to(device=device)
+        lay_out(self.model, self.layout)
+        self.recipe, self.data, self.device, self.tick = recipe, data.to(device), device, tick
+        self.scheme = record.scheme
+        self.stages = recipe.stages or self.scheme.stages
+        names = {name: 0.0 for stage in self.stages for name in stage.regularizers}
+        self.objective = Objective(
+            model, task, regularizers=names, options=recipe.regularizer_options, distillation=distillation, pm=pm
+        ).to(device)
+        self.forward: Callable[[Tensor, Tensor], Losses] = self.objective
+        groups = parameter_groups(
+            self.objective,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            modulation_lr_scale=recipe.modulation_lr_scale,
+        )
+        self.optimizer = _optimizer(recipe, groups, device)
+        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
+        self.generator = torch.Generator().manual_seed(recipe.seed)
+        self.share = distributed.rank(), distributed.world()
+        self.steps_in_epoch = math.ceil(data.train_size / recipe.batch_size)
+        self.layers = dict(binary_layers(model))
+        self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.stage = -1
+        self.epochs: list[dict[str, float]] = []
+        self.watched = _watched(model, record)
+        self.histograms: dict[str, dict[str, dict[str, list[float]]]] = {name: {} for name in self.watched}
+        self.seconds, self.started = 0.0, time.perf_counter()
+        self._keep_histograms(0)
+
+    def epoch(self, epoch: int) -> dict[str, float]:
+        """Train and test for one epoch, counted from 1; returns its metrics."""
+        self._enter_stage(epoch)
+        advance(self.model, (epoch - 1) / self.recipe.epochs)
+        flips = FlipRatio(self.model) if self.layers else None
+        metrics = {"epoch": float(epoch), "stage": float(self.stage), **self._train_epoch(epoch)}
+        if self._stage.recompute_norms and (
+            epoch == self.recipe.epochs or stage_of(self.stages, epoch + 1, self.recipe.epochs) != self.stage
+        ):
+            update_bn(self._on_device(self.data.measure_batches()), self.model)
+        metrics |= self._test()
+        if flips is not None:
+            flips.update()
+            metrics |= {f"flips/{name}" if name else "flips": share for name, share in flips.compute().items()}
+        with torch.no_grad():
+            for name, layer in self.layers.items():
+                metrics[f"scale/{name}"] = float(layer.weight_quant.quantize(layer.latent())[1].abs().mean())
+        self._keep_histograms(epoch)
+        self.epochs.append(metrics)
+        return metrics
+
+    def save(self, path: Path) -> None:
+        """Write all that the rest of the run depends on."""
+        tensors = {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": t for name, t in state.items() if isinstance(t, Tensor)}
+        tensors |= {"random.data": self.generator.get_state(), "random.torch": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        header = {
+            "recipe": self.recipe.to_dict(),
+            "stage": self.stage,
+            "epochs": self.epochs,
+            "histograms": self.histograms,
+            "seconds": self.seconds + time.perf_counter() - self.started,
+            "scaler": self.scaler.state_dict(),
+        }
+        write_tensors(path, tensors, header)
+
+    def resume(self, path: Path) -> int:
+        """Take up the run where ``path`` left it; returns the number of epochs that are done."""
+        tensors, header = read_tensors(path)
+        if header.get("recipe") != self.recipe.to_dict():
+            raise InvalidData(f"{path} is not a checkpoint of this recipe; delete it, or give another path")
+        parts: dict[str, dict[str, Tensor]] = {"objective": {}, "optimizer": {}, "random": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        self.objective.load_state_dict(parts["objective"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in parts["optimizer"].items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        _lay_out_like_parameters(self.optimizer)
+        self.scaler.load_state_dict(header["scaler"])
+        self.generator.set_state(parts["random"]["data"])
+        torch.set_rng_state(parts["random"]["torch"])
+        if "cuda" in parts["random"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state(parts["random"]["cuda"], self.device)
+        self.epochs, self.histograms, self.seconds = header["epochs"], header["histograms"], header["seconds"]
+        self._set_stage(header["stage"])
+        for _ in range(len(self.epochs) * self.steps_in_epoch):
+            self.tick()
+        return len(self.epochs)
+
+    def result(self) -> RunResult:
+        """What the run gave, once its epochs are done."""
+        return RunResult(
+            name=self.recipe.name,
+            scheme=self.recipe.variant,
+            title=" ".join(filter(None, (self.scheme.title, self.recipe.variant.partition(":")[2]))),
+            bits=self.scheme.bits,
+            latents="float" if self.scheme.latent_std is None else f"{self.scheme.latent_std:g}",
+            seed=self.recipe.seed,
+            recipe=self.recipe.to_dict(),
+            environment=environment(self.device),
+            seconds=self.seconds + time.perf_counter() - self.started,
+            epochs=self.epochs,
+            size={
+                "parameters": self.size.parameters,
+                "mbit": self.size.mbit,
+                "float_mbit": self.size.float_mbit,
+                "compression": self.size.compression,
+                "macs": self.size.macs,
+                "binary_macs": self.size.binary_macs,
+            },
+            histograms=self.histograms,
+        )
+
+    @property
+    def _stage(self) -> Stage:
+        return self.stages[self.stage]
+
+    def _enter_stage(self, epoch: int) -> None:
+        stage = stage_of(self.stages, epoch, self.recipe.epochs)
+        if stage == self.stage:
+            return
+        before = self._stage if self.stage >= 0 else None
+        self._set_stage(stage)
+        if before and before.weights == "float" and self._stage.weights == "binary":
+            for layer in self.layers.values():
+                layer.adopt(self.scheme.latent_std)
+            self.optimizer.state.clear()  # the momentum of weights that had another scale
+        for name, weight in self._stage.regularizers.items():
+            if weight and not (before and before.regularizers.get(name)):
+                self.objective.regularizers[name].start(self._on_device(self.data.measure_batches(share=self.share)))  # type: ignore[operator]
+
+    def _set_stage(self, stage: int) -> None:
+        self.stage = stage
+        norms = {id(p) for m in self.model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+        for parameter in self.trainable:
+            parameter.requires_grad_(self._stage.trains == "all" or id(parameter) in norms)
+        self.objective.set_weights(self._stage.regularizers)
+        for layer in self.layers.values():
+            layer.enter(self._stage)
+        self.forward = self._whole_forward()
+
+    def _whole_forward(self) -> Callable[[Tensor, Tensor], Losses]:
+        """Network and losses as one call, synchronised and compiled as asked; made anew where a stage changes them."""
+        forward: nn.Module = self.objective
+        if self.share[1] > 1:
+            forward = DistributedDataParallel(forward, [self.device.index] if self.device.type == "cuda" else None)
+        return torch.compile(forward, mode=self.recipe.compile) if self.recipe.compile else forward
+
+    def _train_epoch(self, epoch: int) -> dict[str, float]:
+        self.objective.train()
+        sums: Tensor | None = None
+        seen = 0
+        batches = self.data.train_batches(
+            self.recipe.batch_size, self.generator, augment=self.recipe.augment, share=self.share
+        )
+        for step, (images, targets) in enumerate(self._on_device(batches)):
+            self._set_lr((epoch - 1) + step / self.steps_in_epoch)
+            losses = self.step(images, targets)
+            if self.device.type == "cpu" or step % _CHECK_EVERY == 0:
+                self._check(losses, images, epoch, step)
+            with torch.no_grad():
+                hits = (losses.logits.argmax(1) == targets).float().mean()
+                terms = torch.stack([losses.total.float(), *(term.float() for term in losses.terms.values()), hits])
+                sums = terms * len(targets) if sums is None else sums.add_(terms, alpha=len(targets))
+            seen += len(targets)
+            self.tick()
+        assert sums is not None, "an epoch has at least one batch"
+        self._check(losses, images, epoch, step)
+        means = (distributed.add_up(sums) / (seen * self.share[1])).tolist()
+        names = ["loss", *losses.terms, "top1"]
+        metrics = {f"train/{name}": value for name, value in zip(names, means, strict=True)}
+        metrics["train/top1"] *= 100
+        return {"lr": self.optimizer.param_groups[0]["lr"], **metrics}
+
+    def step(self, images: Tensor, targets: Tensor) -> Losses:
+        """Forward, backward and update; nothing here waits for a GPU."""
+        with torch.autocast(self.device.type, torch.float16, enabled=self.scaler.is_enabled()):
+            losses = self.forward(images, targets)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        for layer in self.layers.values():
+            layer.weight_quant.constrain(layer.weight)
+        return losses
+
+    def _set_lr(self, epoch: float) -> None:
+        factor = lr_factor(self.recipe, epoch) * self._stage.lr_scale
+        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base * factor
+
+    @torch.no_grad()
+    def _test(self) -> dict[str, float]:
+        self.objective.eval()
+        sums = torch.zeros(3, device=self.device)  # hits, hits among the first five, loss
+        for images, targets in self._on_device(self.data.test_batches(share=self.share)):
+            logits = self.model(images)
+            order = logits.topk(min(_TOP, logits.shape[1])).indices == targets[:, None]
+            loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+            sums += torch.stack([order[:, 0].sum(), order.sum(), loss])
+        top1, top5, loss = (distributed.add_up(sums) / self.data.test_size).tolist()
+        metrics = {"test/loss": loss, "test/top1": 100 * top1}
+        return metrics | ({"test/top5": 100 * top5} if self.data.classes > _TOP else {})
+
+    def _on_device(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for images, targets in batches:
+            images, targets = (part.to(self.device, non_blocking=True) for part in (images, targets))
+            yield (images.contiguous(memory_format=self.layout) if images.ndim == 4 else images), targets
+
+    def _check(self, losses: Losses, images: Tensor, epoch: int, step: int) -> None:
+        if bool(torch.isfinite(losses.total)):
+            return
+        term = next((name for name, value in losses.terms.items() if not bool(torch.isfinite(value))), "the sum")
+        where = first_non_finite(self.model, images)
+        raise TrainingDiverged(
+            f"the loss term {term!r} is {losses.terms.get(term, losses.total).item()} at epoch "
+            f"{epoch}, step {step + 1}; {where}; try a lower lr than {self.recipe.lr:g}"
+        )
+
+    @torch.no_grad()
+    def _keep_histograms(self, epoch: int) -> None:
+        total = self.recipe.epochs
+        if epoch not in {0, 1, 2, total // 4, total // 2, total}:
+            return
+        for name, layer in self.watched.items():
+            weights = latent_weights(layer).detach().float().cpu().flatten()
+            bound = float(weights.abs().max().clamp(min=1e-12))
+            counts = torch.histc(weights, _BINS, -bound, bound)
+            edges = torch.linspace(-bound, bound, _BINS + 1)
+            self.histograms[name][str(epoch)] = {"edges": edges.tolist(), "counts": counts.tolist()}
+
+
+def first_non_finite(model: nn.Module, images: Tensor) -> str:
+    """Where NaN or infinity first shows: in a parameter, else in the output of a layer, named in words."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            return f"the parameter {name} is not finite"
+    found: list[str] = []
+
+    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not found and not bool(torch.isfinite(output).all()):
+                found.append(f"the first layer whose output is not finite is {name} ({type(module).__name__})")
+
+        return hook
+
+    handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if found:
+        return found[0]
+    return "no layer's output is" if bool(torch.isfinite(images).all()) else "the images hold NaN or infinity"
+
+
+def _optimizer(recipe: Recipe, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+    fused = device.type == "cuda"  # one kernel, which knows of the scaled loss too; on a CPU it brings nothing
+    if recipe.optimizer == "adam":
+        return torch.optim.AdamW(groups, lr=recipe.lr, fused=fused)
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=fused)
+
+
+def lay_out(model: nn.Module, layout: torch.memory_format) -> None:
+    """Bring the kernels ``(O, I, kh, kw)`` of ``model`` into ``layout``, in place; no value changes."""
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=layout)
+
+
+def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
+    # Kernels that update whole lists of tensors want a state to lie in memory as its parameter does.
+    for parameter, state in optimizer.state.items():
+        for name, tensor in state.items():
+            if isinstance(tensor, Tensor) and tensor.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter).copy_(tensor)
+
+
+def _watched(model: nn.Module, record: Binarization) -> dict[str, nn.Module]:
+    """First, middle and last of the layers that are binary, or would be in a float network."""
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and n not in record.kept]
+    chosen = dict.fromkeys([names[0], names[len(names) // 2], names[-1]] if names else [])
+    return {name: model.get_submodule(name) for name in chosen}
