@@ -1,9 +1,10 @@
 """Pure tensor mathematics: no modules, no state, no library but torch.
 
 Letters of BONN (Gu et al., ICCV 2019, arXiv:1908.06314; equation numbers are the paper's):
-X latent kernels ``(O, I, kh, kw)``; w modulation, broadcastable to X, shared by a layer's kernels;
-X^ binarized kernels; mu, sigma ``(O,)`` modes of ``|X|`` and their spread, one per kernel;
-f features ``(B, D)``; c, sigma_m class means and spreads ``(M, D)``. ``sign(0) = +1`` everywhere.
+X latent kernels ``(O, I, kh, kw)``; w modulation, broadcastable to X, shared by a layer's kernels or, which the
+paper has not, one number for each, ``(O, 1, 1, 1)``; X^ binarized kernels; mu, sigma ``(O,)`` modes of ``|X|`` and
+their spread, one per kernel; f features ``(B, D)``; c, sigma_m class means and spreads ``(M, D)``. ``sign(0) = +1``
+everywhere.
 """
 
 import math
@@ -161,11 +162,17 @@ def leaky_clip(x: Tensor, slope: float = 0.1) -> Tensor:
     return x.clamp(-1, 1) + slope * (x - x.clamp(-1, 1))
 
 
+def bonn_scale(modulation: Tensor, *, inverse: bool = False) -> Tensor:
+    """Mean of w, with ``inverse`` of 1/w, over all axes but the first: ``(O, 1, ...)``, for a shared w ``()``."""
+    values = modulation.reciprocal() if inverse else modulation
+    return values.mean() if len(values) == 1 else values.mean(tuple(range(1, values.ndim)), keepdim=True)
+
+
 class _BonnBinarize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, latent: Tensor, modulation: Tensor) -> Tensor:
         ctx.save_for_backward(latent, modulation)
-        return sign(latent) * modulation.mean()
+        return sign(latent) * bonn_scale(modulation)
 
     @staticmethod
     @once_differentiable
@@ -180,9 +187,37 @@ def bonn_binarize(latent: Tensor, modulation: Tensor) -> Tensor:
 
     Backward, with G the gradient of X^ and I = ``[|w X| <= 1]``: ``G I w`` to X (12) and
     ``sum_i G I X`` to w (15). These are the estimator on the product ``w X``, not the derivative
-    of the forward.
+    of the forward. With a w for each kernel the mean is that of its own elements, and the sum over what shares one.
     """
     return cast(Tensor, _BonnBinarize.apply(latent, modulation))
+
+
+class _BonnBinarizeInverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, modulation: Tensor) -> Tensor:
+        scale = bonn_scale(modulation, inverse=True)
+        ctx.save_for_backward(latent, modulation, scale)
+        return sign(latent) * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        latent, modulation, scale = ctx.saved_tensors
+        inside = _inside(grad, modulation * latent, 1.0) * scale
+        through_scale = (grad * sign(latent)).sum_to_size(scale.shape) * (scale.numel() / modulation.numel())
+        to_modulation = (inside * latent).sum_to_size(modulation.shape) - through_scale / modulation.square()
+        return inside * modulation, to_modulation
+
+
+def bonn_binarize_inverse(latent: Tensor, modulation: Tensor) -> Tensor:
+    """``mean(1/w) * sign(X)``: what convolves if ``X^ = sign(X)`` and ``X = w^-1 X^``, as in (1) and (3); shape of X.
+
+    The authors' book has the product ``w^-1 X^`` (its (3.111)); the mean in the place of the elements is Algorithm 1's.
+    Backward, with G the gradient of the value, c = ``mean(1/w)``, n elements in w and I = ``[|w X| <= 1]``: X^ passes
+    its gradient c G to w X as in (12) and (15), and c is a function of w. That is ``c G I w`` to X and
+    ``sum_i c G I X - sum G sign(X) / (n w^2)`` to w.
+    """
+    return cast(Tensor, _BonnBinarizeInverse.apply(latent, modulation))
 
 
 class _BinaryConv2d(torch.autograd.Function):
@@ -295,7 +330,14 @@ def prelu(x: Tensor, slope: Tensor) -> Tensor:
 class _KernelLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, latent: Tensor, modulation: Tensor, scale: Tensor, mu: Tensor, sigma: Tensor, nu: float
+        ctx: Any,
+        latent: Tensor,
+        modulation: Tensor,
+        scale: Tensor,
+        mu: Tensor,
+        sigma: Tensor,
+        nu: float,
+        per_element: bool,
     ) -> Tensor:
         # With s = sign(X): X^ - w X = s (scale - w |X|), so that all but (13) is a matter of |X|.
         magnitude = latent.abs()
@@ -307,22 +349,30 @@ class _KernelLoss(torch.autograd.Function):
         elements = latent.numel() // mu.numel()
         prior = elements * (mahalanobis + 2 * sigma.log()).sum()
         loss = 0.5 * (error.square().sum() + nu * prior)
-        dmu = spread.flatten(mu.ndim).mean(-1).mul_(precision).mul_(-nu)  # (17)
+        rate = nu if per_element else nu * elements
+        dmu = spread.flatten(mu.ndim).mean(-1).mul_(precision).mul_(-rate)  # (17)
         dmodulation = magnitude.mul_(error).sum_to_size(modulation.shape)  # (16)
         dlatent = error.mul_(modulation).addcmul_(spread, precision.reshape(per_kernel), value=nu)
         dlatent.mul_(sign(latent))  # (13)
-        ctx.save_for_backward(dlatent, dmodulation, dmu, (1 - mahalanobis).mul_(nu).div_(sigma))  # and (18)
+        ctx.save_for_backward(dlatent, dmodulation, dmu, (1 - mahalanobis).mul_(rate).div_(sigma))  # and (18)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dlatent, dmodulation, dmu, dsigma = (grad * saved for saved in ctx.saved_tensors)
-        return dlatent, dmodulation, None, dmu, dsigma, None
+        return dlatent, dmodulation, None, dmu, dsigma, None, None
 
 
 def kernel_loss(
-    latent: Tensor, modulation: Tensor, mu: Tensor, sigma: Tensor, *, nu: float, scale: Tensor | None = None
+    latent: Tensor,
+    modulation: Tensor,
+    mu: Tensor,
+    sigma: Tensor,
+    *,
+    nu: float,
+    scale: Tensor | None = None,
+    per_element: bool = True,
 ) -> Tensor:
     """The Bayesian kernel loss of a layer: the first sum of (9) without its lambda; a scalar.
 
@@ -331,12 +381,12 @@ def kernel_loss(
     ``(O, 1, 1, 1)``. Of layers of one shape, stacked along a new first axis of every argument, the sum.
 
     Gradients are the paper's: (13) to X and (16) to w are the derivatives of (9); (17) to mu and (18) to
-    sigma are its derivatives divided by the kernel's number of elements K, as printed.
+    sigma are its derivatives divided by the kernel's number of elements K, as printed, unless ``per_element`` is false.
     """
     if scale is None:
-        layers = modulation.detach().flatten(mu.ndim - 1).mean(-1)
-        scale = layers.reshape(*layers.shape, *[1] * (latent.ndim - layers.ndim))
-    return cast(Tensor, _KernelLoss.apply(latent, modulation, scale, mu, sigma, nu))
+        kernels = modulation.detach().flatten(mu.ndim).mean(-1)
+        scale = kernels.reshape(*kernels.shape, *[1] * (latent.ndim - kernels.ndim))
+    return cast(Tensor, _KernelLoss.apply(latent, modulation, scale, mu, sigma, nu, per_element))
 
 
 def feature_loss(features: Tensor, targets: Tensor, centres: Tensor, sigma: Tensor) -> Tensor:

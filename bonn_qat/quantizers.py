@@ -123,29 +123,78 @@ class FrozenWeight(WeightQuantizer):
 class BonnWeight(WeightQuantizer):
     """BONN's weights: ``mean(w) * sign(X)`` with a learned modulation w (:func:`functional.bonn_binarize`).
 
-    ``modulation`` is ``(1, I, kh, kw)``, the reading of the ICCV paper, or with ``granularity="plane"``
-    ``(1, 1, kh, kw)``, that of the authors' book. It starts at the mean of ``|weight|`` in every element.
-    Raises InvalidRecipe for another ``granularity``.
+    ``granularity`` says what shares a ``modulation``: with ``"kernel"``, the ICCV paper's reading, it is
+    ``(1, I, kh, kw)``, one for all kernels; with ``"plane"``, that of the authors' book, ``(1, 1, kh, kw)``, one for
+    all planes of all kernels; with ``"filter"``, which is ours, ``(O, 1, 1, 1)``, one scale for each kernel.
+
+    ``reading`` says what w is. With ``"algorithm1"``, X^ is ``mean(w) * sign(X)``, as in the paper's Algorithm 1 and
+    figures. With ``"inverse"``, X^ is ``sign(X)`` and ``w^-1 X^`` convolves, as in its (1) and (3) and the book's
+    (3.111), with the mean in the place of the elements (:func:`functional.bonn_binarize_inverse`), which keeps the
+    weights at 1 bit. That w stays at 0.01 or above after each step (:meth:`constrain`), for at 0 the scale would be
+    infinite; weight decay, which shrinks w, lets the scale grow.
+
+    ``gradient`` ``"printed"`` is (12) and (15). With ``"derivative"`` it is that of the value, the sign alone being
+    estimated: with c the scale, ``c G [|X| <= 1]`` to X and ``dc/dw sum G sign(X)`` to w.
+
+    ``start`` says where the scale starts: at the mean of ``|weight|`` over what shares it (``"mean_magnitude"``), or
+    at ``sqrt(2 / (I kh kw))``, the deviation of MSRA's initialisation (``"msra"``); w in every element there, or at its
+    inverse. Raises InvalidRecipe for another value of an option.
     """
 
     parameter_rules: ClassVar[Mapping[str, ParameterRule]] = {"modulation": ParameterRule(slow=True)}
 
-    def __init__(self, weight: Tensor, *, granularity: Literal["kernel", "plane"] = "kernel") -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        *,
+        granularity: Literal["kernel", "plane", "filter"] = "kernel",
+        reading: Literal["algorithm1", "inverse"] = "algorithm1",
+        gradient: Literal["printed", "derivative"] = "printed",
+        start: Literal["mean_magnitude", "msra"] = "mean_magnitude",
+    ) -> None:
         super().__init__()
-        _check_choice("granularity of BONN's modulation", granularity, ("kernel", "plane"))
-        shape = list(weight.shape)
-        shape[0] = 1
+        _check_choice("granularity of BONN's modulation", granularity, ("kernel", "plane", "filter"))
+        _check_choice("reading of BONN's modulation", reading, ("algorithm1", "inverse"))
+        _check_choice("gradient of BONN's weights", gradient, ("printed", "derivative"))
+        _check_choice("start of BONN's modulation", start, ("mean_magnitude", "msra"))
+        self.granularity, self.reading, self.gradient, self.start = granularity, reading, gradient, start
+        shape = [1, *weight.shape[1:]]
         if granularity == "plane" and weight.ndim > 2:
             shape[1] = 1
+        elif granularity == "filter":
+            shape = [len(weight), *[1] * (weight.ndim - 1)]
         self.modulation = nn.Parameter(torch.empty(shape, dtype=weight.dtype, device=weight.device))
         self.adopt(weight)
 
     @torch.no_grad()
     def adopt(self, weight: Tensor) -> None:
-        self.modulation.copy_(weight.abs().mean().expand_as(self.modulation))
+        magnitude = weight.abs()
+        if self.start == "msra":
+            scale = magnitude.new_full((), (2 / weight[0].numel()) ** 0.5)
+        elif self.granularity == "filter":
+            scale = magnitude.mean(tuple(range(1, weight.ndim)), keepdim=True)
+        else:
+            scale = magnitude.mean()
+        if self.reading == "inverse":
+            scale = scale.clamp_(min=torch.finfo(scale.dtype).tiny).reciprocal_()
+        self.modulation.copy_(scale.expand_as(self.modulation))
+
+    @torch.no_grad()
+    def constrain(self, weight: Tensor) -> None:
+        if self.reading == "inverse":
+            self.modulation.clamp_(min=0.01)
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return functional.bonn_binarize(x, self.modulation), self.modulation.detach().mean()
+        is_inverse = self.reading == "inverse"
+        scale = functional.bonn_scale(self.modulation.detach(), inverse=is_inverse)
+        if self.gradient == "derivative":
+            return functional.bonn_scale(self.modulation, inverse=is_inverse) * functional.ste_sign(x), scale
+        binarize = functional.bonn_binarize_inverse if is_inverse else functional.bonn_binarize
+        return binarize(x, self.modulation), scale
+
+    def extra_repr(self) -> str:
+        options = ("granularity", "reading", "gradient", "start")
+        return ", ".join(f"{option}={getattr(self, option)!r}" for option in options)
 
 
 @final

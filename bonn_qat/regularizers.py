@@ -7,14 +7,14 @@ In any training loop: ``loss = task + kernel() + feature(targets)``, or all at o
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple, final
+from typing import Any, ClassVar, Literal, NamedTuple, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from bonn_qat import functional
-from bonn_qat.errors import InvalidData, InvalidModel
+from bonn_qat.errors import InvalidData, InvalidModel, InvalidRecipe
 from bonn_qat.modes import modes
 from bonn_qat.policy import classifier as find_classifier
 from bonn_qat.quantizers import ParameterRule, WeightQuantizer
@@ -85,9 +85,14 @@ class KernelLoss(Regularizer):
     Works on every layer with a ``weight`` and a 1-bit ``weight_quant``: those of :func:`binarize` and
     Brevitas' own. Without a learned modulation the quantizer's scale takes its place, as a constant.
     ``mu`` and ``sigma``, ``(all kernels,)``, start at the mean of ``|X_i|`` and the standard deviation of
-    X_i. Before each use sigma is raised to ``min_sigma``: below it the gradient step would overshoot.
+    X_i, or with ``spread="magnitudes"`` of ``|X_i|``, which is where (18) leads. Before each use sigma is raised to
+    ``min_sigma``: below it the gradient step would overshoot.
 
-    Call it as ``kernel()``. Raises InvalidModel for a model without binary weights.
+    (17) and (18) are the derivatives of (9) divided by the number of elements of a kernel. ``per_element=False`` leaves
+    that division out: mu and sigma then learn as many times faster.
+
+    Call it as ``kernel()``. Raises InvalidModel for a model without binary weights, InvalidRecipe for an impossible
+    value of an option.
     """
 
     name = "kernel"
@@ -96,9 +101,22 @@ class KernelLoss(Regularizer):
         "sigma": ParameterRule(slow=True, decay=False),
     }
 
-    def __init__(self, model: nn.Module, *, weight: float = 1e-4, nu: float = 1e-4, min_sigma: float = 1e-3) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        weight: float = 1e-4,
+        nu: float = 1e-4,
+        min_sigma: float = 1e-3,
+        spread: Literal["weights", "magnitudes"] = "weights",
+        per_element: bool = True,
+    ) -> None:
         super().__init__(weight=weight)
-        self.nu, self.min_sigma = nu, min_sigma
+        _check(_number(nu) >= 0, "nu of the kernel loss", nu, "a number of at least 0")
+        _check(_number(min_sigma) > 0, "min_sigma of the kernel loss", min_sigma, "a number above 0")
+        _check(spread in ("weights", "magnitudes"), "spread of the kernel loss", spread, "'weights' or 'magnitudes'")
+        _check(isinstance(per_element, bool), "per_element of the kernel loss", per_element, "true or false")
+        self.nu, self.min_sigma, self.per_element = nu, min_sigma, per_element
         # In a tuple, so that the model's layers are not registered as parts of this module.
         self._layers = tuple(binary_weight_layers(model).values())
         if not self._layers:
@@ -106,7 +124,8 @@ class KernelLoss(Regularizer):
         self._kernels: list[int] = [layer.weight.shape[0] for layer in self._layers]  # type: ignore[index,misc]
         latents = [latent_weights(layer).detach().flatten(1) for layer in self._layers]
         self.mu = nn.Parameter(torch.cat([x.abs().mean(1) for x in latents]))
-        self.sigma = nn.Parameter(torch.cat([x.std(1).clamp(min=min_sigma) for x in latents]))
+        spreads = latents if spread == "weights" else [x.abs() for x in latents]
+        self.sigma = nn.Parameter(torch.cat([x.std(1).clamp(min=min_sigma) for x in spreads]))
 
     def loss(self, step: Step) -> Tensor:
         with torch.no_grad():
@@ -115,19 +134,20 @@ class KernelLoss(Regularizer):
         kernels = zip(self._layers, *(torch.split(x, self._kernels) for x in (self.mu, self.sigma)), strict=True)
         for layer, mu, sigma in kernels:
             latent = latent_weights(layer)
-            modulation, is_learned = _modulation(tensor_quant(layer), latent)
-            key = latent.shape, modulation.shape, is_learned
+            modulation, magnitude = _modulation(tensor_quant(layer), latent)
+            key = latent.shape, modulation.shape, magnitude
             stacks.setdefault(key, []).append((latent, modulation, mu, sigma))
         terms = []
-        for (shape, _, is_learned), members in stacks.items():
+        for (shape, _, magnitude), members in stacks.items():
             # Small layers cost what their many small operations cost, so those of one shape are stacked;
             # large ones would no longer fit into the cache.
             most = max(1, _STACKED // math.prod(shape))
             for stack in (members[i : i + most] for i in range(0, len(members), most)):
                 columns = zip(*stack, strict=True)
                 parts = stack[0] if len(stack) == 1 else [torch.stack(column) for column in columns]
-                scale = None if is_learned else parts[1]
-                terms.append(functional.kernel_loss(*parts, nu=self.nu, scale=scale))
+                scale = parts[1] if magnitude == "scale" else parts[0].new_ones(()) if magnitude == "one" else None
+                loss = functional.kernel_loss(*parts, nu=self.nu, scale=scale, per_element=self.per_element)
+                terms.append(loss)
         return torch.stack(terms).sum()
 
 
@@ -144,6 +164,7 @@ class _ClassCentres(Regularizer):
         alpha: float,
     ) -> None:
         super().__init__(weight=weight)
+        _check(_number(alpha) >= 0, f"alpha of the {self.name} loss", alpha, "a number of at least 0")
         if classifier is None:
             name, head = find_classifier(model)
         else:
@@ -212,11 +233,13 @@ class FeatureLoss(_ClassCentres):
     The features are the input of the classifier, ``(B, D)``. The class centres move by the center-loss
     rule with rate ``alpha`` at each call in training mode; the class spreads ``sigma``, ``(classes, D)``,
     are parameters, raised to ``min_sigma`` before each use. The paper fine-tunes with this loss: call
-    ``start(batches)`` first, which measures both on the training set.
+    ``start(batches)`` first, which measures both on the training set: the spreads that of each class, or with
+    ``spread="all"`` that of all images for every class.
 
     Call it as ``feature(targets)`` after the forward pass, and make it before ``torch.compile`` first runs the
     model, for compiled code does not see hooks that come later. Raises InvalidModel where the classifier cannot
-    be found (name it: ``classifier="head.fc"``), InvalidData for targets out of range.
+    be found (name it: ``classifier="head.fc"``), InvalidData for targets out of range, InvalidRecipe for an impossible
+    value of an option.
     """
 
     name = "feature"
@@ -231,13 +254,22 @@ class FeatureLoss(_ClassCentres):
         num_classes: int | None = None,
         alpha: float = 0.5,
         min_sigma: float = 1e-2,
+        spread: Literal["class", "all"] = "class",
     ) -> None:
         super().__init__(model, weight=weight, classifier=classifier, num_classes=num_classes, alpha=alpha)
-        self.min_sigma = min_sigma
+        _check(_number(min_sigma) > 0, "min_sigma of the feature loss", min_sigma, "a number above 0")
+        _check(spread in ("class", "all"), "spread of the feature loss", spread, "'class' or 'all'")
+        self.min_sigma, self.spread = min_sigma, spread
         self.sigma = nn.Parameter(torch.ones_like(self.centres))
 
     def start(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         spread, count = self.measure(batches)
+        if self.spread == "all":
+            share = count / count.sum().clamp(min=1)
+            mean = (share * self.centres).sum(0)
+            # The variance within the classes, and that of their means.
+            variance = (share * (spread.square() + (self.centres - mean).square())).sum(0)
+            spread, count = variance.sqrt().float().expand_as(spread), count.sum()
         with torch.no_grad():
             # A class with fewer than two images has no spread of its own: the default stays.
             self.sigma.copy_(torch.where(count > 1, spread, 1.0).clamp(min=self.min_sigma))
@@ -310,6 +342,17 @@ def latent_weights(layer: nn.Module) -> Tensor:
     return weight
 
 
+def _number(value: object) -> float:
+    """``value``, or nan where it is no finite number, which no comparison holds of."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if is_number else math.nan  # type: ignore[arg-type]
+
+
+def _check(holds: bool, option: str, given: object, allowed: str) -> None:
+    if not holds:
+        raise InvalidRecipe(f"the {option} is {allowed}; got {given!r}")
+
+
 def _bits(quantizer: Any) -> float | None:
     if isinstance(quantizer, WeightQuantizer):
         return quantizer.bits
@@ -318,15 +361,18 @@ def _bits(quantizer: Any) -> float | None:
     return float(width()) if isinstance(width, nn.Module) else None
 
 
-def _modulation(quantizer: Any, latent: Tensor) -> tuple[Tensor, bool]:
-    """The learned modulation, or the scale of latents ``(O, ...)`` with as many axes; and which of the two it is."""
+def _modulation(quantizer: Any, latent: Tensor) -> tuple[Tensor, Literal["mean", "one", "scale"]]:
+    """The learned modulation, or the scale of latents ``(O, ...)`` with as many axes; and the magnitude of X^.
+
+    That is the modulation's mean, or 1 where the quantizer reads it as the inverse of a scale, or that scale.
+    """
     modulation = getattr(quantizer, "modulation", None)
     if modulation is not None:
-        return modulation, True
+        return modulation, "one" if getattr(quantizer, "reading", None) == "inverse" else "mean"
     # A clone, because Brevitas' stock quantizer clamps the latent weights that it is given.
     with torch.no_grad():
         scale = quantizer(latent.clone())[1]
-    return scale.reshape(scale.shape or [1] * latent.ndim), False
+    return scale.reshape(scale.shape or [1] * latent.ndim), "scale"
 
 
 def tensor_quant(layer: nn.Module) -> Any:

@@ -96,35 +96,47 @@ def test_approx_sign_at_its_corners(dtype):
 
 # ------------------------------------------------------------------------------------------- BONN's weights
 
-SHAPES = {"kernel": (1, 3, 2, 3), "plane": (1, 1, 2, 3)}
+SHAPES = {"kernel": (1, 3, 2, 3), "plane": (1, 1, 2, 3), "filter": (4, 1, 1, 1)}
+
+
+def scale_of(modulation: np.ndarray) -> np.ndarray:
+    """The mean of what one kernel is multiplied by, for each kernel or, ``(1, 1, 1, 1)``, for all."""
+    return modulation.mean((1, 2, 3), keepdims=True)
+
+
+def add_to(modulation: np.ndarray, i: int, share: np.ndarray) -> None:
+    """Add a kernel's gradient to that of the modulation, summed over what shares an element of it."""
+    own = modulation[i if len(modulation) > 1 else 0]
+    shared = tuple(axis for axis in range(share.ndim) if own.shape[axis] == 1)
+    own += share.sum(shared, keepdims=True)
 
 
 @pytest.fixture(params=SHAPES)
 def latent_and_modulation(request):
     generator = torch.Generator().manual_seed(3)
-    latent = torch.randn(5, 3, 2, 3, generator=generator, dtype=torch.float64)
+    latent = torch.randn(4, 3, 2, 3, generator=generator, dtype=torch.float64)
     modulation = torch.rand(SHAPES[request.param], generator=generator, dtype=torch.float64) * 3 - 0.5
     modulation[0, 0, 0, 0] = 2.0
-    latent[:4, 0, 0, 0] = torch.tensor([0.5, -0.5, 0.0, -0.0])  # |w X| = 1 exactly, and zero
+    latent[0, :, 0, 0] = torch.tensor([0.5, 0.0, -0.0])  # |w X| = 1 exactly, and zero
+    latent[1:, 0, 0, 0] = -0.5
     return latent.requires_grad_(), modulation.requires_grad_()
 
 
 def test_bonn_forward_is_the_mean_modulation_times_sign(latent_and_modulation):
     latent, modulation = latent_and_modulation
     value = functional.bonn_binarize(latent, modulation)
-    assert relative_error(value.detach(), array(modulation).mean() * np_sign(array(latent))) < 1e-6
-    assert len(value.detach().unique()) == 2
+    assert relative_error(value.detach(), scale_of(array(modulation)) * np_sign(array(latent))) < 1e-6
+    assert all(len(kernel.unique()) == 2 for kernel in value.detach())
 
 
 def equations_12_and_15(latent: np.ndarray, modulation: np.ndarray, grad: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The task gradient G of X^ to one layer's X (12) and to its w (15), kernel by kernel as printed."""
     to_latent, to_modulation = np.zeros_like(latent), np.zeros_like(modulation)
     for i, kernel in enumerate(latent):
-        product = modulation[0] * kernel
-        inside = ((product >= -1) & (product <= 1)).astype(float)
-        to_latent[i] = grad[i] * inside * modulation[0]
-        share = grad[i] * inside * kernel
-        to_modulation[0] += share if modulation.shape[1] > 1 else share.sum(0, keepdims=True)
+        w = modulation[i if len(modulation) > 1 else 0]
+        inside = ((w * kernel >= -1) & (w * kernel <= 1)).astype(float)
+        to_latent[i] = grad[i] * inside * w
+        add_to(to_modulation, i, grad[i] * inside * kernel)
     return to_latent, to_modulation
 
 
@@ -137,7 +149,38 @@ def test_bonn_backward_is_equations_12_and_15(latent_and_modulation):
     to_latent, to_modulation = equations_12_and_15(array(latent), array(modulation), array(grad))
     assert relative_error(latent.grad, to_latent) < 1e-6
     assert relative_error(modulation.grad, to_modulation) < 1e-6
-    assert (array(latent.grad)[:2, 0, 0, 0] != 0).all()  # |w X| = 1 is inside
+    assert array(latent.grad)[0, 0, 0, 0] != 0  # |w X| = 1 is inside
+    assert modulation.shape[0] > 1 or (array(latent.grad)[:, 0, 0, 0] != 0).all()
+
+
+def test_the_inverse_reading_is_the_mean_inverse_times_sign_with_the_estimator_on_the_product(latent_and_modulation):
+    latent, modulation = (x.detach().clone() for x in latent_and_modulation)
+    modulation.abs_().add_(0.1)
+    modulation[0, 0, 0, 0] = 2.0
+    latent.requires_grad_(), modulation.requires_grad_()
+    grad = torch.randn(latent.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    value = functional.bonn_binarize_inverse(latent, modulation)
+    got = torch.autograd.grad(value, [latent, modulation], grad)
+
+    # A surrogate for autograd: Q is the sign with the derivative of the clamp.
+    product = modulation * latent
+    clamped = product.clamp(-1 - 1e-9, 1 + 1e-9)  # at its bounds it passes no gradient
+    estimated = clamped + (torch.from_numpy(np_sign(array(latent))) - clamped).detach()
+    surrogate = (1 / modulation).mean((1, 2, 3), keepdim=True) * estimated
+    assert relative_error(value.detach(), array(surrogate)) < 1e-12
+    assert all(len(kernel.unique()) == 2 for kernel in value.detach())
+    assert 0 < (product.abs() > 1).sum() < product.numel()
+    for one, other in zip(got, torch.autograd.grad(surrogate, [latent, modulation], grad), strict=True):
+        assert relative_error(one, array(other)) < 1e-12
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_a_scale_is_one_number_where_all_kernels_share_their_modulation(latent_and_modulation, inverse):
+    _, modulation = latent_and_modulation
+    scale = functional.bonn_scale(modulation, inverse=inverse)
+    assert scale.shape == (() if len(modulation) == 1 else (4, 1, 1, 1))
+    values = 1 / array(modulation) if inverse else array(modulation)
+    assert relative_error(scale.detach(), scale_of(values).reshape(scale.shape)) < 1e-12
 
 
 # ------------------------------------------------------------------------------------- the binary convolution
@@ -276,16 +319,15 @@ def first_sum_of_9(
 def printed_gradients(
     latent: np.ndarray, modulation: np.ndarray, mu: np.ndarray, sigma: np.ndarray, nu: float, binarized: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """(13), (16), (17) and (18) as printed, lambda = 1, for a modulation of one kernel's shape or one plane's."""
+    """(13), (16), (17) and (18) as printed, lambda = 1; (16) summed over what shares an element of w."""
     to_latent, to_modulation = np.zeros_like(latent), np.zeros_like(modulation)
     to_mu, to_sigma = np.zeros_like(mu), np.zeros_like(sigma)
     for i, kernel in enumerate(latent):
-        w = modulation[0]
+        w = modulation[i if len(modulation) > 1 else 0]
         plus = kernel >= 0
         prior = np.where(plus, kernel - mu[i], kernel + mu[i]) / sigma[i] ** 2
         to_latent[i] = w * (w * kernel - binarized[i]) + nu * prior
-        share = (w * kernel - binarized[i]) * kernel
-        to_modulation[0] += share if modulation.shape[1] > 1 else share.sum(0, keepdims=True)
+        add_to(to_modulation, i, (w * kernel - binarized[i]) * kernel)
         per_element = np.where(plus, mu[i] - kernel, mu[i] + kernel) / sigma[i] ** 2
         to_mu[i] = nu / kernel.size * per_element.sum()
         squares = np.where(plus, (kernel - mu[i]) ** 2, (kernel + mu[i]) ** 2)
@@ -315,8 +357,10 @@ def kernel_problem(granularity: str = "kernel", dtype: torch.dtype = torch.float
     }
 
 
-def gradients_of_kernel_loss(problem: dict[str, Tensor], nu: float) -> tuple[float, dict[str, np.ndarray]]:
-    loss = functional.kernel_loss(problem["X"], problem["w"], problem["mu"], problem["sigma"], nu=nu)
+def gradients_of_kernel_loss(
+    problem: dict[str, Tensor], nu: float, **options: object
+) -> tuple[float, dict[str, np.ndarray]]:
+    loss = functional.kernel_loss(problem["X"], problem["w"], problem["mu"], problem["sigma"], nu=nu, **options)
     grads = torch.autograd.grad(loss, list(problem.values()))
     return loss.item(), {name: array(grad) for name, grad in zip(problem, grads, strict=True)}
 
@@ -327,20 +371,24 @@ def test_kernel_loss_is_the_first_sum_of_9_with_the_printed_gradients(granularit
     problem = kernel_problem(granularity)
     value, gradients = gradients_of_kernel_loss(problem, nu)
     arrays = [array(x) for x in problem.values()]
-    binarized = arrays[1].mean() * np_sign(arrays[0])
+    binarized = scale_of(arrays[1]) * np_sign(arrays[0])
     assert value == pytest.approx(first_sum_of_9(*arrays, nu, binarized), rel=1e-12)
     for name, expected in printed_gradients(*arrays, nu, binarized).items():
         assert relative_error(gradients[name], expected) < 1e-6, name
 
 
+@pytest.mark.parametrize("per_element", [True, False], ids=["printed", "derivative"])
+@pytest.mark.parametrize("magnitude", ["mean", "one"])
 @pytest.mark.parametrize("granularity", SHAPES)
-def test_kernel_loss_gradients_are_finite_differences_of_9(granularity):
+def test_kernel_loss_gradients_are_finite_differences_of_9(granularity, magnitude, per_element):
     nu = 0.3
     problem = kernel_problem(granularity)
-    _, gradients = gradients_of_kernel_loss(problem, nu)
+    scale = problem["X"].new_ones(()) if magnitude == "one" else None
+    _, gradients = gradients_of_kernel_loss(problem, nu, scale=scale, per_element=per_element)
     arrays = {name: array(x) for name, x in problem.items()}
-    binarized = arrays["w"].mean() * np_sign(arrays["X"])  # constant: it does not move with X or w
-    elements = arrays["X"][0].size
+    # Constant: it does not move with X or w.
+    binarized = (scale_of(arrays["w"]) if magnitude == "mean" else 1.0) * np_sign(arrays["X"])
+    elements = arrays["X"][0].size if per_element else 1
     # Central differences are exact for the quadratics in X, w and mu at any step.
     for name, step, divisor in [("X", 1e-2, 1), ("w", 1e-2, 1), ("mu", 1e-2, elements), ("sigma", 1e-4, elements)]:
 
@@ -475,7 +523,7 @@ def largest_errors(dtype: torch.dtype = torch.float64) -> dict[str, float]:
         problem = kernel_problem(granularity, dtype)
         _, gradients = gradients_of_kernel_loss(problem, nu=0.3)
         arrays = [array(x) for x in problem.values()]
-        binarized = arrays[1].mean() * np_sign(arrays[0])
+        binarized = scale_of(arrays[1]) * np_sign(arrays[0])
         for name, expected in printed_gradients(*arrays, 0.3, binarized).items():
             record(name, gradients[name], expected)
         latent, modulation = (3 * problem[name].detach() for name in ("X", "w"))

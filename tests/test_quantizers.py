@@ -5,6 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from bonn_qat import functional
+from bonn_qat.bonn import BONN
+from bonn_qat.errors import InvalidRecipe
+from bonn_qat.layers import BinaryConv2d
 from bonn_qat.quantizers import ApproxSign, BonnWeight, ParameterRule, Quantized, SteSign, WeightQuantizer
 
 WEIGHT = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(1)) * 0.1
@@ -13,7 +16,12 @@ INPUT = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(2))
 QUANTIZERS = {
     "bonn kernel": (BonnWeight(WEIGHT), WEIGHT),
     "bonn plane": (BonnWeight(WEIGHT, granularity="plane"), WEIGHT),
+    "bonn filter": (BonnWeight(WEIGHT, granularity="filter"), WEIGHT),
+    "bonn inverse": (BonnWeight(WEIGHT, reading="inverse"), WEIGHT),
+    "bonn inverse filter": (BonnWeight(WEIGHT, reading="inverse", granularity="filter"), WEIGHT),
+    "bonn derivative": (BonnWeight(WEIGHT, gradient="derivative"), WEIGHT),
     "bonn linear": (BonnWeight(WEIGHT[:, :, 0, 0]), WEIGHT[:, :, 0, 0]),
+    "bonn linear filter": (BonnWeight(WEIGHT[:, :, 0, 0], granularity="filter"), WEIGHT[:, :, 0, 0]),
     "ste": (SteSign(), INPUT),
     "approx": (ApproxSign(), INPUT),
 }
@@ -53,6 +61,109 @@ def test_the_modulation_starts_at_the_mean_magnitude(granularity, shape):
     assert torch.equal(quantizer.modulation, WEIGHT.abs().mean().expand(shape))
     assert isinstance(quantizer.modulation, nn.Parameter)
     assert quantizer.parameter_rules["modulation"] == ParameterRule(slow=True, decay=True)
+
+
+READINGS = ["algorithm1", "inverse"]
+
+
+def test_a_modulation_of_filters_starts_at_the_mean_magnitude_of_each():
+    quantizer = BonnWeight(WEIGHT, granularity="filter")
+    assert quantizer.modulation.shape == (6, 1, 1, 1)
+    expected = torch.stack([kernel.abs().mean() for kernel in WEIGHT])
+    torch.testing.assert_close(quantizer.modulation.detach().flatten(), expected)
+    assert quantizer.constants(WEIGHT) == 6
+    assert BonnWeight(WEIGHT, granularity="plane").constants(WEIGHT) == 1
+
+
+@pytest.mark.parametrize("start", ["mean_magnitude", "msra"])
+@pytest.mark.parametrize("granularity", ["kernel", "plane", "filter"])
+def test_both_readings_start_at_the_same_values(granularity, start):
+    one, other = (BonnWeight(WEIGHT, granularity=granularity, reading=r, start=start) for r in READINGS)
+    (value, scale), (inverse_value, inverse_scale) = one.quantize(WEIGHT), other.quantize(WEIGHT)
+    torch.testing.assert_close(value, inverse_value)
+    torch.testing.assert_close(scale, inverse_scale)
+    assert scale.shape == inverse_scale.shape
+    torch.testing.assert_close(other.modulation, 1 / one.modulation)
+    if start == "msra":
+        torch.testing.assert_close(scale, torch.full_like(scale, (2 / (4 * 3 * 3)) ** 0.5))
+
+
+@pytest.mark.parametrize("granularity", ["kernel", "plane", "filter"])
+@pytest.mark.parametrize("reading", READINGS)
+def test_the_derivative_is_that_of_a_scale_times_an_estimated_sign(reading, granularity):
+    weight = (8 * WEIGHT).double()  # beyond 1, too
+    quantizer = BonnWeight(weight, granularity=granularity, reading=reading, gradient="derivative")
+    with torch.no_grad():
+        quantizer.modulation.mul_(torch.rand(quantizer.modulation.shape).double() + 0.5)
+    latent = weight.clone().requires_grad_()
+    value, scale = quantizer.quantize(latent)
+    assert torch.equal(value, scale * functional.sign(weight))
+    grad = torch.randn(value.shape).double()
+    value.backward(grad)
+    torch.testing.assert_close(latent.grad, grad * scale * (weight.abs() <= 1))
+
+    # The value is linear in the scale, so its derivative by w is a difference of the scale alone.
+    def through(w: Tensor) -> Tensor:
+        values = 1 / w if reading == "inverse" else w
+        return (values.mean((1, 2, 3), keepdim=True) * functional.sign(weight) * grad).sum()
+
+    expected = torch.zeros_like(quantizer.modulation)
+    for index in range(expected.numel()):
+        step = torch.zeros_like(expected)
+        step.view(-1)[index] = 1e-5
+        w = quantizer.modulation.detach()
+        expected.view(-1)[index] = (through(w + step) - through(w - step)) / 2e-5
+    torch.testing.assert_close(quantizer.modulation.grad, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_the_inverse_modulation_stays_above_zero_and_no_other_is_touched():
+    for reading, expected in (("algorithm1", [-1, 0, 5e-3, 3]), ("inverse", [0.01, 0.01, 0.01, 3])):
+        quantizer = BonnWeight(WEIGHT[:4], granularity="filter", reading=reading)
+        with torch.no_grad():
+            quantizer.modulation.copy_(torch.tensor([-1, 0, 5e-3, 3]).reshape(4, 1, 1, 1))
+        quantizer.constrain(WEIGHT)
+        assert quantizer.modulation.flatten().tolist() == pytest.approx(expected)
+    zeros = torch.zeros(2, 3, 3, 3)
+    value, _ = BonnWeight(zeros, reading="inverse").quantize(zeros)
+    assert value.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("granularity", "granularity of BONN's modulation is 'kernel', 'plane' or 'filter'; got 'none'"),
+        ("reading", "reading of BONN's modulation is 'algorithm1' or 'inverse'; got 'none'"),
+        ("gradient", "gradient of BONN's weights is 'printed' or 'derivative'; got 'none'"),
+        ("start", "start of BONN's modulation is 'mean_magnitude' or 'msra'; got 'none'"),
+    ],
+)
+def test_an_option_that_there_is_not_is_told(option, words):
+    with pytest.raises(InvalidRecipe, match=words):
+        BONN.configure({option: "none"})
+    assert f"{option}={BONN.options[option]!r}" in repr(BonnWeight(WEIGHT))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"granularity": "filter"}, {"reading": "inverse"}, {"reading": "inverse", "granularity": "filter"}],
+    ids=lambda options: "+".join(options.values()),
+)
+def test_a_layer_convolves_with_the_values_and_freezes_to_the_same(options):
+    torch.manual_seed(0)
+    layer = BinaryConv2d.from_float(nn.Conv2d(4, 6, 3, groups=2, padding=1), BONN.configure(options)).eval()
+    with torch.no_grad():
+        layer.weight_quant.modulation.mul_(torch.rand(layer.weight_quant.modulation.shape) + 0.5)
+        if options.get("reading") != "inverse":
+            layer.weight_quant.modulation[0].neg_()  # a learned scale may change its sign
+    x = torch.randn(2, 4, 5, 5)
+    y = layer(x)
+    value, scale = layer.weight_quant.quantize(layer.weight)
+    expected = torch.conv2d(functional.sign(layer.norm(x)), value, layer.bias, padding=1, groups=2)
+    torch.testing.assert_close(y, expected)
+    layer.freeze()
+    assert layer.weight.dtype == torch.int8
+    torch.testing.assert_close(layer(x), y)
+    assert layer.weight_quant.constants(layer.weight) == scale.numel() == (6 if "granularity" in options else 1)
 
 
 def test_the_scale_is_the_mean_of_the_modulation_with_its_sign():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bonn_qat import CenterLoss, FeatureLoss, KernelLoss, binarize, functional
 from bonn_qat.bonn import BONN
-from bonn_qat.errors import InvalidData, InvalidModel
+from bonn_qat.errors import InvalidData, InvalidModel, InvalidRecipe
 from bonn_qat.layers import BinaryConv2d
 from bonn_qat.quantizers import WeightQuantizer
 
@@ -67,6 +67,57 @@ def test_mu_and_sigma_start_at_the_statistics_of_their_kernels():
     assert relative_error(kernel.mu, np.concatenate([np.abs(x).mean(1) for x in latents])) < 1e-6
     assert relative_error(kernel.sigma, np.concatenate([x.std(1, ddof=1) for x in latents])) < 1e-6
     assert kernel.mu.shape == (4 + 5,)
+
+
+def test_sigma_can_start_at_the_spread_of_the_magnitudes():
+    model = binarize(convolutional())
+    kernel, other = KernelLoss(model, spread="magnitudes"), KernelLoss(model)
+    latents = [layer.weight.detach().double().flatten(1).numpy() for layer in (model[1], model[2])]
+    assert relative_error(kernel.sigma, np.concatenate([np.abs(x).std(1, ddof=1) for x in latents])) < 1e-6
+    assert torch.equal(kernel.mu, other.mu)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"nu": -1e-4}, "nu of the kernel loss is a number of at least 0; got -0.0001"),
+        ({"nu": "1e-3"}, "nu of the kernel loss is a number of at least 0; got '1e-3'"),
+        ({"min_sigma": 0}, "min_sigma of the kernel loss is a number above 0; got 0"),
+        ({"min_sigma": True}, "min_sigma of the kernel loss is a number above 0; got True"),
+        ({"spread": "all"}, "spread of the kernel loss is 'weights' or 'magnitudes'; got 'all'"),
+        ({"per_element": "no"}, "per_element of the kernel loss is true or false; got 'no'"),
+    ],
+)
+def test_an_impossible_option_of_the_kernel_loss_is_told(options, words):
+    with pytest.raises(InvalidRecipe, match=words):
+        KernelLoss(binarize(convolutional()), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"alpha": float("nan")}, "alpha of the feature loss is a number of at least 0; got nan"),
+        ({"min_sigma": 0.0}, r"min_sigma of the feature loss is a number above 0; got 0\.0"),
+        ({"spread": "weights"}, "spread of the feature loss is 'class' or 'all'; got 'weights'"),
+    ],
+)
+def test_an_impossible_option_of_the_feature_loss_is_told(options, words):
+    with pytest.raises(InvalidRecipe, match=words):
+        FeatureLoss(dense(), **options)
+
+
+def test_without_the_division_mu_and_sigma_get_their_number_of_elements_times_the_gradient():
+    model = binarize(convolutional(DOUBLE))
+    gradients = {}
+    for per_element in (True, False):
+        kernel = KernelLoss(model, per_element=per_element)
+        with torch.no_grad():
+            kernel.mu.mul_(1.1)
+        gradients[per_element] = torch.autograd.grad(kernel(), [kernel.mu, kernel.sigma, model[1].weight])
+    elements = torch.tensor([3 * 9] * 4 + [4 * 9] * 5)
+    for printed, derivative in zip(gradients[True][:2], gradients[False][:2], strict=True):
+        torch.testing.assert_close(derivative, elements * printed)
+    assert torch.equal(gradients[True][2], gradients[False][2])
 
 
 def test_sigma_is_raised_to_its_minimum_at_the_start_and_before_each_use():
@@ -150,15 +201,20 @@ def test_no_gradient_for_mu_and_sigma_at_the_statistics_of_the_latents():
 # --------------------------------------------------------------------- task loss and kernel loss through a net
 
 
-def test_latents_and_modulation_get_equations_11_to_16_of_task_and_kernel_loss():
+@pytest.mark.parametrize("reading", ["algorithm1", "inverse"])
+@pytest.mark.parametrize("granularity", ["kernel", "plane", "filter"])
+def test_latents_and_modulation_get_equations_11_to_16_of_task_and_kernel_loss(granularity, reading):
     lam, nu = 0.05, 0.4
     torch.manual_seed(2)
-    model = binarize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3, padding=1, stride=2)).double(), PLAIN)
+    scheme = PLAIN.configure({"granularity": granularity, "reading": reading})
+    model = binarize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3, padding=1, stride=2)).double(), scheme)
     layer = model[1]
     assert isinstance(layer, BinaryConv2d)
+    is_inverse = reading == "inverse"
     with torch.no_grad():
         layer.weight.mul_(8)
-        layer.weight_quant.modulation.copy_(torch.rand(1, 4, 3, 3) * 2 - 0.3)
+        w = torch.rand(layer.weight_quant.modulation.shape) * 2 - 0.3
+        layer.weight_quant.modulation.copy_(w.abs() + 0.2 if is_inverse else w)
     kernel = KernelLoss(model, weight=lam, nu=nu)
     images, targets = torch.randn(6, 3, 9, 9, dtype=DOUBLE), torch.tensor([0, 1, 2, 3, 4, 0])
 
@@ -169,20 +225,27 @@ def test_latents_and_modulation_get_equations_11_to_16_of_task_and_kernel_loss()
 
     x, w = layer.weight.detach(), layer.weight_quant.modulation.detach()
     signs = torch.where(x >= 0, 1.0, -1.0).double()
-    binarized = (w.mean() * signs).requires_grad_()
+    scale = (1 / w if is_inverse else w).mean((1, 2, 3), keepdim=True)
+    binarized = (scale * signs).requires_grad_()  # what convolves
     inputs = torch.where(model[0](images) >= 0, 1.0, -1.0).double()
     maps = F.conv2d(inputs, binarized, layer.bias, stride=2, padding=1)
-    (grad,) = torch.autograd.grad(task(maps), binarized)  # dL_S / dX^
+    (grad,) = torch.autograd.grad(task(maps), binarized)
 
-    X, W, G, Q = (t.detach().numpy() for t in (x, w, grad, binarized))
+    X, W, S = (t.numpy() for t in (x, w, signs))
+    Q = S if is_inverse else binarized.detach().numpy()  # X^
+    G = (grad * scale if is_inverse else grad).numpy()  # dL_S / dX^
+    own = (0,) if granularity == "kernel" else (0, 1) if granularity == "plane" else (1, 2, 3)  # what shares a w
     mu, sigma = (p.detach().numpy()[:, None, None, None] for p in (kernel.mu, kernel.sigma))
     inside = np.abs(W * X) <= 1
     assert 0 < inside.sum() < inside.size
     plus, minus = X >= 0, X < 0
     equation_12 = G * inside * W
     equation_13 = lam * (W * (W * X - Q) + nu * (plus * (X - mu) + minus * (X + mu)) / sigma**2)
-    equation_15 = (G * inside * X).sum(0, keepdims=True)
-    equation_16 = lam * ((W * X - Q) * X).sum(0, keepdims=True)
+    equation_15 = (G * inside * X).sum(own, keepdims=True)
+    if is_inverse:  # the scale is a function of w, too
+        every = (1, 2, 3) if granularity == "filter" else (0, 1, 2, 3)
+        equation_15 -= (grad.numpy() * S).sum(every, keepdims=True) / W[0].size / W**2
+    equation_16 = lam * ((W * X - Q) * X).sum(own, keepdims=True)
     assert relative_error(layer.weight.grad, equation_12 + equation_13) < 1e-6  # (11)
     assert relative_error(layer.weight_quant.modulation.grad, equation_15 + equation_16) < 1e-6  # (14)
 
@@ -263,6 +326,10 @@ def test_start_measures_means_and_spreads_of_the_classes():
 
     model.eval()
     features = np.concatenate([model[:-1](images).detach().double().numpy() for images, _ in data])
+    of_all = FeatureLoss(model, min_sigma=0.05, spread="all")
+    of_all.start(data)
+    assert torch.equal(of_all.centres, feature.centres)
+    assert relative_error(of_all.sigma, np.tile(features.std(0).clip(0.05), (4, 1))) < 1e-6
     labels = np.concatenate([targets.numpy() for _, targets in data])
     means = np.stack([features[labels == m].mean(0) for m in range(3)] + [np.zeros(5)])
     spreads = np.stack([features[labels == m].std(0).clip(0.05) for m in range(3)] + [np.ones(5)])
