@@ -4,6 +4,7 @@ A quantizer is what Brevitas calls a ``tensor_quant``, so the same class works i
 :class:`bonn_qat.layers.BinaryConv2d`.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, NamedTuple, final
@@ -83,6 +84,12 @@ class ActivationQuantizer(Quantizer):
 
     def __init__(self, channels: int = 1) -> None:
         super().__init__()
+
+
+def number(value: object) -> float:
+    """``value``, or nan where it is no finite number, which no comparison holds of."""
+    isnumber = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if isnumber else math.nan  # type: ignore[arg-type]
 
 
 def _check_choice(option: str, given: object, allowed: Sequence[str]) -> None:
@@ -206,7 +213,7 @@ class SteSign(ActivationQuantizer):
 
     def __init__(self, channels: int = 1, *, clip: float = 1.0) -> None:
         super().__init__(channels)
-        if isinstance(clip, bool) or not isinstance(clip, int | float) or not clip > 0:
+        if not number(clip) > 0:
             raise InvalidRecipe(f"the clip of the sign's estimator is a number above 0; got {clip!r}")
         self.clip = clip
 

@@ -17,7 +17,7 @@ from bonn_qat import functional
 from bonn_qat.errors import InvalidData, InvalidModel, InvalidRecipe
 from bonn_qat.modes import modes
 from bonn_qat.policy import classifier as find_classifier
-from bonn_qat.quantizers import ParameterRule, WeightQuantizer
+from bonn_qat.quantizers import ParameterRule, WeightQuantizer, number
 
 _STACKED = 2**17  # elements
 
@@ -112,8 +112,8 @@ class KernelLoss(Regularizer):
         per_element: bool = True,
     ) -> None:
         super().__init__(weight=weight)
-        _check(_number(nu) >= 0, "nu of the kernel loss", nu, "a number of at least 0")
-        _check(_number(min_sigma) > 0, "min_sigma of the kernel loss", min_sigma, "a number above 0")
+        _check(number(nu) >= 0, "nu of the kernel loss", nu, "a number of at least 0")
+        _check(number(min_sigma) > 0, "min_sigma of the kernel loss", min_sigma, "a number above 0")
         _check(spread in ("weights", "magnitudes"), "spread of the kernel loss", spread, "'weights' or 'magnitudes'")
         _check(isinstance(per_element, bool), "per_element of the kernel loss", per_element, "true or false")
         self.nu, self.min_sigma, self.per_element = nu, min_sigma, per_element
@@ -164,7 +164,7 @@ class _ClassCentres(Regularizer):
         alpha: float,
     ) -> None:
         super().__init__(weight=weight)
-        _check(_number(alpha) >= 0, f"alpha of the {self.name} loss", alpha, "a number of at least 0")
+        _check(number(alpha) >= 0, f"alpha of the {self.name} loss", alpha, "a number of at least 0")
         if classifier is None:
             name, head = find_classifier(model)
         else:
@@ -257,7 +257,7 @@ class FeatureLoss(_ClassCentres):
         spread: Literal["class", "all"] = "class",
     ) -> None:
         super().__init__(model, weight=weight, classifier=classifier, num_classes=num_classes, alpha=alpha)
-        _check(_number(min_sigma) > 0, "min_sigma of the feature loss", min_sigma, "a number above 0")
+        _check(number(min_sigma) > 0, "min_sigma of the feature loss", min_sigma, "a number above 0")
         _check(spread in ("class", "all"), "spread of the feature loss", spread, "'class' or 'all'")
         self.min_sigma, self.spread = min_sigma, spread
         self.sigma = nn.Parameter(torch.ones_like(self.centres))
@@ -340,12 +340,6 @@ def latent_weights(layer: nn.Module) -> Tensor:
     make: Callable[[], Tensor] | None = getattr(layer, "latent", None)
     weight: Tensor = make() if make else layer.weight  # type: ignore[assignment]
     return weight
-
-
-def _number(value: object) -> float:
-    """``value``, or nan where it is no finite number, which no comparison holds of."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if is_number else math.nan  # type: ignore[arg-type]
 
 
 def _check(holds: bool, option: str, given: object, allowed: str) -> None:

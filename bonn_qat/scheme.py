@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from bonn_qat import functional
 from bonn_qat.errors import InvalidRecipe, UnknownName
-from bonn_qat.quantizers import ActivationQuantizer, WeightQuantizer
+from bonn_qat.quantizers import ActivationQuantizer, WeightQuantizer, number
 
 
 class PReLU(nn.PReLU):
@@ -26,7 +25,27 @@ def _as_it_is(x: Tensor) -> Tensor:
     return x
 
 
+def _identity(channels: int) -> nn.Module:
+    return nn.Identity()
+
+
+def _relu(channels: int) -> nn.Module:
+    return nn.ReLU()
+
+
+def _hardtanh(channels: int) -> nn.Module:
+    return nn.Hardtanh()
+
+
 WEIGHTS = ("binary", "float")
+SHORTCUTS = ("conv", "block")
+POSITIONS = ("after_add", "before_add")
+NONLINEARITIES: Mapping[str, Callable[[int], nn.Module]] = {
+    "prelu": PReLU,
+    "relu": _relu,
+    "hardtanh": _hardtanh,
+    "identity": _identity,
+}
 TRAINS = ("all", "norms")
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor] | None] = {
     "binary": None,
@@ -82,6 +101,9 @@ class Scheme:
 
     ``latent_std`` rescales the latent weights of every binary layer to this standard deviation, which
     keeps their signs; ``None`` leaves them.
+
+    Raises UnknownName for another ``shortcut`` or ``nonlinearity_position``, InvalidRecipe for an impossible
+    ``latent_std``.
     """
 
     name: str
@@ -96,6 +118,13 @@ class Scheme:
     nonlinearity_position: Literal["after_add", "before_add"] = "after_add"
     latent_std: float | None = None
     stages: tuple[Stage, ...] = (Stage(),)
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("shortcut", SHORTCUTS), ("nonlinearity_position", POSITIONS)):
+            if getattr(self, name) not in allowed:
+                raise UnknownName(f"{name} of the scheme {self.name!r}", str(getattr(self, name)), allowed)
+        if self.latent_std is not None and not number(self.latent_std) > 0:
+            raise InvalidRecipe(f"the latent_std of the scheme {self.name!r} is above 0; got {self.latent_std!r}")
 
     @property
     def regularizers(self) -> dict[str, float]:
@@ -121,16 +150,22 @@ class Scheme:
     def configure(self, options: Mapping[str, Any]) -> "Scheme":
         """A copy with other options: this class's own fields, keyword arguments of the quantizers, regularizers.
 
-        The weight of a regularizer becomes that in every stage that has it, 0 switches it off.
+        The weight of a regularizer becomes that in every stage that has it, 0 switches it off. ``nonlinearity`` may be
+        a name: ``"prelu"``, ``"relu"``, ``"hardtanh"`` or ``"identity"``.
 
-        Raises UnknownName for an option that there is not, InvalidRecipe for a weight that is no number of at least
-        0, and what the quantizers raise for an impossible value.
+        Raises UnknownName for an option or a nonlinearity that there is not, InvalidRecipe for a weight that is no
+        number of at least 0, and what the quantizers raise for an impossible value.
         """
         own = {f.name for f in fields(self)} - {"name", "title", "reference", "stages", *_PARTS}
         for option in options:
             if option not in own | self.options.keys():
                 raise UnknownName(f"option of the scheme {self.name!r}", option, own | self.options.keys())
         changed: dict[str, Any] = {key: value for key, value in options.items() if key in own}
+        nonlinearity = options.get("nonlinearity")
+        if isinstance(nonlinearity, str):
+            if nonlinearity not in NONLINEARITIES:
+                raise UnknownName(f"nonlinearity of the scheme {self.name!r}", nonlinearity, NONLINEARITIES)
+            changed["nonlinearity"] = NONLINEARITIES[nonlinearity]
         changed["stages"] = tuple(_reweighed(stage, options) for stage in self.stages)
         for part in _PARTS:
             make = getattr(self, part)
@@ -149,7 +184,7 @@ _PARTS = ("weight", "activation", "output")
 def _reweighed(stage: Stage, options: Mapping[str, Any]) -> Stage:
     weights = {name: options.get(name, weight) for name, weight in stage.regularizers.items()}
     for name, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        if not number(weight) >= 0:
             raise InvalidRecipe(f"the weight of the regularizer {name!r} is a number of at least 0; got {weight!r}")
     return replace(stage, regularizers={name: float(weight) for name, weight in weights.items()})
 

@@ -4,15 +4,18 @@ import dataclasses
 import math
 
 import pytest
+import timm
+import torch
 from torch import nn
 
+import bonn_qat.models  # noqa: F401 (registers the paper's networks with timm)
 from bonn_qat import binarize
 from bonn_qat.bonn import BONN
 from bonn_qat.compare import plan
 from bonn_qat.errors import InvalidRecipe, UnknownName
 from bonn_qat.objective import Objective
 from bonn_qat.recipe import Recipe
-from bonn_qat.scheme import Scheme, Stage
+from bonn_qat.scheme import NONLINEARITIES, Scheme, Stage
 
 STAGED = dataclasses.replace(
     BONN,
@@ -75,3 +78,38 @@ def test_a_variant_without_losses_is_an_arm_of_its_own_and_trains_without():
     network = nn.Sequential(*(nn.Conv2d(3, 3, 3) for _ in range(3)), nn.Flatten(), nn.Linear(3, 2))
     objective = Objective(binarize(network, scheme))
     assert all(regularizer.weight == 0 for regularizer in objective.regularizers.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("identity", lambda x: x),
+        ("relu", lambda x: x.clamp(min=0)),
+        ("hardtanh", lambda x: x.clamp(-1, 1)),
+        ("prelu", lambda x: torch.where(x > 0, x, x / 4)),
+    ],
+)
+def test_a_nonlinearity_can_be_named(name, function):
+    x = torch.randn(2, 3, 4, 4)
+    made = BONN.configure({"nonlinearity": name}).nonlinearity(3)
+    torch.testing.assert_close(made(x), function(x))
+    assert set(NONLINEARITIES) == {"identity", "relu", "hardtanh", "prelu"}
+    model = binarize(timm.create_model("wrn10_16", num_classes=2), BONN.configure({"nonlinearity": name}))
+    x = torch.randn(2, 16, 4, 4)
+    torch.testing.assert_close(model.layer1[0].act1(x), function(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"nonlinearity": "prleu"}, UnknownName, "nonlinearity of the scheme 'bonn' 'prleu'; did you mean 'prelu'"),
+        ({"shortcut": "convs"}, UnknownName, "shortcut of the scheme 'bonn' 'convs'; did you mean 'conv'"),
+        ({"shortcut": True}, UnknownName, "shortcut of the scheme 'bonn' 'True'; known: block, conv"),
+        ({"nonlinearity_position": "after"}, UnknownName, "nonlinearity_position of the scheme 'bonn' 'after'"),
+        ({"latent_std": 0}, InvalidRecipe, "latent_std of the scheme 'bonn' is above 0; got 0"),
+        ({"latent_std": "small"}, InvalidRecipe, "latent_std of the scheme 'bonn' is above 0; got 'small'"),
+    ],
+)
+def test_an_option_of_the_scheme_itself_is_checked(options, error, words):
+    with pytest.raises(error, match=words):
+        BONN.configure(options)

@@ -10,7 +10,7 @@ here a kernel is the mean of its J projections, whose gradients are G_j = G / J.
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, cast, final
+from typing import Any, ClassVar, Literal, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -49,12 +49,15 @@ class _Project(torch.autograd.Function):
 class PcnnWeight(WeightQuantizer):
     """The mean of J kernels ``C^_j = a sign(mean(W_j) C)`` with ``a = mean|C|`` over the layer; W is ``projection``.
 
+    With ``magnitude="norm"`` a is what (3.57) says to the letter, the mean over the kernels of the sum of ``|C_i|``.
+
     Backward, with lambda = ``projection_weight``, eta = ``look_ahead``, ``G_j = G / J`` and
     ``E_j = W_j (C + eta G_j) - C^_j``: the sum over j of ``G_j [|W_j C| <= 1] W_j + lambda E_j W_j`` to C (3.51, 3.52),
     and the sum over all planes of ``G_j [|W_j C| <= 1] C + lambda E_j (C + eta G_j)`` to W_j (3.55, 3.56).
 
-    J is ``projections``. One W starts at 1. The paper starts its W at random; several that start as one would get one
-    gradient and stay one, so here they start evenly within (0.5, 1.5), ``1 + (j - (J - 1) / 2) / J`` for j from 0.
+    J is ``projections``. One W starts at 1, which ``a = mean|C|`` asks for; several that start as one would get one
+    gradient and stay one, so they start evenly within (0.5, 1.5), ``1 + (j - (J - 1) / 2) / J`` for j from 0. The paper
+    starts its W at random and does not say how: ``start="random"`` draws every element from [0.5, 1.5).
     Deployed are J bits per weight and a.
 
     The terms with lambda are the gradient of the projection loss (3.42),
@@ -66,13 +69,21 @@ class PcnnWeight(WeightQuantizer):
     The paper's eta is the learning rate, held constant. So is ``look_ahead``: it follows no schedule. What it
     changes in the gradient is of the order ``lambda eta G``, a millionth with the defaults; 0 leaves it out.
 
-    Raises BonnQatError for ``projections`` below 1, and another option below 0 or not finite.
+    Raises BonnQatError for ``projections`` below 1, ``projection_weight`` and ``look_ahead`` below 0 or not finite, and
+    another ``start`` or ``magnitude``.
     """
 
     parameter_rules: ClassVar[Mapping[str, ParameterRule]] = {"projection": ParameterRule(slow=True)}
 
     def __init__(
-        self, weight: Tensor, *, projection_weight: float = 1e-4, look_ahead: float = 0.01, projections: int = 1
+        self,
+        weight: Tensor,
+        *,
+        projection_weight: float = 1e-4,
+        look_ahead: float = 0.01,
+        projections: int = 1,
+        start: Literal["one", "random"] = "one",
+        magnitude: Literal["mean", "norm"] = "mean",
     ) -> None:
         super().__init__()
         if not isinstance(projections, int) or projections < 1:
@@ -82,7 +93,12 @@ class PcnnWeight(WeightQuantizer):
         for option, value in (("projection_weight", projection_weight), ("look_ahead", look_ahead)):
             if not (math.isfinite(value) and value >= 0):
                 raise BonnQatError(f"the option {option} of the scheme 'pcnn' is at least 0; got {value}")
+        for option, name, allowed in (("start", start, ("one", "random")), ("magnitude", magnitude, ("mean", "norm"))):
+            if name not in allowed:
+                words = " or ".join(map(repr, allowed))
+                raise BonnQatError(f"the option {option} of the scheme 'pcnn' is {words}; got {name!r}")
         self.projection_weight, self.look_ahead = projection_weight, look_ahead
+        self.start, self.magnitude = start, magnitude
         self.bits, self.scaled_sign = projections, projections == 1
         self.projection = nn.Parameter(weight.new_empty(projections, 1, *weight.shape[2:]))
         self.adopt(weight)
@@ -90,19 +106,24 @@ class PcnnWeight(WeightQuantizer):
     @torch.no_grad()
     def adopt(self, weight: Tensor) -> None:
         """Start from W about 1, which a = mean|C| asks for, whatever the float weights are."""
+        if self.start == "random":
+            self.projection.uniform_(0.5, 1.5)
+            return
         for j, w in enumerate(self.projection):
             w.fill_(1 + (j - (self.bits - 1) / 2) / self.bits)
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """C -> (the mean of the C^_j, a)."""
         scale = x.detach().abs().mean()
+        if self.magnitude == "norm":
+            scale = scale * x[0].numel()
         value = _Project.apply(x, self.projection, scale, self.projection_weight, self.look_ahead)
         return cast(Tensor, value), scale
 
     def extra_repr(self) -> str:
         """The options, for ``print(model)``."""
         options = f"projection_weight={self.projection_weight}, look_ahead={self.look_ahead}"
-        return f"{options}, projections={self.bits}"
+        return f"{options}, projections={self.bits}, start={self.start!r}, magnitude={self.magnitude!r}"
 
 
 PCNN = Scheme(

@@ -192,6 +192,30 @@ def test_lambda_and_eta_are_options_of_the_scheme():
         PCNN.configure({"look_ahead": -1.0}).weight(torch.zeros(1, 1, 1, 1))
 
 
+def test_a_random_start_is_about_one_and_differs_from_element_to_element():
+    torch.manual_seed(0)
+    quantizer = PCNN.configure({"start": "random", "projections": 2}).weight(torch.ones(4, 3, 3, 3))
+    start = quantizer.projection.detach().clone()
+    assert len(start.unique()) == 2 * 9
+    assert 0.5 <= start.min() < 0.8 < 1.2 < start.max() < 1.5
+    quantizer.adopt(torch.ones(4, 3, 3, 3))
+    assert not torch.equal(quantizer.projection, start)
+
+
+def test_the_magnitude_can_be_the_mean_norm_of_the_kernels():
+    kernels, projection, _ = case((3, 2, 3, 3), (1, 1, 3, 3))
+    _, _, value, scale = projected_by(kernels, projection, magnitude="norm")
+    assert scale.item() == pytest.approx(sum(kernel.abs().sum().item() for kernel in kernels) / 3)
+    _, _, plain, mean = projected_by(kernels, projection)
+    torch.testing.assert_close(value / scale, plain / mean)
+
+
+@pytest.mark.parametrize("option", ["start", "magnitude"])
+def test_a_reading_that_there_is_not_is_told(option):
+    with pytest.raises(BonnQatError, match=rf"option {option} of the scheme 'pcnn' is '(one|mean)' or .* got 'zero'"):
+        PCNN.configure({option: "zero"})
+
+
 def test_projections_are_an_option_and_a_bit_of_each_weight(pm):
     assert PCNN.bits == "1/1"
     scheme = PCNN.configure({"projections": 3})
