@@ -1,5 +1,7 @@
 """The observer: a comparison is a parent run, each of its runs a child, each epoch one batch of metrics.
 
+A comparison that begins within another, as those of a study do, is a child of the other's run, in the other's store.
+
 Only MLflow's client is used, never its active run, so a program's own tracking is left as it is. MLflow is
 imported at the first run. Whatever fails here warns once and lets the training go on.
 """
@@ -11,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -38,31 +41,43 @@ class _Place(NamedTuple):
     parent: str | None
 
 
+@dataclass
+class _Comparison:
+    directory: Path
+    place: _Place | None = None  # None where the store is out of reach
+    all_finished: bool = True
+
+
 class Tracker:
     """The timeline hooks, with what they must remember between two calls."""
 
     def __init__(self) -> None:
-        self._comparison: _Place | None = None
-        self._in_comparison = False
-        self._all_finished = True
+        self._comparisons: list[_Comparison] = []  # the outermost first
         self._runs: dict[str, tuple[MlflowClient, str]] = {}
         self._warned = False
 
     @hookimpl
     def bonn_qat_before_comparison(self, directory: Path) -> None:
         """Open the comparison's run, or open it again if the comparison goes on."""
-        self._in_comparison, self._all_finished, self._comparison = True, True, None
-        with self._training_goes_on():
-            self._comparison = _open_comparison(directory.resolve())
+        outer = self._comparisons[-1] if self._comparisons else None
+        comparison = _Comparison(directory.resolve())
+        self._comparisons.append(comparison)
+        if outer is None:
+            with self._training_goes_on():
+                comparison.place = _open_comparison(comparison.directory)
+        elif outer.place is not None:
+            with self._training_goes_on():
+                comparison.place = _open_run(outer.place, comparison.directory, outer.directory)
 
     @hookimpl
     def bonn_qat_before_run(self, recipe: _Recipe) -> None:
         """Open a run below the comparison's, or below the program's active one."""
         self._runs.pop(recipe.name, None)
-        if self._in_comparison and self._comparison is None:
+        comparison = self._comparisons[-1] if self._comparisons else None
+        if comparison is not None and comparison.place is None:
             return
         with self._training_goes_on():
-            client, experiment, parent = self._comparison or _default_place()
+            client, experiment, parent = (comparison and comparison.place) or _default_place()
             content = recipe.to_dict()
             tags = {"backbone": str(content.get("model"))}
             tags.update((key, str(content[key])) for key in ("scheme", "data", "seed") if key in content)
@@ -82,7 +97,8 @@ class Tracker:
     @hookimpl
     def bonn_qat_after_run(self, recipe: _Recipe, report: Mapping[str, Any] | None) -> None:
         """Log the results file and end the run: FINISHED, or without a report KILLED or FAILED."""
-        self._all_finished &= report is not None
+        if self._comparisons:
+            self._comparisons[-1].all_finished &= report is not None
         if recipe.name not in self._runs:
             return
         client, run = self._runs.pop(recipe.name)
@@ -93,16 +109,28 @@ class Tracker:
             client.set_terminated(run, _status(report is not None))
 
     @hookimpl
-    def bonn_qat_after_comparison(self, report: Path) -> None:
+    def bonn_qat_after_comparison(self, directory: Path, report: Path) -> None:
         """Log the comparison's page and end its run: FINISHED if every run did."""
-        place, self._comparison, self._in_comparison = self._comparison, None, False
-        if place is None or place.parent is None:
+        here = directory.resolve()
+        if here not in [comparison.directory for comparison in self._comparisons]:
             return
+        while self._comparisons[-1].directory != here:  # one within, of whose end nobody told
+            self._comparisons[-1].all_finished = False
+            self._close(None)
+        self._close(report)
+
+    def _close(self, report: Path | None) -> None:
+        comparison = self._comparisons.pop()
+        if self._comparisons:
+            self._comparisons[-1].all_finished &= comparison.all_finished
+        if comparison.place is None or comparison.place.parent is None:
+            return
+        client, _, run = comparison.place
         with self._training_goes_on():
-            if report.exists():
-                place.client.log_artifact(place.parent, str(report))
+            if report is not None and report.exists():
+                client.log_artifact(run, str(report))
         with self._training_goes_on():
-            place.client.set_terminated(place.parent, _status(self._all_finished))
+            client.set_terminated(run, _status(comparison.all_finished))
 
     @contextlib.contextmanager
     def _training_goes_on(self) -> Iterator[None]:
@@ -146,11 +174,19 @@ def _open_comparison(directory: Path) -> _Place:
     client = open_store(directory)
     artifacts = None if mlflow.is_tracking_uri_set() else (directory / ARTIFACTS).as_uri()
     experiment = _experiment(client, os.environ.get("MLFLOW_EXPERIMENT_NAME") or directory.name, artifacts)
-    for run in client.search_runs([experiment]):
-        if run.data.tags.get(DIRECTORY_TAG) == str(directory):
+    return _open_run(_Place(client, experiment, None), directory, directory.parent)
+
+
+def _open_run(outer: _Place, directory: Path, above: Path) -> _Place:
+    """The run of the comparison in ``directory``, below the outer's; its name is the way there from ``above``."""
+    client, experiment, parent = outer
+    for run in client.search_runs([experiment], filter_string=f"tags.`{DIRECTORY_TAG}` LIKE '%'"):
+        if run.data.tags[DIRECTORY_TAG] == str(directory):
             client.update_run(run.info.run_id, status="RUNNING")
             return _Place(client, experiment, run.info.run_id)
-    run = client.create_run(experiment, tags={DIRECTORY_TAG: str(directory)}, run_name=directory.name)
+    tags = {DIRECTORY_TAG: str(directory)} | ({PARENT_TAG: parent} if parent is not None else {})
+    name = directory.relative_to(above).as_posix() if directory.is_relative_to(above) else directory.name
+    run = client.create_run(experiment, tags=tags, run_name=name)
     return _Place(client, experiment, run.info.run_id)
 
 

@@ -118,6 +118,76 @@ def test_a_run_without_a_report_has_failed_and_so_has_its_comparison(hook, direc
     assert status == {"digits": "FAILED", "bonn-seed0": "FAILED", "bonn-seed1": "FINISHED"}
 
 
+def test_a_comparison_within_another_is_a_child_in_the_others_store(hook, directory):
+    parts = [directory / "small", directory / "small" / "search" / "lr0.1"]
+    for _ in range(2):  # the second time the study goes on
+        hook.bonn_qat_before_comparison(directory=directory, recipes=[])
+        for part in parts:
+            part.mkdir(parents=True, exist_ok=True)
+            hook.bonn_qat_before_comparison(directory=part, recipes=[FakeRecipe()])
+            assert client_of(directory).get_run(runs_in(directory)["digits"].info.run_id).info.status == "RUNNING"
+        one_run(hook, FakeRecipe())
+        for part in reversed(parts):
+            hook.bonn_qat_after_comparison(directory=part, report=page_in(part))
+        one_run(hook, FakeRecipe("xnor"))
+        hook.bonn_qat_after_comparison(directory=directory, report=page_in(directory))
+
+    client, runs = client_of(directory), runs_in(directory)
+    above = {name: run.data.tags.get("mlflow.parentRunId") for name, run in runs.items()}
+    by_name = {name: run.info.run_id for name, run in runs.items()}
+    assert above == {
+        "digits": None,
+        "small": by_name["digits"],
+        "search/lr0.1": by_name["small"],
+        "bonn-seed0": by_name["search/lr0.1"],
+        "xnor-seed0": by_name["digits"],
+    }
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert len(client.search_runs([runs["digits"].info.experiment_id])) == 3 + 2 * 2
+    assert [item.path for item in client.list_artifacts(by_name["small"])] == ["report.html"]
+    assert [path.relative_to(directory).as_posix() for path in directory.rglob("mlflow.db")] == ["mlflow.db"]
+
+
+def test_a_study_fails_with_one_of_its_comparisons(hook, directory):
+    inner = directory / "wide"
+    inner.mkdir()
+    hook.bonn_qat_before_comparison(directory=directory, recipes=[])
+    hook.bonn_qat_before_comparison(directory=inner, recipes=[])
+    one_run(hook, FakeRecipe(), report=None)
+    hook.bonn_qat_after_comparison(directory=inner, report=page_in(inner))
+    hook.bonn_qat_after_comparison(directory=directory, report=page_in(directory))
+    status = {name: run.info.status for name, run in runs_in(directory).items()}
+    assert status == {"digits": "FAILED", "wide": "FAILED", "bonn-seed0": "FAILED"}
+
+
+def test_a_comparison_of_whose_end_nobody_told_has_failed_and_takes_no_more_runs(hook, directory):
+    hook.bonn_qat_before_comparison(directory=directory, recipes=[])
+    hook.bonn_qat_before_comparison(directory=directory / "wide", recipes=[])
+    hook.bonn_qat_after_comparison(directory=directory, report=page_in(directory))
+    assert {name: run.info.status for name, run in runs_in(directory).items()} == {"digits": "FAILED", "wide": "FAILED"}
+    one_run(hook, FakeRecipe())
+    assert "mlflow.parentRunId" not in runs_in(directory, "bonn-qat")["bonn-seed0"].data.tags
+
+
+def test_runs_that_are_open_at_once_are_kept_apart(hook, directory):
+    first, second = FakeRecipe(), FakeRecipe("xnor")
+    hook.bonn_qat_before_comparison(directory=directory, recipes=[first, second])
+    for recipe in (first, second):
+        hook.bonn_qat_before_run(recipe=recipe, model=None)
+    for epoch in (1, 2):
+        for recipe, loss in ((second, 0.5), (first, 0.25)):
+            hook.bonn_qat_after_epoch(recipe=recipe, epoch=epoch, metrics={"train/loss": loss / epoch})
+    hook.bonn_qat_after_run(recipe=second, report=None)
+    hook.bonn_qat_after_run(recipe=first, report=REPORT)
+    hook.bonn_qat_after_comparison(directory=directory, report=page_in(directory))
+    client, runs = client_of(directory), runs_in(directory)
+    losses = {name: [metric.value for metric in client.get_metric_history(runs[name].info.run_id, "train/loss")]
+              for name in ("bonn-seed0", "xnor-seed0")}  # fmt: skip
+    assert losses == {"bonn-seed0": [0.25, 0.125], "xnor-seed0": [0.5, 0.25]}
+    status = {name: run.info.status for name, run in runs.items()}
+    assert status == {"digits": "FAILED", "bonn-seed0": "FINISHED", "xnor-seed0": "FAILED"}
+
+
 def test_an_interrupted_run_is_killed(hook, directory):
     recipe = FakeRecipe()
 
