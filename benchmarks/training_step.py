@@ -1,19 +1,27 @@
-"""What one training step costs: forward, loss, backward and SGD, for a float network and its binary forms.
+"""What one training step costs: forward, losses, backward and SGD, for a float network and its binary forms.
 
-The arms take turns in one run, each round in another order, so that noise of the machine hits all alike:
-only the ratios of one run mean something. Example::
+The arms take turns in one run, each round in another order, so that noise of the machine hits all alike: only the
+ratios of one run mean something. With ``--compile`` every arm runs eagerly and compiled, losses included. Examples::
 
-    python benchmarks/training_step.py --batch 64 4 --rounds 15 --output step.json
+    python benchmarks/training_step.py --batch 64 128 --channels-last --compile --clock process --output step.json
+    python benchmarks/training_step.py --device cuda --batch 128 1024 --channels-last --precision float16 \\
+        --compile default reduce-overhead --rounds 30 --output step-cuda.json
+
+The file that ``--output`` names is JSON: ``options`` of the command line, ``environment`` (versions, commit),
+``machine``, and ``results``, one for each batch size: ``batch``, ``arms`` (the summary of each, see :func:`summarize`;
+a compiled arm is named "ARM, MODE"), ``seconds`` (of one step, a list with one entry for each round, by arm),
+``first_step_seconds`` (with compilation), and on a GPU ``synchronizations`` of the host in one step, which should be 0.
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,78 +32,134 @@ from torch import nn
 
 import bonn_qat
 import bonn_qat.models
+from bonn_qat.environment import environment
 from bonn_qat.layers import BinaryConv2d
+from bonn_qat.precision import products
+from bonn_qat.trainer import lay_out
 
 BASE = "float"
-ARMS = (
-    BASE, "binary", "binary + kernel loss", "binary + both losses",
-    "brevitas stock", "brevitas bonn", "brevitas bonn, no QuantTensor",
-)  # fmt: skip
+REGULARIZERS = {"binary + kernel loss": {"kernel": 1e-4}, "binary + both losses": {"kernel": 1e-4, "feature": 1e-3}}
+DEFAULT_ARMS = (BASE, "binary", *REGULARIZERS, "brevitas stock")
+ARMS = (*DEFAULT_ARMS, "brevitas bonn", "brevitas bonn, no QuantTensor")
+EPOCH = 50_000  # images
+BF16_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H200": 989.0}  # dense, by NVIDIA's data sheets
+
+Times = dict[str, list[float]]
+Step = Callable[[], None]
 
 
 def main() -> None:
     """Measure, print a table for each batch size, and write all of it where ``--output`` says."""
-    args = _arguments()
-    torch.set_num_threads(args.threads)
-    # Without it the arm that taps the features would run the code compiled for one of the same shape that does not.
-    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    args = arguments()
+    prepare(args)
     results = []
-    for batch in args.batch:
-        times = measure(args, batch)
-        results.append({"batch": batch, "arms": summarize(times), "seconds": times})
-        print(f"\n{args.model}, batch {batch}, {args.size}x{args.size}, {args.device}, {args.threads} thread(s)")
-        print(table(results[-1]["arms"]))
+    with products(args.precision):
+        for batch in args.batch:
+            results.append(measure(args, batch))
+            print(f"\n{args.model}, batch {batch}, {args.size}x{args.size}, {args.device}, {args.precision}")
+            print(table(results[-1]["arms"]), flush=True)
     if args.output:
-        document = {"options": vars(args) | {"output": None}, "machine": machine(args.device), "results": results}
+        document = {
+            "options": vars(args) | {"output": None},
+            "environment": dict(environment(torch.device(args.device))),
+            "machine": machine(args.device),
+            "results": results,
+        }
         args.output.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def measure(args: argparse.Namespace, batch: int) -> dict[str, list[float]]:
-    """Seconds of one step, a list with one entry for each round, by arm."""
-    arms = {name: _step(name, args, batch) for name in args.arms}
-    for step in arms.values():
-        for _ in range(args.warmup):
-            step()
+def prepare(args: argparse.Namespace) -> None:
+    """Set torch up as the options say."""
+    torch.set_num_threads(args.threads)
+    # The search for the fastest convolution happens in the steps before the first round.
+    torch.backends.cudnn.benchmark = True
+    # All arms are one function to the compiler, each with code of its own; with the hooks left out of the guards, the
+    # arm that taps the features would run the code of one of the same shape that does not.
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+
+
+def measure(args: argparse.Namespace, batch: int) -> dict[str, Any]:
+    """Time every arm; the entry of ``results`` for this batch size."""
+    torch._dynamo.reset()
+    steps: dict[str, Step] = {}
+    first: dict[str, float] = {}
+    flops: dict[str, float] = {}
+    for arm in args.arms:
+        for mode in (None, *args.compile):
+            name = arm if mode is None else f"{arm}, {_label(mode)}"
+            steps[name], flops[name] = make_step(arm, args, batch, mode)
+            start = time.perf_counter()
+            steps[name]()
+            synchronize(args.device)
+            first[name] = time.perf_counter() - start
+            for _ in range(args.warmup):
+                steps[name]()
+    result: dict[str, Any] = {"batch": batch, "first_step_seconds": first}
+    if args.device == "cuda":
+        result["synchronizations"] = {name: _synchronizations(step) for name, step in steps.items()}
+    times = alternate(steps, args)
+    return result | {"arms": summarize(times, batch, flops, args.peak_tflops), "seconds": times}
+
+
+def alternate(steps: dict[str, Step], args: argparse.Namespace) -> Times:
+    """Seconds of one step, by arm, in rounds that each start with another arm."""
     clock = time.process_time if args.clock == "process" else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    order = list(arms)
+    times: Times = {name: [] for name in steps}
+    order = list(steps)
     for _ in range(args.rounds):
         order.append(order.pop(0))
         for name in order:
-            _synchronize(args.device)
+            synchronize(args.device)
             start = clock()
             for _ in range(args.repeat):
-                arms[name]()
-            _synchronize(args.device)
+                steps[name]()
+            synchronize(args.device)
             times[name].append((clock() - start) / args.repeat)
     return times
 
 
-def summarize(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Median milliseconds of each arm, and the ratio to the first arm: of the medians, and over the rounds."""
-    base = next(iter(times.values()))
-    summary = {}
+def summarize(times: Times, batch: int, flops: dict[str, float], peak: float | None) -> dict[str, dict[str, Any]]:
+    """By arm: milliseconds, images per second, seconds per epoch, ratios, and TFLOP/s.
+
+    ``to`` holds the ratio to the float arm, eager and of each compile mode, of the same round: median, least, largest.
+    The network's FLOPs are two for each MAC, the backward pass counts as two forward passes; ``share_of_peak`` is of
+    ``peak``, in TFLOP/s.
+    """
+    summary: dict[str, dict[str, Any]] = {}
+    bases = [name for name in times if name.partition(",")[0] == BASE]
     for name, seconds in times.items():
-        ratios = [mine / other for mine, other in zip(seconds, base, strict=True)]
+        median = statistics.median(seconds)
+        tflops = flops[name] / median / 1e12
         summary[name] = {
-            "median_ms": 1e3 * statistics.median(seconds),
+            "median_ms": 1e3 * median,
             "fastest_ms": 1e3 * min(seconds),
-            "ratio_of_medians": statistics.median(seconds) / statistics.median(base),
-            "ratio_min": min(ratios),
-            "ratio_median": statistics.median(ratios),
-            "ratio_max": max(ratios),
+            "images_per_second": batch / median,
+            "epoch_seconds": EPOCH / batch * median,
+            "tflops": tflops,
+            "share_of_peak": tflops / peak if peak else None,
+            "to": {base: _ratios(seconds, times[base]) for base in bases},
         }
     return summary
 
 
-def table(summary: dict[str, dict[str, float]]) -> str:
-    """The summary as text; the ratios are those of single rounds, the last column compares the fastest ones."""
-    base = next(iter(summary.values()))
-    lines = [f"{'arm':32}{'median ms':>11}{'ratio':>8}{'min':>7}{'max':>7}{'fastest':>9}"]
+def _ratios(mine: list[float], base: list[float]) -> dict[str, float]:
+    ratios = [a / b for a, b in zip(mine, base, strict=True)]
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def table(summary: dict[str, dict[str, Any]]) -> str:
+    """The summary as text; ratios are medians over the rounds, with the least and the largest."""
+    bases = list(next(iter(summary.values()))["to"])
+    head = f"{'arm':40}{'ms':>9}{'images/s':>10}{'s/epoch':>9}"
+    lines = [head + "".join(f"{'to ' + base:>26}" for base in bases) + f"{'TFLOP/s':>9}{'of peak':>9}"]
     for name, row in summary.items():
+        ratios = (row["to"][base] for base in bases)
+        cells = "".join(f"{r['median']:12.3f} ({r['min']:.2f} to {r['max']:.2f})" for r in ratios)
+        share = "-" if row["share_of_peak"] is None else f"{row['share_of_peak']:.2%}"
         lines.append(
-            f"{name:32}{row['median_ms']:11.1f}{row['ratio_median']:8.2f}{row['ratio_min']:7.2f}"
-            f"{row['ratio_max']:7.2f}{row['fastest_ms'] / base['fastest_ms']:9.2f}"
+            f"{name:40}{row['median_ms']:9.1f}{row['images_per_second']:10.0f}{row['epoch_seconds']:9.1f}{cells}"
+            f"{row['tflops']:9.3f}{share:>9}"
         )
     return "\n".join(lines)
 
@@ -118,42 +182,41 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def _step(arm: str, args: argparse.Namespace, batch: int) -> Callable[[], None]:
+def make_step(arm: str, args: argparse.Namespace, batch: int, mode: str | None) -> tuple[Step, float]:
+    """One step of ``arm``, eager or compiled in ``mode``, and the FLOPs of its network."""
     torch.manual_seed(0)
-    model = _network(arm, args).to(args.device).train()
-    # The losses look at the modules, not at the compiled wrapper around them.
-    losses: list[Callable[[torch.Tensor], torch.Tensor]] = []
-    extra: list[nn.Module] = []
-    if "loss" in arm:
-        kernel = bonn_qat.KernelLoss(model)
-        extra.append(kernel)
-        losses.append(lambda targets: kernel())
-    if "both" in arm:
-        feature = bonn_qat.FeatureLoss(model)
-        extra.append(feature)
-        losses.append(feature)
-    parameters = [p for module in (model, *extra) for p in module.parameters()]
-    optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, weight_decay=1e-4)
-    network: Callable[[torch.Tensor], torch.Tensor] = torch.compile(model) if args.compile else model
-    images = torch.randn(batch, 3, args.size, args.size, device=args.device)
+    model = _network(arm, args).to(args.device)
+    report = bonn_qat.summary(model, (3, args.size, args.size))
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    objective = bonn_qat.Objective(model, regularizers=REGULARIZERS.get(arm, {})).to(args.device).train()
+    lay_out(model, layout)
+    groups = bonn_qat.parameter_groups(objective, lr=1e-3, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(groups, lr=1e-3, momentum=0.9, nesterov=True, fused=True)
+    images = torch.randn(batch, 3, args.size, args.size, device=args.device).contiguous(memory_format=layout)
     targets = torch.randint(args.classes, (batch,), device=args.device)
+    forward: Callable[..., Any] = objective if mode is None else torch.compile(objective, mode=mode)
+    half = args.precision == "float16"
+    scaler = torch.amp.GradScaler(args.device, enabled=half)
 
     def step() -> None:
-        loss = nn.functional.cross_entropy(network(images), targets)
-        for term in losses:
-            loss = loss + term(targets)
+        if mode is not None:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        # Before the forward pass, because gradients of CUDA graphs lie where the next one writes.
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        with torch.autocast(args.device, torch.float16, enabled=half):
+            loss = forward(images, targets).total
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
 
-    return step
+    return step, 2.0 * 3 * report.macs * batch
 
 
 def _network(arm: str, args: argparse.Namespace) -> nn.Module:
     model: nn.Module = timm.create_model(args.model, num_classes=args.classes)
     if arm == BASE:
         return model
-    model = bonn_qat.binarize(model, args.scheme)
+    model = bonn_qat.binarize(model, args.scheme, input_size=(3, args.size, args.size))
     return _brevitas_form(model, arm) if arm.startswith("brevitas") else model
 
 
@@ -184,33 +247,72 @@ def _brevitas_form(model: nn.Module, arm: str) -> nn.Module:
     return adapter.skip_quant_tensors(model) if "no QuantTensor" in arm else model
 
 
-def _synchronize(device: str) -> None:
+def _label(mode: str) -> str:
+    return "compiled" if mode == "default" else mode
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def _arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def _synchronizations(step: Step) -> int:
+    with _watched_synchronizations() as caught:
+        step()
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+@contextlib.contextmanager
+def _watched_synchronizations() -> Iterator[list[warnings.WarningMessage]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield caught
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; the float arm is always there and comes first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="wrn22_16", help="a timm model (default: %(default)s)")
     parser.add_argument("--scheme", default="bonn")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help=f"of {ARMS}")
-    parser.add_argument("--batch", nargs="+", type=int, default=[64, 4])
+    parser.add_argument("--arms", nargs="+", default=DEFAULT_ARMS, choices=ARMS, metavar="ARM", help=f"of {ARMS}")
+    parser.add_argument("--batch", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--size", type=int, default=32, help="height and width of the images")
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--repeat", type=int, default=1, help="steps in one timing")
-    parser.add_argument("--warmup", type=int, default=2, help="steps of each arm before the first round")
+    parser.add_argument("--repeat", type=int, help="steps in one timing (default: 1, on a GPU 10)")
+    parser.add_argument("--warmup", type=int, default=3, help="steps of each arm before the first round")
     parser.add_argument(
         "--clock", default="wall", choices=["wall", "process"], help="process: CPU time, for a machine with other work"
     )
-    parser.add_argument("--compile", action="store_true", help="torch.compile every arm's network")
+    parser.add_argument(
+        "--compile", nargs="*", metavar="MODE", choices=["default", "reduce-overhead", "max-autotune"],
+        help="add a compiled arm beside each eager one, for each of these modes of torch.compile (none named: default)",
+    )  # fmt: skip
+    parser.add_argument("--channels-last", action="store_true", help="images and weights in channels_last")
+    parser.add_argument(
+        "--precision", default="float32", choices=["float32", "tf32", "float16"],
+        help="tf32 is of GPUs; float16 is autocast, with a loss scale",
+    )  # fmt: skip
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--peak-tflops", type=float, help="the device's peak for bf16, dense (known: H100 SXM, H200); gives the share"
+    )
     parser.add_argument("--output", type=Path, help="a JSON file for the result")
     args = parser.parse_args(argv)
-    if BASE in args.arms:
-        args.arms.remove(BASE)
-    args.arms = [BASE, *args.arms]
+    args.arms = [BASE, *(arm for arm in args.arms if arm != BASE)]
+    args.compile = [] if args.compile is None else args.compile or ["default"]
+    on_gpu = args.device == "cuda"
+    args.repeat = args.repeat or (10 if on_gpu else 1)
+    if on_gpu and args.clock == "process":
+        parser.error("--clock process counts the CPU's time; a GPU's needs --clock wall")
+    if on_gpu and args.peak_tflops is None:
+        args.peak_tflops = BF16_TFLOPS.get(torch.cuda.get_device_name())
     return args
 
 
