@@ -211,3 +211,18 @@ def test_a_quantizer_of_ones_own_needs_one_method():
     assert answer.bit_width == 1
     with pytest.raises(TypeError, match="abstract"):
         WeightQuantizer()  # type: ignore[abstract]
+
+
+@pytest.mark.parametrize("granularity", ["kernel", "filter"])
+@pytest.mark.parametrize("options", [{}, {"reading": "inverse"}, {"gradient": "derivative"}], ids=str)
+def test_a_compiler_follows_every_reading_of_bonns_weights(options, granularity):
+    quantizer = BonnWeight(WEIGHT, granularity=granularity, **options)
+    results = []
+    for call in (quantizer.quantize, torch.compile(quantizer.quantize, backend="eager", fullgraph=True)):
+        latent = WEIGHT.clone().requires_grad_()
+        value, scale = call(latent)
+        gradients = torch.autograd.grad(value, [latent, quantizer.modulation], WEIGHT.flip(0))
+        results.append((value.detach(), scale, *gradients))
+    for mine, compiled in zip(*results, strict=True):
+        assert torch.equal(mine, compiled)
+    assert results[0][3].any()
