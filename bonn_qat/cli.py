@@ -1,6 +1,9 @@
 """The command ``bonn-qat``: parse, call a verb, print."""
 
 import errno
+import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -14,13 +17,13 @@ from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from bonn_qat.errors import BonnQatError
+from bonn_qat.errors import BonnQatError, InvalidRecipe
 
 if TYPE_CHECKING:
     from bonn_qat.recipe import Recipe
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Train and compare 1-bit networks.")
-console = Console()
+console = Console(quiet=os.environ.get("RANK", "0") != "0")  # under a launcher the first process speaks
 
 DataOption = Annotated[
     str | None,
@@ -29,6 +32,18 @@ DataOption = Annotated[
 DataDir = Annotated[Path | None, typer.Option(help="Where named data sets lie or are downloaded to.")]
 Model = Annotated[str | None, typer.Option(help="Any timm model; by default the recipe's.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A TOML recipe instead of the one for the data.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A key of the recipe, VALUE as in TOML: milestones=[20,40], scheme_options.granularity=plane; repeatable.",
+    ),
+]
+Jobs = Annotated[
+    int,
+    typer.Option(min=1, help="Runs at once, each a process of its own; on a CPU at most the number of cores."),
+]
 Size = Annotated[int, typer.Option(help="Height and width for the pictures of an image folder.")]
 
 
@@ -47,6 +62,8 @@ def compare(
     train_images: Annotated[int | None, typer.Option(help="Train on a fixed random part.")] = None,
     test_images: Annotated[int | None, typer.Option(help="Test on a fixed random part.")] = None,
     recipe: RecipeFile = None,
+    settings: Settings = None,
+    jobs: Jobs = 1,
     data_dir: DataDir = None,
     img_size: Size = 224,
     output: Annotated[
@@ -59,6 +76,7 @@ def compare(
     from bonn_qat.recipe import Recipe
     from bonn_qat.report import differences, terminal_table
     from bonn_qat.results import MANIFEST, PAGE, read_comparison
+    from bonn_qat.settings import with_settings
 
     base = Recipe.from_toml(recipe) if recipe else Recipe.default(data or "digits")
     flags: dict[str, Any] = {
@@ -71,11 +89,17 @@ def compare(
         "test_images": test_images,
     }
     base = replace(base, **{key: value for key, value in flags.items() if value is not None})
+    base = with_settings(base, _without_arms(settings or []))
     planned = comparing.plan(base, schemes=_parts(schemes), seeds=range(seeds), latents=_parts(latents))
     loaded = load(
-        base.data, directory=data_dir, train_images=base.train_images, test_images=base.test_images, size=img_size
+        base.data,
+        directory=data_dir,
+        train_images=base.train_images,
+        test_images=base.test_images,
+        validation_images=base.validation_images,
+        size=img_size,
     )
-    directory = output or Path("results") / f"{loaded.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    directory = _directory(output, loaded.name)
     console.print(
         f"{loaded.name}: {loaded.train_size} training and {loaded.test_size} test images; {base.model}, "
         f"{base.epochs} epochs; {len(planned)} runs; results in {directory}",
@@ -84,7 +108,7 @@ def compare(
     before = read_comparison(directory).results if (directory / MANIFEST).exists() else ()
     left = {run.name for run in planned} - {result.name for result in before}
     with _stoppable(directory), _progress(len(left)) as watch:
-        comparison = comparing.compare(planned, loaded, directory, watch=watch)
+        comparison = comparing.compare(planned, loaded, directory, jobs=jobs, watch=watch)
     console.print(terminal_table(comparison))
     for difference in differences(comparison):
         console.print(str(difference), soft_wrap=True, markup=False)
@@ -92,6 +116,57 @@ def compare(
     for name, reason in comparison.failures.items():
         console.print(f"failed: {name}: {reason}", soft_wrap=True, markup=False)
     if comparison.failures or comparison.missing:
+        raise typer.Exit(1)
+
+
+@app.command()
+def reproduce(
+    study: Annotated[str, typer.Argument(help="table2, table3, table4, fig3 to fig6, ablation, ..., or a TOML file.")],
+    scale: Annotated[float, typer.Option(help="The share of the paper's work: epochs and images shrink alike.")] = 1.0,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds; by default the study's.")] = None,
+    rates: Annotated[
+        str, typer.Option(help="Comma-separated learning rates: each arm takes its best, by held-out images.")
+    ] = "",
+    search_scale: Annotated[float, typer.Option(help="The share of a run's work that the search trains for.")] = 0.25,
+    only: Annotated[str, typer.Option(help="Comma-separated settings of the study; by default all.")] = "",
+    data: Annotated[
+        str | None, typer.Option(help="Other data, or the image folder of table2, table4 and fig6.")
+    ] = None,
+    settings: Settings = None,
+    jobs: Jobs = 1,
+    workers: Annotated[int, typer.Option(help="Processes that read an image folder.")] = 8,
+    data_dir: DataDir = None,
+    img_size: Size = 224,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory for the results; an existing one is continued, or shared by studies.")
+    ] = None,
+) -> None:
+    """Run a table or figure of the paper, and report its numbers beside ours.
+
+    Under torchrun or accelerate launch every run is spread over the processes.
+    """
+    from bonn_qat import reproduce as reproducing
+    from bonn_qat import study as studies
+    from bonn_qat import study_report
+
+    chosen = studies.load(study).only(_parts(only))
+    directory = _directory(output, chosen.name)
+    searched = [_rate(part) for part in _parts(rates)]
+    count = reproducing.runs(chosen, seeds, searched)
+    console.print(f"{chosen.title}; {count} runs, scale {scale:g}; results in {directory}", soft_wrap=True)
+    with _stoppable(directory), _progress(count) as watch:
+        result = reproducing.reproduce(
+            chosen, directory, scale=scale, seeds=seeds, rates=searched, search_scale=search_scale,
+            settings=settings or [], data=data, data_directory=data_dir, size=img_size, workers=workers, jobs=jobs,
+            watch=watch,
+        )  # fmt: skip
+    for table in study_report.terminal_tables(result):
+        console.print(table)
+    console.print(f"report: {directory / f'{chosen.name}.html'}", soft_wrap=True)
+    comparisons = [setting.comparison for setting in result.settings]
+    for name, reason in (failure for comparison in comparisons for failure in comparison.failures.items()):
+        console.print(f"failed: {name}: {reason}", soft_wrap=True, markup=False)
+    if any(comparison.failures or comparison.missing for comparison in comparisons):
         raise typer.Exit(1)
 
 
@@ -145,6 +220,9 @@ def schemes() -> None:
     )
 
 
+_TERMINATED = 128 + signal.SIGTERM
+
+
 class _Stopped(Exception):
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
@@ -154,19 +232,24 @@ class _Stopped(Exception):
 @contextmanager
 def _stoppable(directory: Path) -> Iterator[None]:
     kept = f"finished runs are kept; the same command with --output {directory} goes on from them"
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
     try:
         yield
     except KeyboardInterrupt:
         raise _Stopped(130, f"interrupted; {kept}") from None
+    except SystemExit:
+        raise _Stopped(_TERMINATED, f"terminated; {kept}") from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise _Stopped(3, f"the disk is full; {kept}") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
 def _progress(runs: int) -> Iterator[Callable[["Recipe", int], AbstractContextManager[Callable[[], None]]]]:
-    """A bar for all runs and one for the run under way, with the time that is left."""
+    """A bar for all runs and one for each that is under way, with the time that is left."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True), console=console) as bars:
         whole = bars.add_task("all runs", total=runs)
@@ -176,7 +259,7 @@ def _progress(runs: int) -> Iterator[Callable[["Recipe", int], AbstractContextMa
             task = bars.add_task(recipe.name, total=steps)
             try:
                 yield lambda: bars.advance(task)
-            except BonnQatError:
+            except Exception:
                 bars.advance(whole)  # a run that failed is over, one that was interrupted is not
                 raise
             else:
@@ -187,6 +270,30 @@ def _progress(runs: int) -> Iterator[Callable[["Recipe", int], AbstractContextMa
         yield watch
 
 
+def _without_arms(settings: list[str]) -> list[str]:
+    for setting in settings:
+        key = setting.partition("=")[0].strip()
+        if key in ("scheme", "seed"):
+            raise InvalidRecipe(f"{key} is another one in every run of a comparison; use --{key}s")
+    return settings
+
+
+def _directory(output: Path | None, name: str) -> Path:
+    from bonn_qat import distributed
+
+    # Of several processes each has a clock of its own.
+    return output or Path("results") / f"{name}-{distributed.agreed(f'{datetime.now():%Y%m%d-%H%M%S}')}"
+
+
+def _rate(text: str) -> float:
+    from bonn_qat.errors import InvalidRecipe
+
+    try:
+        return float(text)
+    except ValueError as error:
+        raise InvalidRecipe(f"{text!r} in --rates is no number; write --rates 0.01,0.1") from error
+
+
 def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
@@ -194,10 +301,14 @@ def _parts(text: str) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code.
 
-    0; 1 when a run failed; 2 for bad input, 3 for a full disk, 130 for Ctrl-C, each with one line on stderr.
+    0; 1 when a run failed; 2 for bad input, 3 for a full disk, 130 for Ctrl-C, 143 for SIGTERM, each with one line on
+    stderr.
     """
+    from bonn_qat.distributed import process_group
+
     try:
-        app(args=arguments)
+        with process_group():
+            app(args=arguments)
     except SystemExit as stop:
         return int(stop.code or 0)
     except _Stopped as stopped:

@@ -1,29 +1,29 @@
 """compare: the same network, data order and budget for every scheme, seed and start of the latent weights."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pluggy
 
-from bonn_qat import plugins
-from bonn_qat.checkpoint import write_tensors
+from bonn_qat import distributed, plugins
 from bonn_qat.data import Data
-from bonn_qat.errors import BonnQatError, InvalidData, InvalidRecipe
+from bonn_qat.errors import InvalidData, InvalidRecipe
+from bonn_qat.jobs import at_once, check_jobs, in_turn
 from bonn_qat.recipe import Recipe
 from bonn_qat.report import REFERENCE, write_report
 from bonn_qat.results import (
     MANIFEST,
     PAGE,
-    RUNS,
     Comparison,
     RunResult,
     read_comparison,
     write_manifest,
-    write_run,
 )
-from bonn_qat.train import build, check, steps, train
+from bonn_qat.train import check
+from bonn_qat.worker import Outcome, Watch
 
 ARMS = ("float", "xnor", "bireal", "pcnn", "bonn")
 ALL = "all"
@@ -68,32 +68,53 @@ def compare(
     data: Data,
     directory: Path,
     *,
-    watch: Callable[[Recipe, int], contextlib.AbstractContextManager[Callable[[], None]]] | None = None,
+    jobs: int = 1,
+    watch: Watch | None = None,
     pm: pluggy.PluginManager | None = None,
 ) -> Comparison:
     """Run every recipe that ``directory`` has no result for, and write the report.
 
     Each finished run is a file of its own, with its weights beside it, and the one under way leaves a checkpoint
     after each epoch: after an interruption the report names what is missing, and the same call goes on where it
-    stopped. A run that
-    diverges is reported as failed, and the others go on. ``watch(recipe, steps)`` gives a context in which the
-    value is called after each step.
+    stopped. A run that diverges is reported as failed, and the others go on. ``watch(recipe, steps)`` gives a context
+    in which the value is called after each step.
 
-    Raises UnknownName before anything is run, InvalidData for a directory that holds another comparison. An
-    interruption or a full disk is raised again after the report is written.
+    With ``jobs`` above 1 so many runs go on at once, each in a process of its own: several on one GPU where the
+    kernels are too small to fill it, or as many as there are cores, which they share as threads unless
+    ``OMP_NUM_THREADS`` says otherwise. With as many threads the results are those of one job, on a CPU bit for bit. A
+    run whose process dies has failed. ``watch`` and observers are called in this process, for several runs in turns;
+    what the plugins of ``pm`` offer is sent, so their functions must be importable and their objects fit to be pickled.
+    A script keeps its call below ``if __name__ == "__main__":``. In a process group (see :func:`bonn_qat.train`) every
+    process makes the same call, and the first alone writes and calls the observers; jobs is then 1.
+
+    Raises UnknownName and InvalidRecipe before anything is run, InvalidData for a directory that holds another
+    comparison, BonnQatError for what cannot be sent to another process. An interruption or a full disk is raised
+    again after the report is written.
     """
+    check_jobs(jobs)
+    is_first = distributed.rank() == 0
     hook = (pm or plugins.manager()).hook
     for recipe in recipes:
         check(recipe, pm)
     comparison = _begin(recipes, data, directory)
-    hook.bonn_qat_before_comparison(directory=directory, recipes=list(recipes))
+    missing: dict[str, Recipe] = {}
+    for recipe in recipes:
+        if recipe.name in comparison.missing:
+            missing.setdefault(recipe.name, recipe)
+    run = functools.partial(at_once, jobs=jobs) if jobs > 1 else in_turn
     try:
-        for recipe in recipes:
-            if recipe.name in comparison.missing:
-                comparison = _run(comparison, recipe, data, watch or _no_watch, pm)
+        if is_first:
+            hook.bonn_qat_before_comparison(directory=directory, recipes=list(recipes))
+        with contextlib.closing(
+            run(list(missing.values()), data, directory, watch=watch or _no_watch, pm=pm)
+        ) as outcomes:
+            for recipe, outcome in outcomes:
+                comparison = _with_outcome(comparison, recipe, outcome)
+                if is_first and isinstance(outcome, str):
+                    write_manifest(comparison)
     finally:
-        page = _write_report(comparison)
-        hook.bonn_qat_after_comparison(directory=directory, report=page)
+        if is_first:
+            hook.bonn_qat_after_comparison(directory=directory, report=_write_report(comparison))
     return comparison
 
 
@@ -107,6 +128,7 @@ def _begin(recipes: Sequence[Recipe], data: Data, directory: Path) -> Comparison
         "test": data.test_size,
     }
     results: Sequence[RunResult] = ()
+    distributed.wait()  # for what the first process may still write there
     if (directory / MANIFEST).exists():
         before = read_comparison(directory)
         wanted = {recipe.name: recipe.to_dict() for recipe in recipes}
@@ -117,34 +139,20 @@ def _begin(recipes: Sequence[Recipe], data: Data, directory: Path) -> Comparison
         results = before.results
         planned = list(dict.fromkeys([*before.planned, *planned]))
     comparison = Comparison(directory=directory, data=described, planned=planned, results=results)
+    distributed.wait()  # until all have read
     try:
-        write_manifest(comparison)
+        if distributed.rank() == 0:
+            write_manifest(comparison)
     except OSError as error:
         raise InvalidData(f"cannot write results to {directory}: {error.strerror}") from error
     return comparison
 
 
-def _run(
-    comparison: Comparison,
-    recipe: Recipe,
-    data: Data,
-    watch: Callable[[Recipe, int], contextlib.AbstractContextManager[Callable[[], None]]],
-    pm: pluggy.PluginManager | None,
-) -> Comparison:
-    try:
-        model = build(recipe, data, pm)
-        runs = comparison.directory / RUNS
-        unfinished = runs / f"{recipe.name}.unfinished.safetensors"
-        with watch(recipe, steps(recipe, data)) as tick:
-            result = train(model, recipe, data, checkpoint=unfinished, tick=tick, pm=pm)
-        write_tensors(runs / f"{recipe.name}.safetensors", model.state_dict())
-        write_run(comparison.directory, result)
-        unfinished.unlink(missing_ok=True)
-    except BonnQatError as error:
-        comparison = replace(comparison, failures={**comparison.failures, recipe.name: str(error)})
-        write_manifest(comparison)
-        return comparison
-    return replace(comparison, results=[*comparison.results, result])
+def _with_outcome(comparison: Comparison, recipe: Recipe, outcome: Outcome) -> Comparison:
+    if isinstance(outcome, str):
+        return replace(comparison, failures={**comparison.failures, recipe.name: outcome})
+    results = sorted([*comparison.results, outcome], key=lambda result: comparison.planned.index(result.name))
+    return replace(comparison, results=results)
 
 
 def _write_report(comparison: Comparison) -> Path:

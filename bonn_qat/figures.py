@@ -227,6 +227,49 @@ def final_accuracy(comparison: Comparison) -> str | None:
     return svg()
 
 
+@dataclass(frozen=True, kw_only=True)
+class SweepPoint:
+    """An arm of an ablation: the weights of the two losses, and what was reached with them, in percent."""
+
+    kernel: float  # lambda
+    feature: float  # theta
+    accuracies: tuple[float, ...]  # of the seeds
+    paper: float | None = None
+
+
+def sweeps(points: Sequence[SweepPoint]) -> str | None:
+    """Accuracy over lambda with theta = 0, and over theta with the lambda that has most points: ours and the paper's.
+
+    A panel that would have fewer than two points is left out.
+    """
+    counts: dict[float, int] = {}
+    for point in points:
+        counts[point.kernel] = counts.get(point.kernel, 0) + 1
+    best = max(counts, key=lambda kernel: counts[kernel], default=0.0)
+    panels = {
+        "lambda, the kernel loss's weight (theta = 0)": {p.kernel: p for p in points if p.feature == 0},
+        f"theta, the feature loss's weight (lambda = {best:g})": {p.feature: p for p in points if p.kernel == best},
+    }
+    panels = {name: dict(sorted(found.items())) for name, found in panels.items() if len(found) > 1}
+    if not panels:
+        return None
+    with _canvas("sweep", height=3.8) as (figure, svg):
+        for axis, (name, found) in zip(_row(figure, len(panels)), panels.items(), strict=True):
+            for place, point in enumerate(found.values()):
+                axis.plot([place] * len(point.accuracies), point.accuracies, "o", color=HERO_COLOUR, alpha=0.5, mew=0)
+            means = [sum(point.accuracies) / len(point.accuracies) for point in found.values()]
+            axis.plot(means, color=HERO_COLOUR, linewidth=2.0, label="ours")
+            papers = [(place, point.paper) for place, point in enumerate(found.values()) if point.paper is not None]
+            if papers:
+                axis.plot(*zip(*papers, strict=True), "s--", color="#777777", markersize=5, label="paper")
+            axis.set_xticks(range(len(found)), [f"{value:g}" for value in found])
+            axis.set_xlabel(name)
+            axis.margins(x=0.08, y=0.12)
+        figure.axes[0].set_ylabel("test top-1 (%)")
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return svg()
+
+
 DRAWINGS: Mapping[str, Callable[[Comparison], str | None]] = {
     "final": final_accuracy,
     "accuracy": accuracy_curves,
@@ -240,6 +283,7 @@ TITLES = {
     "histograms": "Latent weights over the epochs",
     "values": "Binary values over the epochs",
     "flips": "Flips over the epochs",
+    "sweep": "Accuracy over the weights of the losses",
 }
 CAPTIONS = {
     "final": "A point is a seed, the bar and the number are the mean. Look at whether the points of two schemes "
@@ -255,6 +299,8 @@ CAPTIONS = {
     "values": "The magnitude that every binary weight of a layer shares (its mean, where each filter has its own), "
     "on a logarithmic axis. In the paper BONN's values grow by several times and settle high, while those of "
     "XNOR-Net shrink. Mirrors Fig. 5.",
+    "sweep": "A point is a seed, the line goes through the means; squares are the paper's figures. The horizontal axis "
+    "has the values that were tried, one beside the other, and no scale.",
     "flips": "The part of all binary weights whose sign at the end of an epoch is not that of its beginning, on a "
     "logarithmic axis; the mean over the seeds. Signs that still change late have not settled; signs that never change "
     "were decided by the start.",

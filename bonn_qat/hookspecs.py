@@ -45,7 +45,11 @@ def bonn_qat_before_comparison(directory: Path, recipes: list[Recipe]) -> None:
 
 @hookspec
 def bonn_qat_before_run(recipe: Recipe, model: nn.Module) -> None:
-    """A training run begins; ``model`` is binarized and on its device."""
+    """A training run begins; ``model`` is binarized and on its device.
+
+    With several jobs this and the next two are called in the process that compares, for several runs in turns, each
+    run's own in order; ``model`` is then a copy from before the training, on the CPU.
+    """
 
 
 @hookspec

@@ -133,6 +133,18 @@ def differences(comparison: Comparison, reference: tuple[str, str] | None = None
     ]
 
 
+def difference(comparison: Comparison, reference: tuple[str, str], other: tuple[str, str]) -> Difference:
+    """The paired difference of two arms, each (scheme, latents), as in :func:`differences`.
+
+    Raises UnknownName for an arm without a finished run.
+    """
+    arms = {arm[0].arm: arm for arm in figures.arms(comparison)}
+    for arm in (reference, other):
+        if arm not in arms:
+            raise UnknownName("arm", "/".join(arm), map("/".join, arms))
+    return _difference(comparison, arms[reference], arms[other])
+
+
 def residual_spread(arms: Sequence[Mapping[int, float]]) -> tuple[float, int] | None:
     """Standard deviation of one paired difference and its degrees of freedom, from ``arms``: seed -> accuracy.
 
@@ -166,10 +178,10 @@ def terminal_table(comparison: Comparison) -> Table:
 
 def html_report(comparison: Comparison) -> str:
     """A page that stands alone: no scripts, and nothing that is loaded from elsewhere."""
-    heading = escape(_heading(comparison))
+    heading = _heading(comparison)
     body = "\n".join(
         (
-            f"<header><h1>{heading}</h1><p>{escape(_setting(comparison))}</p></header>",
+            f"<header><h1>{escape(heading)}</h1><p>{escape(_setting(comparison))}</p></header>",
             _state(comparison),
             _results(comparison),
             _figures(comparison),
@@ -177,12 +189,17 @@ def html_report(comparison: Comparison) -> str:
             _environment(comparison),
         )
     )
+    return page(heading, body)
+
+
+def page(title: str, body: str) -> str:
+    """A whole HTML document in the reports' style; ``title`` is text, ``body`` is HTML."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{heading}</title>
+<title>{escape(title)}</title>
 <style>{CSS}</style>
 </head>
 <body>
@@ -387,10 +404,11 @@ def _figures(comparison: Comparison) -> str:
         return f'<section class="box open"><p>{escape(str(error))}</p></section>'
     if not pictures:
         return ""
-    return "<section><h2>Figures</h2>" + "".join(map(_figure, pictures)) + "</section>"
+    return "<section><h2>Figures</h2>" + "".join(map(figure, pictures)) + "</section>"
 
 
-def _figure(picture: figures.Picture) -> str:
+def figure(picture: figures.Picture) -> str:
+    """A picture with title and caption, as HTML."""
     caption = f"<figcaption>{escape(picture.caption)}</figcaption>"
     return f'<h3>{escape(picture.title)}</h3><figure><div class="scroll">{picture.svg}</div>{caption}</figure>'
 

@@ -69,12 +69,12 @@ class Comparison:
 
 def write_run(directory: Path, result: RunResult) -> Path:
     """Write ``runs/NAME.json`` below ``directory``."""
-    return write_json(directory / RUNS / f"{result.name}.json", {"format": FORMAT, **asdict(result)})
+    return write_json(directory / RUNS / f"{result.name}.json", asdict(result))
 
 
 def read_run(path: Path) -> RunResult:
     """Read what :func:`write_run` wrote. Raises InvalidData naming the file and what is wrong with it."""
-    content = _read_json(path)
+    content = read_json(path)
     known = {f.name for f in fields(RunResult)}
     if set(content) != known:
         raise InvalidData(f"{path} is not a run's result: its keys differ in {sorted(set(content) ^ known)}")
@@ -86,7 +86,6 @@ def write_manifest(comparison: Comparison) -> Path:
     return write_json(
         comparison.directory / MANIFEST,
         {
-            "format": FORMAT,
             "data": comparison.data,
             "planned": comparison.planned,
             "failures": comparison.failures,
@@ -96,7 +95,7 @@ def write_manifest(comparison: Comparison) -> Path:
 
 def read_comparison(directory: Path) -> Comparison:
     """Read a comparison with the runs that are finished. Raises InvalidData if there is none in ``directory``."""
-    manifest = _read_json(directory / MANIFEST)
+    manifest = read_json(directory / MANIFEST)
     paths = [directory / RUNS / f"{name}.json" for name in manifest["planned"]]
     results = [read_run(path) for path in paths if path.exists()]
     return Comparison(directory=directory, results=results, **manifest)
@@ -104,7 +103,7 @@ def read_comparison(directory: Path) -> Comparison:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> Path:
     """Write a file that is there whole or not at all, also when the disk is full."""
-    return write_text(path, json.dumps(content, indent=1))
+    return write_text(path, json.dumps({"format": FORMAT, **content}, indent=1))
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -112,7 +111,8 @@ def write_text(path: Path, text: str) -> Path:
     return write_whole(path, text.encode())
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a table that :func:`write_json` wrote, without its ``format``. Raises InvalidData naming the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -21,15 +21,17 @@ RANKS = {
     1: ("checkpoint", "policy", "quantizers", "results", "data"),
     2: ("scheme", "regularizers", "figures"),
     3: ("recipe", "hookspecs", "report"),
-    4: ("plugins", "layers", "bonn", "models", "schedule"),
-    5: ("binarize", "objective"),
+    4: ("plugins", "layers", "bonn", "models", "schedule", "settings", "study"),
+    5: ("binarize", "objective", "study_report"),
     6: ("adapters", "bop", "summary", "diagnose", "metrics"),
     7: ("trainer",),
     8: ("train",),
-    9: ("compare",),
-    10: ("study",),
-    11: ("cli",),
-    12: ("__init__",),
+    9: ("worker",),
+    10: ("jobs",),
+    11: ("compare",),
+    12: ("reproduce",),
+    13: ("cli",),
+    14: ("__init__",),
 }
 RANK = {name: rank for rank, names in RANKS.items() for name in names}
 HOSTS = {
