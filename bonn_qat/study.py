@@ -1,0 +1,186 @@
+"""Study: a table or figure of a paper as data: which arms, in which settings, with the paper's numbers beside them."""
+
+import importlib.resources
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bonn_qat.errors import InvalidRecipe, UnknownName
+from bonn_qat.recipe import Recipe
+
+FEWEST_TEST_IMAGES = 2000  # of a scaled study: their noise is 1 point then
+_STUDY = ("title", "source", "note", "seeds", "chain", "figures", "recipe", "settings")
+_SETTING = ("name", "title", "recipe", "arms")
+_ARM = ("scheme", "label", "latents", "recipe", "paper")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyArm:
+    """One row: a recipe, and what the paper has for it, ``top1`` and ``top5`` in percent; or nothing."""
+
+    label: str  # empty: the scheme's own title
+    recipe: Recipe
+    paper: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Arms that share network and data, and so a comparison."""
+
+    name: str  # also of its directory
+    title: str
+    arms: tuple[StudyArm, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A table or figure: its settings, and how it is to be read.
+
+    ``chain`` sets each arm against the row above it; ``figures`` are names of :data:`bonn_qat.figures.DRAWINGS`.
+    """
+
+    name: str
+    title: str
+    source: str
+    note: str
+    seeds: int
+    chain: bool
+    figures: tuple[str, ...]
+    settings: tuple[Setting, ...]
+
+    def only(self, names: Sequence[str]) -> "Study":
+        """The same study with the named settings alone; all for no name. Raises UnknownName."""
+        known = {setting.name: setting for setting in self.settings}
+        for name in names:
+            if name not in known:
+                raise UnknownName(f"setting of {self.name}", name, known)
+        return replace(self, settings=tuple(s for s in self.settings if not names or s.name in names))
+
+
+def names() -> list[str]:
+    """The studies that come with the package."""
+    files = (importlib.resources.files("bonn_qat") / "studies").iterdir()
+    return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
+
+
+def load(name: str) -> Study:
+    """A study that comes with the package, or a TOML file by its path.
+
+    Raises UnknownName for a name that is neither, or a key that no study has; InvalidRecipe for impossible values.
+    """
+    if name.endswith(".toml"):
+        return _read(Path(name).stem, Path(name))
+    if name not in names():
+        raise UnknownName("study", name, [*names(), "the path of a .toml file"])
+    with importlib.resources.as_file(importlib.resources.files("bonn_qat") / "studies") as folder:
+        return _read(name, folder / f"{name}.toml")
+
+
+def scaled(recipe: Recipe, scale: float, *, train_images: int, test_images: int) -> Recipe:
+    """The recipe with ``scale`` times the work: epochs and training images each times its square root.
+
+    ``train_images`` and ``test_images`` are what there is; the numbers of a recipe that takes a part are scaled from
+    there. At least 2,000 test images stay, or all there are. Milestones move with the epochs. A scale of 1 changes
+    nothing. Raises InvalidRecipe for a scale that is not above 0 and at most 1.
+    """
+    if not 0 < scale <= 1:
+        raise InvalidRecipe(f"the scale is {scale:g}; allowed: above 0, at most 1 (the paper's own size)")
+    if scale == 1:
+        return recipe
+    share = math.sqrt(scale)
+    train, test = recipe.train_images or train_images, recipe.test_images or test_images
+    return replace(
+        recipe,
+        epochs=max(1, round(share * recipe.epochs)),
+        milestones=tuple(max(1, round(share * milestone)) for milestone in recipe.milestones),
+        train_images=max(1, round(share * train)),
+        test_images=min(test, max(FEWEST_TEST_IMAGES, round(share * test))),
+    )
+
+
+def _read(name: str, path: Path) -> Study:
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidRecipe(f"cannot read the study {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InvalidRecipe(f"{path} is not TOML: {error}") from error
+    _known("study", content, _STUDY)
+    base = _base(path, content.get("recipe"))
+    found = tuple(_setting(base, setting) for setting in _tables("settings", content.get("settings")))
+    twice = {setting.name for setting in found if sum(other.name == setting.name for other in found) > 1}
+    if twice:
+        raise InvalidRecipe(f"two settings of {path.name} are named {' and '.join(sorted(twice))}")
+    return Study(
+        name=name,
+        title=str(content.get("title", name)),
+        source=str(content.get("source", "")),
+        note=str(content.get("note", "")),
+        seeds=int(content.get("seeds", 1)),
+        chain=bool(content.get("chain", False)),
+        figures=tuple(content.get("figures", ())),
+        settings=found,
+    )
+
+
+def _base(path: Path, file: Any) -> Mapping[str, Any]:
+    """The recipe that a study's arms start from: a file beside the study's, by its relative path."""
+    if not isinstance(file, str):
+        raise InvalidRecipe(
+            f"the recipe of the study {path.name} is {file!r}; the path of a recipe beside it is needed"
+        )
+    return Recipe.from_toml(path.parent / file).to_dict()
+
+
+def _setting(base: Mapping[str, Any], content: Mapping[str, Any]) -> Setting:
+    _known("setting", content, _SETTING)
+    if "name" not in content:
+        raise InvalidRecipe("a setting of a study has no name")
+    own = {**base, **_table("recipe of a setting", content.get("recipe", {}))}
+    arms = tuple(_arm(own, arm) for arm in _tables("arms", content.get("arms")))
+    runs = [arm.recipe.name for arm in arms]
+    if len(set(runs)) < len(runs):
+        twice = next(run for run in runs if runs.count(run) > 1)
+        raise InvalidRecipe(
+            f"two arms of the setting {content['name']!r} are both {twice!r}; arms of one setting differ in scheme, "
+            "options or latents"
+        )
+    return Setting(name=content["name"], title=str(content.get("title", content["name"])), arms=arms)
+
+
+def _arm(base: Mapping[str, Any], content: Mapping[str, Any]) -> StudyArm:
+    _known("arm", content, _ARM)
+    if "scheme" not in content:
+        raise InvalidRecipe("an arm of a study has no scheme")
+    changes = dict(_table("recipe of an arm", content.get("recipe", {})))
+    if "latents" in content:
+        changes["latents"] = content["latents"]
+    recipe = Recipe.from_dict({**base, **changes}).with_variant(content["scheme"])
+    if recipe.scheme == "float":
+        recipe = replace(recipe, latents="float")
+    paper = _table("paper of an arm", content.get("paper", {}))
+    _known("paper's numbers", paper, ("top1", "top5"))
+    return StudyArm(
+        label=str(content.get("label", "")), recipe=recipe, paper={key: float(value) for key, value in paper.items()}
+    )
+
+
+def _known(kind: str, content: Mapping[str, Any], keys: Sequence[str]) -> None:
+    for key in content:
+        if key not in keys:
+            raise UnknownName(f"key of a {kind}", key, keys)
+
+
+def _table(kind: str, content: Any) -> Mapping[str, Any]:
+    if not isinstance(content, Mapping):
+        raise InvalidRecipe(f"the {kind} is {content!r}; a table is needed")
+    return content
+
+
+def _tables(kind: str, content: Any) -> list[Mapping[str, Any]]:
+    if not isinstance(content, list) or not content:
+        raise InvalidRecipe(f"a study needs at least one of its {kind}, as an array of tables")
+    return [_table(f"entry of {kind}", entry) for entry in content]
