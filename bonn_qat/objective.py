@@ -88,20 +88,26 @@ class Objective(nn.Module):
 
 
 def parameter_groups(
-    *modules: nn.Module, lr: float, weight_decay: float, modulation_lr_scale: float = 0.1
+    *modules: nn.Module,
+    lr: float,
+    weight_decay: float,
+    modulation_lr_scale: float = 0.1,
+    modulation_decay_scale: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Optimizer groups with the paper's rates: an Objective, or a model and its regularizers.
 
     BONN's modulation w and the kernel loss' sigma learn at ``modulation_lr_scale`` times ``lr``. The latent
-    weights, w and the float layers decay; biases, norms, PReLU slopes, mu, sigma and the class spreads do not.
+    weights and the float layers decay, w by ``modulation_decay_scale`` times ``weight_decay``; biases, norms, PReLU
+    slopes, mu, sigma and the class spreads do not.
     """
     groups: dict[ParameterRule, list[nn.Parameter]] = {}
     for rule, parameter in _rules(modules):
         groups.setdefault(rule, []).append(parameter)
     result = []
     for rule, parameters in groups.items():
-        scale = modulation_lr_scale if rule.slow else 1.0
-        result.append({"params": parameters, "lr": lr * scale, "weight_decay": weight_decay if rule.decay else 0.0})
+        rate, decay = (modulation_lr_scale, modulation_decay_scale) if rule.slow else (1.0, 1.0)
+        decay = weight_decay * decay if rule.decay else 0.0
+        result.append({"params": parameters, "lr": lr * rate, "weight_decay": decay})
     return result
 
 

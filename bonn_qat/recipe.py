@@ -57,6 +57,7 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     modulation_lr_scale: float = 0.1
+    modulation_decay_scale: float = 1.0
     schedule: str = "one_cycle"
     warmup: float = 0.3
     milestones: tuple[int, ...] = ()
@@ -87,7 +88,7 @@ class Recipe:
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in (
             "train_images", "test_images", "validation_images",
-            "seed", "momentum", "weight_decay", "warmup", "label_smoothing",
+            "seed", "momentum", "weight_decay", "modulation_decay_scale", "warmup", "label_smoothing",
         ):  # fmt: skip
             _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         _check(

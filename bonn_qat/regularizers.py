@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, final
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from bonn_qat import functional
+from bonn_qat import distributed, functional
 from bonn_qat.errors import InvalidData, InvalidModel, InvalidRecipe
 from bonn_qat.modes import modes
 from bonn_qat.policy import classifier as find_classifier
@@ -199,16 +198,13 @@ class _ClassCentres(Regularizer):
     @torch.no_grad()
     def _move_centres(self, features: Tensor, targets: Tensor) -> None:
         numerator, counts = functional.centre_update(features, targets, self.centres)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(numerator)
-            dist.all_reduce(counts)
-        self.centres -= self.alpha * numerator / (1 + counts)
+        self.centres -= self.alpha * distributed.add_up(numerator) / (1 + distributed.add_up(counts))
 
     @torch.no_grad()
     def measure(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Set the centres to the class means over ``batches``; returns the standard deviations and the counts.
 
-        They are ``(M, D)`` and ``(M, 1)``.
+        They are ``(M, D)`` and ``(M, 1)``. In a process group, ``batches`` are this process' share.
         """
         (model,) = self._model
         count = torch.zeros_like(self.centres[:, :1], dtype=torch.float64)
@@ -221,6 +217,7 @@ class _ClassCentres(Regularizer):
                 count.index_add_(0, targets, torch.ones_like(features[:, :1]))
                 total.index_add_(0, targets, features)
                 squares.index_add_(0, targets, features.square())
+        count, total, squares = map(distributed.add_up, (count, total, squares))
         means = total / count.clamp(min=1)
         self.centres.copy_(means)
         return (squares / count.clamp(min=1) - means.square()).clamp(min=0).sqrt().float(), count

@@ -166,7 +166,7 @@ class Scheme:
             if nonlinearity not in NONLINEARITIES:
                 raise UnknownName(f"nonlinearity of the scheme {self.name!r}", nonlinearity, NONLINEARITIES)
             changed["nonlinearity"] = NONLINEARITIES[nonlinearity]
-        changed["stages"] = tuple(_reweighed(stage, options) for stage in self.stages)
+        changed["stages"] = tuple(reweighed(stage, options) for stage in self.stages)
         for part in _PARTS:
             make = getattr(self, part)
             passed = {key: value for key, value in options.items() if key in _keywords(make)}
@@ -181,7 +181,8 @@ class Scheme:
 _PARTS = ("weight", "activation", "output")
 
 
-def _reweighed(stage: Stage, options: Mapping[str, Any]) -> Stage:
+def reweighed(stage: Stage, options: Mapping[str, Any]) -> Stage:
+    """``stage`` with other weights for the regularizers that it has. Raises InvalidRecipe for an impossible weight."""
     weights = {name: options.get(name, weight) for name, weight in stage.regularizers.items()}
     for name, weight in weights.items():
         if not number(weight) >= 0:

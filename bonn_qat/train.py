@@ -23,8 +23,9 @@ from bonn_qat.trainer import Trainer, lay_out
 
 
 def recipe_scheme(recipe: Recipe, pm: pluggy.PluginManager | None = None) -> Scheme:
-    """The recipe's scheme with its options and start of the latents. Raises UnknownName."""
-    scheme = plugins.find_scheme(recipe.scheme, pm).configure(recipe.scheme_options)
+    """The recipe's scheme with its options, stages and start of the latents. Raises UnknownName and InvalidRecipe."""
+    scheme = plugins.find_scheme(recipe.scheme, pm)
+    scheme = replace(scheme, stages=recipe.stages or scheme.stages).configure(recipe.scheme_options)
     return scheme if recipe.latents == "scheme" else replace(scheme, latent_std=recipe.latent_std)
 
 
@@ -36,7 +37,7 @@ def check(recipe: Recipe, pm: pluggy.PluginManager | None = None) -> None:
 
     if not timm.is_model(recipe.model):
         raise UnknownName("model", recipe.model, timm.list_models())
-    for stage in recipe.stages or recipe_scheme(recipe, pm).stages:
+    for stage in recipe_scheme(recipe, pm).stages:
         for name in stage.regularizers:
             plugins.find_regularizer(name, pm)
     for name in recipe.regularizer_options:
@@ -53,7 +54,7 @@ def build(recipe: Recipe, data: Data, pm: pluggy.PluginManager | None = None) ->
     torch.manual_seed(recipe.seed)
     model, scheme = _network(recipe, data), recipe_scheme(recipe, pm)
     # A stage with float weights wants them as they are: the latents' scale comes with the first binary stage.
-    float_first = (recipe.stages or scheme.stages)[0].weights == "float"
+    float_first = scheme.stages[0].weights == "float"
     start = replace(scheme, latent_std=None) if float_first else scheme
     model = binarize(model, start, skip=recipe.skip, include=recipe.include, inplace=True, pm=pm)
     if recipe.checkpoint:

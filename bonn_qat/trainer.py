@@ -24,7 +24,7 @@ from bonn_qat.recipe import Recipe
 from bonn_qat.regularizers import latent_weights
 from bonn_qat.results import RunResult
 from bonn_qat.schedule import lr_factor, stage_of
-from bonn_qat.scheme import Stage
+from bonn_qat.scheme import Stage, reweighed
 from bonn_qat.summary import summary
 
 _BINS = 61
@@ -63,7 +63,8 @@ class Trainer:
         lay_out(self.model, self.layout)
         self.recipe, self.data, self.device, self.tick = recipe, data.to(device), device, tick
         self.scheme = record.scheme
-        self.stages = recipe.stages or self.scheme.stages
+        own = tuple(reweighed(stage, recipe.scheme_options) for stage in recipe.stages)
+        self.stages = own or self.scheme.stages
         names = {name: 0.0 for stage in self.stages for name in stage.regularizers}
         self.objective = Objective(
             model, task, regularizers=names, options=recipe.regularizer_options, distillation=distillation, pm=pm
@@ -74,6 +75,7 @@ class Trainer:
             lr=recipe.lr,
             weight_decay=recipe.weight_decay,
             modulation_lr_scale=recipe.modulation_lr_scale,
+            modulation_decay_scale=recipe.modulation_decay_scale,
         )
         self.optimizer = _optimizer(recipe, groups, device)
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
