@@ -31,7 +31,7 @@ RANKS = {
     11: ("compare",),
     12: ("reproduce",),
     13: ("cli",),
-    14: ("__init__",),
+    14: ("__init__", "__main__"),
 }
 RANK = {name: rank for rank, names in RANKS.items() for name in names}
 HOSTS = {

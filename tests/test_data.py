@@ -1,4 +1,5 @@
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -146,3 +147,41 @@ def test_labels_out_of_range_are_told() -> None:
         data.TensorData("x", (images, bad), (images, good), classes=2, pad=0, flip=False)
     with pytest.raises(InvalidData, match="the test set of 'x' holds no images"):
         data.TensorData("x", (images, good), (images[:0], good[:0]), classes=2, pad=0, flip=False)
+
+
+def test_validation_images_are_held_out_of_the_training_images() -> None:
+    whole, part = data.load("digits", train_images=90), data.load("digits", train_images=90, validation_images=30)
+    assert (part.train_size, part.test_size) == (60, 30)
+
+    def pixels(found: data.Data, batches: Iterator[data.Batch]) -> set[tuple[float, ...]]:
+        images = torch.cat([images for images, _ in batches]) * found._std + found._mean
+        return {tuple(row) for row in images.round().flatten(1).tolist()}
+
+    everything, trained = pixels(whole, whole.measure_batches()), pixels(part, part.measure_batches())
+    held_out = pixels(part, part.test_batches())
+    assert trained | held_out == everything
+    assert not trained & held_out
+    with pytest.raises(InvalidData, match="90 images were to be held out for validation, of 90 training images"):
+        data.load("digits", train_images=90, validation_images=90)
+
+
+def test_validation_images_of_a_folder_come_without_augmentation(tmp_path: Path) -> None:
+    _images(tmp_path / "train", count=6)
+    _images(tmp_path / "val", count=2)
+    folder = data.load(str(tmp_path), size=16, validation_images=4)
+    assert (folder.train_size, folder.test_size) == (8, 4)
+    first, second = (torch.cat([images for images, _ in folder.test_batches()]) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_data_on_a_device_give_the_same_batches() -> None:
+    digits = data.load("digits", train_images=40)
+    moved = digits.to(torch.device("cpu"))
+    for one, two in zip(
+        digits.train_batches(16, _generator(), augment=True), moved.train_batches(16, _generator(), augment=True),
+        strict=True,
+    ):  # fmt: skip
+        assert torch.equal(one[0], two[0])
+        assert torch.equal(one[1], two[1])
+    meta = digits.to(torch.device("meta"))  # all tensors have moved, or this would mix devices
+    assert {images.device.type for images, _ in meta.train_batches(16, _generator(), augment=True)} == {"meta"}

@@ -88,3 +88,27 @@ def test_names_tell_runs_apart() -> None:
     base = Recipe()
     others = [dataclasses.replace(base, **change) for change in ({"seed": 1}, {"scheme": "xnor"}, {"latents": "float"})]
     assert len({recipe.name for recipe in [base, *others]}) == 4
+
+
+def test_factors_let_a_later_stage_start_higher_again() -> None:
+    recipe = Recipe(epochs=10, schedule="step", milestones=(3, 6, 8), factors=(0.2, 0.1, 0.02))
+    assert [lr_factor(recipe, epoch) for epoch in (0, 2.9, 3, 6, 8, 9.9)] == [1, 1, 0.2, 0.1, 0.02, 0.02]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"milestones": (3, 6), "factors": (0.1,)},
+            r"factors in the recipe is \(0.1,\); allowed: one for each milestone",
+        ),
+        ({"milestones": (3,), "factors": (0.0,)}, "factors in the recipe is .*numbers above 0"),
+        ({"regularizer_options": {"kernel": 3}}, "regularizer_options.kernel in the recipe is 3; allowed: a table"),
+        ({"validation_images": -1}, "validation_images in the recipe is -1; allowed: at least 0"),
+        ({"compile": "fast"}, "unknown compile in the recipe 'fast'"),
+        ({"precision": "bfloat16"}, "unknown precision in the recipe 'bfloat16'; did you mean 'float16'"),
+    ],
+)
+def test_impossible_ways_to_train_are_told(changes: dict[str, object], words: str) -> None:
+    with pytest.raises((InvalidRecipe, UnknownName), match=words):
+        Recipe(**changes)  # type: ignore[arg-type]
