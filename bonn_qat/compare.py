@@ -131,9 +131,11 @@ def _begin(recipes: Sequence[Recipe], data: Data, directory: Path) -> Comparison
     distributed.wait()  # for what the first process may still write there
     if (directory / MANIFEST).exists():
         before = read_comparison(directory)
-        wanted = {recipe.name: recipe.to_dict() for recipe in recipes}
+        wanted = {recipe.name: recipe for recipe in recipes}
         if dict(before.data) != described or any(
-            wanted.get(run.name, run.recipe) != run.recipe for run in before.results
+            # A key that came with a later version has its default in a result of an earlier one.
+            run.name in wanted and wanted[run.name] != Recipe.from_dict(run.recipe)
+            for run in before.results
         ):
             raise InvalidData(f"{directory} holds a comparison of other recipes or data; choose another directory")
         results = before.results

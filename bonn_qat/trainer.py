@@ -134,7 +134,7 @@ class Trainer:
     def resume(self, path: Path) -> int:
         """Take up the run where ``path`` left it; returns the number of epochs that are done."""
         tensors, header = read_tensors(path)
-        if header.get("recipe") != self.recipe.to_dict():
+        if Recipe.from_dict(header.get("recipe", {})) != self.recipe:
             raise InvalidData(f"{path} is not a checkpoint of this recipe; delete it, or give another path")
         parts: dict[str, dict[str, Tensor]] = {"objective": {}, "optimizer": {}, "random": {}}
         for name, tensor in tensors.items():
