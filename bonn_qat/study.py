@@ -2,19 +2,24 @@
 
 import importlib.resources
 import math
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from bonn_qat import figures
 from bonn_qat.errors import InvalidRecipe, UnknownName
+from bonn_qat.quantizers import number
 from bonn_qat.recipe import Recipe
 
 FEWEST_TEST_IMAGES = 2000  # of a scaled study: their noise is 1 point then
 _STUDY = ("title", "source", "note", "seeds", "chain", "figures", "recipe", "settings")
 _SETTING = ("name", "title", "recipe", "arms")
 _ARM = ("scheme", "label", "latents", "recipe", "paper")
+_SHARED = ("model", "data", "train_images", "test_images", "validation_images")
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +44,8 @@ class Setting:
 class Study:
     """A table or figure: its settings, and how it is to be read.
 
-    ``chain`` sets each arm against the row above it; ``figures`` are names of :data:`bonn_qat.figures.DRAWINGS`.
+    ``chain`` sets each arm against the row above it; ``figures`` are names of :data:`bonn_qat.figures.TITLES`.
+    Raises InvalidRecipe for less than one seed, UnknownName for another figure.
     """
 
     name: str
@@ -50,6 +56,13 @@ class Study:
     chain: bool
     figures: tuple[str, ...]
     settings: tuple[Setting, ...]
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise InvalidRecipe(f"seeds of the study {self.name} is {self.seeds}; allowed: at least 1")
+        for figure in self.figures:
+            if figure not in figures.TITLES:
+                raise UnknownName(f"figure of the study {self.name}", figure, figures.TITLES)
 
     def only(self, names: Sequence[str]) -> "Study":
         """The same study with the named settings alone; all for no name. Raises UnknownName."""
@@ -82,23 +95,36 @@ def load(name: str) -> Study:
 def scaled(recipe: Recipe, scale: float, *, train_images: int, test_images: int) -> Recipe:
     """The recipe with ``scale`` times the work: epochs and training images each times its square root.
 
-    ``train_images`` and ``test_images`` are what there is; the numbers of a recipe that takes a part are scaled from
-    there. At least 2,000 test images stay, or all there are. Milestones move with the epochs. A scale of 1 changes
-    nothing. Raises InvalidRecipe for a scale that is not above 0 and at most 1.
+    ``train_images`` and ``test_images`` are what there is, nothing held out; the numbers of a recipe that takes a part
+    are scaled from there. At least 2,000 test images stay, or all there are, and so of validation images. Milestones
+    move with the epochs. A scale of 1 changes nothing. Raises InvalidRecipe for a scale that is not above 0 and at
+    most 1.
     """
-    if not 0 < scale <= 1:
-        raise InvalidRecipe(f"the scale is {scale:g}; allowed: above 0, at most 1 (the paper's own size)")
+    check_scale("scale", scale)
     if scale == 1:
         return recipe
     share = math.sqrt(scale)
     train, test = recipe.train_images or train_images, recipe.test_images or test_images
+    held_out = _tested(share, recipe.validation_images)
+    kept = _tested(share, test)
     return replace(
         recipe,
         epochs=max(1, round(share * recipe.epochs)),
         milestones=tuple(max(1, round(share * milestone)) for milestone in recipe.milestones),
-        train_images=max(1, round(share * train)),
-        test_images=min(test, max(FEWEST_TEST_IMAGES, round(share * test))),
+        train_images=max(1, round(share * (train - recipe.validation_images))) + held_out,
+        test_images=kept if kept < test else recipe.test_images,
+        validation_images=held_out,
     )
+
+
+def check_scale(name: str, scale: float) -> None:
+    """Raise InvalidRecipe for a scale, called ``name``, that is not above 0 and at most 1."""
+    if not 0 < scale <= 1:
+        raise InvalidRecipe(f"the {name} is {scale:g}; allowed: above 0, at most 1 (all of the work)")
+
+
+def _tested(share: float, images: int) -> int:
+    return min(images, max(FEWEST_TEST_IMAGES, round(share * images)))
 
 
 def _read(name: str, path: Path) -> Study:
@@ -108,20 +134,21 @@ def _read(name: str, path: Path) -> Study:
         raise InvalidRecipe(f"cannot read the study {path}: {error.strerror}") from error
     except ValueError as error:
         raise InvalidRecipe(f"{path} is not TOML: {error}") from error
-    _known("study", content, _STUDY)
+    _known("a study", content, _STUDY)
     base = _base(path, content.get("recipe"))
     found = tuple(_setting(base, setting) for setting in _tables("settings", content.get("settings")))
     twice = {setting.name for setting in found if sum(other.name == setting.name for other in found) > 1}
     if twice:
         raise InvalidRecipe(f"two settings of {path.name} are named {' and '.join(sorted(twice))}")
+    drawn: list[Any] = _value("a study", content, "figures", [])
     return Study(
         name=name,
-        title=str(content.get("title", name)),
-        source=str(content.get("source", "")),
-        note=str(content.get("note", "")),
-        seeds=int(content.get("seeds", 1)),
-        chain=bool(content.get("chain", False)),
-        figures=tuple(content.get("figures", ())),
+        title=_value("a study", content, "title", name),
+        source=_value("a study", content, "source", ""),
+        note=_value("a study", content, "note", ""),
+        seeds=_value("a study", content, "seeds", 1),
+        chain=_value("a study", content, "chain", False),
+        figures=tuple(map(str, drawn)),
         settings=found,
     )
 
@@ -136,42 +163,67 @@ def _base(path: Path, file: Any) -> Mapping[str, Any]:
 
 
 def _setting(base: Mapping[str, Any], content: Mapping[str, Any]) -> Setting:
-    _known("setting", content, _SETTING)
-    if "name" not in content:
-        raise InvalidRecipe("a setting of a study has no name")
+    _known("a setting", content, _SETTING)
+    name = _value("a setting", content, "name", "")
+    if not re.fullmatch(r"\w[\w.,=+-]*", name):
+        raise InvalidRecipe(
+            f"a setting of a study has the name {name!r}; one that fits a directory is needed: letters, digits, _.,=+-"
+        )
     own = {**base, **_table("recipe of a setting", content.get("recipe", {}))}
     arms = tuple(_arm(own, arm) for arm in _tables("arms", content.get("arms")))
-    runs = [arm.recipe.name for arm in arms]
+    check_distinct(name, [arm.recipe for arm in arms])
+    return Setting(name=name, title=_value("a setting", content, "title", name), arms=arms)
+
+
+def check_distinct(setting: str, recipes: Sequence[Recipe]) -> None:
+    """Raise InvalidRecipe if two arms of the setting are the same run."""
+    runs = [recipe.name for recipe in recipes]
     if len(set(runs)) < len(runs):
         twice = next(run for run in runs if runs.count(run) > 1)
         raise InvalidRecipe(
-            f"two arms of the setting {content['name']!r} are both {twice!r}; arms of one setting differ in scheme, "
-            "options or latents"
+            f"two arms of the setting {setting!r} are both {twice!r}; arms of one setting differ in scheme, options or "
+            "latents"
         )
-    return Setting(name=content["name"], title=str(content.get("title", content["name"])), arms=arms)
 
 
 def _arm(base: Mapping[str, Any], content: Mapping[str, Any]) -> StudyArm:
-    _known("arm", content, _ARM)
-    if "scheme" not in content:
-        raise InvalidRecipe("an arm of a study has no scheme")
+    _known("an arm", content, _ARM)
+    scheme = _value("an arm", content, "scheme", "")
+    if not scheme:
+        raise InvalidRecipe(f"the arm {dict(content)} of a study has no scheme")
     changes = dict(_table("recipe of an arm", content.get("recipe", {})))
+    for key in _SHARED:
+        if key in changes:
+            raise InvalidRecipe(f"the arm {scheme!r} has a {key} of its own; arms share the one of their setting")
     if "latents" in content:
         changes["latents"] = content["latents"]
-    recipe = Recipe.from_dict({**base, **changes}).with_variant(content["scheme"])
+    recipe = Recipe.from_dict({**base, **changes}).with_variant(scheme)
     if recipe.scheme == "float":
         recipe = replace(recipe, latents="float")
     paper = _table("paper of an arm", content.get("paper", {}))
-    _known("paper's numbers", paper, ("top1", "top5"))
+    _known("the paper's numbers", paper, ("top1", "top5"))
+    for key, value in paper.items():
+        if not 0 <= number(value) <= 100:
+            raise InvalidRecipe(f"the paper's {key} of the arm {scheme!r} is {value!r}; a number of percent is needed")
     return StudyArm(
-        label=str(content.get("label", "")), recipe=recipe, paper={key: float(value) for key, value in paper.items()}
+        label=_value("an arm", content, "label", ""),
+        recipe=recipe,
+        paper={key: float(value) for key, value in paper.items()},
     )
 
 
 def _known(kind: str, content: Mapping[str, Any], keys: Sequence[str]) -> None:
     for key in content:
         if key not in keys:
-            raise UnknownName(f"key of a {kind}", key, keys)
+            raise UnknownName(f"key of {kind}", key, keys)
+
+
+def _value(kind: str, content: Mapping[str, Any], key: str, default: _Value) -> _Value:
+    """``content[key]``, of the type that ``default`` has."""
+    value = content.get(key, default)
+    if type(value) is not type(default):
+        raise InvalidRecipe(f"{key} of {kind} is {value!r}; a value of type {type(default).__name__} is needed")
+    return value
 
 
 def _table(kind: str, content: Any) -> Mapping[str, Any]:
