@@ -1,22 +1,24 @@
 """reproduce: run a study, at the paper's size or a smaller one, with a search for each arm's learning rate if asked."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pluggy
 
 from bonn_qat import compare, distributed, plugins, study_report
 from bonn_qat.data import Data
 from bonn_qat.data import load as load_data
-from bonn_qat.errors import InvalidData, TrainingDiverged
+from bonn_qat.errors import InvalidData, InvalidRecipe, TrainingDiverged
 from bonn_qat.recipe import Recipe
-from bonn_qat.results import Comparison, read_json, write_json
+from bonn_qat.results import MANIFEST, Comparison, read_comparison, read_json, write_json
 from bonn_qat.settings import with_settings
-from bonn_qat.study import FEWEST_TEST_IMAGES, Setting, Study, StudyArm, scaled
-from bonn_qat.study_report import SettingResult, StudyResult
+from bonn_qat.study import FEWEST_TEST_IMAGES, Setting, Study, StudyArm, check_distinct, check_scale, scaled
+from bonn_qat.study_report import SettingResult, StudyResult, runs_of
+from bonn_qat.train import check
 
 FOLDER = "imagenet"  # the data of a study that reads a folder of the user's
 SEARCH = "search"
@@ -50,55 +52,52 @@ def reproduce(
     place of the study's, and is what a study of an image folder needs. Other arguments as for
     :func:`bonn_qat.data.load` and :func:`bonn_qat.compare.compare`.
 
-    Studies may share a directory: runs that another one left there are not run again. Raises InvalidData for a
-    directory that holds the study with another scale or other rates, TrainingDiverged if no rate of an arm came to an
-    end.
+    Studies may share a directory: runs that another one left there are not run again. An interruption is raised again
+    after the page is written with what there is.
+
+    Raises InvalidRecipe and UnknownName, and InvalidData for data that is not there, before anything is written;
+    InvalidData for a directory that holds the study with another scale or other rates, TrainingDiverged if no rate of
+    an arm came to an end.
     """
 
-    @functools.cache
-    def loaded(name: str, train: int, test: int, validation: int) -> Data:
-        if name == FOLDER:
-            raise InvalidData(f"{study.name} reads an image folder of yours; name it: --data DIR")
-        return load_data(
-            name, directory=data_directory, train_images=train, test_images=test, validation_images=validation,
-            size=size, workers=workers,
-        )  # fmt: skip
+    rates = sorted(set(rates))
+    seeds = study.seeds if seeds is None else seeds
+    if seeds < 1:
+        raise InvalidRecipe(f"seeds is {seeds}; allowed: at least 1")
+    check_scale("scale", scale)
+    check_scale("search's scale", search_scale)
+    load = _loader(study, data_directory, size, workers)
 
-    def load(recipe: Recipe) -> Data:
-        return loaded(recipe.data, recipe.train_images, recipe.test_images, recipe.validation_images)
-
-    def run(recipes: list[Recipe], place: Path) -> Comparison:
+    def run(recipes: Sequence[Recipe], place: Path) -> Comparison:
         return compare.compare(recipes, load(recipes[0]), place, jobs=jobs, watch=watch, pm=pm)
 
+    plans = []
+    for paper in study.settings:
+        setting = _changed(paper, settings, data, rates)
+        for arm in setting.arms:
+            check(arm.recipe, pm)
+        load(setting.arms[0].recipe)
+        arms = tuple(_scaled(arm, scale, load) for arm in setting.arms)
+        search = {rate: [_searched(arm, rate, scale * search_scale, load) for arm in setting.arms] for rate in rates}
+        plans.append(_Plan(paper, arms, search))
     hook = (pm or plugins.manager()).hook
     _note(study, directory, scale, rates, search_scale)
     if distributed.rank() == 0:
         hook.bonn_qat_before_comparison(directory=directory, recipes=[])
     done: list[SettingResult] = []
     try:
-        for paper in study.settings:
-            setting = _changed(paper, settings, data)
-            place = directory / setting.name
-            searched = {
-                rate: run([_searched(arm, rate, scale * search_scale, load) for arm in setting.arms],
-                          place / SEARCH / f"lr{rate:g}")
-                for rate in rates
-            }  # fmt: skip
-            arms = tuple(_scaled(arm, scale, load) for arm in setting.arms)
-            if searched:
-                arms = tuple(replace(arm, recipe=replace(arm.recipe, lr=best_rate(arm, searched))) for arm in arms)
-            recipes = [
-                replace(arm.recipe, seed=seed)
-                for seed in range(study.seeds if seeds is None else seeds)
-                for arm in arms
-            ]
-            comparison = run(recipes, place)
-            done.append(SettingResult(paper=paper, arms=arms, comparison=comparison, search=searched))
+        for plan in plans:
+            for found in _carried_out(plan, directory / plan.paper.name, seeds, run):
+                done.append(found)  # one by one, so that what comes before an interruption is kept
     finally:
         result = StudyResult(study=study, scale=scale, settings=tuple(done))
         if distributed.rank() == 0:
-            page = study_report.write(result, directory)
-            hook.bonn_qat_after_comparison(directory=directory, report=page)
+            page = directory / f"{study.name}.html"
+            try:
+                if done:
+                    page = study_report.write(result, directory)
+            finally:
+                hook.bonn_qat_after_comparison(directory=directory, report=page)
     return result
 
 
@@ -115,32 +114,99 @@ def best_rate(arm: StudyArm, searched: Mapping[float, Comparison]) -> float:
 
 def runs(study: Study, seeds: int | None, rates: Sequence[float]) -> int:
     """How many runs :func:`reproduce` makes in an empty directory."""
-    return sum(len(s.arms) for s in study.settings) * ((study.seeds if seeds is None else seeds) + len(rates))
+    return sum(len(s.arms) for s in study.settings) * ((study.seeds if seeds is None else seeds) + len(set(rates)))
 
 
-def _changed(setting: Setting, settings: Sequence[str], data: str | None) -> Setting:
+class _Plan(NamedTuple):
+    """A setting as the study has it, its arms as they will be run, and the runs of the search, by learning rate."""
+
+    paper: Setting
+    arms: tuple[StudyArm, ...]
+    search: Mapping[float, Sequence[Recipe]]
+
+
+def _carried_out(
+    plan: _Plan, place: Path, seeds: int, run: Callable[[Sequence[Recipe], Path], Comparison]
+) -> Iterator[SettingResult]:
+    """The plan's result; also what there is of it before an interruption goes on its way."""
+    searched = {rate: run(recipes, place / SEARCH / f"lr{rate:g}") for rate, recipes in plan.search.items()}
+    arms = plan.arms
+    if searched:
+        arms = tuple(replace(arm, recipe=replace(arm.recipe, lr=best_rate(arm, searched))) for arm in arms)
+    recipes = [replace(arm.recipe, seed=seed) for seed in range(seeds) for arm in arms]
+    result = functools.partial(SettingResult, paper=plan.paper, arms=arms, search=searched)
+    try:
+        comparison = run(recipes, place)
+    except (KeyboardInterrupt, SystemExit, OSError):
+        if (place / MANIFEST).exists():
+            yield result(comparison=_own(read_comparison(place), recipes, arms))
+        raise
+    yield result(comparison=_own(comparison, recipes, arms))
+
+
+def _loader(study: Study, directory: Path | None, size: int, workers: int) -> Callable[[Recipe], Data]:
+    @functools.cache
+    def loaded(name: str, train: int, test: int, validation: int) -> Data:
+        if name == FOLDER and not Path(name).is_dir():
+            raise InvalidData(f"{study.name} reads an image folder of yours; name it: --data DIR")
+        return load_data(
+            name, directory=directory, train_images=train, test_images=test, validation_images=validation,
+            size=size, workers=workers,
+        )  # fmt: skip
+
+    return lambda recipe: loaded(recipe.data, recipe.train_images, recipe.test_images, recipe.validation_images)
+
+
+def _changed(setting: Setting, settings: Sequence[str], data: str | None, rates: Sequence[float]) -> Setting:
+    """The setting with changes of its recipes; a float network has no latents, and keeps its own."""
+    for given in settings:
+        key = given.partition("=")[0].strip()
+        if key in ("scheme", "seed") or (key == "lr" and rates):
+            raise InvalidRecipe(f"{given!r} cannot be set: the study gives each of its runs a {key} of its own")
+
     def change(arm: StudyArm) -> StudyArm:
         recipe = with_settings(arm.recipe, settings)
-        return replace(arm, recipe=replace(recipe, data=data) if data else recipe)
+        recipe = replace(recipe, data=data or recipe.data)
+        return replace(arm, recipe=replace(recipe, latents="float") if recipe.scheme == "float" else recipe)
 
-    return replace(setting, arms=tuple(map(change, setting.arms)))
+    arms = tuple(map(change, setting.arms))
+    check_distinct(setting.name, [arm.recipe for arm in arms])
+    return replace(setting, arms=arms)
 
 
 def _scaled(arm: StudyArm, scale: float, load: Callable[[Recipe], Data]) -> StudyArm:
     if scale == 1:
         return arm
-    whole = load(arm.recipe)
+    whole = load(replace(arm.recipe, validation_images=0))
     return replace(arm, recipe=scaled(arm.recipe, scale, train_images=whole.train_size, test_images=whole.test_size))
 
 
 def _searched(arm: StudyArm, rate: float, scale: float, load: Callable[[Recipe], Data]) -> Recipe:
     """The arm's recipe for the search: smaller, with the rate, and with training images in place of the test set."""
+    if arm.recipe.validation_images:
+        raise InvalidRecipe(
+            f"validation_images in the recipe is {arm.recipe.validation_images}; a search for the rate holds images "
+            "out itself: leave it 0, or leave the rates out"
+        )
     there = load(arm.recipe).train_size
-    held_out = min(FEWEST_TEST_IMAGES, there // 5)
+    held_out = max(1, min(FEWEST_TEST_IMAGES, there // 5))
     recipe = _scaled(arm, scale, load).recipe
     wanted = (recipe.train_images or there) + held_out
     return replace(
-        recipe, lr=rate, seed=0, validation_images=held_out, test_images=0, train_images=0 if wanted > there else wanted
+        recipe, lr=rate, seed=0, validation_images=held_out, test_images=0,
+        train_images=arm.recipe.train_images if wanted > there else wanted,
+    )  # fmt: skip
+
+
+def _own(comparison: Comparison, recipes: Sequence[Recipe], arms: Sequence[StudyArm]) -> Comparison:
+    """The comparison without what other studies have in its directory; of the arms all seeds that there are."""
+    names = [recipe.name for recipe in recipes]
+    kept = [run for arm in arms for run in runs_of(arm, comparison)]
+    return replace(
+        comparison,
+        planned=list(dict.fromkeys([*names, *(run.name for run in kept)])),
+        results=kept,
+        failures={name: why for name, why in comparison.failures.items() if name in names},
     )
 
 
