@@ -1,8 +1,9 @@
-"""Turn the results of `bonn-qat compare` into the dated files of `benchmarks/results`: a table, and what is behind it.
+"""Turn a comparison, or a setting of `reproduce`, into the dated files of `benchmarks/results`: a table and its runs.
 
 Example::
 
     python benchmarks/record.py results/cifar10-20261122-101500 2026-11-22-cifar10-wrn10
+    python benchmarks/record.py results/table3/cifar10-wrn22-16 2026-11-25-table3 --page results/table3/table3.md
 """
 
 import argparse
@@ -21,12 +22,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("name")
+    parser.add_argument("--page", type=Path, help="the study's Markdown, in place of a table of the comparison")
     args = parser.parse_args()
     comparison = read_comparison(args.directory)
     runs = [{key: value for key, value in asdict(run).items() if key != "histograms"} for run in comparison.results]
     content = {"data": comparison.data, "failures": comparison.failures, "missing": comparison.missing, "runs": runs}
     RESULTS.mkdir(exist_ok=True)
-    for suffix, text in ((".md", _page(comparison)), (".json", json.dumps(content) + "\n")):
+    page = args.page.read_text(encoding="utf-8") if args.page else _page(comparison)
+    for suffix, text in ((".md", page), (".json", json.dumps(content) + "\n")):
         with (RESULTS / f"{args.name}{suffix}").open("x", encoding="utf-8") as file:
             file.write(text)
 
