@@ -96,8 +96,11 @@ class ConvShortcutBlock(_BinaryBlock):
             self.shortcut.stride = (1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.shortcut is None else self.shortcut(self.pool(x))
-        x = self._join(self.dropout(self.conv1(self.bn1(x))), shortcut, self.act1)
+        # The pool stands beside the norm and the shortcut's convolution after the other one, because a compiler that
+        # finds a convolution between two uses of x keeps what it could compute again, the mask of the sign.
+        pooled = self.pool(x)
+        y = self.dropout(self.conv1(self.bn1(x)))
+        x = self._join(y, x if self.shortcut is None else self.shortcut(pooled), self.act1)
         return self._join(self.conv2(self.bn2(x)), x, self.act2)
 
 
