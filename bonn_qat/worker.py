@@ -112,7 +112,7 @@ def work(connection: Connection, index: int) -> None:
                 torch.set_num_threads(task.threads)
             (data,) = parent.receive()
             pm = _manager(task.plugins, parent)
-            gpus = torch.cuda.device_count()
+            gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
             device = torch.device("cuda", index % gpus) if gpus else None
             keep = parent.keep if task.sends_models else lambda model: None
             while True:

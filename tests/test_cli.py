@@ -1,10 +1,14 @@
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from bonn_qat import cli
+from bonn_qat.jobs import in_turn
 from bonn_qat.results import PAGE, read_comparison
 
 TINY = ["--train-images", "32", "--test-images", "16", "--epochs", "1", "-b", "16"]
@@ -37,6 +41,10 @@ def test_compare_prints_the_table_and_writes_the_page(tmp_path: Path, capsys: py
         (["compare", "--data", "no/such/folder"], 2, "the image folder no/such/folder does not exist"),
         (["compare", "--recipe", "none.toml"], 2, "cannot read the recipe none.toml"),
         (["compare", "--epochs", "0"], 2, "epochs in the recipe is 0; allowed: at least 1"),
+        (["compare", "--set", "lr"], 2, "the setting 'lr' is not of the form KEY=VALUE"),
+        (["compare", "--set", "lrr=1"], 2, "unknown key of a recipe 'lrr'; did you mean 'lr'"),
+        (["compare", "--set", "lr=fast"], 2, "lr of a recipe is 'fast'; a value of type float is needed"),
+        (["compare", "--set", "seed=3"], 2, "seed is another one in every run of a comparison; use --seeds"),
         (["compare", "--train-images", "99999"], 2, "99999 images were asked for, there are 1438"),
         (["report", "nowhere"], 2, "cannot read nowhere"),
         (["summary", "resnet18", "--scheme", "bon"], 2, "unknown scheme 'bon'"),
@@ -74,26 +82,50 @@ def test_a_failed_run_gives_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFi
     assert "failed: bonn-0.01-seed0: the loss term" in capsys.readouterr().out
 
 
+def test_settings_and_jobs_reach_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def at_once(*args: Any, jobs: int, **others: Any) -> Any:
+        asked.append(jobs)
+        return in_turn(*args, **others)
+
+    monkeypatch.setattr("bonn_qat.compare.at_once", at_once)
+    settings = ["--set", "momentum=0.5", "--set", "scheme_options.clip=0.5", "--set", "validation_images=8"]
+    arguments = ["--schemes", "bonn", *TINY, *settings, "--jobs", "3", "--output", str(tmp_path)]
+    assert cli.main(["compare", *arguments]) == 0
+    found = read_comparison(tmp_path)
+    (result,) = found.results
+    assert (result.recipe["momentum"], result.scheme) == (0.5, "bonn:clip=0.5")
+    assert (found.data["train"], found.data["test"]) == (24, 8)
+    assert asked == [3]
+
+
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
+        (None, 143, "terminated; finished runs are kept; the same command with --output"),
         (KeyboardInterrupt(), 130, "interrupted; finished runs are kept; the same command with --output"),
         (OSError(28, "No space left on device"), 3, "the disk is full; finished runs are kept"),
     ],
 )
 def test_stopping_is_told_in_one_line(
-    error: BaseException, code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    error: BaseException | None, code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     def stop(*args: object, **kwargs: object) -> None:
-        raise error
+        if error is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            raise error
 
-    monkeypatch.setattr("bonn_qat.compare.train", stop)
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("bonn_qat.worker.train", stop)
     assert cli.main(["compare", "--schemes", "bonn", *TINY, "--output", str(tmp_path)]) == code
     told = capsys.readouterr().err
     assert words in told
     assert told.count("\n") == 1
     assert read_comparison(tmp_path).missing == ["bonn-0.01-seed0"]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_summary_and_schemes_print_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
