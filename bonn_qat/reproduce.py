@@ -12,7 +12,7 @@ import pluggy
 from bonn_qat import compare, distributed, plugins, study_report
 from bonn_qat.data import Data
 from bonn_qat.data import load as load_data
-from bonn_qat.errors import InvalidData, InvalidRecipe, TrainingDiverged
+from bonn_qat.errors import InvalidData, InvalidRecipe, TrainingDiverged, UnknownName
 from bonn_qat.recipe import Recipe
 from bonn_qat.results import MANIFEST, Comparison, read_comparison, read_json, write_json
 from bonn_qat.settings import with_settings
@@ -48,9 +48,10 @@ def reproduce(
     ``scale`` is the share of the paper's work (:func:`bonn_qat.study.scaled`); ``seeds`` are counted from 0, by
     default as many as the study says. With ``rates`` each arm is first trained with each learning rate, on
     ``search_scale`` of the work and seed 0, with training images held out in place of the test set; it then takes the
-    one that was best there. ``settings`` are changes of every recipe, such as ``batch_size=64``; ``data`` takes the
-    place of the study's, and is what a study of an image folder needs. Other arguments as for
-    :func:`bonn_qat.data.load` and :func:`bonn_qat.compare.compare`.
+    one that was best there. ``settings`` are changes of every recipe, such as ``batch_size=64``, or of those whose
+    scheme has the option: ``scheme_options.reading=inverse``; ``data`` takes the place of the study's, and is what a
+    study of an image folder needs. Other arguments as for :func:`bonn_qat.data.load` and
+    :func:`bonn_qat.compare.compare`.
 
     Studies may share a directory: runs that another one left there are not run again. An interruption is raised again
     after the page is written with what there is.
@@ -73,7 +74,7 @@ def reproduce(
 
     plans = []
     for paper in study.settings:
-        setting = _changed(paper, settings, data, rates)
+        setting = _changed(paper, settings, data, rates, pm)
         for arm in setting.arms:
             check(arm.recipe, pm)
         load(setting.arms[0].recipe)
@@ -157,15 +158,36 @@ def _loader(study: Study, directory: Path | None, size: int, workers: int) -> Ca
     return lambda recipe: loaded(recipe.data, recipe.train_images, recipe.test_images, recipe.validation_images)
 
 
-def _changed(setting: Setting, settings: Sequence[str], data: str | None, rates: Sequence[float]) -> Setting:
-    """The setting with changes of its recipes; a float network has no latents, and keeps its own."""
+def _scheme_option(given: str) -> str | None:
+    table, _, option = given.partition("=")[0].strip().partition(".")
+    return option or None if table == "scheme_options" else None
+
+
+def _changed(
+    setting: Setting,
+    settings: Sequence[str],
+    data: str | None,
+    rates: Sequence[float],
+    pm: pluggy.PluginManager | None,
+) -> Setting:
+    """The setting with changes of its recipes; a float network has no latents, and keeps its own.
+
+    An option of a scheme is one for the arms whose schemes have it.
+    """
     for given in settings:
         key = given.partition("=")[0].strip()
         if key in ("scheme", "seed") or (key == "lr" and rates):
             raise InvalidRecipe(f"{given!r} cannot be set: the study gives each of its runs a {key} of its own")
 
+    options = {given: name for given in settings if (name := _scheme_option(given))}
+    offered = {arm.recipe.scheme: plugins.find_scheme(arm.recipe.scheme, pm).takes for arm in setting.arms}
+    for option in options.values():
+        if not any(option in names for names in offered.values()):
+            raise UnknownName(f"option of a scheme in {setting.name!r}", option, set().union(*offered.values()))
+
     def change(arm: StudyArm) -> StudyArm:
-        recipe = with_settings(arm.recipe, settings)
+        known = offered[arm.recipe.scheme]
+        recipe = with_settings(arm.recipe, [g for g in settings if options.get(g) is None or options[g] in known])
         recipe = replace(recipe, data=data or recipe.data)
         return replace(arm, recipe=replace(recipe, latents="float") if recipe.scheme == "float" else recipe)
 

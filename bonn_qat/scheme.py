@@ -147,6 +147,15 @@ class Scheme:
         weight = 32 if self.weight is None else self.weight(torch.ones(2, 1, 1, 1)).bits
         return f"{weight}/{32 if self.activation is None else self.activation(1).bits}"
 
+    @property
+    def takes(self) -> set[str]:
+        """Every name that :meth:`configure` takes."""
+        return self._own | self.options.keys()
+
+    @property
+    def _own(self) -> set[str]:
+        return {f.name for f in fields(self)} - {"name", "title", "reference", "stages", *_PARTS}
+
     def configure(self, options: Mapping[str, Any]) -> "Scheme":
         """A copy with other options: this class's own fields, keyword arguments of the quantizers, regularizers.
 
@@ -156,11 +165,10 @@ class Scheme:
         Raises UnknownName for an option or a nonlinearity that there is not, InvalidRecipe for a weight that is no
         number of at least 0, and what the quantizers raise for an impossible value.
         """
-        own = {f.name for f in fields(self)} - {"name", "title", "reference", "stages", *_PARTS}
         for option in options:
-            if option not in own | self.options.keys():
-                raise UnknownName(f"option of the scheme {self.name!r}", option, own | self.options.keys())
-        changed: dict[str, Any] = {key: value for key, value in options.items() if key in own}
+            if option not in self.takes:
+                raise UnknownName(f"option of the scheme {self.name!r}", option, self.takes)
+        changed: dict[str, Any] = {key: value for key, value in options.items() if key in self._own}
         nonlinearity = options.get("nonlinearity")
         if isinstance(nonlinearity, str):
             if nonlinearity not in NONLINEARITIES:
