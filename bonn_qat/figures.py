@@ -143,12 +143,13 @@ def latent_histograms(comparison: Comparison) -> str | None:
     if not shown:
         return None
     colour, names = colours(comparison), labels(comparison)
-    with _canvas("histograms", height=(1.8 if len(shown) <= 6 else 1.3) * len(shown) + 0.7) as (figure, svg):
+    height, letters = (1.8, 18) if len(shown) <= 6 else (1.3, 12)  # inches of a row, letters that fit beside it
+    with _canvas("histograms", height=height * len(shown) + 0.7) as (figure, svg):
         grid = figure.subplots(len(shown), len(layers), squeeze=False)
         for arm, axes in zip(shown, grid, strict=True):
             for axis, layer in zip(axes, layers, strict=True):
                 _ridges(axis, _snapshots(arm, layer), colour[arm[0].scheme])
-            name = "\n".join(textwrap.wrap(names[arm[0].arm], 18, break_on_hyphens=False))
+            name = "\n".join(textwrap.wrap(names[arm[0].arm], letters, break_on_hyphens=False))
             axes[0].set_ylabel(_plain(name), color=colour[arm[0].scheme], fontweight="bold")
         for axis, layer in zip(grid[0], layers, strict=True):
             axis.set_title(_plain(layer))
