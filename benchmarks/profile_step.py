@@ -65,10 +65,11 @@ def main() -> None:
         document = json.loads(args.input.read_text())
     else:
         torch.set_num_threads(args.threads)
+        found = dict(environment(torch.device(args.device)))
         results = [measure(net, batch, args) for batch in args.batch for net in NETS]
         document = {
             "options": vars(args) | {"output": None, "input": None},
-            "environment": dict(environment(torch.device(args.device))),
+            "environment": found,
             "machine": machine(args.device),
             "results": results,
         }
@@ -201,8 +202,13 @@ def _by_part(events: Sequence[Any], *, on_gpu: bool) -> dict[str, list[float]]:
     for event in events:
         if period(event):
             part, is_backward = place(event)
-            found[part][is_backward] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            found[part][is_backward] += _gpu_time(event) if on_gpu else event.self_cpu_time_total
     return dict(found)
+
+
+def _gpu_time(event: Any) -> float:
+    # A range may have a copy of itself on the GPU, which is no kernel.
+    return float(sum(kernel.duration for kernel in event.kernels if kernel.name != event.name))
 
 
 class _Training:

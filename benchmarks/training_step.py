@@ -52,6 +52,7 @@ def main() -> None:
     """Measure, print a table for each batch size, and write all of it where ``--output`` says."""
     args = arguments()
     prepare(args)
+    found = dict(environment(torch.device(args.device)))  # before the measurement: what runs, not what came after
     results = []
     with products(args.precision):
         for batch in args.batch:
@@ -61,7 +62,7 @@ def main() -> None:
     if args.output:
         document = {
             "options": vars(args) | {"output": None},
-            "environment": dict(environment(torch.device(args.device))),
+            "environment": found,
             "machine": machine(args.device),
             "results": results,
         }
