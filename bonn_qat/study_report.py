@@ -131,8 +131,7 @@ def markdown(result: StudyResult) -> str:
         parts += [f"## {setting.paper.title}", _setting(setting, result.scale)]
         head, body = _cells(setting, study)
         parts.append(_markdown_table(head, body))
-        # A label such as "+ PReLU" would begin a list of its own.
-        parts.append("\n".join(re.sub(r"^- ([-+*#])", r"- \\\1", f"- {line}") for line in _statements(setting, study)))
+        parts.append("\n".join(map(_markdown_item, _statements(setting, study))))
         if setting.search:
             head, body = _search_cells(setting)
             parts += [_SEARCH_NOTE, _markdown_table(head, body)]
@@ -353,11 +352,18 @@ def _sweep_points(result: SettingResult) -> list[figures.SweepPoint]:
 
 def _markdown_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     def row(cells: Sequence[str]) -> str:
-        return (
-            "| " + " | ".join(" ".join(text.split()).replace("|", r"\|").replace("<", "&lt;") for text in cells) + " |"
-        )
+        return "| " + " | ".join(_markdown_line(text).replace("|", r"\|") for text in cells) + " |"
 
     return "\n".join(map(row, [head, ["---:" if _is_number(name) else "---" for name in head], *body]))
+
+
+def _markdown_item(text: str) -> str:
+    # A label such as "+ PReLU" would begin a list of its own.
+    return "- " + re.sub(r"^(?=[-+*#])", r"\\", _markdown_line(text))
+
+
+def _markdown_line(text: str) -> str:
+    return " ".join(text.split()).replace("<", "&lt;")
 
 
 def _is_number(name: str) -> bool:
