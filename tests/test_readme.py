@@ -1,13 +1,15 @@
 import re
+import shlex
 import sys
 import tomllib
 import types
 from pathlib import Path
 
 import pytest
+import typer
 
 import bonn_qat
-from bonn_qat import hookspecs, plugins
+from bonn_qat import cli, hookspecs, plugins, study
 from bonn_qat.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -49,11 +51,21 @@ def test_the_toml_blocks_are_an_entry_point_of_our_group_and_a_recipe() -> None:
 
 def test_the_commands_are_environments_of_tox() -> None:
     sections = re.findall(r"^\[(.*)\]", (ROOT / "tox.ini").read_text(), re.MULTILINE)
-    assert [block.strip() for block in _blocks("sh")] == [
+    assert [block.strip() for block in _blocks("sh")[:2]] == [
         "pip install tox-uv && tox -e compare",
         "pip install tox-uv && tox",
     ]
     assert "testenv:compare" in sections
+
+
+def test_the_other_commands_name_studies_settings_and_options_that_there_are() -> None:
+    lines = [shlex.split(line, comments=True) for block in _blocks("sh")[2:] for line in block.splitlines()]
+    assert len(lines) == 4
+    command = typer.main.get_command(cli.app).commands["reproduce"]  # type: ignore[attr-defined]
+    for words in lines:
+        given = command.make_context("reproduce", words[words.index("reproduce") + 1 :]).params
+        studies = study.load(given["study"]).only([name for name in given["only"].split(",") if name])
+        assert studies.settings
 
 
 @pytest.mark.parametrize("hook", [name for name in vars(hookspecs) if name.startswith("bonn_qat_")])
