@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -19,11 +18,11 @@ from bonn_qat.settings import with_settings
 from bonn_qat.study import FEWEST_TEST_IMAGES, Setting, Study, StudyArm, check_distinct, check_scale, scaled
 from bonn_qat.study_report import SettingResult, StudyResult, runs_of
 from bonn_qat.train import check
+from bonn_qat.worker import Watch
 
 FOLDER = "imagenet"  # the data of a study that reads a folder of the user's
 SEARCH = "search"
 SEARCH_SCALE = 0.25
-Watch = Callable[[Recipe, int], AbstractContextManager[Callable[[], None]]]
 
 
 def reproduce(
