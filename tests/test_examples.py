@@ -1,8 +1,10 @@
 """Every script of ``examples/`` runs as its reader runs it, and learns."""
 
+import contextlib
 import functools
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +13,8 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+SEARCH = EXAMPLES / "search_optuna.py"  # trains again and again, and leaves what it found
+TRAININGS = sorted(set(EXAMPLES.glob("*.py")) - {SEARCH})
 EPOCHS = 2
 
 
@@ -36,7 +40,7 @@ def test_there_are_examples():
     assert (EXAMPLES / "bop.py").is_file()
 
 
-@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda script: script.stem)
+@pytest.mark.parametrize("script", TRAININGS, ids=lambda script: script.stem)
 def test_an_example_ends_far_above_chance(script, lines):
     *epochs, last = lines(script)
     assert [line.split(":")[0] for line in epochs] == [f"epoch {epoch + 1}" for epoch in range(EPOCHS)]
@@ -53,3 +57,31 @@ def test_bop_tells_how_many_weights_flip(lines):
     ]
     assert len(shares) == EPOCHS
     assert 0.1 > shares[0] > shares[1] > 0  # gamma comes down
+
+
+@pytest.mark.slow
+def test_a_search_reports_each_epoch_to_optuna_and_its_trials_are_children_of_one_run_in_mlflow(tmp_path):
+    pytest.importorskip("optuna")
+    done = subprocess.run(
+        [sys.executable, str(SEARCH), "--trials", "2", "--epochs", "2", "--storage", "sqlite:///search.db"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "BONN_QAT_PLUGINS": "mlflow"},
+        cwd=tmp_path, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(
+        r"accuracy: \d+\.\d\d % of 359 test images, with {'lambda': .*, 'theta': .*, 'lr': .*}\n", done.stdout
+    )
+
+    def rows(database: str, query: str) -> list[tuple]:
+        with contextlib.closing(sqlite3.connect(tmp_path / database)) as store:
+            return store.execute(query).fetchall()
+
+    assert rows("search.db", "SELECT state FROM trials") == [("COMPLETE",)] * 2
+    reported = rows("search.db", "SELECT trial_id, step FROM trial_intermediate_values")
+    assert sorted(reported) == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    (parent,) = rows("mlflow.db", "SELECT run_uuid FROM runs WHERE name = 'search'")
+    children = rows("mlflow.db", "SELECT run_uuid, value FROM tags WHERE key = 'mlflow.parentRunId'")
+    assert [above for _, above in children] == [*parent] * 3  # two trials, and the best one at the end
+    rates = rows("mlflow.db", "SELECT run_uuid, value FROM params WHERE key = 'lr'")
+    assert len(rates) == 4
+    assert len({rate for _, rate in rates}) == 2
