@@ -60,6 +60,7 @@ def test_the_commands_are_environments_of_tox() -> None:
 
 def test_the_other_commands_name_studies_settings_and_options_that_there_are() -> None:
     lines = [shlex.split(line, comments=True) for block in _blocks("sh")[2:] for line in block.splitlines()]
+    lines = [words for words in lines if words]
     assert len(lines) == 4
     command = typer.main.get_command(cli.app).commands["reproduce"]  # type: ignore[attr-defined]
     for words in lines:
