@@ -180,10 +180,10 @@ class _Worker:
     def drain(self, deadline: float) -> None:
         """Take in what a process that was asked to stop still tells, until ``deadline`` (monotonic seconds)."""
         # What fails now must not hide why all stops.
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception, KeyboardInterrupt):
             while self.recipe is not None and self.connection.poll(max(0.0, deadline - time.monotonic())):
                 self._take(receive(self.connection))
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception, KeyboardInterrupt):
             self._watched.__exit__(*sys.exc_info())
             self._forget()
 
