@@ -286,8 +286,6 @@ def _directory(output: Path | None, name: str) -> Path:
 
 
 def _rate(text: str) -> float:
-    from bonn_qat.errors import InvalidRecipe
-
     try:
         return float(text)
     except ValueError as error:

@@ -27,16 +27,15 @@ class Objective(nn.Module):
 
     ``task`` maps (logits, targets) to a scalar, by default cross entropy. ``regularizers`` maps names to
     weights, by default those of the model's scheme; ``options`` maps names to further keyword arguments, such as
-    ``{"kernel": {"nu": 1e-3}}``. Since the regularizers run inside ``forward``, wrapping
-    the Objective in DistributedDataParallel synchronises their parameters too.
+    ``{"kernel": {"nu": 1e-3}}``. Since the regularizers run inside ``forward``, wrapping the Objective in
+    DistributedDataParallel synchronises their parameters too.
 
     ``distillation`` is a task of timm for this model, such as ``timm.task.LogitDistillationTask(model, teacher)``: it
     runs the model and gives the task's loss, ``task`` is not used. It is only looked at: the teacher's parameters are
     not the Objective's, and it goes to its device by itself.
 
     Raises UnknownName for a regularizer that nobody offers, InvalidRecipe for options that it does not take, and when
-    called InvalidData for targets that the
-    model has no class for.
+    called InvalidData for targets that the model has no class for.
     """
 
     def __init__(
