@@ -147,7 +147,7 @@ class Trainer:
             state.setdefault(int(index), {})[key] = tensor
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         _lay_out_like_parameters(self.optimizer)
-        self.scaler.load_state_dict(header["scaler"])
+        self.scaler.load_state_dict(header.get("scaler", {}))
         self.generator.set_state(parts["random"]["data"])
         torch.set_rng_state(parts["random"]["torch"])
         if "cuda" in parts["random"] and self.device.type == "cuda":
