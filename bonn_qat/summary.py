@@ -194,7 +194,7 @@ def summary(model: nn.Module, input_size: Sequence[int] | None = None) -> Report
     the model's device; the model is as before afterwards. Raises InvalidModel if the size is unknown, or the model does
     not take it.
     """
-    size = _input_size(model, input_size)
+    size = input_size_of(model, input_size)
     record = getattr(model, "binarization", None)
     done = record if isinstance(record, Binarization) else None
     kept = dict(done.kept) if done else {}
@@ -228,7 +228,8 @@ def summary(model: nn.Module, input_size: Sequence[int] | None = None) -> Report
     )
 
 
-def _input_size(model: nn.Module, given: Sequence[int] | None) -> tuple[int, ...]:
+def input_size_of(model: nn.Module, given: Sequence[int] | None) -> tuple[int, ...]:
+    """``given``, else the size that ``model`` was binarized for, else timm's default. Raises InvalidModel without one."""
     record, config = getattr(model, "binarization", None), getattr(model, "pretrained_cfg", None)
     said = config.get("input_size") if isinstance(config, dict) else None
     size = given or (record.input_size if isinstance(record, Binarization) else None) or said

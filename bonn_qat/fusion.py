@@ -1,0 +1,299 @@
+"""Fusion: what follows a binary convolution in a graph becomes its epilogue, and a sign after that its output.
+
+Every step computes what the operators computed before it, in the same order and with the same roundings.
+"""
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from bonn_qat.runtime import epilogue
+from bonn_qat.runtime.layout import Geometry, decode_weight, encode_weight
+from bonn_qat.runtime.operators import can_follow
+from bonn_qat.thresholds import find_thresholds
+
+aten, ours = torch.ops.aten, torch.ops.bonn_qat
+_SAME = (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.clone.default)
+_NORM = aten._native_batch_norm_legit_no_training.default
+
+
+class Network:
+    """A graph with its tensors, while it is made smaller; ``weights`` names the tensors that are bits."""
+
+    def __init__(self, graph: fx.Graph, tensors: dict[str, Tensor], weights: dict[str, Geometry]) -> None:
+        self.graph, self.tensors, self.weights = graph, tensors, weights
+
+    def constant(self, value: Any) -> Tensor | None:
+        """The tensor that a node is, None for one that depends on the input."""
+        return self.tensors[value.target] if isinstance(value, fx.Node) and value.op == "get_attr" else None
+
+    def add(self, name: str, tensor: Tensor, before: fx.Node) -> fx.Node:
+        """A node for a new tensor."""
+        while name in self.tensors:
+            name += "_"
+        self.tensors[name] = tensor
+        with self.graph.inserting_before(before):
+            return self.graph.create_node("get_attr", name)
+
+    def drop_unused(self) -> None:
+        """Take out nodes and tensors that nothing needs."""
+        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        used = {node.target for node in self.graph.nodes if node.op == "get_attr"}
+        self.tensors = {name: tensor for name, tensor in self.tensors.items() if name in used}
+
+
+def fuse(network: Network) -> None:
+    """Make ``network`` smaller, in place."""
+    _fold_constants(network)
+    for node in list(network.graph.find_nodes(op="call_function", target=ours.binary_conv2d.default)):
+        while (following := _absorb(network, node)) is not None:
+            node = following
+    for node in list(network.graph.find_nodes(op="call_function", target=ours.sign_codes.default)):
+        _absorb_norm(network, node)
+    for node in list(network.graph.find_nodes(op="call_function", target=ours.binary_conv2d.default)):
+        _join_sign(network, node)
+    network.drop_unused()
+
+
+@torch.no_grad()
+def _fold_constants(network: Network) -> None:
+    for node in list(network.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in _SAME and isinstance(node.args[0], fx.Node):
+            node.replace_all_uses_with(node.args[0])
+            network.graph.erase_node(node)
+            continue
+        if node.target is aten.sign.default and (signs := _signs_again(node)) is not None:
+            node.replace_all_uses_with(signs)
+            network.graph.erase_node(node)
+            continue
+        inputs = node.all_input_nodes
+        is_bits = node.target is ours.unpack_signs.default  # stay bits
+        if is_bits or not inputs or any(network.constant(x) is None for x in inputs):
+            continue
+        args, kwargs = (fx.map_arg(part, network.constant) for part in (node.args, node.kwargs))
+        result = node.target(*args, **kwargs)
+        if isinstance(result, Tensor):
+            new = network.add(node.name, result.contiguous(), node)
+            node.replace_all_uses_with(new)
+            network.graph.erase_node(node)
+
+
+def _signs_again(node: fx.Node) -> fx.Node | None:
+    """The signs of which ``node`` is ``sign(sign(x) + 1/2)``, :func:`bonn_qat.functional.sign` anew."""
+    shifted = node.args[0]
+    if not isinstance(shifted, fx.Node) or shifted.target is not aten.add.Tensor or shifted.args[1] != 0.5:
+        return None
+    inner = shifted.args[0]
+    if not isinstance(inner, fx.Node) or inner.target is not aten.sign.default:
+        return None
+    source = inner.args[0]
+    return source if isinstance(source, fx.Node) and source.target is ours.unpack_signs.default else None
+
+
+def _shape(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def _absorb(network: Network, node: fx.Node) -> fx.Node | None:
+    """Take the only user of a convolution into its epilogue; the new node, or None."""
+    if len(node.users) != 1:
+        return None
+    (user,) = node.users
+    match = _STEPS.get(user.target)
+    step = match(network, node, user) if match else None
+    if step is None:
+        return None
+    operation, rows, residual, replaced = step
+    codes, weight, geometry, program, vectors, before = node.args
+    if residual is not None and before is not None:
+        return None
+    held = network.constant(vectors)
+    assert held is not None and isinstance(program, list | tuple)
+    longer = vectors
+    if rows:
+        longer = network.add(f"{_layer(node)}.epilogue", torch.cat([held, torch.stack(rows)]), replaced)
+    with network.graph.inserting_before(replaced):
+        args = (codes, weight, geometry, [*program, operation, len(held) if rows else 0], longer, residual or before)
+        new = network.graph.call_function(ours.binary_conv2d.default, args)
+    new.meta = {"val": replaced.meta["val"]}
+    replaced.replace_all_uses_with(new)
+    for old in dict.fromkeys((replaced, user, node)):
+        network.graph.erase_node(old)
+    return new
+
+
+def _layer(node: fx.Node) -> str:
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node)
+    return str(weight.target).removesuffix(".weight")
+
+
+_Step = tuple[int, list[Tensor], fx.Node | None, fx.Node]
+
+
+def _per_channel(network: Network, node: fx.Node, value: Any) -> Tensor | None:
+    """A number, or a tensor with one for each channel of ``node``, as ``(O,)``."""
+    channels = _shape(node)[1]
+    if isinstance(value, int | float):
+        return torch.full((channels,), float(value))
+    tensor = network.constant(value)
+    if tensor is None or tensor.dtype != torch.float32:
+        return None
+    shape = [1] * (4 - tensor.ndim) + list(tensor.shape)
+    if tensor.ndim > 4 or shape[0] != 1 or shape[2:] != [1, 1] or shape[1] not in (1, channels):
+        return None
+    return tensor.reshape(-1).expand(channels)
+
+
+def _is_plain(user: fx.Node) -> bool:
+    return len(user.args) == 2 and not user.kwargs and user.args[0] is not user.args[1]
+
+
+def _match_mul(network: Network, node: fx.Node, user: fx.Node) -> _Step | None:
+    other = user.args[1] if user.args[0] is node else user.args[0]
+    row = _per_channel(network, node, other) if _is_plain(user) else None
+    return None if row is None else (epilogue.SCALE, [row], None, user)
+
+
+def _match_add(network: Network, node: fx.Node, user: fx.Node) -> _Step | None:
+    if not _is_plain(user):
+        return None
+    other = user.args[1] if user.args[0] is node else user.args[0]
+    row = _per_channel(network, node, other)
+    if row is not None:
+        return epilogue.ADD, [row], None, user
+    if not isinstance(other, fx.Node) or "val" not in other.meta:
+        return None
+    is_alike = _shape(other) == _shape(node) and other.meta["val"].dtype == torch.float32
+    return (epilogue.RESIDUAL, [], other, user) if is_alike else None
+
+
+def _match_sub(network: Network, node: fx.Node, user: fx.Node) -> _Step | None:
+    row = _per_channel(network, node, user.args[1]) if _is_plain(user) and user.args[0] is node else None
+    return None if row is None else (epilogue.ADD, [-row], None, user)
+
+
+def _match_norm(network: Network, node: fx.Node, user: fx.Node) -> _Step | None:
+    used = list(user.users)
+    if len(used) != 1 or used[0].args[1] != 0:
+        return None
+    weight, bias, mean, variance = (network.constant(x) for x in user.args[1:5])
+    if mean is None or variance is None:
+        return None
+    # The two numbers that torch's kernel multiplies with and adds, from the kernel itself.
+    ones, zeros = torch.ones(1, len(mean), 1, 1), torch.zeros(1, len(mean), 1, 1)
+    eps: Any = user.args[6]
+    factor = F.batch_norm(ones, torch.zeros_like(mean), variance, weight, None, eps=eps).flatten()
+    offset = F.batch_norm(zeros, mean, variance, weight, bias, eps=eps).flatten()
+    return epilogue.FMA, [factor, offset], None, used[0]
+
+
+def _match_prelu(network: Network, node: fx.Node, user: fx.Node) -> _Step | None:
+    slope = network.constant(user.args[1])
+    if slope is None:
+        return None
+    return epilogue.PRELU, [slope.reshape(-1).expand(_shape(node)[1])], None, user
+
+
+def _match_leaky(network: Network, node: fx.Node, user: fx.Node) -> _Step | None:
+    slope = torch.full((_shape(node)[1],), float(user.args[1]) if len(user.args) > 1 else 0.01)  # type: ignore[arg-type]
+    return epilogue.PRELU, [slope], None, user
+
+
+def _clamp(low: float, high: float) -> Callable[[Network, fx.Node, fx.Node], _Step | None]:
+    def match(network: Network, node: fx.Node, user: fx.Node) -> _Step | None:
+        bounds = [*user.args[1:], *(low, high)[len(user.args) - 1 :]]
+        if user.kwargs or not all(isinstance(bound, int | float) for bound in bounds):
+            return None
+        return epilogue.CLAMP, [torch.full((_shape(node)[1],), float(bound)) for bound in bounds], None, user  # type: ignore[arg-type]
+
+    return match
+
+
+_STEPS: dict[Any, Callable[[Network, fx.Node, fx.Node], _Step | None]] = {
+    aten.mul.Tensor: _match_mul,
+    aten.add.Tensor: _match_add,
+    aten.sub.Tensor: _match_sub,
+    _NORM: _match_norm,
+    aten.prelu.default: _match_prelu,
+    aten.leaky_relu.default: _match_leaky,
+    aten.relu.default: _clamp(0.0, math.inf),
+    aten.hardtanh.default: _clamp(-1.0, 1.0),
+}
+
+
+def _absorb_norm(network: Network, node: fx.Node) -> None:
+    """Let the thresholds of a sign be those of the norm before it, too."""
+    item, thresholds, numbers = node.args
+    norm = item.args[0] if isinstance(item, fx.Node) and item.target is operator.getitem and item.args[1] == 0 else None
+    if not isinstance(norm, fx.Node) or norm.target is not _NORM or len(norm.users) != 1:
+        return
+    held = network.constant(thresholds)
+    weight, bias, mean, variance = (network.constant(x) for x in norm.args[1:5])
+    eps: Any = norm.args[6]
+    users = list(node.users)
+    if held is None or mean is None or variance is None or any(not _owns_weight(network, user) for user in users):
+        return
+
+    def above(x: Tensor) -> Tensor:
+        return F.batch_norm(x[None, :, None, None], mean, variance, weight, bias, eps=eps).flatten() >= held
+
+    found, flips = find_thresholds(above, len(held))
+    if flips.any():
+        for user in users:
+            _flip(network, user, flips)
+    new = network.add(f"{_layer(users[0])}.thresholds", found, node)
+    node.args = (norm.args[0], new, numbers)
+
+
+def _owns_weight(network: Network, user: fx.Node) -> bool:
+    return user.target is ours.binary_conv2d.default and isinstance(user.args[1], fx.Node) and len(user.args[1].users) == 1
+
+
+def _flip(network: Network, convolution: fx.Node, flips: Tensor) -> None:
+    """Negate the weights of the input channels whose signs are negated."""
+    name = convolution.args[1].target  # type: ignore[union-attr]
+    geometry = network.weights[name]  # type: ignore[index]
+    bits = decode_weight(network.tensors[name], geometry)  # type: ignore[index]
+    network.tensors[name] = encode_weight(bits ^ per_input(flips, geometry), geometry.groups)  # type: ignore[index]
+
+
+def per_input(channels: Tensor, geometry: Geometry) -> Tensor:
+    """``(C,)`` -> ``(O, C / groups, 1, 1)``: what each filter reads."""
+    grouped = channels.reshape(geometry.groups, 1, -1).expand(-1, geometry.out_channels // geometry.groups, -1)
+    return grouped.flatten(0, 1)[:, :, None, None]
+
+
+def _join_sign(network: Network, node: fx.Node) -> None:
+    """Let a convolution write the codes that a convolution after it reads."""
+    own = Geometry.of(list(node.args[2]))  # type: ignore[arg-type]
+    for user in node.users:
+        if user.target is not ours.sign_codes.default or user.args[0] is not node:
+            continue
+        following = Geometry.of(list(user.args[2]))  # type: ignore[arg-type]
+        if can_follow(own, following):
+            break
+    else:
+        return
+    args = (*node.args, user.args[1], following.numbers)
+    is_alone = len(node.users) == 1
+    target = ours.binary_conv2d_sign.default if is_alone else ours.binary_conv2d_and_sign.default
+    assert isinstance(user.args[1], fx.Node)
+    node.prepend(user.args[1])  # the thresholds may stand below the convolution
+    with network.graph.inserting_after(node):
+        new = values = codes = network.graph.call_function(target, args)
+    if not is_alone:
+        with network.graph.inserting_after(new):
+            codes = network.graph.call_function(operator.getitem, (new, 1))
+            values = network.graph.call_function(operator.getitem, (new, 0))
+    user.replace_all_uses_with(codes)
+    network.graph.erase_node(user)
+    node.replace_all_uses_with(values)
+    network.graph.erase_node(node)

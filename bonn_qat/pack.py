@@ -1,0 +1,404 @@
+"""pack: model -> PackedModel, a network whose binary weights are bits and whose binary layers run on bits.
+
+The network is traced (``torch.export``), so that what comes out needs neither the model's class nor the library that it
+came from. Norms before signs become thresholds, what follows a binary convolution its epilogue
+(:mod:`bonn_qat.fusion`); the function stays the same, and the values of the binary layers the same to the last bit.
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from bonn_qat.binarize import Binarization, binary_layers
+from bonn_qat.checkpoint import read_tensors, write_tensors
+from bonn_qat.errors import InvalidData, InvalidModel
+from bonn_qat.fusion import Network, fuse, per_input
+from bonn_qat.thresholds import find_thresholds
+from bonn_qat.layers import BinaryConv2d, BinaryLayer, BinaryLinear
+from bonn_qat.quantizers import FrozenWeight, WeightQuantizer
+from bonn_qat.runtime import graph as graphs
+from bonn_qat.runtime.layout import Geometry, pack_words
+from bonn_qat.summary import input_size_of
+
+FORMAT = 1
+_ops = torch.ops.bonn_qat
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedLayer:
+    """What became of a binary layer.
+
+    ``kind`` ``"bits"``: weights and inputs are bits, the product counts them. ``"weights"``: weights are bits on disk and
+    in memory, and become floats for the product. ``"float"``: weights stay floats. ``reason`` says why it is not the first.
+    """
+
+    name: str
+    kind: str
+    reason: str = ""
+
+
+@final
+class PackedModel(nn.Module):
+    """A packed network: images ``(B, C, H, W)``, float32 of ``input_size`` -> what the model gave. For inference only.
+
+    ``layers`` says what became of each binary layer. Made by :func:`pack` or :meth:`load`.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        tensors: Mapping[str, Tensor],
+        weights: Mapping[str, Geometry],
+        *,
+        name: str,
+        scheme: str,
+        input_size: tuple[int, int, int],
+        batch: int | None,
+        layers: Sequence[PackedLayer],
+    ) -> None:
+        super().__init__()
+        self.name, self.scheme, self.input_size, self.batch = name, scheme, input_size, batch
+        self.layers = tuple(layers)
+        self._nodes, self._weights = graph, dict(weights)
+        self.network, self._names = graphs.module(graph, tensors)
+        self.requires_grad_(False).eval()
+
+    def forward(self, images: Tensor) -> Any:
+        """Raises InvalidData for images of another size or type."""
+        if images.ndim != 4 or tuple(images.shape[1:]) != self.input_size or images.dtype != torch.float32:
+            raise InvalidData(
+                f"this network was packed for float32 images (B, {', '.join(map(str, self.input_size))}); got "
+                f"{images.dtype} {tuple(images.shape)}; for another size pack it with input_size=(C, H, W)"
+            )
+        with torch.no_grad():
+            images = images.contiguous(memory_format=torch.channels_last)
+            if self.batch is None:
+                return self.network(images)
+            return torch.cat([self.network(part) for part in images.split(self.batch)])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is saved, by name: bits as int64 words, all else as it is."""
+        held = {name: self.network.get_buffer(buffer).contiguous() for name, buffer in self._names.items()}
+        return {
+            name: graphs.to_words(tensor, self._weights[name]) if name in self._weights else tensor
+            for name, tensor in held.items()
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file with a header of JSON, whole or not at all. Raises OSError where that fails."""
+        tensors = self.tensors()
+        header = {
+            "kind": "packed", "format": FORMAT, "name": self.name, "scheme": self.scheme,
+            "input_size": list(self.input_size), "batch": self.batch, "layers": [asdict(layer) for layer in self.layers],
+            "nodes": graphs.describe(self._nodes, self._weights),
+        }  # fmt: skip
+        return write_tensors(Path(path), tensors, header | {"sha256": _digest(tensors, header)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "PackedModel":
+        """Read what :meth:`save` wrote; nothing in the file is run but known operators, and brevitas, timm and the
+        model's class are not needed.
+
+        Raises InvalidData naming the file for one that is missing, truncated, altered, or of another version.
+        """
+        tensors, header = read_tensors(Path(path))
+        try:
+            return cls._from_file(tensors, header)
+        except InvalidData as error:
+            raise InvalidData(f"{path}: {error}") from error
+
+    @classmethod
+    def _from_file(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> "PackedModel":
+        if header.get("kind") != "packed":
+            raise InvalidData("no packed network; bonn_qat.pack(model).save(path) writes one")
+        if header.get("format") != FORMAT:
+            raise InvalidData(
+                f"a packed network of format {header.get('format')!r}; this version of bonn-qat reads {FORMAT}"
+            )
+        if header.pop("sha256", None) != _digest(tensors, header):
+            raise InvalidData("the file was altered after it was written: its checksum is another")
+        graph, weights = graphs.rebuild(header.get("nodes"))
+        used = [node.target for node in graph.nodes if node.op == "get_attr"]
+        if missing := sorted(set(used) ^ set(tensors)):
+            raise InvalidData(f"its tensors are not those of its nodes; look at {missing[0]!r}")
+        held = {
+            name: graphs.from_words(tensors[name], weights[name]) if name in weights else tensors[name] for name in tensors
+        }
+        try:
+            layers = [PackedLayer(**layer) for layer in header["layers"]]
+            size = tuple(int(n) for n in header["input_size"])
+            channels, height, width = size
+            batch = header["batch"]
+            return cls(
+                graph, held, weights, name=str(header["name"]), scheme=str(header["scheme"]),
+                input_size=(channels, height, width), batch=None if batch is None else int(batch), layers=layers,
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidData(f"its header lacks something or has it wrong: {error}") from error
+
+    def extra_repr(self) -> str:
+        """For ``print(model)``."""
+        return f"{self.name}, scheme={self.scheme!r}, input_size={self.input_size}"
+
+
+def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def pack(model: nn.Module, input_size: Sequence[int] | None = None) -> PackedModel:
+    """Pack a binarized model for images of ``input_size`` ``(C, H, W)``, by default the size that it was binarized for.
+
+    The model stays as it is; what comes out is its evaluation mode in float32 on the CPU. Layers whose weights and inputs
+    have one bit run on bits. Of others with one-bit weights (BWN, MCN, DoReFa-Net, TBN, AdaBin) these are kept as bits;
+    several bases (ABC-Net) stay floats: ``layers`` says so, layer by layer.
+
+    Raises InvalidModel for a model without binary layers, one in a stage with float weights or activations, one that
+    torch cannot export, or that gives other than tensors.
+    """
+    size = input_size_of(model, input_size)
+    ready = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    layers = [_replace(ready, name, layer) for name, layer in list(binary_layers(ready))]
+    if not layers:
+        raise InvalidModel(
+            f"{type(model).__name__} has no binary layer to pack; binarize it first, and one with layers of Brevitas "
+            "becomes ours by bonn_qat.adapters.brevitas.from_brevitas"
+        )
+    network, batch = _trace(ready, size)
+    fuse(network)
+    unknown = {graphs.name_of(node.target) for node in network.graph.nodes if node.op == "call_function" and not graphs.is_known(node.target)}
+    if unknown:
+        raise InvalidModel(f"a packed network does not call {', '.join(sorted(unknown))}, as {type(model).__name__} does")
+    record = getattr(model, "binarization", None)
+    return PackedModel(
+        network.graph, network.tensors, network.weights, name=type(model).__name__,
+        scheme=record.scheme.name if isinstance(record, Binarization) else "", input_size=size, batch=batch, layers=layers,
+    )  # fmt: skip
+
+
+def _replace(model: nn.Module, name: str, layer: BinaryLayer) -> PackedLayer:
+    """Put the packed form of ``layer`` into its place."""
+    if layer.stand_in is not None or not layer.binary_weight:
+        raise InvalidModel(f"{name} is in a stage of its training with float weights or activations; it is not 1-bit yet")
+    value, scale = layer.weight_quant.quantize(layer.latent())
+    signs = _signs(layer)
+    reason = ""
+    if not layer.weight_quant.scaled_sign:
+        reason = "its weights are not a scale times a sign"
+    elif signs is None:
+        reason = "its inputs are not bits" if layer.input_quant is None or layer.input_quant.bits != 1 else (
+            "its inputs are not +1 and -1 by a threshold for each channel"
+        )  # fmt: skip
+    if not reason and signs is not None:
+        thresholds, flips = signs
+        new = _bits(layer, value, scale, thresholds, flips)
+        for at, module in list(model.named_modules(remove_duplicate=False)):
+            if module is layer:
+                model.set_submodule(at, new)
+        return PackedLayer(name=name, kind="bits")
+    if (kept := _PackedWeight.of(layer.weight_quant, value, scale)) is None:
+        layer.freeze()
+        return PackedLayer(name=name, kind="float", reason=f"its weights have {layer.weight_quant.bits} bits")
+    layer.weight_quant, layer.kernel_std = kept, None
+    return PackedLayer(name=name, kind="weights", reason=reason)
+
+
+@final
+class _PackedWeight(WeightQuantizer):
+    """One-bit weights that become floats for a product: signs and a scale, or two values for each filter."""
+
+    def __init__(self, quantizer: WeightQuantizer, bits: Tensor, scale: Tensor, values: Tensor | None) -> None:
+        super().__init__()
+        self.bits, self.scaled_sign, self.shape = quantizer.bits, quantizer.scaled_sign, list(bits.shape)
+        self.words: Tensor
+        self.scale: Tensor
+        self.values: Tensor | None
+        self.register_buffer("words", pack_words(bits))
+        self.register_buffer("scale", scale.abs().clone())
+        self.register_buffer("values", values)
+
+    @classmethod
+    def of(cls, quantizer: WeightQuantizer, value: Tensor, scale: Tensor) -> "_PackedWeight | None":
+        """None where a filter has more than two values."""
+        if quantizer.scaled_sign:
+            return cls(quantizer, value >= 0, scale, None)
+        flat = value.flatten(1)
+        low, high = (bound.reshape(-1, *[1] * (value.ndim - 1)) for bound in flat.aminmax(dim=1))
+        if not ((value == low) | (value == high)).all():
+            return None
+        return cls(quantizer, value == high, scale, torch.stack((low, high)))
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        signs = _ops.unpack_signs(self.words, self.shape)
+        if self.values is None:
+            return signs, self.scale
+        return torch.where(signs > 0, self.values[1], self.values[0]), self.scale
+
+
+@final
+class _Bits(nn.Module):
+    """A binary layer that runs on bits; its parts after the product are the layer's own."""
+
+    def __init__(self, layer: BinaryLayer, geometry: Geometry, bits: Tensor, scale: Tensor, thresholds: Tensor) -> None:
+        super().__init__()
+        self.layer, self.geometry = layer, geometry
+        self.weight: Tensor
+        self.epilogue: Tensor
+        self.thresholds: Tensor
+        self.register_buffer("weight", graphs.encode_weight(bits, geometry.groups))
+        self.register_buffer("epilogue", scale.abs().reshape(1, -1).expand(1, geometry.out_channels).clone())
+        self.register_buffer("thresholds", thresholds)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(self.layer, BinaryLinear):
+            return self._linear(input)
+        layer = cast(BinaryConv2d, self.layer)
+        x, geometry = input, self.geometry
+        padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+        if layer.same_padding:
+            left, right, top, bottom = layer._same_padding(x)
+            padding = (top, bottom, left, right)
+        elif layer._explicit_padding is None:
+            down, across = cast(tuple[int, int], layer.padding)
+            padding = (down, down, across, across)
+        elif layer._explicit_padding[1] == "constant":
+            left, right, top, bottom = layer._explicit_padding[0]
+            padding = (top, bottom, left, right)
+        else:
+            x = F.pad(x, *layer._explicit_padding)  # pixels that are there: the sign comes after
+        y = self._product(x, Geometry.of([*geometry.numbers[:6], *padding, *geometry.numbers[10:]]))
+        positions = self._positions(x)
+        if positions is not None:
+            top, bottom, left, right = padding
+            window = positions.new_full((1, 1, *geometry.kernel), 1 / geometry.taps)
+            padded = F.pad(positions, (left, right, top, bottom)) if any(padding) else positions
+            y = y * torch.conv2d(padded, window, None, geometry.stride, 0, geometry.dilation)
+        return layer.finish(y)
+
+    def _linear(self, input: Tensor) -> Tensor:
+        flat = input.reshape(-1, self.geometry.in_channels)
+        y = self._product(flat[None, :, None, :].permute(0, 3, 1, 2), self.geometry).permute(2, 1, 0, 3)
+        positions = self._positions(flat[:, :, None, None])
+        y = self.layer.finish(y if positions is None else y * positions)
+        return y.reshape(*input.shape[:-1], self.geometry.out_channels)
+
+    def _product(self, x: Tensor, geometry: Geometry) -> Tensor:
+        codes = _ops.sign_codes(x, self.thresholds, geometry.numbers)
+        y: Tensor = _ops.binary_conv2d(codes, self.weight, geometry.numbers, [0, 0], self.epilogue, None)
+        return y
+
+    def _positions(self, x: Tensor) -> Tensor | None:
+        assert self.layer.input_quant is not None
+        scale = self.layer.input_quant.quantize(self.layer.norm(x))[1]
+        return scale if scale.ndim == 4 else None
+
+
+def _bits(layer: BinaryLayer, value: Tensor, scale: Tensor, thresholds: Tensor, flips: Tensor) -> _Bits:
+    kernels = value >= 0
+    out_channels, group_channels, *kernel = kernels.shape
+    is_linear = isinstance(layer, BinaryLinear)
+    groups = 1 if is_linear else cast(BinaryConv2d, layer).groups
+    stride, dilation = ((1, 1), (1, 1)) if is_linear else (layer.stride, layer.dilation)
+    geometry = Geometry(
+        out_channels, group_channels * groups, (kernel[0], kernel[1]), cast(Any, stride), (0, 0, 0, 0),
+        cast(Any, dilation), groups,
+    )  # fmt: skip
+    # A channel that is +1 below its threshold is one that is -1 there, times -1.
+    return _Bits(layer, geometry, kernels ^ per_input(flips, geometry), scale, thresholds)
+
+
+def _signs(layer: BinaryLayer) -> tuple[Tensor, Tensor] | None:
+    """Thresholds and flips, ``(C,)``, of norm and sign together; None where the inputs are no signs of that kind."""
+    quantizer = layer.input_quant
+    if quantizer is None or quantizer.bits != 1:
+        return None
+    channels = layer.in_features if isinstance(layer, BinaryLinear) else cast(BinaryConv2d, layer).in_channels
+
+    def values(x: Tensor) -> Tensor:
+        value: Tensor = quantizer.quantize(layer.norm(x))[0]
+        return value
+
+    def above(x: Tensor) -> Tensor:
+        return values(x[None, :, None, None])[0, :, 0, 0] > 0
+
+    try:
+        thresholds, flips = find_thresholds(above, channels)
+        probes = torch.randn(64, channels, 1, 1, generator=torch.Generator().manual_seed(0))
+        around = torch.where(thresholds.isfinite(), thresholds, 0)[:, None, None]
+        probes[1::2] = around + 1e-3 * probes[1::2]
+        found = values(probes)
+    except (RuntimeError, ValueError):  # a norm or a quantizer that does not take single pixels
+        return None
+    expected = torch.where((probes >= thresholds[:, None, None]) ^ flips[:, None, None], 1.0, -1.0)
+    return (thresholds, flips) if torch.equal(found, expected) else None
+
+
+def _trace(model: nn.Module, size: tuple[int, ...]) -> tuple[Network, int | None]:
+    """The exported graph of ``model`` with its tensors, and the batch that it is bound to, None for any."""
+    images = torch.zeros(2, *size).contiguous(memory_format=torch.channels_last)
+    try:
+        dynamic = {0: torch.export.Dim("batch", min=1)}
+        program = torch.export.export(model, (images,), dynamic_shapes=(dynamic,))
+        batch = None
+    except Exception:  # whatever torch raises for a model that fixes its batch
+        program, batch = _export(model, images[:1]), 1
+    with torch.no_grad():
+        program = program.run_decompositions({})
+    return _network(program), batch
+
+
+def _export(model: nn.Module, images: Tensor) -> Any:
+    try:
+        return torch.export.export(model, (images,))
+    except Exception as error:  # whatever torch raises
+        first = str(error).strip().splitlines()
+        raise InvalidModel(
+            f"torch.export does not take this {type(model).__name__}, so it cannot be packed: {first[0] if first else error}"
+        ) from error
+
+
+def _network(program: Any) -> Network:
+    signature = program.graph_signature
+    held = {**program.state_dict, **program.constants}
+    sources = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    graph, tensors, weights = fx.Graph(), dict[str, Tensor](), dict[str, Geometry]()  # a graph that no module owns
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and node.name in sources:
+            name = sources[node.name]
+            tensors[name] = held[name].detach()
+            with graph.inserting_before(node):
+                new = graph.create_node("get_attr", name)
+            new.meta = dict(node.meta)
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
+        elif node.op == "call_function" and node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+    for node in graph.find_nodes(op="call_function", target=_ops.binary_conv2d.default):
+        weights[node.args[1].target] = Geometry.of(list(node.args[2]))
+    _shape_output(graph, program.call_spec.out_spec)
+    return Network(graph, tensors, weights)
+
+
+def _shape_output(graph: fx.Graph, spec: Any) -> None:
+    """Let the graph return what the model returns: a tensor, or a list or tuple of tensors."""
+    node = graph.output_node()
+    outputs = cast(tuple[Any, ...], node.args[0])
+    if spec.is_leaf():
+        node.args = (outputs[0],)
+    elif spec.type not in (list, tuple) or not all(child.is_leaf() for child in spec.children()):
+        raise InvalidModel(f"a packed network gives a tensor, or a list or tuple of tensors; this one gives {spec}")

@@ -1,0 +1,30 @@
+"""Fallback: the operators in plain torch, for a machine without numba and for GPUs; the kernels' independent reference."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bonn_qat.runtime import epilogue
+from bonn_qat.runtime.layout import Geometry, decode_signs, decode_weight, encode_signs
+
+_HALF_EXACT = 2048  # whole numbers up to here are float16
+
+
+def sign_codes(x: Tensor, thresholds: Tensor, geometry: Geometry) -> Tensor:
+    """As :func:`bonn_qat.runtime.operators.sign_codes`."""
+    return encode_signs(x.permute(0, 2, 3, 1) >= thresholds, geometry.groups, geometry.padding)
+
+
+def binary_conv2d(
+    codes: Tensor, weight: Tensor, geometry: Geometry, program: list[int], vectors: Tensor, residual: Tensor | None
+) -> Tensor:
+    """As :func:`bonn_qat.runtime.operators.binary_conv2d`."""
+    inputs = geometry.taps * geometry.in_channels // geometry.groups
+    # The sums are exact in either: a GPU multiplies halves faster and adds up in float32.
+    dtype = torch.float16 if codes.is_cuda and inputs <= _HALF_EXACT else torch.float32
+    signs = decode_signs(codes, geometry.in_channels, geometry.groups).permute(0, 3, 1, 2).to(dtype)
+    kernels = decode_weight(weight, geometry).to(dtype) * 2 - 1
+    kernels = kernels.contiguous(memory_format=torch.channels_last)
+    sums = F.conv2d(signs, kernels, None, geometry.stride, 0, geometry.dilation, geometry.groups)
+    done = epilogue.run(sums.float(), program, vectors, residual)
+    return done.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,221 @@
+"""Layout: how the bits of weights and activations lie in memory, and the geometry of a binary convolution.
+
+A *nibble* holds the signs of four channels of one pixel, the first in the lowest bit, 1 for +1. Each group's channels are
+filled up to a multiple of eight with zeros, in weights and activations alike, so that they never differ there.
+
+Activations are *codes*, one byte for each nibble: twice its value, or ``PADDING`` where there is no pixel,
+``(B, H, W, groups * width)`` with ``width`` bytes for a group. Weights have one bit each: bytes of two nibbles, for each
+group and for each block of 64 filters (32 at the end, if that is enough) an array ``(taps * width / 2, filters)``. On disk
+they are 64-bit words in the order of torch's weight.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+PADDING = 32  # twice 16, which is no nibble
+TILE = 4  # pixels that a kernel computes at once
+BLOCK = 64  # filters that a kernel computes at once; or half of them
+LOOKUPS = 62  # how many counts of at most 4 fit into a byte; an even number, for they come in pairs
+_BITS = torch.arange(64)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A binary convolution: what is fixed when a network is packed. ``padding`` is (top, bottom, left, right)."""
+
+    out_channels: int
+    in_channels: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @classmethod
+    def of(cls, numbers: list[int]) -> "Geometry":
+        """From the fourteen numbers of :attr:`numbers`. Raises ValueError for others."""
+        if len(numbers) != 13:
+            raise ValueError(f"the geometry of a binary convolution has 13 numbers; got {len(numbers)}")
+        o, i, kh, kw, sh, sw, top, bottom, left, right, dh, dw, groups = numbers
+        if min(o, i, kh, kw, sh, sw, dh, dw, groups) < 1 or min(numbers) < 0 or o % groups or i % groups:
+            raise ValueError(f"{numbers} are no geometry of a binary convolution")
+        return cls(o, i, (kh, kw), (sh, sw), (top, bottom, left, right), (dh, dw), groups)
+
+    @property
+    def numbers(self) -> list[int]:
+        """The geometry as an operator takes it."""
+        return [self.out_channels, self.in_channels, *self.kernel, *self.stride, *self.padding, *self.dilation,
+                self.groups]  # fmt: skip
+
+    @property
+    def taps(self) -> int:
+        """Pixels below a kernel."""
+        return self.kernel[0] * self.kernel[1]
+
+    @property
+    def width(self) -> int:
+        """Bytes of codes of one pixel's group."""
+        return width(self.in_channels, self.groups)
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        """Torch's ``(O, I / groups, kh, kw)``."""
+        return self.out_channels, self.in_channels // self.groups, *self.kernel
+
+    @property
+    def weight_bytes(self) -> int:
+        """What :func:`encode_weight` gives."""
+        return self.groups * self.taps * self.width // 2 * sum(blocks(self.out_channels // self.groups))
+
+    def codes_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the codes for an image, padding included."""
+        top, bottom, left, right = self.padding
+        return height + top + bottom, width + left + right
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of what comes out for *codes* of this size, padding included."""
+        sizes = zip((height, width), self.kernel, self.stride, self.dilation, strict=True)
+        out_height, out_width = ((n - d * (k - 1) - 1) // s + 1 for n, k, s, d in sizes)
+        return out_height, out_width
+
+
+def width(channels: int, groups: int) -> int:
+    """Bytes of codes that a group of one pixel takes."""
+    return 2 * math.ceil(channels // groups / 8)
+
+
+def blocks(filters: int) -> list[int]:
+    """How many filters each block of a group holds, those that fill it up included."""
+    whole, rest = divmod(filters, BLOCK)
+    return [BLOCK] * whole + ([BLOCK if rest > BLOCK // 2 else BLOCK // 2] if rest else [])
+
+
+def pack_words(bits: Tensor) -> Tensor:
+    """Bool of any shape -> ``(ceil(n / 64),)`` int64; element i of the flattened tensor is bit i % 64 of word i // 64."""
+    flat = torch.nn.functional.pad(bits.flatten(), (0, -bits.numel() % 64)).view(-1, 8, 8)
+    octets = (flat.to(torch.uint8) << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    return octets.flatten().view(torch.int64)
+
+
+def unpack_words(words: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of :func:`pack_words`: bool of ``shape``."""
+    octets = words.contiguous().view(torch.uint8)[:, None]
+    bits = octets.bitwise_and(1 << torch.arange(8, dtype=torch.uint8)) != 0
+    return bits.flatten()[: math.prod(shape)].reshape(shape)
+
+
+def _nibbles(bits: Tensor, groups: int) -> Tensor:
+    """Bool ``(..., groups * channels)`` -> uint8 nibbles ``(..., groups * width)``."""
+    grouped = bits.unflatten(-1, (groups, -1))
+    filled = torch.nn.functional.pad(grouped, (0, -grouped.shape[-1] % 8)).unflatten(-1, (-1, 4))
+    return (filled.to(torch.uint8) << torch.arange(4, dtype=torch.uint8, device=bits.device)).sum(-1, dtype=torch.uint8).flatten(-2)
+
+
+def encode_weight(bits: Tensor, groups: int = 1) -> Tensor:
+    """Bool ``(O, I / groups, kh, kw)``, true for +1 -> uint8 in the layout of the kernels, one axis."""
+    nibbles = _nibbles(bits.permute(0, 2, 3, 1), 1).flatten(1)  # (O, taps * width)
+    octets = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    parts = []
+    for group in octets.chunk(groups):
+        sizes = blocks(len(group))
+        filled = torch.nn.functional.pad(group, (0, 0, 0, sum(sizes) - len(group)))
+        parts += [block.T.flatten() for block in filled.split(sizes)]
+    return torch.cat(parts)
+
+
+def decode_weight(octets: Tensor, geometry: Geometry) -> Tensor:
+    """The inverse of :func:`encode_weight`."""
+    filters = geometry.out_channels // geometry.groups
+    rows = geometry.taps * geometry.width // 2
+    sizes = blocks(filters)
+    kernels = []
+    for group in octets.split(sum(sizes) * rows):
+        parts = [part.view(rows, -1).T for part in group.split([size * rows for size in sizes])]
+        kernels.append(torch.cat(parts)[:filters])
+    pairs = torch.cat(kernels)
+    nibbles = torch.stack((pairs & 15, pairs >> 4), -1).view(-1, *geometry.kernel, geometry.width)
+    return _signs(nibbles, geometry.in_channels // geometry.groups, 1).permute(0, 3, 1, 2)
+
+
+def _signs(nibbles: Tensor, channels: int, groups: int) -> Tensor:
+    """Nibbles ``(..., groups * width)`` -> bool ``(..., channels)``."""
+    bits = (nibbles[..., None] >> torch.arange(4, dtype=torch.uint8, device=nibbles.device)) & 1
+    return bits.flatten(-2).unflatten(-1, (groups, -1))[..., : channels // groups].flatten(-2) != 0
+
+
+def encode_signs(bits: Tensor, groups: int = 1, padding: tuple[int, int, int, int] = (0, 0, 0, 0)) -> Tensor:
+    """Bool ``(B, H, W, C)``, true for +1 -> codes; ``padding`` is (top, bottom, left, right)."""
+    top, bottom, left, right = padding
+    codes = 2 * _nibbles(bits, groups)
+    return torch.nn.functional.pad(codes, (0, 0, left, right, top, bottom), value=PADDING)
+
+
+def decode_signs(codes: Tensor, channels: int, groups: int = 1) -> Tensor:
+    """Codes -> int8 ``(B, H, W, C)`` of {-1, 0, +1}, 0 where there is no pixel."""
+    signs = _signs((codes >> 1) & 15, channels, groups).to(torch.int8) * 2 - 1
+    return signs * (codes[..., :1] != PADDING)
+
+
+class Plan(NamedTuple):
+    """Where a kernel finds what it reads, for codes of one size.
+
+    ``bases``, one for each output pixel, filled up to whole tiles, is the position of its first tap in the codes of an
+    image, ``valid`` how many inputs it has. A *run* is a part of a window that lies without a gap: ``starts`` from the
+    pixel's base, ``lengths`` in codes; after a run with ``ends`` the counts leave their bytes.
+    """
+
+    bases: NDArray[np.int64]
+    valid: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    ends: NDArray[np.bool_]
+
+
+@functools.lru_cache(maxsize=512)
+def plan(geometry: Geometry, height: int, width: int) -> Plan:
+    """The plan for codes ``(height, width)``, padding included."""
+    out_height, out_width = geometry.output_size(height, width)
+    pixel = geometry.groups * geometry.width
+    top, bottom, left, right = geometry.padding
+    rows, row_taps = _axis(out_height, height, geometry, 0, top, bottom)
+    columns, column_taps = _axis(out_width, width, geometry, 1, left, right)
+    bases = ((rows[:, None] * width + columns) * pixel).ravel()
+    valid = (row_taps[:, None] * column_taps * (geometry.in_channels // geometry.groups)).ravel()
+    fill = (0, -len(bases) % TILE)
+    starts, lengths, ends = _runs(geometry, width * pixel, pixel)
+    return Plan(np.pad(bases, fill, "edge"), np.pad(valid, fill, "edge").astype(np.int32), starts, lengths, ends)
+
+
+def _axis(count: int, size: int, geometry: Geometry, axis: int, before: int, after: int) -> tuple[Any, Any]:
+    """Where the windows begin, and how many of their taps lie inside of the image."""
+    begin = np.arange(count, dtype=np.int64) * geometry.stride[axis]
+    taps = begin[:, None] + np.arange(geometry.kernel[axis]) * geometry.dilation[axis]
+    return begin, ((taps >= before) & (taps < size - after)).sum(1)
+
+
+def _runs(geometry: Geometry, row: int, pixel: int) -> tuple[Any, Any, Any]:
+    (kh, kw), (dh, dw) = geometry.kernel, geometry.dilation
+    if geometry.groups == 1 and dw == 1:
+        whole = [(y * dh * row, kw * geometry.width) for y in range(kh)]
+    else:
+        whole = [(y * dh * row + x * dw * pixel, geometry.width) for y in range(kh) for x in range(kw)]
+    starts, lengths = [], []
+    for start, length in whole:
+        parts = math.ceil(length / LOOKUPS)
+        step = 2 * math.ceil(length / 2 / parts)
+        for begin in range(0, length, step):
+            starts.append(start + begin)
+            lengths.append(min(step, length - begin))
+    ends, held = [], 0
+    for length, following in zip(lengths, [*lengths[1:], LOOKUPS], strict=True):
+        held += length
+        ends.append(held + following > LOOKUPS)
+        held *= not ends[-1]
+    return np.array(starts, np.int64), np.array(lengths, np.int64), np.array(ends, np.bool_)
