@@ -7,6 +7,8 @@ from bonn_qat.errors import BonnQatError
 from bonn_qat.hookspecs import hookimpl
 from bonn_qat.metrics import FlipRatio
 from bonn_qat.objective import Objective, advance, constrain_, parameter_groups
+from bonn_qat.pack import pack
+from bonn_qat.packed import PackedModel
 from bonn_qat.recipe import Recipe
 from bonn_qat.regularizers import CenterLoss, FeatureLoss, KernelLoss, Regularizer, Step
 from bonn_qat.scheme import Scheme, Stage
@@ -22,6 +24,7 @@ __all__ = [
     "FlipRatio",
     "KernelLoss",
     "Objective",
+    "PackedModel",
     "Recipe",
     "Regularizer",
     "Scheme",
@@ -33,6 +36,7 @@ __all__ = [
     "constrain_",
     "diagnose",
     "hookimpl",
+    "pack",
     "parameter_groups",
     "summary",
     "train",

@@ -22,7 +22,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     """
     # A copy of each, because safetensors refuses tensors that share their memory.
     copies = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-    metadata = {_KEY: json.dumps(header)} if header is not None else None
+    metadata = {_KEY: json.dumps(header, separators=(",", ":"))} if header is not None else None
     # Not save_file, which turns a full disk into an error of its own.
     return write_whole(path, safetensors.torch.save(copies, metadata))
 

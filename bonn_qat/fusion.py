@@ -18,7 +18,7 @@ from bonn_qat.runtime.operators import can_follow
 from bonn_qat.thresholds import find_thresholds
 
 aten, ours = torch.ops.aten, torch.ops.bonn_qat
-_SAME = (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.clone.default)
+_SAME = (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default)
 _NORM = aten._native_batch_norm_legit_no_training.default
 
 
@@ -40,6 +40,12 @@ class Network:
         with self.graph.inserting_before(before):
             return self.graph.create_node("get_attr", name)
 
+    def hoist_tensors(self) -> None:
+        """Bring the nodes of tensors to the beginning."""
+        (first,) = self.graph.find_nodes(op="placeholder")
+        for node in self.graph.find_nodes(op="get_attr"):
+            first.prepend(node)
+
     def drop_unused(self) -> None:
         """Take out nodes and tensors that nothing needs."""
         self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
@@ -51,10 +57,16 @@ def fuse(network: Network) -> None:
     """Make ``network`` smaller, in place."""
     _fold_constants(network)
     for node in list(network.graph.find_nodes(op="call_function", target=ours.binary_conv2d.default)):
-        while (following := _absorb(network, node)) is not None:
-            node = following
+        _absorb_all(network, node)
     for node in list(network.graph.find_nodes(op="call_function", target=ours.sign_codes.default)):
         _absorb_norm(network, node)
+    seen: set[fx.Node] = set()
+    while norms := [node for node in network.graph.find_nodes(op="call_function", target=_NORM) if node not in seen]:
+        seen.add(norms[0])
+        new = _elementwise(network, norms[0])
+        if new is not None:
+            _absorb_all(network, new)  # which may take norms, too
+    network.hoist_tensors()  # thresholds may stand below the convolution that is to have them
     for node in list(network.graph.find_nodes(op="call_function", target=ours.binary_conv2d.default)):
         _join_sign(network, node)
     network.drop_unused()
@@ -101,8 +113,13 @@ def _shape(node: fx.Node) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape)
 
 
+def _absorb_all(network: Network, node: fx.Node) -> None:
+    while (following := _absorb(network, node)) is not None:
+        node = following
+
+
 def _absorb(network: Network, node: fx.Node) -> fx.Node | None:
-    """Take the only user of a convolution into its epilogue; the new node, or None."""
+    """Take the only user of a convolution, or of an epilogue of its own, into the epilogue; the new node, or None."""
     if len(node.users) != 1:
         return None
     (user,) = node.users
@@ -111,28 +128,51 @@ def _absorb(network: Network, node: fx.Node) -> fx.Node | None:
     if step is None:
         return None
     operation, rows, residual, replaced = step
-    codes, weight, geometry, program, vectors, before = node.args
+    *inputs, program, vectors, before = node.args
     if residual is not None and before is not None:
         return None
     held = network.constant(vectors)
     assert held is not None and isinstance(program, list | tuple)
     longer = vectors
     if rows:
-        longer = network.add(f"{_layer(node)}.epilogue", torch.cat([held, torch.stack(rows)]), replaced)
-    with network.graph.inserting_before(replaced):
-        args = (codes, weight, geometry, [*program, operation, len(held) if rows else 0], longer, residual or before)
-        new = network.graph.call_function(ours.binary_conv2d.default, args)
-    new.meta = {"val": replaced.meta["val"]}
-    replaced.replace_all_uses_with(new)
+        longer = network.add(f"{_name(node)}.epilogue", torch.cat([held, torch.stack(rows)]), replaced)
+    args = (*inputs, [*program, operation, len(held) if rows else 0], longer, residual or before)
+    new = _call(network, node.target, args, replaced)
     for old in dict.fromkeys((replaced, user, node)):
         network.graph.erase_node(old)
     return new
 
 
-def _layer(node: fx.Node) -> str:
-    weight = node.args[1]
-    assert isinstance(weight, fx.Node)
-    return str(weight.target).removesuffix(".weight")
+def _call(network: Network, function: Any, args: tuple[Any, ...], replaced: fx.Node) -> fx.Node:
+    """A call in the place of a node."""
+    with network.graph.inserting_before(replaced):
+        new = network.graph.call_function(function, args)
+    new.meta = {"val": replaced.meta["val"]}
+    replaced.replace_all_uses_with(new)
+    return new
+
+
+def _elementwise(network: Network, norm: fx.Node) -> fx.Node | None:
+    """An epilogue of its own in the place of a batch norm."""
+    source = norm.args[0]
+    assert isinstance(source, fx.Node)
+    if len(_shape(source)) != 4 or source.meta["val"].dtype != torch.float32:
+        return None
+    step = _match_norm(network, source, norm)
+    if step is None:
+        return None
+    operation, rows, _, replaced = step
+    vectors = network.add(f"{_name(norm)}.epilogue", torch.stack(rows), replaced)
+    new = _call(network, ours.elementwise.default, (source, [operation, 0], vectors, None), replaced)
+    network.graph.erase_node(replaced)
+    network.graph.erase_node(norm)
+    return new
+
+
+def _name(node: fx.Node) -> str:
+    """The layer that a node came from, by its tensors' names."""
+    named = [n.target for n in node.all_input_nodes if n.op == "get_attr"]
+    return str(named[0]).rpartition(".")[0] if named else node.name
 
 
 _Step = tuple[int, list[Tensor], fx.Node | None, fx.Node]
@@ -249,12 +289,14 @@ def _absorb_norm(network: Network, node: fx.Node) -> None:
     if flips.any():
         for user in users:
             _flip(network, user, flips)
-    new = network.add(f"{_layer(users[0])}.thresholds", found, node)
+    new = network.add(f"{_name(users[0])}.thresholds", found, node)
     node.args = (norm.args[0], new, numbers)
 
 
 def _owns_weight(network: Network, user: fx.Node) -> bool:
-    return user.target is ours.binary_conv2d.default and isinstance(user.args[1], fx.Node) and len(user.args[1].users) == 1
+    return (
+        user.target is ours.binary_conv2d.default and isinstance(user.args[1], fx.Node) and len(user.args[1].users) == 1
+    )
 
 
 def _flip(network: Network, convolution: fx.Node, flips: Tensor) -> None:
@@ -285,8 +327,6 @@ def _join_sign(network: Network, node: fx.Node) -> None:
     args = (*node.args, user.args[1], following.numbers)
     is_alone = len(node.users) == 1
     target = ours.binary_conv2d_sign.default if is_alone else ours.binary_conv2d_and_sign.default
-    assert isinstance(user.args[1], fx.Node)
-    node.prepend(user.args[1])  # the thresholds may stand below the convolution
     with network.graph.inserting_after(node):
         new = values = codes = network.graph.call_function(target, args)
     if not is_alone:

@@ -6,11 +6,7 @@ came from. Norms before signs become thresholds, what follows a binary convoluti
 """
 
 import copy
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, cast, final
 
 import torch
@@ -18,144 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from bonn_qat.binarize import Binarization, binary_layers
-from bonn_qat.checkpoint import read_tensors, write_tensors
-from bonn_qat.errors import InvalidData, InvalidModel
+from bonn_qat.errors import InvalidModel
 from bonn_qat.fusion import Network, fuse, per_input
-from bonn_qat.thresholds import find_thresholds
 from bonn_qat.layers import BinaryConv2d, BinaryLayer, BinaryLinear
-from bonn_qat.quantizers import FrozenWeight, WeightQuantizer
+from bonn_qat.packed import PackedLayer, PackedModel
+from bonn_qat.quantizers import WeightQuantizer
 from bonn_qat.runtime import graph as graphs
-from bonn_qat.runtime.layout import Geometry, pack_words
+from bonn_qat.runtime.layout import Geometry, encode_weight, pack_words
 from bonn_qat.summary import input_size_of
+from bonn_qat.thresholds import find_thresholds
 
-FORMAT = 1
 _ops = torch.ops.bonn_qat
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackedLayer:
-    """What became of a binary layer.
-
-    ``kind`` ``"bits"``: weights and inputs are bits, the product counts them. ``"weights"``: weights are bits on disk and
-    in memory, and become floats for the product. ``"float"``: weights stay floats. ``reason`` says why it is not the first.
-    """
-
-    name: str
-    kind: str
-    reason: str = ""
-
-
-@final
-class PackedModel(nn.Module):
-    """A packed network: images ``(B, C, H, W)``, float32 of ``input_size`` -> what the model gave. For inference only.
-
-    ``layers`` says what became of each binary layer. Made by :func:`pack` or :meth:`load`.
-    """
-
-    def __init__(
-        self,
-        graph: fx.Graph,
-        tensors: Mapping[str, Tensor],
-        weights: Mapping[str, Geometry],
-        *,
-        name: str,
-        scheme: str,
-        input_size: tuple[int, int, int],
-        batch: int | None,
-        layers: Sequence[PackedLayer],
-    ) -> None:
-        super().__init__()
-        self.name, self.scheme, self.input_size, self.batch = name, scheme, input_size, batch
-        self.layers = tuple(layers)
-        self._nodes, self._weights = graph, dict(weights)
-        self.network, self._names = graphs.module(graph, tensors)
-        self.requires_grad_(False).eval()
-
-    def forward(self, images: Tensor) -> Any:
-        """Raises InvalidData for images of another size or type."""
-        if images.ndim != 4 or tuple(images.shape[1:]) != self.input_size or images.dtype != torch.float32:
-            raise InvalidData(
-                f"this network was packed for float32 images (B, {', '.join(map(str, self.input_size))}); got "
-                f"{images.dtype} {tuple(images.shape)}; for another size pack it with input_size=(C, H, W)"
-            )
-        with torch.no_grad():
-            images = images.contiguous(memory_format=torch.channels_last)
-            if self.batch is None:
-                return self.network(images)
-            return torch.cat([self.network(part) for part in images.split(self.batch)])
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What is saved, by name: bits as int64 words, all else as it is."""
-        held = {name: self.network.get_buffer(buffer).contiguous() for name, buffer in self._names.items()}
-        return {
-            name: graphs.to_words(tensor, self._weights[name]) if name in self._weights else tensor
-            for name, tensor in held.items()
-        }
-
-    def save(self, path: str | Path) -> Path:
-        """Write a safetensors file with a header of JSON, whole or not at all. Raises OSError where that fails."""
-        tensors = self.tensors()
-        header = {
-            "kind": "packed", "format": FORMAT, "name": self.name, "scheme": self.scheme,
-            "input_size": list(self.input_size), "batch": self.batch, "layers": [asdict(layer) for layer in self.layers],
-            "nodes": graphs.describe(self._nodes, self._weights),
-        }  # fmt: skip
-        return write_tensors(Path(path), tensors, header | {"sha256": _digest(tensors, header)})
-
-    @classmethod
-    def load(cls, path: str | Path) -> "PackedModel":
-        """Read what :meth:`save` wrote; nothing in the file is run but known operators, and brevitas, timm and the
-        model's class are not needed.
-
-        Raises InvalidData naming the file for one that is missing, truncated, altered, or of another version.
-        """
-        tensors, header = read_tensors(Path(path))
-        try:
-            return cls._from_file(tensors, header)
-        except InvalidData as error:
-            raise InvalidData(f"{path}: {error}") from error
-
-    @classmethod
-    def _from_file(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> "PackedModel":
-        if header.get("kind") != "packed":
-            raise InvalidData("no packed network; bonn_qat.pack(model).save(path) writes one")
-        if header.get("format") != FORMAT:
-            raise InvalidData(
-                f"a packed network of format {header.get('format')!r}; this version of bonn-qat reads {FORMAT}"
-            )
-        if header.pop("sha256", None) != _digest(tensors, header):
-            raise InvalidData("the file was altered after it was written: its checksum is another")
-        graph, weights = graphs.rebuild(header.get("nodes"))
-        used = [node.target for node in graph.nodes if node.op == "get_attr"]
-        if missing := sorted(set(used) ^ set(tensors)):
-            raise InvalidData(f"its tensors are not those of its nodes; look at {missing[0]!r}")
-        held = {
-            name: graphs.from_words(tensors[name], weights[name]) if name in weights else tensors[name] for name in tensors
-        }
-        try:
-            layers = [PackedLayer(**layer) for layer in header["layers"]]
-            size = tuple(int(n) for n in header["input_size"])
-            channels, height, width = size
-            batch = header["batch"]
-            return cls(
-                graph, held, weights, name=str(header["name"]), scheme=str(header["scheme"]),
-                input_size=(channels, height, width), batch=None if batch is None else int(batch), layers=layers,
-            )  # fmt: skip
-        except (KeyError, TypeError, ValueError) as error:
-            raise InvalidData(f"its header lacks something or has it wrong: {error}") from error
-
-    def extra_repr(self) -> str:
-        """For ``print(model)``."""
-        return f"{self.name}, scheme={self.scheme!r}, input_size={self.input_size}"
-
-
-def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
-    return digest.hexdigest()
 
 
 def pack(model: nn.Module, input_size: Sequence[int] | None = None) -> PackedModel:
@@ -178,9 +47,15 @@ def pack(model: nn.Module, input_size: Sequence[int] | None = None) -> PackedMod
         )
     network, batch = _trace(ready, size)
     fuse(network)
-    unknown = {graphs.name_of(node.target) for node in network.graph.nodes if node.op == "call_function" and not graphs.is_known(node.target)}
+    unknown = {
+        graphs.name_of(node.target)
+        for node in network.graph.nodes
+        if node.op == "call_function" and not graphs.is_known(node.target)
+    }
     if unknown:
-        raise InvalidModel(f"a packed network does not call {', '.join(sorted(unknown))}, as {type(model).__name__} does")
+        raise InvalidModel(
+            f"a packed network does not call {', '.join(sorted(unknown))}, as {type(model).__name__} does"
+        )
     record = getattr(model, "binarization", None)
     return PackedModel(
         network.graph, network.tensors, network.weights, name=type(model).__name__,
@@ -191,7 +66,9 @@ def pack(model: nn.Module, input_size: Sequence[int] | None = None) -> PackedMod
 def _replace(model: nn.Module, name: str, layer: BinaryLayer) -> PackedLayer:
     """Put the packed form of ``layer`` into its place."""
     if layer.stand_in is not None or not layer.binary_weight:
-        raise InvalidModel(f"{name} is in a stage of its training with float weights or activations; it is not 1-bit yet")
+        raise InvalidModel(
+            f"{name} is in a stage of its training with float weights or activations; it is not 1-bit yet"
+        )
     value, scale = layer.weight_quant.quantize(layer.latent())
     signs = _signs(layer)
     reason = ""
@@ -257,7 +134,7 @@ class _Bits(nn.Module):
         self.weight: Tensor
         self.epilogue: Tensor
         self.thresholds: Tensor
-        self.register_buffer("weight", graphs.encode_weight(bits, geometry.groups))
+        self.register_buffer("weight", encode_weight(bits, geometry.groups))
         self.register_buffer("epilogue", scale.abs().reshape(1, -1).expand(1, geometry.out_channels).clone())
         self.register_buffer("thresholds", thresholds)
 
@@ -372,7 +249,11 @@ def _export(model: nn.Module, images: Tensor) -> Any:
 def _network(program: Any) -> Network:
     signature = program.graph_signature
     held = {**program.state_dict, **program.constants}
-    sources = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    sources = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
     graph, tensors, weights = fx.Graph(), dict[str, Tensor](), dict[str, Geometry]()  # a graph that no module owns
     copies: dict[fx.Node, fx.Node] = {}
     for node in program.graph.nodes:

@@ -10,7 +10,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich import box
@@ -194,6 +194,8 @@ def summary(model: nn.Module, input_size: Sequence[int] | None = None) -> Report
     the model's device; the model is as before afterwards. Raises InvalidModel if the size is unknown, or the model does
     not take it.
     """
+    if callable(own := getattr(model, "report", None)):  # a packed network counts what it holds
+        return cast(Report, own())
     size = input_size_of(model, input_size)
     record = getattr(model, "binarization", None)
     done = record if isinstance(record, Binarization) else None

@@ -26,9 +26,9 @@ _PYTHON: Mapping[str, Callable[..., Any]] = {
 }
 # Functions of tensors alone that torch counts neither as core nor as pointwise.
 _MORE = {
-    "_native_batch_norm_legit_no_training", "adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "batch_norm",
+    "_native_batch_norm_legit_no_training", "_unsafe_view", "adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "batch_norm",
     "chunk", "concat", "contiguous", "conv1d", "conv2d", "conv3d", "einsum", "expand_as", "flatten", "glu", "group_norm",
-    "instance_norm", "layer_norm", "linear", "matmul", "max_pool2d", "prelu", "sym_size", "meshgrid", "movedim", "narrow", "normalize", "numpy_T",
+    "instance_norm", "layer_norm", "linear", "matmul", "max_pool2d", "prelu", "sym_size", "meshgrid", "movedim", "narrow", "new_full", "new_ones", "new_zeros", "normalize", "numpy_T",
     "ones_like", "outer", "pad", "pixel_shuffle", "pixel_unshuffle", "repeat_interleave", "reshape", "rms_norm", "roll",
     "rot90", "scaled_dot_product_attention", "softmax", "split", "square", "stack", "sum_to_size", "t", "tile", "to",
     "transpose", "type_as", "unbind", "unflatten", "unfold", "upsample_bicubic2d", "upsample_bilinear2d",
@@ -84,7 +84,10 @@ def describe(graph: fx.Graph, weights: Mapping[str, Geometry]) -> list[dict[str,
         elif node.op == "output":
             nodes.append({"op": "output", "name": "output", "args": [_encode(node.args[0])]})
         else:
-            arguments = {"args": [_encode(a) for a in node.args], "kwargs": {k: _encode(v) for k, v in node.kwargs.items()}}
+            arguments = {
+                "args": [_encode(a) for a in node.args],
+                "kwargs": {k: _encode(v) for k, v in node.kwargs.items()},
+            }
             nodes.append({"op": name_of(node.target), "name": node.name, **arguments})
     return nodes
 
@@ -191,7 +194,9 @@ def module(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> tuple[fx.GraphModu
     """``graph`` as a module whose buffers are ``tensors``, and the names of these buffers, which have no dots."""
     root = nn.Module()
     names = {name: f"t{i}_{''.join(c if c.isalnum() else '_' for c in name)}" for i, name in enumerate(tensors)}
-    kernels = {node.args[1].target for node in graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default)}
+    kernels = {
+        node.args[1].target for node in graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default)
+    }
     for name, tensor in tensors.items():
         # The images are channels_last, and a float convolution would bring its kernels there at each call.
         is_kernel = name in kernels and tensor.ndim == 4

@@ -22,7 +22,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic, models, register_model
 
 from bonn_qat.runtime.epilogue import ADD, CLAMP, FMA, PRELU, RESIDUAL, SCALE
-from bonn_qat.runtime.layout import PADDING, TILE
+from bonn_qat.runtime.layout import TILE
 
 
 _LANES: Final = 32
@@ -176,7 +176,9 @@ def _products(typingctx: Any, inputs: Any, sums: Any, start: Any) -> Any:
     whole = ir.VectorType(_I32, _LANES)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        differing = _load(builder, _pointer(context, builder, signature.args[1], *args[1:]), ir.VectorType(_I16, _LANES), 2)
+        differing = _load(
+            builder, _pointer(context, builder, signature.args[1], *args[1:]), ir.VectorType(_I16, _LANES), 2
+        )
         twice = builder.shl(builder.zext(differing, whole), ir.Constant(whole, [1] * _LANES))
         return builder.sitofp(builder.sub(_splat(builder, args[0], whole), twice), _floats.llvm)
 
@@ -471,10 +473,29 @@ def convolve_items(
                                 following[place + f] = np.uint8(codes_of_rest >> np.uint64(8 * f))
 
 
+@_compiled()
+def elementwise_pixels(x, channels, program, vectors, residual, out, begin, end):  # type: ignore[no-untyped-def]
+    """An epilogue of its own, for pixels of ``channels``; ``vectors`` have room for whole vectors of 32."""
+    some, other = np.empty(32, np.float32), np.empty(32, np.float32)
+    for pixel in range(begin, end):
+        for first in range(0, channels, 32):
+            at, count = pixel * channels + first, min(32, channels - first)
+            if count == 32:
+                _put(out, at, _epilogue(_take(x, at), program, vectors, first, residual, at))
+            else:
+                for c in range(count):
+                    some[c] = x[at + c]
+                    other[c] = residual[at + c] if residual.size else 0
+                _put(some, 0, _epilogue(_take(some, 0), program, vectors, first, other, 0))
+                for c in range(count):
+                    out[at + c] = some[c]
+
+
 @_compiled(parallel=True)
 def convolve_in_threads(
     codes, weight, plan, shape, program, vectors, residual, out, thresholds, following, places, items, threads
 ):  # type: ignore[no-untyped-def]
+    """As :func:`convolve_items`, in parallel."""
     for thread in numba.prange(threads):
         convolve_items(
             codes, weight, plan, shape, program, vectors, residual, out, thresholds, following, places,
@@ -484,5 +505,15 @@ def convolve_in_threads(
 
 @_compiled(parallel=True)
 def sign_in_threads(x, thresholds, shape, codes, items, threads):  # type: ignore[no-untyped-def]
+    """As :func:`sign_rows`, in parallel."""
     for thread in numba.prange(threads):
         sign_rows(x, thresholds, shape, codes, items * thread // threads, items * (thread + 1) // threads)
+
+
+@_compiled(parallel=True)
+def elementwise_in_threads(x, channels, program, vectors, residual, out, items, threads):  # type: ignore[no-untyped-def]
+    """As :func:`elementwise_pixels`, in parallel."""
+    for thread in numba.prange(threads):
+        elementwise_pixels(
+            x, channels, program, vectors, residual, out, items * thread // threads, items * (thread + 1) // threads
+        )

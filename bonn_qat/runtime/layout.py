@@ -115,7 +115,11 @@ def _nibbles(bits: Tensor, groups: int) -> Tensor:
     """Bool ``(..., groups * channels)`` -> uint8 nibbles ``(..., groups * width)``."""
     grouped = bits.unflatten(-1, (groups, -1))
     filled = torch.nn.functional.pad(grouped, (0, -grouped.shape[-1] % 8)).unflatten(-1, (-1, 4))
-    return (filled.to(torch.uint8) << torch.arange(4, dtype=torch.uint8, device=bits.device)).sum(-1, dtype=torch.uint8).flatten(-2)
+    return (
+        (filled.to(torch.uint8) << torch.arange(4, dtype=torch.uint8, device=bits.device))
+        .sum(-1, dtype=torch.uint8)
+        .flatten(-2)
+    )
 
 
 def encode_weight(bits: Tensor, groups: int = 1) -> Tensor:

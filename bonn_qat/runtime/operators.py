@@ -10,6 +10,7 @@ RuntimeError, for nothing is checked in the kernels.
 - ``binary_conv2d(codes, weight, geometry, program, vectors, residual) -> y``
 - ``binary_conv2d_sign(..., thresholds, following) -> codes``: the codes for the convolution of the geometry ``following``.
 - ``binary_conv2d_and_sign(...) -> (y, codes)``
+- ``elementwise(x, program, vectors, residual) -> y``: an epilogue of its own.
 - ``unpack_signs(words, shape) -> float {-1, +1}``
 """
 
@@ -33,6 +34,7 @@ _LIBRARY.define("sign_codes(Tensor x, Tensor thresholds, int[] geometry) -> Tens
 _LIBRARY.define(f"binary_conv2d({_CONVOLUTION}) -> Tensor")
 _LIBRARY.define(f"binary_conv2d_sign({_SIGN}) -> Tensor")
 _LIBRARY.define(f"binary_conv2d_and_sign({_SIGN}) -> (Tensor, Tensor)")
+_LIBRARY.define("elementwise(Tensor x, int[] program, Tensor vectors, Tensor? residual) -> Tensor")
 _LIBRARY.define("unpack_signs(Tensor words, int[] shape) -> Tensor")
 
 
@@ -75,10 +77,14 @@ def _result_shape(codes: Tensor, geometry: Geometry) -> tuple[int, int, int, int
     return codes.shape[0], geometry.out_channels, *geometry.output_size(*codes.shape[1:3])
 
 
-def _check(codes: Tensor, weight: Tensor, geometry: Geometry, vectors: Tensor, residual: Tensor | None) -> tuple[int, ...]:
+def _check(
+    codes: Tensor, weight: Tensor, geometry: Geometry, vectors: Tensor, residual: Tensor | None
+) -> tuple[int, ...]:
     shape = _result_shape(codes, geometry)
     if min(shape[2:]) < 1:
-        raise RuntimeError(f"an image of {tuple(codes.shape[1:3])}, padding included, is smaller than the kernel of {geometry}")
+        raise RuntimeError(
+            f"an image of {tuple(codes.shape[1:3])}, padding included, is smaller than the kernel of {geometry}"
+        )
     _expect("the weights", weight, (geometry.weight_bytes,), torch.uint8)
     _expect("the vectors", vectors, (vectors.shape[0], geometry.out_channels), torch.float32)
     if residual is not None:
@@ -109,7 +115,11 @@ def sign_codes(x: Tensor, thresholds: Tensor, geometry: list[int]) -> Tensor:
     compiled = kernels() if x.device.type == "cpu" else None
     if compiled is None:
         return fallback.sign_codes(x, thresholds, shape_of)
-    codes = x.new_full(shape, PADDING, dtype=torch.uint8) if any(shape_of.padding) else x.new_empty(shape, dtype=torch.uint8)
+    codes = (
+        x.new_full(shape, PADDING, dtype=torch.uint8)
+        if any(shape_of.padding)
+        else x.new_empty(shape, dtype=torch.uint8)
+    )
     if not codes.numel():
         return codes
     batch, _, height, columns = x.shape
@@ -243,6 +253,32 @@ def binary_conv2d_and_sign(*args: Any) -> tuple[Tensor, Tensor]:
     return _convolve(*args[:6], True, *args[6:])
 
 
+def elementwise(x: Tensor, program: list[int], vectors: Tensor, residual: Tensor | None) -> Tensor:
+    """Float32 ``(B, C, H, W)`` -> the same shape."""
+    if x.ndim != 4 or x.dtype != torch.float32:
+        raise RuntimeError(f"expected float32 (B, C, H, W), got {x.dtype} {tuple(x.shape)}")
+    channels = x.shape[1]
+    _expect("the vectors", vectors, (vectors.shape[0], channels), torch.float32)
+    if residual is not None:
+        _expect("the residual", residual, tuple(x.shape), torch.float32)
+    steps = _program(tuple(program), vectors.shape[0], residual is not None)
+    compiled = kernels() if x.device.type == "cpu" else None
+    if compiled is None:
+        y = epilogue.run(x, program, vectors, residual)
+        return y.contiguous(memory_format=torch.channels_last)
+    x = x.permute(0, 2, 3, 1)
+    y = x.new_empty(x.shape)
+    vectors = _fill(vectors, 1, 32 * math.ceil(channels / 32)) if channels % 32 else vectors.contiguous()
+    beside = _array(vectors.new_empty(0) if residual is None else residual.permute(0, 2, 3, 1))
+    arrays = (_array(x), channels, steps, vectors.detach().numpy(), beside, _array(y))
+    pixels, threads = y.numel() // max(channels, 1), _threads(8 * y.numel())
+    if threads > 1:
+        compiled.elementwise_in_threads(*arrays, pixels, threads)
+    else:
+        compiled.elementwise_pixels(*arrays, 0, pixels)
+    return y.permute(0, 3, 1, 2)
+
+
 def unpack_signs(words: Tensor, shape: list[int]) -> Tensor:
     """Int64 words -> float32 of ``shape``."""
     if words.dtype != torch.int64 or min(shape, default=1) < 1 or words.numel() != math.ceil(math.prod(shape) / 64):
@@ -251,7 +287,8 @@ def unpack_signs(words: Tensor, shape: list[int]) -> Tensor:
 
 
 def _register() -> None:
-    for function in (sign_codes, binary_conv2d, binary_conv2d_sign, binary_conv2d_and_sign, unpack_signs):
+    for function in (sign_codes, binary_conv2d, binary_conv2d_sign, binary_conv2d_and_sign, elementwise,
+                     unpack_signs):  # fmt: skip
         _LIBRARY.impl(function.__name__, function, "CompositeExplicitAutograd")
     fake = functools.partial(torch.library.register_fake, lib=_LIBRARY)
 
@@ -280,6 +317,11 @@ def _register() -> None:
         codes: Tensor, weight: Tensor, geometry: list[int], program: Any, vectors: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor]:
         return values(codes, vectors, geometry), signs(codes, geometry, rest[-1])
+
+    @fake("bonn_qat::elementwise")
+    def _(x: Tensor, program: list[int], vectors: Tensor, residual: Any) -> Tensor:
+        batch, channels, height, columns = x.shape
+        return x.new_empty((batch, height, columns, channels)).permute(0, 3, 1, 2)
 
     @fake("bonn_qat::unpack_signs")
     def _(words: Tensor, shape: list[int]) -> Tensor:

@@ -1,0 +1,264 @@
+"""Packed: a network of bits as a module and as a file, which need neither the model's class nor the library it came from."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast, final
+
+import torch
+from torch import Tensor, fx, nn
+
+from bonn_qat.checkpoint import read_tensors, write_tensors
+from bonn_qat.errors import InvalidData
+from bonn_qat.runtime import graph as graphs
+from bonn_qat.runtime.layout import Geometry
+from bonn_qat.summary import FLOAT_BITS, LayerReport, OtherReport, Report
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedLayer:
+    """What became of a binary layer.
+
+    ``kind`` ``"bits"``: weights and inputs are bits, the product counts them. ``"weights"``: weights are bits on disk and
+    in memory, and become floats for the product. ``"float"``: weights stay floats. ``reason`` says why it is not the first.
+    """
+
+    name: str
+    kind: str
+    reason: str = ""
+
+
+@final
+class PackedModel(nn.Module):
+    """A packed network: images ``(B, C, H, W)``, float32 of ``input_size`` -> what the model gave. For inference only.
+
+    ``layers`` says what became of each binary layer. Made by :func:`pack` or :meth:`load`.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        tensors: Mapping[str, Tensor],
+        weights: Mapping[str, Geometry],
+        *,
+        name: str,
+        scheme: str,
+        input_size: tuple[int, int, int],
+        batch: int | None,
+        layers: Sequence[PackedLayer],
+    ) -> None:
+        super().__init__()
+        self.name, self.scheme, self.input_size, self.batch = name, scheme, input_size, batch
+        self.layers = tuple(layers)
+        self._nodes, self._weights = graph, dict(weights)
+        self.network, self._names = graphs.module(graph, tensors)
+        self.requires_grad_(False).eval()
+
+    def forward(self, images: Tensor) -> Any:
+        """Raises InvalidData for images of another size or type."""
+        if images.ndim != 4 or tuple(images.shape[1:]) != self.input_size or images.dtype != torch.float32:
+            raise InvalidData(
+                f"this network was packed for float32 images (B, {', '.join(map(str, self.input_size))}); got "
+                f"{images.dtype} {tuple(images.shape)}; for another size pack it with input_size=(C, H, W)"
+            )
+        with torch.no_grad():
+            images = images.contiguous(memory_format=torch.channels_last)
+            if self.batch is None:
+                return self.network(images)
+            return torch.cat([self.network(part) for part in images.split(self.batch)])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is saved, by name: bits as int64 words, all else as it is."""
+        held = {name: self.network.get_buffer(buffer).contiguous() for name, buffer in self._names.items()}
+        return {
+            name: graphs.to_words(tensor, self._weights[name]) if name in self._weights else tensor
+            for name, tensor in held.items()
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file with a header of JSON, whole or not at all. Raises OSError where that fails."""
+        tensors = self.tensors()
+        header = {
+            "kind": "packed", "format": FORMAT, "name": self.name, "scheme": self.scheme,
+            "input_size": list(self.input_size), "batch": self.batch, "layers": [asdict(layer) for layer in self.layers],
+            "nodes": graphs.describe(self._nodes, self._weights),
+        }  # fmt: skip
+        return write_tensors(Path(path), tensors, header | {"sha256": _digest(tensors, header)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "PackedModel":
+        """Read what :meth:`save` wrote; nothing in the file is run but known operators, and brevitas, timm and the
+        model's class are not needed.
+
+        Raises InvalidData naming the file for one that is missing, truncated, altered, or of another version.
+        """
+        tensors, header = read_tensors(Path(path))
+        try:
+            return cls._from_file(tensors, header)
+        except InvalidData as error:
+            raise InvalidData(f"{path}: {error}") from error
+
+    @classmethod
+    def _from_file(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> "PackedModel":
+        if header.get("kind") != "packed":
+            raise InvalidData("no packed network; bonn_qat.pack(model).save(path) writes one")
+        if header.get("format") != FORMAT:
+            raise InvalidData(
+                f"a packed network of format {header.get('format')!r}; this version of bonn-qat reads {FORMAT}"
+            )
+        if header.pop("sha256", None) != _digest(tensors, header):
+            raise InvalidData("the file was altered after it was written: its checksum is another")
+        graph, weights = graphs.rebuild(header.get("nodes"))
+        used = [node.target for node in graph.nodes if node.op == "get_attr"]
+        if missing := sorted(set(used) ^ set(tensors)):
+            raise InvalidData(f"its tensors are not those of its nodes; look at {missing[0]!r}")
+        held = {
+            name: graphs.from_words(tensors[name], weights[name]) if name in weights else tensors[name]
+            for name in tensors
+        }
+        try:
+            layers = [PackedLayer(**layer) for layer in header["layers"]]
+            size = tuple(int(n) for n in header["input_size"])
+            channels, height, width = size
+            batch = header["batch"]
+            return cls(
+                graph, held, weights, name=str(header["name"]), scheme=str(header["scheme"]),
+                input_size=(channels, height, width), batch=None if batch is None else int(batch), layers=layers,
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidData(f"its header lacks something or has it wrong: {error}") from error
+
+    def report(self) -> Report:
+        """What :func:`bonn_qat.summary` gives: bits and MACs; ``mbit`` is what the file holds beside its header."""
+        outputs = _Outputs(self.network)
+        with torch.no_grad():
+            outputs.run(torch.zeros(1, *self.input_size).contiguous(memory_format=torch.channels_last))
+        names = {buffer: name for name, buffer in self._names.items()}
+        rows = _Rows(names, {name: self.network.get_buffer(buffer).numel() for name, buffer in self._names.items()})
+        for node, shape in outputs.shapes.items():
+            rows.add(node, shape)
+        reasons = {layer.name: layer.reason for layer in self.layers if layer.reason}
+        return Report(
+            model=self.name, input_size=self.input_size, layers=tuple(rows.layers), others=_others(rows.left),
+            trainable=0, scheme=self.scheme or None, kept=reasons, revived=(),
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """For ``print(model)``."""
+        return f"{self.name}, scheme={self.scheme!r}, input_size={self.input_size}"
+
+
+_BINARY = (
+    torch.ops.bonn_qat.binary_conv2d.default, torch.ops.bonn_qat.binary_conv2d_sign.default,
+    torch.ops.bonn_qat.binary_conv2d_and_sign.default,
+)  # fmt: skip
+_FLOAT = (torch.ops.aten.conv1d.default, torch.ops.aten.conv2d.default, torch.ops.aten.linear.default)
+
+
+@final
+class _Outputs(fx.Interpreter):
+    """Runs a graph and keeps the shapes that its products give."""
+
+    def __init__(self, network: fx.GraphModule) -> None:
+        super().__init__(network)
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.target in _BINARY:
+            geometry = Geometry.of(list(n.args[2]))  # type: ignore[arg-type]
+            _, height, width, _ = self.env[n.args[0]].shape  # type: ignore[index]
+            self.shapes[n] = (geometry.out_channels, *geometry.output_size(height, width))
+        elif n.target in _FLOAT:
+            self.shapes[n] = tuple(result.shape[1:])
+        return result
+
+
+class _Rows:
+    """The rows of a report; ``left`` holds the numbers in each tensor that no row has counted."""
+
+    def __init__(self, names: Mapping[str, str], left: dict[str, int]) -> None:
+        self.names, self.left = names, left
+        self.layers: list[LayerReport] = []
+
+    def add(self, node: fx.Node, shape: tuple[int, ...]) -> None:
+        """Count a product, once if it shares its weights."""
+        if node.target in _BINARY:
+            self._binary(node, shape)
+        else:
+            self._float(node, shape)
+
+    def _take(self, node: Any) -> int:
+        return self.left.pop(self.names[node.target], 0) if isinstance(node, fx.Node) and node.op == "get_attr" else 0
+
+    def _binary(self, node: fx.Node, shape: tuple[int, ...]) -> None:
+        weight, vectors = cast(fx.Node, node.args[1]), cast(fx.Node, node.args[4])
+        if not self._take(weight):
+            return
+        count = math.prod(Geometry.of(list(cast(Any, node.args[2]))).weight_shape)
+        self.left[self.names[cast(str, vectors.target)]] -= shape[0]
+        self._row(weight, "BinaryConv2d", shape, count, bits=(1, 1), scales=shape[0])
+
+    def _float(self, node: fx.Node, shape: tuple[int, ...]) -> None:
+        weight = cast(fx.Node, node.args[1])
+        kind = "Linear" if node.target is torch.ops.aten.linear.default else "Conv2d"
+        words = _words(weight)
+        if words is None:
+            if count := self._take(weight):
+                biases = self._take(node.args[2]) if len(node.args) > 2 else 0
+                self._row(weight, kind, shape, count, bits=(FLOAT_BITS, FLOAT_BITS), biases=biases)
+        elif self._take(words.args[0]):
+            count = math.prod(cast(list[int], words.args[1]))
+            self._row(cast(fx.Node, words.args[0]), f"Binary{kind}", shape, count, bits=(1, FLOAT_BITS))
+
+    def _row(
+        self,
+        weight: fx.Node,
+        kind: str,
+        shape: tuple[int, ...],
+        count: int,
+        *,
+        bits: tuple[int, int],
+        scales: int = 0,
+        biases: int = 0,
+    ) -> None:
+        name = self.names[cast(str, weight.target)].rpartition(".")[0].removesuffix(".weight_quant")
+        channels = shape[-1] if kind.endswith("Linear") else shape[0]
+        self.layers.append(
+            LayerReport(
+                name=name, type=kind, output=shape, weight_bits=bits[0], input_bits=bits[1], weights=count, scales=scales,
+                biases=biases, macs=math.prod(shape) * count // channels,
+            )
+        )  # fmt: skip
+
+
+def _words(node: Any) -> fx.Node | None:
+    """The call that unpacks the weights that ``node`` is made of."""
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        if node.target is torch.ops.bonn_qat.unpack_signs.default:
+            return node
+        node = node.args[0]
+    return None
+
+
+def _others(left: Mapping[str, int]) -> tuple[OtherReport, ...]:
+    """What no product has counted, by the last part of its name."""
+    kinds: dict[str, list[int]] = {}
+    for name, count in left.items():
+        if count:
+            kinds.setdefault(name.rpartition(".")[2].rstrip("_"), []).append(count)
+    return tuple(OtherReport(type=kind, modules=len(n), parameters=sum(n)) for kind, n in kinds.items())
+
+
+def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()

@@ -1,0 +1,274 @@
+"""The packed runtime: layouts are inverted, kernels and the plain-torch fallback equal torch's convolution of +-1 exactly."""
+
+import itertools
+import platform
+from typing import Any
+
+import llvmlite.binding as llvm
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llvmlite import ir
+from torch import Tensor, nn
+
+from bonn_qat.runtime import epilogue, fallback, kernels, layout, operators
+from bonn_qat.runtime.epilogue import ADD, CLAMP, FMA, PRELU, RESIDUAL, SCALE
+from bonn_qat.runtime.layout import Geometry
+
+ops = torch.ops.bonn_qat
+
+
+@st.composite
+def geometries(draw: Any) -> Geometry:
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    channels = st.sampled_from([1, 2, 3, 5, 8, 16, 31, 32, 33, 40, 63, 64, 65, 96, 130])
+    pair = st.tuples(st.integers(1, 3), st.integers(1, 3))
+    return Geometry(
+        groups * draw(channels), groups * draw(channels), draw(st.sampled_from([(1, 1), (3, 3), (7, 7), (1, 5), (2, 3)])),
+        draw(pair), draw(st.tuples(*[st.integers(0, 3)] * 4)), draw(pair), groups,
+    )  # fmt: skip
+
+
+def image_size(geometry: Geometry, extra: int) -> tuple[int, int]:
+    """The smallest image that the kernel fits into, and ``extra`` pixels more."""
+    top, bottom, left, right = geometry.padding
+    sizes = [d * (k - 1) + 1 for k, d in zip(geometry.kernel, geometry.dilation, strict=True)]
+    return max(1, sizes[0] - top - bottom) + extra, max(1, sizes[1] - left - right) + extra
+
+
+def expected(x: Tensor, thresholds: Tensor, bits: Tensor, geometry: Geometry) -> Tensor:
+    """By torch's convolution of float signs, zeros for the padding."""
+    signs = torch.where(x >= thresholds[:, None, None], 1.0, -1.0)
+    top, bottom, left, right = geometry.padding
+    padded = F.pad(signs, (left, right, top, bottom))
+    return F.conv2d(padded, bits * 2.0 - 1, None, geometry.stride, 0, geometry.dilation, geometry.groups)
+
+
+def problem(geometry: Geometry, batch: int = 2, extra: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(batch, geometry.in_channels, *image_size(geometry, extra))
+    return x, torch.randn(geometry.in_channels) / 4, torch.randn(geometry.weight_shape) >= 0
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(geometry=geometries(), batch=st.sampled_from([0, 1, 1, 2, 5]), extra=st.integers(0, 9))
+def test_binary_convolutions_are_exact(geometry, batch, extra):
+    x, thresholds, bits = problem(geometry, batch, extra)
+    weight = layout.encode_weight(bits, geometry.groups)
+    assert torch.equal(layout.decode_weight(weight, geometry), bits)
+    codes = ops.sign_codes(x, thresholds, geometry.numbers)
+    assert torch.equal(codes, fallback.sign_codes(x, thresholds, geometry))
+    ones = torch.ones(1, geometry.out_channels)
+    y = ops.binary_conv2d(codes, weight, geometry.numbers, [SCALE, 0], ones, None)
+    assert torch.equal(y, expected(x, thresholds, bits, geometry))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(fallback.binary_conv2d(codes, weight, geometry, [SCALE, 0], ones, None), y)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(own=geometries(), other=geometries(), batch=st.sampled_from([1, 3]))
+def test_a_convolution_writes_the_codes_of_the_next(own, other, batch):
+    following = Geometry(
+        3, own.out_channels, other.kernel, other.stride, other.padding, other.dilation,
+        1 if own.out_channels % 3 else other.groups if own.out_channels % other.groups == 0 and other.groups == 3 else 1,
+    )  # fmt: skip
+    x, thresholds, bits = problem(own, batch)
+    codes = ops.sign_codes(x, thresholds, own.numbers)
+    vectors, after = torch.randn(3, own.out_channels), torch.randn(own.out_channels)
+    arguments = (codes, layout.encode_weight(bits, own.groups), own.numbers, [SCALE, 0, FMA, 1], vectors, None)
+    if not operators.can_follow(own, following):
+        with pytest.raises(RuntimeError, match="are not those that"):
+            ops.binary_conv2d_sign(*arguments, after, following.numbers)
+        return
+    y = ops.binary_conv2d(*arguments)
+    signs = ops.sign_codes(y, after, following.numbers)
+    assert torch.equal(ops.binary_conv2d_sign(*arguments, after, following.numbers), signs)
+    both = ops.binary_conv2d_and_sign(*arguments, after, following.numbers)
+    assert torch.equal(both[0], y)
+    assert torch.equal(both[1], signs)
+
+
+@pytest.mark.parametrize("channels", [1, 31, 32, 64, 72])
+def test_an_epilogue_rounds_as_torch_does(channels):
+    """Bit for bit: scale, batch norm, shortcut, PReLU, ReLU, Hardtanh, bias."""
+    geometry = Geometry(channels, 40, (3, 3), padding=(1, 1, 1, 1))
+    x, thresholds, bits = problem(geometry, 2, 6)
+    norm = nn.BatchNorm2d(channels).eval().requires_grad_(False)
+    for tensor in (norm.weight, norm.bias, norm.running_mean):
+        tensor.normal_()
+    norm.running_var.uniform_(0.1, 3)
+    scale, slope, bias = torch.rand(channels), torch.randn(channels), torch.randn(channels)
+    ones, zeros = torch.ones(1, channels, 1, 1), torch.zeros(1, channels, 1, 1)
+    factor = F.batch_norm(ones, torch.zeros(channels), norm.running_var, norm.weight, None, eps=norm.eps).flatten()
+    offset = norm(zeros).flatten()
+    vectors = torch.stack([scale, factor, offset, slope, bias, torch.full_like(bias, -1), torch.ones_like(bias)])
+    program = [SCALE, 0, FMA, 1, RESIDUAL, 0, PRELU, 3, ADD, 4, CLAMP, 5]
+    sums = expected(x, thresholds, bits, geometry)
+    residual = torch.randn_like(sums)
+    reference = F.prelu(norm(sums * scale[:, None, None]) + residual, slope) + bias[:, None, None]
+    codes, weight = ops.sign_codes(x, thresholds, geometry.numbers), layout.encode_weight(bits)
+    arguments = (codes, weight, geometry.numbers, program, vectors, residual)
+    assert torch.equal(ops.binary_conv2d(*arguments), F.hardtanh(reference))
+    assert torch.equal(fallback.binary_conv2d(codes, weight, geometry, *arguments[3:]), F.hardtanh(reference))
+    assert torch.equal(ops.elementwise(sums, program, vectors, residual), F.hardtanh(reference))
+    assert torch.equal(epilogue.run(sums, program, vectors, residual), F.hardtanh(reference))
+
+
+def test_threads_change_nothing():
+    geometry = Geometry(70, 64, (3, 3), padding=(1, 1, 1, 1))
+    x, thresholds, bits = problem(geometry, 3, 40)
+    vectors = torch.ones(1, 70)
+
+    def run() -> tuple[Tensor, ...]:
+        codes = ops.sign_codes(x, thresholds, geometry.numbers)
+        y = ops.binary_conv2d(codes, layout.encode_weight(bits), geometry.numbers, [SCALE, 0], vectors, None)
+        return codes, y, ops.elementwise(y, [PRELU, 0], vectors / 4, None)
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = run()
+        torch.set_num_threads(2)
+        assert all(torch.equal(a, b) for a, b in zip(run(), alone, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@given(st.lists(st.booleans(), max_size=200))
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_words_keep_every_bit(bits):
+    tensor = torch.tensor(bits, dtype=torch.bool)
+    words = layout.pack_words(tensor)
+    assert words.dtype == torch.int64
+    assert len(words) == (len(bits) + 63) // 64
+    assert torch.equal(layout.unpack_words(words, tuple(tensor.shape)), tensor)
+    assert all((int(words[i // 64]) >> i % 64) & 1 == bit for i, bit in enumerate(bits))
+
+
+def test_signs_come_back_from_words():
+    signs = torch.randn(5, 3, 3, 7).sign()
+    assert torch.equal(ops.unpack_signs(layout.pack_words(signs > 0), list(signs.shape)), signs)
+
+
+def test_codes_say_where_there_is_no_pixel():
+    bits = torch.randn(2, 3, 4, 9) >= 0
+    signs = layout.decode_signs(layout.encode_signs(bits, 1, (1, 0, 0, 2)), 9)
+    assert torch.equal(signs[:, 1:, :4], (bits * 2 - 1).to(torch.int8))
+    assert not signs[:, 0].any()
+    assert not signs[:, :, 4:].any()
+
+
+GOOD = Geometry(8, 8, (3, 3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"codes": torch.zeros(1, 5, 5, 4, dtype=torch.uint8)}, "no codes"),
+        ({"codes": torch.zeros(1, 2, 5, 2, dtype=torch.uint8)}, "smaller than the kernel"),
+        ({"weight": torch.zeros(3, dtype=torch.uint8)}, "the weights"),
+        ({"vectors": torch.zeros(1, 9)}, "the vectors"),
+        ({"program": [SCALE, 1]}, "no operation 0 with row 1"),
+        ({"program": [FMA, 0]}, "no operation 2 with row 0"),
+        ({"program": [9, 0]}, "no operation 9"),
+        ({"program": [RESIDUAL, 0]}, "a residual that is not given"),
+        ({"program": [SCALE]}, "a list of pairs"),
+        ({"residual": torch.zeros(1, 8, 2, 2)}, "the residual"),
+        ({"geometry": [*GOOD.numbers[:-1], 3]}, "no geometry"),
+        ({"geometry": [1, 2]}, "13 numbers"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_it_is_read(changes, message):
+    arguments: dict[str, Any] = {
+        "codes": torch.zeros(1, 5, 5, 2, dtype=torch.uint8),
+        "weight": torch.zeros(GOOD.weight_bytes, dtype=torch.uint8),
+        "geometry": GOOD.numbers,
+        "program": [SCALE, 0],
+        "vectors": torch.ones(1, 8),
+        "residual": None,
+    }
+    ops.binary_conv2d(*arguments.values())
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        ops.binary_conv2d(*(arguments | changes).values())
+
+
+def test_codes_that_are_none_are_read_without_harm():
+    codes = torch.randint(0, 256, (1, 5, 5, 2), dtype=torch.uint8)
+    weight = torch.zeros(GOOD.weight_bytes, dtype=torch.uint8)
+    assert ops.binary_conv2d(codes, weight, GOOD.numbers, [SCALE, 0], torch.ones(1, 8), None).isfinite().all()
+
+
+def test_torch_finds_nothing_wrong_with_the_operators():
+    """Schemas, the shapes that tracing is told, dispatch: torch's own check."""
+    geometry = Geometry(12, 8, (3, 3), padding=(1, 1, 1, 1))
+    x, thresholds, bits = problem(geometry)
+    codes, weight = ops.sign_codes(x, thresholds, geometry.numbers), layout.encode_weight(bits)
+    following = Geometry(1, 12, (1, 1)).numbers
+    plain = (codes, weight, geometry.numbers, [SCALE, 0], torch.ones(1, 12), None)
+    calls = {
+        ops.sign_codes: (x, thresholds, geometry.numbers),
+        ops.binary_conv2d: plain,
+        ops.binary_conv2d_sign: (*plain, torch.zeros(12), following),
+        ops.binary_conv2d_and_sign: (*plain, torch.zeros(12), following),
+        ops.elementwise: (x, [SCALE, 0], torch.ones(1, 8), None),
+        ops.unpack_signs: (torch.zeros(2, dtype=torch.int64), [3, 40]),
+    }
+    for operator, arguments in calls.items():
+        torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def emitted(shuffle: str) -> ir.Module:
+    """A function of three pointers that looks 32 nibbles up."""
+    module = ir.Module()
+    pointer = ir.VectorType(ir.IntType(8), 32).as_pointer()
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [pointer] * 3), "look_up")
+    builder = ir.IRBuilder(function.append_basic_block())
+    row, nibbles, out = function.args
+    result = kernels.look_up(builder, shuffle, *(builder.load(p, align=1) for p in (row, nibbles)))
+    builder.store(result, out, align=1)
+    builder.ret_void()
+    return module
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="runs what it compiles for x86")
+@pytest.mark.parametrize("shuffle", ["", "llvm.x86.ssse3.pshuf.b.128", "llvm.x86.avx2.pshuf.b"])
+def test_every_way_to_look_up_finds_the_same(shuffle):
+    import ctypes
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    features = llvm.get_host_cpu_features()
+    if any(name in shuffle and not features.get(name) for name in ("avx2", "ssse3")):
+        pytest.skip("not a shuffle of this machine")
+    machine = llvm.Target.from_default_triple().create_target_machine(features=features.flatten())
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(emitted(shuffle))), machine)
+    engine.finalize_object()
+    call = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3)(engine.get_function_address("look_up"))
+    half = np.random.default_rng(0).integers(0, 256, 16, dtype=np.uint8)
+    row, nibbles, out = np.tile(half, 2), np.arange(32, dtype=np.uint8)[::-1] % 16, np.zeros(32, np.uint8)
+    call(*(array.ctypes.data for array in (row, np.ascontiguousarray(nibbles), out)))
+    assert (out == half[nibbles]).all()
+
+
+def test_arm_looks_up_with_one_instruction():
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    machine = llvm.Target.from_triple("aarch64-linux-gnu").create_target_machine(features="+neon")
+    assembly = machine.emit_assembly(llvm.parse_assembly(str(emitted("llvm.aarch64.neon.tbl1.v16i8"))))
+    assert sum("tbl" in line for line in assembly.splitlines()) == 2  # of 16 bytes each
+
+
+def test_no_geometry_overflows_a_byte_of_counts():
+    shapes = itertools.product([1, 3, 8, 64, 512, 1000], [(1, 1), (3, 3), (7, 7), (1, 9)], [1, 2], [(1, 1), (2, 2)])
+    for channels, kernel, groups, dilation in shapes:
+        geometry = Geometry(2, groups * channels, kernel, dilation=dilation, groups=groups)
+        plan = layout.plan(geometry, 20, 20)
+        held = 0
+        for length, ends in zip(plan.lengths, plan.ends, strict=True):
+            held += int(length)
+            assert 4 * held <= 255
+            held *= not ends
+        assert plan.ends[-1]
+        assert plan.lengths.sum() == geometry.taps * geometry.width
