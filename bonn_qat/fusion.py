@@ -30,7 +30,7 @@ class Network:
 
     def constant(self, value: Any) -> Tensor | None:
         """The tensor that a node is, None for one that depends on the input."""
-        return self.tensors[value.target] if isinstance(value, fx.Node) and value.op == "get_attr" else None
+        return self.tensors[str(value.target)] if isinstance(value, fx.Node) and value.op == "get_attr" else None
 
     def add(self, name: str, tensor: Tensor, before: fx.Node) -> fx.Node:
         """A node for a new tensor."""
@@ -132,7 +132,8 @@ def _absorb(network: Network, node: fx.Node) -> fx.Node | None:
     if residual is not None and before is not None:
         return None
     held = network.constant(vectors)
-    assert held is not None and isinstance(program, list | tuple)
+    assert held is not None
+    assert isinstance(program, list | tuple)
     longer = vectors
     if rows:
         longer = network.add(f"{_name(node)}.epilogue", torch.cat([held, torch.stack(rows)]), replaced)

@@ -30,14 +30,15 @@ _ops = torch.ops.bonn_qat
 def pack(model: nn.Module, input_size: Sequence[int] | None = None) -> PackedModel:
     """Pack a binarized model for images of ``input_size`` ``(C, H, W)``, by default the size that it was binarized for.
 
-    The model stays as it is; what comes out is its evaluation mode in float32 on the CPU. Layers whose weights and inputs
-    have one bit run on bits. Of others with one-bit weights (BWN, MCN, DoReFa-Net, TBN, AdaBin) these are kept as bits;
-    several bases (ABC-Net) stay floats: ``layers`` says so, layer by layer.
+    The model stays as it is; what comes out is its evaluation mode in float32 on the CPU. Layers whose weights and
+    inputs have one bit run on bits. Of others with one-bit weights (BWN, MCN, DoReFa-Net, TBN, AdaBin) these are kept
+    as bits; several bases (ABC-Net) stay floats: ``layers`` says so, layer by layer.
 
     Raises InvalidModel for a model without binary layers, one in a stage with float weights or activations, one that
     torch cannot export, or that gives other than tensors.
     """
-    size = input_size_of(model, input_size)
+    channels, height, width = input_size_of(model, input_size)
+    size = (channels, height, width)
     ready = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     layers = [_replace(ready, name, layer) for name, layer in list(binary_layers(ready))]
     if not layers:
@@ -58,8 +59,8 @@ def pack(model: nn.Module, input_size: Sequence[int] | None = None) -> PackedMod
         )
     record = getattr(model, "binarization", None)
     return PackedModel(
-        network.graph, network.tensors, network.weights, name=type(model).__name__,
-        scheme=record.scheme.name if isinstance(record, Binarization) else "", input_size=size, batch=batch, layers=layers,
+        network.graph, network.tensors, network.weights, name=type(model).__name__, input_size=size, batch=batch,
+        scheme=record.scheme.name if isinstance(record, Binarization) else "", layers=layers,
     )  # fmt: skip
 
 
@@ -240,9 +241,9 @@ def _export(model: nn.Module, images: Tensor) -> Any:
     try:
         return torch.export.export(model, (images,))
     except Exception as error:  # whatever torch raises
-        first = str(error).strip().splitlines()
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InvalidModel(
-            f"torch.export does not take this {type(model).__name__}, so it cannot be packed: {first[0] if first else error}"
+            f"torch.export does not take this {type(model).__name__}, so it cannot be packed: {reason}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Packed: a network of bits as a module and as a file, which need neither the model's class nor the library it came from."""
+"""Packed: a network of bits, as a module and as a file, without the model's class and the library it came from."""
 
 import hashlib
 import json
@@ -24,8 +24,9 @@ FORMAT = 1
 class PackedLayer:
     """What became of a binary layer.
 
-    ``kind`` ``"bits"``: weights and inputs are bits, the product counts them. ``"weights"``: weights are bits on disk and
-    in memory, and become floats for the product. ``"float"``: weights stay floats. ``reason`` says why it is not the first.
+    ``kind`` ``"bits"``: weights and inputs are bits, the product counts them. ``"weights"``: weights are bits on disk
+    and in memory, and become floats for the product. ``"float"``: weights stay floats. ``reason`` says why it is not
+    the first.
     """
 
     name: str
@@ -70,7 +71,7 @@ class PackedModel(nn.Module):
             images = images.contiguous(memory_format=torch.channels_last)
             if self.batch is None:
                 return self.network(images)
-            return torch.cat([self.network(part) for part in images.split(self.batch)])
+            return torch.cat([self.network(part) for part in torch.split(images, self.batch)])
 
     def tensors(self) -> dict[str, Tensor]:
         """What is saved, by name: bits as int64 words, all else as it is."""
@@ -85,7 +86,8 @@ class PackedModel(nn.Module):
         tensors = self.tensors()
         header = {
             "kind": "packed", "format": FORMAT, "name": self.name, "scheme": self.scheme,
-            "input_size": list(self.input_size), "batch": self.batch, "layers": [asdict(layer) for layer in self.layers],
+            "input_size": list(self.input_size), "batch": self.batch,
+            "layers": [asdict(layer) for layer in self.layers],
             "nodes": graphs.describe(self._nodes, self._weights),
         }  # fmt: skip
         return write_tensors(Path(path), tensors, header | {"sha256": _digest(tensors, header)})
@@ -194,7 +196,9 @@ class _Rows:
             self._float(node, shape)
 
     def _take(self, node: Any) -> int:
-        return self.left.pop(self.names[node.target], 0) if isinstance(node, fx.Node) and node.op == "get_attr" else 0
+        return (
+            self.left.pop(self.names[str(node.target)], 0) if isinstance(node, fx.Node) and node.op == "get_attr" else 0
+        )
 
     def _binary(self, node: fx.Node, shape: tuple[int, ...]) -> None:
         weight, vectors = cast(fx.Node, node.args[1]), cast(fx.Node, node.args[4])
@@ -231,8 +235,8 @@ class _Rows:
         channels = shape[-1] if kind.endswith("Linear") else shape[0]
         self.layers.append(
             LayerReport(
-                name=name, type=kind, output=shape, weight_bits=bits[0], input_bits=bits[1], weights=count, scales=scales,
-                biases=biases, macs=math.prod(shape) * count // channels,
+                name=name, type=kind, output=shape, weight_bits=bits[0], input_bits=bits[1], weights=count,
+                scales=scales, biases=biases, macs=math.prod(shape) * count // channels,
             )
         )  # fmt: skip
 

@@ -231,7 +231,7 @@ def summary(model: nn.Module, input_size: Sequence[int] | None = None) -> Report
 
 
 def input_size_of(model: nn.Module, given: Sequence[int] | None) -> tuple[int, ...]:
-    """``given``, else the size that ``model`` was binarized for, else timm's default. Raises InvalidModel without one."""
+    """``given``, else the size that ``model`` was binarized for, else timm's. Raises InvalidModel without one."""
     record, config = getattr(model, "binarization", None), getattr(model, "pretrained_cfg", None)
     said = config.get("input_size") if isinstance(config, dict) else None
     size = given or (record.input_size if isinstance(record, Binarization) else None) or said

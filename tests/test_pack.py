@@ -1,4 +1,4 @@
-"""Packed networks: the same function as the binarized model's, bit for bit in the binary layers, as a module and a file."""
+"""Packed networks: the function of the binarized model, bit for bit in the binary layers; and their files."""
 
 import copy
 import json
@@ -359,7 +359,7 @@ def test_a_truncated_file_is_refused(packed, tmp_path):
     whole = path.read_bytes()
     for length in (0, 7, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(InvalidData, match="packed.safetensors"):
+        with pytest.raises(InvalidData, match=r"packed\.safetensors"):
             PackedModel.load(path)
 
 

@@ -1,7 +1,7 @@
 """Epilogue: what follows a binary convolution before its result leaves the cache, as a short program.
 
-A program is a list of whole numbers in pairs: an operation, and the row of ``vectors`` ``(rows, O)`` that it takes, or the
-first of two. The value is that of the convolution, ``(B, O, H, W)``.
+A program is a list of whole numbers in pairs: an operation, and the row of ``vectors`` ``(rows, O)`` that it takes, or
+the first of two. The value is that of the convolution, ``(B, O, H, W)``.
 """
 
 from typing import Final

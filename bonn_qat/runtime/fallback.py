@@ -1,4 +1,4 @@
-"""Fallback: the operators in plain torch, for a machine without numba and for GPUs; the kernels' independent reference."""
+"""Fallback: the operators in plain torch, for machines without numba and for GPUs; an independent reference, too."""
 
 import torch
 import torch.nn.functional as F

@@ -1,8 +1,8 @@
 """Graph: a network as data. A list of calls of known operators, written as JSON and read back without running code.
 
-Each node is a table with a ``name`` and an ``op``: ``input``, ``tensor`` (of a name in the file; with a ``geometry`` the
-words of a convolution's weights), ``output``, or a function such as ``aten.add.Tensor`` with ``args`` and ``kwargs``.
-Arguments are numbers, texts, lists, null, or tables with one key: ``node``, ``dtype``, ``memory_format``, ``device``,
+Each node is a table with a ``name`` and an ``op``: ``input``, ``tensor`` (of a name in the file; with a ``geometry``
+the words of a convolution's weights), ``output``, or a function such as ``aten.add.Tensor`` with ``args`` and
+``kwargs``. Arguments are numbers, texts, lists, null, or tables with one key: ``node``, ``dtype``, ``memory_format``, ``device``,
 ``layout``, ``number`` (inf, -inf, nan).
 """
 
@@ -26,15 +26,16 @@ _PYTHON: Mapping[str, Callable[..., Any]] = {
 }
 # Functions of tensors alone that torch counts neither as core nor as pointwise.
 _MORE = {
-    "_native_batch_norm_legit_no_training", "_unsafe_view", "adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "batch_norm",
-    "chunk", "concat", "contiguous", "conv1d", "conv2d", "conv3d", "einsum", "expand_as", "flatten", "glu", "group_norm",
-    "instance_norm", "layer_norm", "linear", "matmul", "max_pool2d", "prelu", "sym_size", "meshgrid", "movedim", "narrow", "new_full", "new_ones", "new_zeros", "normalize", "numpy_T",
-    "ones_like", "outer", "pad", "pixel_shuffle", "pixel_unshuffle", "repeat_interleave", "reshape", "rms_norm", "roll",
-    "rot90", "scaled_dot_product_attention", "softmax", "split", "square", "stack", "sum_to_size", "t", "tile", "to",
-    "transpose", "type_as", "unbind", "unflatten", "unfold", "upsample_bicubic2d", "upsample_bilinear2d",
-    "upsample_nearest2d", "view_as", "zeros_like", "grid_sampler", "grid_sampler_2d", "constant_pad_nd", "log_softmax",
-    "swapaxes", "swapdims", "rsub", "tensor_split", "linalg_vector_norm", "im2col", "col2im", "std", "var", "argsort",
-    "where", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "atleast_2d", "broadcast_tensors", "select", "diagonal", "hstack", "vstack", "channel_shuffle", "selu", "celu",
+    "_native_batch_norm_legit_no_training", "_unsafe_view", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa",
+    "adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "batch_norm", "chunk", "concat", "constant_pad_nd",
+    "contiguous", "conv1d", "conv2d", "conv3d", "expand_as", "flatten", "glu", "grid_sampler", "grid_sampler_2d",
+    "group_norm", "hstack", "layer_norm", "linalg_vector_norm", "linear", "log_softmax", "matmul", "max_pool2d",
+    "movedim", "narrow", "new_full", "new_ones", "new_zeros", "normalize", "ones_like", "pad", "pixel_shuffle",
+    "pixel_unshuffle", "prelu", "repeat_interleave", "reshape", "rms_norm", "roll", "rsub",
+    "scaled_dot_product_attention", "select", "softmax", "split", "square", "stack", "std", "swapaxes", "swapdims",
+    "sym_size", "t", "tensor_split", "tile", "transpose", "type_as", "unbind", "unflatten", "unfold",
+    "upsample_bicubic2d", "upsample_bilinear2d", "upsample_nearest2d", "var", "view_as", "vstack", "where",
+    "zeros_like",
 }  # fmt: skip
 
 

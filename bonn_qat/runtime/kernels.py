@@ -6,8 +6,8 @@ that row up for 32 filters at once, 128 products; the counts add up in bytes and
 overflow. A tile is four pixels by 64 filters, so that weights are read once for four pixels. What follows a convolution
 until the next sign, its *epilogue*, is done on a tile while it lies in the first cache.
 
-Vectors of bytes are types of numba here, with the handful of operations that are needed; all else is plain loops. x86 has
-the shuffle since SSSE3, ARM since NEON; elsewhere ``popcount`` stands in for it.
+Vectors are types of numba here, with the handful of operations that are needed; all else is plain loops. x86 has the
+shuffle since SSSE3, ARM since NEON; elsewhere bytes are looked up one by one.
 """
 
 import os
@@ -23,7 +23,6 @@ from numba.extending import intrinsic, models, register_model
 
 from bonn_qat.runtime.epilogue import ADD, CLAMP, FMA, PRELU, RESIDUAL, SCALE
 from bonn_qat.runtime.layout import TILE
-
 
 _LANES: Final = 32
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -54,7 +53,7 @@ class _Vector(types.Type):
 
 
 @register_model(_Vector)
-class _VectorModel(models.PrimitiveModel):
+class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, dmm: Any, fe_type: Any) -> None:
         super().__init__(dmm, fe_type, fe_type.llvm)
 
@@ -284,16 +283,16 @@ def _compiled(**options: Any) -> Any:
     return compile_
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
-def _spread(bits):  # type: ignore[no-untyped-def]
+@numba.njit(inline="always")
+def _spread(bits):
     """32 bits -> the eight codes of their nibbles, in the bytes of an integer."""
     bits = (bits | bits << np.uint64(16)) & np.uint64(0x0000FFFF0000FFFF)
     bits = (bits | bits << np.uint64(8)) & np.uint64(0x00FF00FF00FF00FF)
     return ((bits | bits << np.uint64(4)) & np.uint64(0x0F0F0F0F0F0F0F0F)) << np.uint64(1)
 
 
-@numba.njit  # type: ignore[untyped-decorator]
-def _sign_codes(values, start, thresholds, first, count, codes, at):  # type: ignore[no-untyped-def]
+@numba.njit
+def _sign_codes(values, start, thresholds, first, count, codes, at):
     """The codes of ``count`` channels of a pixel, from ``values[start:]`` to ``codes[at:]``."""
     channel = 0
     while channel + 32 <= count:
@@ -312,7 +311,7 @@ def _sign_codes(values, start, thresholds, first, count, codes, at):  # type: ig
 
 
 @_compiled()
-def sign_rows(x, thresholds, shape, codes, begin, end):  # type: ignore[no-untyped-def]
+def sign_rows(x, thresholds, shape, codes, begin, end):
     """Rows of images ``(B, H, W, C)`` to codes; shape: (H, W, groups, width, code height, code width, top, left)."""
     height, columns, groups, width, code_height, code_width, top, left = shape
     channels = thresholds.size // groups
@@ -326,14 +325,14 @@ def sign_rows(x, thresholds, shape, codes, begin, end):  # type: ignore[no-untyp
                 at += width
 
 
-@numba.njit  # type: ignore[untyped-decorator]
-def _count_wide(codes, at, low, high, first, second):  # type: ignore[no-untyped-def]
+@numba.njit
+def _count_wide(codes, at, low, high, first, second):
     row = _row(_MISMATCHES, codes, at)
     return _add_row(first, row, low), _add_row(second, row, high)
 
 
-@numba.njit  # type: ignore[untyped-decorator]
-def _wide_tile(codes, base, weight, w, starts, lengths, ends, sums):  # type: ignore[no-untyped-def]
+@numba.njit
+def _wide_tile(codes, base, weight, w, starts, lengths, ends, sums):
     """Add the counts of four pixels by 64 filters to ``sums``."""
     a0 = a1 = b0 = b1 = c0 = c1 = d0 = d1 = _zeros()
     for run in range(starts.size):
@@ -363,13 +362,13 @@ def _wide_tile(codes, base, weight, w, starts, lengths, ends, sums):  # type: ig
             a0 = a1 = b0 = b1 = c0 = c1 = d0 = d1 = _zeros()
 
 
-@numba.njit  # type: ignore[untyped-decorator]
-def _count(codes, at, nibbles, counts):  # type: ignore[no-untyped-def]
+@numba.njit
+def _count(codes, at, nibbles, counts):
     return _add_row(counts, _row(_MISMATCHES, codes, at), nibbles)
 
 
-@numba.njit  # type: ignore[untyped-decorator]
-def _narrow_tile(codes, base, weight, w, starts, lengths, ends, sums):  # type: ignore[no-untyped-def]
+@numba.njit
+def _narrow_tile(codes, base, weight, w, starts, lengths, ends, sums):
     """Add the counts of four pixels by 32 filters to ``sums``."""
     a = b = c = d = _zeros()
     for run in range(starts.size):
@@ -389,8 +388,8 @@ def _narrow_tile(codes, base, weight, w, starts, lengths, ends, sums):  # type: 
             a = b = c = d = _zeros()
 
 
-@numba.njit  # type: ignore[untyped-decorator]
-def _epilogue(values, program, vectors, first, residual, beside):  # type: ignore[no-untyped-def]
+@numba.njit
+def _epilogue(values, program, vectors, first, residual, beside):
     """Do ``program``, rows of (operation, row of ``vectors``), with 32 filters of one pixel."""
     for step in range(program.shape[0]):
         operation, at = program[step, 0], program[step, 1] * vectors.shape[1] + first
@@ -412,7 +411,7 @@ def _epilogue(values, program, vectors, first, residual, beside):  # type: ignor
 @_compiled()
 def convolve_items(
     codes, weight, plan, shape, program, vectors, residual, out, thresholds, following, places, begin, end
-):  # type: ignore[no-untyped-def]
+):
     """Some of the items ``image x group x block of filters x piece of the tiles``.
 
     shape: (filters of a group, pixels, codes of an image, groups, width, weight bytes of a group, blocks, pieces, codes
@@ -474,7 +473,7 @@ def convolve_items(
 
 
 @_compiled()
-def elementwise_pixels(x, channels, program, vectors, residual, out, begin, end):  # type: ignore[no-untyped-def]
+def elementwise_pixels(x, channels, program, vectors, residual, out, begin, end):
     """An epilogue of its own, for pixels of ``channels``; ``vectors`` have room for whole vectors of 32."""
     some, other = np.empty(32, np.float32), np.empty(32, np.float32)
     for pixel in range(begin, end):
@@ -494,7 +493,7 @@ def elementwise_pixels(x, channels, program, vectors, residual, out, begin, end)
 @_compiled(parallel=True)
 def convolve_in_threads(
     codes, weight, plan, shape, program, vectors, residual, out, thresholds, following, places, items, threads
-):  # type: ignore[no-untyped-def]
+):
     """As :func:`convolve_items`, in parallel."""
     for thread in numba.prange(threads):
         convolve_items(
@@ -504,14 +503,14 @@ def convolve_in_threads(
 
 
 @_compiled(parallel=True)
-def sign_in_threads(x, thresholds, shape, codes, items, threads):  # type: ignore[no-untyped-def]
+def sign_in_threads(x, thresholds, shape, codes, items, threads):
     """As :func:`sign_rows`, in parallel."""
     for thread in numba.prange(threads):
         sign_rows(x, thresholds, shape, codes, items * thread // threads, items * (thread + 1) // threads)
 
 
 @_compiled(parallel=True)
-def elementwise_in_threads(x, channels, program, vectors, residual, out, items, threads):  # type: ignore[no-untyped-def]
+def elementwise_in_threads(x, channels, program, vectors, residual, out, items, threads):
     """As :func:`elementwise_pixels`, in parallel."""
     for thread in numba.prange(threads):
         elementwise_pixels(

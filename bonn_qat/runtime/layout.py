@@ -1,12 +1,12 @@
 """Layout: how the bits of weights and activations lie in memory, and the geometry of a binary convolution.
 
-A *nibble* holds the signs of four channels of one pixel, the first in the lowest bit, 1 for +1. Each group's channels are
-filled up to a multiple of eight with zeros, in weights and activations alike, so that they never differ there.
+A *nibble* holds the signs of four channels of one pixel, the first in the lowest bit, 1 for +1. Each group's channels
+are filled up to a multiple of eight with zeros, in weights and activations alike, so that they never differ there.
 
 Activations are *codes*, one byte for each nibble: twice its value, or ``PADDING`` where there is no pixel,
-``(B, H, W, groups * width)`` with ``width`` bytes for a group. Weights have one bit each: bytes of two nibbles, for each
-group and for each block of 64 filters (32 at the end, if that is enough) an array ``(taps * width / 2, filters)``. On disk
-they are 64-bit words in the order of torch's weight.
+``(B, H, W, groups * width)`` with ``width`` bytes for a group. Weights have one bit each: bytes of two nibbles, for
+each group and for each block of 64 filters (32 at the end, if that is enough) an array ``(taps * width / 2, filters)``.
+On disk they are 64-bit words in the order of torch's weight.
 """
 
 import functools
@@ -23,7 +23,6 @@ PADDING = 32  # twice 16, which is no nibble
 TILE = 4  # pixels that a kernel computes at once
 BLOCK = 64  # filters that a kernel computes at once; or half of them
 LOOKUPS = 62  # how many counts of at most 4 fit into a byte; an even number, for they come in pairs
-_BITS = torch.arange(64)
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def blocks(filters: int) -> list[int]:
 
 
 def pack_words(bits: Tensor) -> Tensor:
-    """Bool of any shape -> ``(ceil(n / 64),)`` int64; element i of the flattened tensor is bit i % 64 of word i // 64."""
+    """Bool of any shape -> ``(ceil(n / 64),)`` int64; element i of them all is bit i % 64 of word i // 64."""
     flat = torch.nn.functional.pad(bits.flatten(), (0, -bits.numel() % 64)).view(-1, 8, 8)
     octets = (flat.to(torch.uint8) << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
     return octets.flatten().view(torch.int64)
@@ -113,13 +112,10 @@ def unpack_words(words: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _nibbles(bits: Tensor, groups: int) -> Tensor:
     """Bool ``(..., groups * channels)`` -> uint8 nibbles ``(..., groups * width)``."""
-    grouped = bits.unflatten(-1, (groups, -1))
-    filled = torch.nn.functional.pad(grouped, (0, -grouped.shape[-1] % 8)).unflatten(-1, (-1, 4))
-    return (
-        (filled.to(torch.uint8) << torch.arange(4, dtype=torch.uint8, device=bits.device))
-        .sum(-1, dtype=torch.uint8)
-        .flatten(-2)
-    )
+    channels = bits.shape[-1] // groups
+    filled = torch.nn.functional.pad(bits.reshape(*bits.shape[:-1], groups, channels), (0, -channels % 8))
+    quads = filled.reshape(*bits.shape[:-1], groups * width(channels, 1), 4).to(torch.uint8)
+    return (quads << torch.arange(4, dtype=torch.uint8, device=bits.device)).sum(-1, dtype=torch.uint8)
 
 
 def encode_weight(bits: Tensor, groups: int = 1) -> Tensor:
@@ -130,7 +126,7 @@ def encode_weight(bits: Tensor, groups: int = 1) -> Tensor:
     for group in octets.chunk(groups):
         sizes = blocks(len(group))
         filled = torch.nn.functional.pad(group, (0, 0, 0, sum(sizes) - len(group)))
-        parts += [block.T.flatten() for block in filled.split(sizes)]
+        parts += [block.T.flatten() for block in torch.split(filled, sizes)]
     return torch.cat(parts)
 
 
@@ -140,8 +136,8 @@ def decode_weight(octets: Tensor, geometry: Geometry) -> Tensor:
     rows = geometry.taps * geometry.width // 2
     sizes = blocks(filters)
     kernels = []
-    for group in octets.split(sum(sizes) * rows):
-        parts = [part.view(rows, -1).T for part in group.split([size * rows for size in sizes])]
+    for group in torch.split(octets, sum(sizes) * rows):
+        parts = [part.view(rows, -1).T for part in torch.split(group, [size * rows for size in sizes])]
         kernels.append(torch.cat(parts)[:filters])
     pairs = torch.cat(kernels)
     nibbles = torch.stack((pairs & 15, pairs >> 4), -1).view(-1, *geometry.kernel, geometry.width)
@@ -151,7 +147,8 @@ def decode_weight(octets: Tensor, geometry: Geometry) -> Tensor:
 def _signs(nibbles: Tensor, channels: int, groups: int) -> Tensor:
     """Nibbles ``(..., groups * width)`` -> bool ``(..., channels)``."""
     bits = (nibbles[..., None] >> torch.arange(4, dtype=torch.uint8, device=nibbles.device)) & 1
-    return bits.flatten(-2).unflatten(-1, (groups, -1))[..., : channels // groups].flatten(-2) != 0
+    own = channels // groups
+    return bits.reshape(*nibbles.shape[:-1], groups, 4 * width(own, 1))[..., :own].flatten(-2) != 0
 
 
 def encode_signs(bits: Tensor, groups: int = 1, padding: tuple[int, int, int, int] = (0, 0, 0, 0)) -> Tensor:

@@ -5,10 +5,10 @@ equal results. Images ``(B, C, H, W)`` come and go in ``torch.channels_last``; c
 :mod:`~bonn_qat.runtime.layout`, programs those of :mod:`~bonn_qat.runtime.epilogue`. Sizes that do not fit are a
 RuntimeError, for nothing is checked in the kernels.
 
-- ``sign_codes(x, thresholds, geometry) -> codes``: where ``x >= thresholds``, channel by channel, for the convolution of
-  that geometry.
+- ``sign_codes(x, thresholds, geometry) -> codes``: where ``x >= thresholds``, channel by channel, for the convolution
+  of that geometry.
 - ``binary_conv2d(codes, weight, geometry, program, vectors, residual) -> y``
-- ``binary_conv2d_sign(..., thresholds, following) -> codes``: the codes for the convolution of the geometry ``following``.
+- ``binary_conv2d_sign(..., thresholds, following) -> codes``: those for the convolution of geometry ``following``.
 - ``binary_conv2d_and_sign(...) -> (y, codes)``
 - ``elementwise(x, program, vectors, residual) -> y``: an epilogue of its own.
 - ``unpack_signs(words, shape) -> float {-1, +1}``
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from bonn_qat.runtime import epilogue, fallback
-from bonn_qat.runtime.layout import BLOCK, PADDING, TILE, Geometry, blocks, plan, unpack_words, width
+from bonn_qat.runtime.layout import PADDING, TILE, Geometry, blocks, plan, unpack_words
 
 _PARALLEL = 4_000_000  # products from which on a second thread is worth its call
 _LIBRARY = torch.library.Library("bonn_qat", "DEF")
@@ -149,9 +149,10 @@ def _convolve(
     program: list[int],
     vectors: Tensor,
     residual: Tensor | None,
-    wants_values: bool,
     thresholds: Tensor | None = None,
     following: list[int] | None = None,
+    *,
+    wants_values: bool = True,
 ) -> tuple[Tensor, Tensor]:
     own, after = _geometry(tuple(geometry)), None if following is None else _geometry(tuple(following))
     shape = _check(codes, weight, own, vectors, residual)
@@ -202,8 +203,8 @@ def _run(
     # Every item reads its weights anew: no more pieces than the threads need.
     pieces = min(math.ceil(4 * threads / items), math.ceil(pixels / TILE)) if threads > 1 else 1
     numbers = (
-        filters, pixels, codes[0].numel(), geometry.groups, geometry.width, weight.numel() // geometry.groups, len(sizes),
-        pieces, signs[0].numel() if following is not None else 0,
+        filters, pixels, codes[0].numel(), geometry.groups, geometry.width, weight.numel() // geometry.groups,
+        len(sizes), pieces, signs[0].numel() if following is not None else 0,
     )  # fmt: skip
     nothing = vectors.new_empty(0)
     arrays = (
@@ -220,7 +221,7 @@ def _run(
 
 def _fill(vectors: Tensor, groups: int, filled: int) -> Tensor:
     """``(rows, O)`` with room for all filters of each block."""
-    grouped = vectors.unflatten(1, (groups, -1))
+    grouped = vectors.reshape(len(vectors), groups, -1)
     return torch.nn.functional.pad(grouped, (0, filled - grouped.shape[2])).flatten(1)
 
 
@@ -240,17 +241,17 @@ def binary_conv2d(
     codes: Tensor, weight: Tensor, geometry: list[int], program: list[int], vectors: Tensor, residual: Tensor | None
 ) -> Tensor:
     """Codes -> float32 ``(B, O, H, W)``."""
-    return _convolve(codes, weight, geometry, program, vectors, residual, True)[0]
+    return _convolve(codes, weight, geometry, program, vectors, residual)[0]
 
 
 def binary_conv2d_sign(*args: Any) -> Tensor:
     """As :func:`binary_conv2d`, and then :func:`sign_codes` with the last two arguments, in one pass."""
-    return _convolve(*args[:6], False, *args[6:])[1]
+    return _convolve(*args, wants_values=False)[1]
 
 
 def binary_conv2d_and_sign(*args: Any) -> tuple[Tensor, Tensor]:
     """What :func:`binary_conv2d` and :func:`binary_conv2d_sign` give."""
-    return _convolve(*args[:6], True, *args[6:])
+    return _convolve(*args)
 
 
 def elementwise(x: Tensor, program: list[int], vectors: Tensor, residual: Tensor | None) -> Tensor:
