@@ -6,7 +6,7 @@ Every step computes what the operators computed before it, in the same order and
 import math
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from bonn_qat.thresholds import find_thresholds
 
 aten, ours = torch.ops.aten, torch.ops.bonn_qat
 _SAME = (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default)
-_NORM = aten._native_batch_norm_legit_no_training.default
+_NORM = aten.batch_norm.default
 
 
 class Network:
@@ -55,6 +55,7 @@ class Network:
 
 def fuse(network: Network) -> None:
     """Make ``network`` smaller, in place."""
+    network.drop_unused()  # what is dead counts as a user
     _fold_constants(network)
     for node in list(network.graph.find_nodes(op="call_function", target=ours.binary_conv2d.default)):
         _absorb_all(network, node)
@@ -165,7 +166,6 @@ def _elementwise(network: Network, norm: fx.Node) -> fx.Node | None:
     operation, rows, _, replaced = step
     vectors = network.add(f"{_name(norm)}.epilogue", torch.stack(rows), replaced)
     new = _call(network, ours.elementwise.default, (source, [operation, 0], vectors, None), replaced)
-    network.graph.erase_node(replaced)
     network.graph.erase_node(norm)
     return new
 
@@ -222,18 +222,15 @@ def _match_sub(network: Network, node: fx.Node, user: fx.Node) -> _Step | None:
 
 
 def _match_norm(network: Network, node: fx.Node, user: fx.Node) -> _Step | None:
-    used = list(user.users)
-    if len(used) != 1 or used[0].args[1] != 0:
-        return None
-    weight, bias, mean, variance = (network.constant(x) for x in user.args[1:5])
-    if mean is None or variance is None:
+    _, weight, bias, mean, variance = (network.constant(x) for x in user.args[:5])
+    is_training, eps = cast(tuple[bool, float], (user.args[5], user.args[7]))
+    if mean is None or variance is None or is_training or user.args[0] is not node:
         return None
     # The two numbers that torch's kernel multiplies with and adds, from the kernel itself.
     ones, zeros = torch.ones(1, len(mean), 1, 1), torch.zeros(1, len(mean), 1, 1)
-    eps: Any = user.args[6]
     factor = F.batch_norm(ones, torch.zeros_like(mean), variance, weight, None, eps=eps).flatten()
     offset = F.batch_norm(zeros, mean, variance, weight, bias, eps=eps).flatten()
-    return epilogue.FMA, [factor, offset], None, used[0]
+    return epilogue.FMA, [factor, offset], None, user
 
 
 def _match_prelu(network: Network, node: fx.Node, user: fx.Node) -> _Step | None:
@@ -272,13 +269,12 @@ _STEPS: dict[Any, Callable[[Network, fx.Node, fx.Node], _Step | None]] = {
 
 def _absorb_norm(network: Network, node: fx.Node) -> None:
     """Let the thresholds of a sign be those of the norm before it, too."""
-    item, thresholds, numbers = node.args
-    norm = item.args[0] if isinstance(item, fx.Node) and item.target is operator.getitem and item.args[1] == 0 else None
-    if not isinstance(norm, fx.Node) or norm.target is not _NORM or len(norm.users) != 1:
+    norm, thresholds, numbers = node.args
+    if not isinstance(norm, fx.Node) or norm.target is not _NORM or len(norm.users) != 1 or norm.args[5]:
         return
     held = network.constant(thresholds)
     weight, bias, mean, variance = (network.constant(x) for x in norm.args[1:5])
-    eps: Any = norm.args[6]
+    eps = cast(float, norm.args[7])
     users = list(node.users)
     if held is None or mean is None or variance is None or any(not _owns_weight(network, user) for user in users):
         return

@@ -11,15 +11,15 @@ from typing import Any, cast, final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from bonn_qat.binarize import Binarization, binary_layers
+from bonn_qat.capture import capture
 from bonn_qat.errors import InvalidModel
-from bonn_qat.fusion import Network, fuse, per_input
+from bonn_qat.fusion import per_input
 from bonn_qat.layers import BinaryConv2d, BinaryLayer, BinaryLinear
 from bonn_qat.packed import PackedLayer, PackedModel
 from bonn_qat.quantizers import WeightQuantizer
-from bonn_qat.runtime import graph as graphs
 from bonn_qat.runtime.layout import Geometry, encode_weight, pack_words
 from bonn_qat.summary import input_size_of
 from bonn_qat.thresholds import find_thresholds
@@ -46,17 +46,7 @@ def pack(model: nn.Module, input_size: Sequence[int] | None = None) -> PackedMod
             f"{type(model).__name__} has no binary layer to pack; binarize it first, and one with layers of Brevitas "
             "becomes ours by bonn_qat.adapters.brevitas.from_brevitas"
         )
-    network, batch = _trace(ready, size)
-    fuse(network)
-    unknown = {
-        graphs.name_of(node.target)
-        for node in network.graph.nodes
-        if node.op == "call_function" and not graphs.is_known(node.target)
-    }
-    if unknown:
-        raise InvalidModel(
-            f"a packed network does not call {', '.join(sorted(unknown))}, as {type(model).__name__} does"
-        )
+    network, batch = capture(ready, size)
     record = getattr(model, "binarization", None)
     return PackedModel(
         network.graph, network.tensors, network.weights, name=type(model).__name__, input_size=size, batch=batch,
@@ -221,66 +211,3 @@ def _signs(layer: BinaryLayer) -> tuple[Tensor, Tensor] | None:
         return None
     expected = torch.where((probes >= thresholds[:, None, None]) ^ flips[:, None, None], 1.0, -1.0)
     return (thresholds, flips) if torch.equal(found, expected) else None
-
-
-def _trace(model: nn.Module, size: tuple[int, ...]) -> tuple[Network, int | None]:
-    """The exported graph of ``model`` with its tensors, and the batch that it is bound to, None for any."""
-    images = torch.zeros(2, *size).contiguous(memory_format=torch.channels_last)
-    try:
-        dynamic = {0: torch.export.Dim("batch", min=1)}
-        program = torch.export.export(model, (images,), dynamic_shapes=(dynamic,))
-        batch = None
-    except Exception:  # whatever torch raises for a model that fixes its batch
-        program, batch = _export(model, images[:1]), 1
-    with torch.no_grad():
-        program = program.run_decompositions({})
-    return _network(program), batch
-
-
-def _export(model: nn.Module, images: Tensor) -> Any:
-    try:
-        return torch.export.export(model, (images,))
-    except Exception as error:  # whatever torch raises
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InvalidModel(
-            f"torch.export does not take this {type(model).__name__}, so it cannot be packed: {reason}"
-        ) from error
-
-
-def _network(program: Any) -> Network:
-    signature = program.graph_signature
-    held = {**program.state_dict, **program.constants}
-    sources = {
-        **signature.inputs_to_parameters,
-        **signature.inputs_to_buffers,
-        **signature.inputs_to_lifted_tensor_constants,
-    }
-    graph, tensors, weights = fx.Graph(), dict[str, Tensor](), dict[str, Geometry]()  # a graph that no module owns
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in program.graph.nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    for node in list(graph.nodes):
-        if node.op == "placeholder" and node.name in sources:
-            name = sources[node.name]
-            tensors[name] = held[name].detach()
-            with graph.inserting_before(node):
-                new = graph.create_node("get_attr", name)
-            new.meta = dict(node.meta)
-            node.replace_all_uses_with(new)
-            graph.erase_node(node)
-        elif node.op == "call_function" and node.target is torch.ops.aten._assert_tensor_metadata.default:
-            graph.erase_node(node)
-    for node in graph.find_nodes(op="call_function", target=_ops.binary_conv2d.default):
-        weights[node.args[1].target] = Geometry.of(list(node.args[2]))
-    _shape_output(graph, program.call_spec.out_spec)
-    return Network(graph, tensors, weights)
-
-
-def _shape_output(graph: fx.Graph, spec: Any) -> None:
-    """Let the graph return what the model returns: a tensor, or a list or tuple of tensors."""
-    node = graph.output_node()
-    outputs = cast(tuple[Any, ...], node.args[0])
-    if spec.is_leaf():
-        node.args = (outputs[0],)
-    elif spec.type not in (list, tuple) or not all(child.is_leaf() for child in spec.children()):
-        raise InvalidModel(f"a packed network gives a tensor, or a list or tuple of tensors; this one gives {spec}")

@@ -2,8 +2,8 @@
 
 Each node is a table with a ``name`` and an ``op``: ``input``, ``tensor`` (of a name in the file; with a ``geometry``
 the words of a convolution's weights), ``output``, or a function such as ``aten.add.Tensor`` with ``args`` and
-``kwargs``. Arguments are numbers, texts, lists, null, or tables with one key: ``node``, ``dtype``, ``memory_format``, ``device``,
-``layout``, ``number`` (inf, -inf, nan).
+``kwargs``. Arguments are numbers, texts, lists, null, or tables with one key: ``node``, ``dtype``, ``memory_format``,
+``device``, ``layout``, ``number`` (inf, -inf, nan).
 """
 
 import math
@@ -26,7 +26,7 @@ _PYTHON: Mapping[str, Callable[..., Any]] = {
 }
 # Functions of tensors alone that torch counts neither as core nor as pointwise.
 _MORE = {
-    "_native_batch_norm_legit_no_training", "_unsafe_view", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa",
+    "_unsafe_view", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa",
     "adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "batch_norm", "chunk", "concat", "constant_pad_nd",
     "contiguous", "conv1d", "conv2d", "conv3d", "expand_as", "flatten", "glu", "grid_sampler", "grid_sampler_2d",
     "group_norm", "hstack", "layer_norm", "linalg_vector_norm", "linear", "log_softmax", "matmul", "max_pool2d",

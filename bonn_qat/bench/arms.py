@@ -1,0 +1,198 @@
+"""Arms: the forms of one network that are measured side by side, each made from its modules into a file and a call."""
+
+import copy
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bonn_qat.bench import engines
+from bonn_qat.bench.engines import Run
+from bonn_qat.binarize import binary_layers
+from bonn_qat.checkpoint import write_tensors
+from bonn_qat.errors import BonnQatError
+
+_CALIBRATION_IMAGES = 16
+
+
+class ArmMissing(BonnQatError, ImportError):
+    """An arm needs a package that is not installed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Networks:
+    """What the arms are made of: two modules on the CPU in evaluation mode, which an arm must leave as they are.
+
+    ``size`` is that of an image, ``(C, H, W)``; ``directory`` is for the arms' files, and empty at first.
+    """
+
+    float_model: nn.Module
+    binary_model: nn.Module
+    size: tuple[int, ...]
+    directory: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How a process of its own starts an arm: an engine's name, its file, and what to import before loading."""
+
+    engine: str
+    path: Path
+    modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One form of a network.
+
+    ``make(threads, images)`` gives one call with float images ``(B, C, H, W)``; torch has ``threads`` threads then.
+    ``launch()`` says how a process starts it, None if none can. ``note`` is what a reader of the figures must know.
+    """
+
+    make: Callable[[int, Tensor], Run]
+    size_bytes: int  # on disk
+    note: str
+    launch: Callable[[], Launch] | None = None
+
+
+def torch_float(networks: Networks) -> Arm:
+    """The float network, eager."""
+    note = "eager, inference mode, channels_last without trying the other layout; size of the state dict"
+    return _torch(networks.float_model, networks.directory / "float", note)
+
+
+def torch_binary(networks: Networks) -> Arm:
+    """The training network with its weights quantized once and for all, eager."""
+    frozen = copy.deepcopy(networks.binary_model)
+    for _, layer in binary_layers(frozen):
+        layer.freeze()
+    note = "the training network, frozen: bits are int8 on disk and float in the product; else as torch float"
+    return _torch(frozen, networks.directory / "binary", note)
+
+
+def onnxruntime_float(networks: Networks) -> Arm:
+    """The float network in onnxruntime. Raises ArmMissing without onnxruntime, onnx or onnxscript."""
+    note = "exported with a free batch size, all graph optimizations, CPU provider"
+    return _onnxruntime(_float_file(networks), note)
+
+
+def onnxruntime_int8(networks: Networks) -> Arm:
+    """The float network quantized to 8 bits for onnxruntime. Raises ArmMissing as :func:`onnxruntime_float`.
+
+    Static quantization with QuantizeLinear and DequantizeLinear, weights int8 for each channel, activations uint8, the
+    pair that is fastest without VNNI. A norm that is not folded into a convolution stays float, for onnxruntime has
+    none in 8 bits. The ranges come from noise, so that the latency counts and the accuracy does not.
+    """
+    source, path = _float_file(networks), networks.directory / "int8.onnx"
+    import onnx
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Noise(quantization.CalibrationDataReader):  # type: ignore[misc]  # untyped
+        def __init__(self) -> None:
+            self.batches = _noise(networks.size)
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self.batches, None)
+
+    prepared = networks.directory / "prepared.onnx"
+    quant_pre_process(source, prepared, skip_symbolic_shape=True)
+    operators = {node.op_type for node in onnx.load(prepared).graph.node}
+    operators = {name for name in operators if not name.endswith("Normalization")}
+    quantization.quantize_static(
+        prepared, path, Noise(), quant_format=quantization.QuantFormat.QDQ, op_types_to_quantize=sorted(operators),
+        activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8, per_channel=True,
+    )  # fmt: skip
+    note = "static, QDQ, uint8 activations, int8 weights per channel, calibrated on noise: latency only, no accuracy"
+    return _onnxruntime(path, note)
+
+
+def packed(networks: Networks) -> Arm:
+    """The binary network packed into bits, in our runtime."""
+    from bonn_qat.pack import pack
+    from bonn_qat.packed import PackedModel
+
+    path = pack(networks.binary_model, networks.size).save(networks.directory / "packed.safetensors")
+    model = PackedModel.load(path)
+    bits = sum(layer.kind == "bits" for layer in model.layers)
+    compiled = importlib.util.find_spec("numba") is not None
+    loops = "kernels compiled by numba" if compiled else "in plain torch, as numba is missing"
+    modules = ("bonn_qat.runtime.kernels",) if compiled else ()  # which would be imported in the first call
+    return Arm(
+        make=lambda threads, images: engines.forward(model, images),
+        size_bytes=path.stat().st_size,
+        note=f"{bits} of {len(model.layers)} binary layers on bits, {loops}; images in channels_last",
+        launch=lambda: Launch(engine="packed", path=path, modules=modules),
+    )
+
+
+ARMS: Mapping[str, Callable[[Networks], Arm]] = {
+    "torch float": torch_float,
+    "torch binary": torch_binary,
+    "onnxruntime float": onnxruntime_float,
+    "onnxruntime int8": onnxruntime_int8,
+    "packed": packed,
+}
+
+
+def _torch(model: nn.Module, stem: Path, note: str) -> Arm:
+    state = write_tensors(stem.with_suffix(".safetensors"), model.state_dict())
+    # A copy, because the layout stays with the parameters.
+    model = copy.deepcopy(model).to(memory_format=torch.channels_last)
+
+    def launch() -> Launch:
+        path = stem.with_suffix(".pt")
+        torch.save(model, path)
+        return Launch(engine="torch", path=path, modules=tuple(sorted({type(m).__module__ for m in model.modules()})))
+
+    return Arm(
+        make=lambda threads, images: engines.forward(model, images),
+        size_bytes=state.stat().st_size,
+        note=note,
+        launch=launch,
+    )
+
+
+def _onnxruntime(path: Path, note: str) -> Arm:
+    return Arm(
+        make=lambda threads, images: engines.feed(engines.session(path, threads), images.numpy()),
+        size_bytes=path.stat().st_size,
+        note=note,
+        launch=lambda: Launch(engine="onnxruntime", path=path),
+    )
+
+
+def _float_file(networks: Networks) -> Path:
+    """The float network as an ONNX file, exported at the first call."""
+    path = networks.directory / "float.onnx"
+    _require("onnxruntime", "onnx", "onnxscript")
+    if path.exists():
+        return path
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    images = torch.zeros(2, *networks.size)  # two, because one would be taken for a constant
+    exported = torch.onnx.export(
+        networks.float_model, (images,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},),
+        input_names=["images"], output_names=["logits"], verbose=False,
+    )  # fmt: skip
+    assert exported is not None
+    # Where each node comes from is no part of a network's size.
+    ClearMetadataAndDocStringPass()(exported.model)
+    exported.save(path)
+    return path
+
+
+def _noise(size: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(_CALIBRATION_IMAGES):
+        yield {"images": torch.randn(1, *size, generator=generator).numpy()}
+
+
+def _require(*packages: str) -> None:
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ArmMissing(f"needs {' and '.join(missing)}: pip install 'bonn-qat[bench]'")

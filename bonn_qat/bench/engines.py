@@ -1,0 +1,128 @@
+"""Engines: what loads a network's file and runs it; as a program, the one fresh process that :func:`startup` times.
+
+Run as a file and not as a module of the package, so that a process imports what its engine needs and nothing else.
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Run = Callable[[], object]  # one call of a network, its images bound to it
+Load = Callable[[Path, int, Sequence[int]], Run]  # a file, threads, and the shape (B, C, H, W) of the images
+
+FIRST_RESULT = "first result"  # what the process says then
+
+# How long a thread of onnxruntime waits awake for its next work. By default up to half a second, in which it takes the
+# processor from the arm whose turn is next; a millisecond is longer than the gap between two calls.
+_SPIN_MICROSECONDS = 1000
+
+
+def session(path: Path, threads: int) -> Any:
+    """An onnxruntime session for the CPU with ``threads`` threads inside an operator and one between operators."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors
+    options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_MICROSECONDS))
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def feed(session: Any, images: Any) -> Run:
+    """A call of ``session`` with ``images``, a numpy array ``(B, C, H, W)``."""
+    inputs = {session.get_inputs()[0].name: images}
+    return lambda: session.run(None, inputs)
+
+
+def forward(model: Any, images: Any) -> Run:
+    """A call of a PyTorch ``model`` with ``images``, a tensor ``(B, C, H, W)``, in inference mode and channels_last."""
+    import torch
+
+    images = images.contiguous(memory_format=torch.channels_last)
+
+    def run() -> object:
+        with torch.inference_mode():
+            return model(images)
+
+    return run
+
+
+def _onnxruntime() -> Load:
+    import numpy
+    import onnxruntime  # noqa: F401 (before the memory is read)
+
+    return lambda path, threads, shape: feed(session(path, threads), numpy.zeros(shape, numpy.float32))
+
+
+def _torch() -> Load:
+    import torch
+
+    def load(path: Path, threads: int, shape: Sequence[int]) -> Run:
+        torch.set_num_threads(threads)
+        model = torch.load(path, weights_only=False)
+        return forward(model, torch.zeros(*shape))
+
+    return load
+
+
+def _packed() -> Load:
+    import torch
+
+    from bonn_qat.packed import PackedModel
+
+    def load(path: Path, threads: int, shape: Sequence[int]) -> Run:
+        torch.set_num_threads(threads)
+        return forward(PackedModel.load(path), torch.zeros(*shape))
+
+    return load
+
+
+ENGINES: Mapping[str, Callable[[], Load]] = {"onnxruntime": _onnxruntime, "torch": _torch, "packed": _packed}
+
+
+def _kib(key: str) -> int | None:
+    # Not getrusage's ru_maxrss, which a new process has from the one that started it.
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), None)
+
+
+def _restart_peak() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Import, load and run once; then say FIRST_RESULT, and as the last line in JSON the memory that it took.
+
+    ``arguments`` are an engine, a file, threads, the images' shape with commas, and modules to import before. The JSON
+    has ``process_kib``, the most that the process held, and ``added_kib``, the most that loading and running held
+    beyond the imports; null where the system does not tell.
+    """
+    name, path, threads, shape, *modules = arguments
+    for module in modules:
+        importlib.import_module(module)
+    load = ENGINES[name]()
+    imports_peak, before = _kib("VmHWM"), _kib("VmRSS")
+    told = _restart_peak()
+    run = load(Path(path), int(threads), [int(part) for part in shape.split(",")])
+    run()
+    print(FIRST_RESULT, flush=True)  # noqa: T201
+    peak = _kib("VmHWM")
+    memory: dict[str, int | None] = {"process_kib": None, "added_kib": None}
+    if peak is not None and imports_peak is not None and before is not None:
+        memory = {"process_kib": max(peak, imports_peak), "added_kib": peak - before if told else None}
+    print(json.dumps(memory))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,234 @@
+"""bench: a float network and its binary form -> BenchReport. Processors only; GPUs have clocks of their own."""
+
+import contextlib
+import copy
+import functools
+import importlib.metadata
+import itertools
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bonn_qat.bench.arms import ARMS, Arm, ArmMissing, Networks
+from bonn_qat.bench.engines import Run
+from bonn_qat.bench.report import BenchReport, Latency
+from bonn_qat.bench.startup import first_line, startup
+from bonn_qat.binarize import Binarization
+from bonn_qat.environment import environment
+from bonn_qat.errors import BonnQatError, UnknownName
+
+REFERENCE = "onnxruntime float"
+WARMUP = 3  # calls before the first round: compilation, allocation, the choice of kernels
+_INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimd", "asimddp", "i8mm")
+
+Clock = Callable[[], float]
+Turn = Callable[[Run], float]
+Watch = Callable[[str], None]
+
+
+class InvalidBenchmark(BonnQatError, ValueError):
+    """A benchmark with an impossible number of rounds, images or threads."""
+
+
+def bench(
+    model_float: nn.Module,
+    model_binary: nn.Module,
+    size: Sequence[int],
+    *,
+    name: str | None = None,
+    batches: Sequence[int] = (1, 32),
+    threads: Sequence[int] | None = None,
+    rounds: int = 20,
+    arms: Mapping[str, Callable[[Networks], Arm]] = ARMS,
+    reference: str = REFERENCE,
+    startup_rounds: int = 0,
+    turn_seconds: float = 0.05,
+    clock: Clock = time.perf_counter,
+    watch: Watch | None = None,
+) -> BenchReport:
+    """Measure ``arms`` on random images of ``size`` ``(C, H, W)``, on the CPU; the models stay as they are.
+
+    For each of ``threads`` (None: 1 and all cores) and ``batches`` the arms take turns in each of ``rounds`` rounds,
+    which start with another arm each time. A turn is as many calls as fit ``turn_seconds``, at least one, and counts as
+    their median, because the first ones find the caches as another arm left them. Before the first round each arm is
+    called WARMUP times and has a turn that does not count. Speed-ups are over ``reference``, or over the first arm that
+    is there if that one is not. ``startup_rounds`` above 0 adds :func:`startup`. ``name`` is what the report calls the
+    network, ``watch`` is told what is under way.
+
+    An arm that lacks a package or fails is left out, and the report says why. torch has as many threads afterwards as
+    before. Raises InvalidBenchmark for numbers below 1, and UnknownName for a reference that is no arm.
+    """
+    counts = sorted({1, _cores()} if threads is None else set(threads))
+    _check(batches=batches, threads=counts, rounds=[rounds])
+    if reference not in arms:
+        raise UnknownName("arm", reference, arms)
+    tell, load = watch or _ignore, _load()
+    turn = functools.partial(_turn, seconds=turn_seconds, clock=clock)
+    latencies: list[Latency] = []
+    with tempfile.TemporaryDirectory() as folder, _restored_threads():
+        networks = Networks(
+            float_model=_inference_copy(model_float),
+            binary_model=_inference_copy(model_binary),
+            size=tuple(size),
+            directory=Path(folder),
+        )
+        made, missing, failures = _make(arms, networks, tell)
+        base = reference if reference in made else next(iter(made), None)
+        for count, batch in itertools.product(counts, dict.fromkeys(batches)):
+            torch.set_num_threads(count)
+            tell(f"threads {count}, batch {batch}")
+            images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
+            runs = _warm(made, images, count, turn, failures)
+            latencies += _latencies(_alternate(runs, rounds, turn), batch, count, base)
+        startups, broken = startup(made, size, rounds=startup_rounds, watch=tell) if startup_rounds else ((), {})
+    record = getattr(model_binary, "binarization", None)
+    return BenchReport(
+        model=name or type(model_float).__name__,
+        scheme=record.scheme.name if isinstance(record, Binarization) else "none",
+        input_size=tuple(size),
+        rounds=rounds,
+        reference=base,
+        latencies=tuple(latencies),
+        size_bytes={name: arm.size_bytes for name, arm in made.items()},
+        notes={name: arm.note for name, arm in made.items()},
+        missing=missing,
+        failures=failures | broken,
+        environment=_environment(counts) | {"load average before": load},
+        startups=startups,
+    )
+
+
+def _check(**numbers: Sequence[int]) -> None:
+    for name, given in numbers.items():
+        if not given or min(given) < 1:
+            raise InvalidBenchmark(
+                f"{name} of a benchmark are {list(given)}; each must be at least 1, and one be there"
+            )
+
+
+def _cores() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _load() -> str:
+    """How many processes wanted a processor in the last minute, so that a reader knows how busy the machine was."""
+    return f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown"
+
+
+def _ignore(event: str) -> None:
+    pass
+
+
+def _inference_copy(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).cpu().eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _restored_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _make(
+    arms: Mapping[str, Callable[[Networks], Arm]], networks: Networks, tell: Watch
+) -> tuple[dict[str, Arm], dict[str, str], dict[str, str]]:
+    """The arms that are there, then which packages the others lack, then what else went wrong."""
+    made: dict[str, Arm] = {}
+    missing: dict[str, str] = {}
+    failures: dict[str, str] = {}
+    for name, make in arms.items():
+        tell(f"making {name}")
+        try:
+            made[name] = make(networks)
+        except ArmMissing as error:
+            missing[name] = str(error)
+        except Exception as error:  # whatever an exporter raises
+            failures[name] = first_line(error)
+    return made, missing, failures
+
+
+def _warm(
+    arms: Mapping[str, Arm], images: Tensor, threads: int, turn: Turn, failures: dict[str, str]
+) -> dict[str, Run]:
+    """A call of each arm, repeated until it is at its pace; ``failures`` takes the arms that do not work."""
+    runs: dict[str, Run] = {}
+    for name, arm in arms.items():
+        try:
+            run = arm.make(threads, images)
+            for _ in range(WARMUP):
+                run()
+            turn(run)
+        except Exception as error:  # whatever a runtime raises
+            failures[name] = first_line(error)
+        else:
+            runs[name] = run
+    return runs
+
+
+def _turn(run: Run, seconds: float, clock: Clock) -> float:
+    """Seconds of one call: the median of as many as fit ``seconds``."""
+    times: list[float] = []
+    end = clock() + seconds
+    while not times or clock() < end:
+        start = clock()
+        run()
+        times.append(clock() - start)
+    return statistics.median(times)
+
+
+def _alternate(runs: Mapping[str, Run], rounds: int, turn: Turn) -> dict[str, list[float]]:
+    """Seconds of one call, by arm, in rounds that each start with another arm."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
+    for number in range(rounds):
+        first = number % max(len(order), 1)
+        for name in order[first:] + order[:first]:
+            times[name].append(turn(runs[name]))
+    return times
+
+
+def _latencies(times: Mapping[str, list[float]], batch: int, threads: int, reference: str | None) -> list[Latency]:
+    base = times.get(reference or "", [])
+    return [
+        Latency(
+            arm=name,
+            batch=batch,
+            threads=threads,
+            milliseconds=tuple(1e3 * x for x in seconds),
+            speedups=tuple(y / x for x, y in zip(seconds, base, strict=True)) if base else (),
+        )
+        for name, seconds in times.items()
+    ]
+
+
+def _environment(threads: Sequence[int]) -> dict[str, str]:
+    """Processor, threads, and the versions of what ran."""
+    found = {"processor": processor(), "cores": str(_cores())}
+    found |= {**environment(torch.device("cpu")), "threads": " and ".join(map(str, threads))}
+    for package in ("onnxruntime", "onnx", "numba"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def processor() -> str:
+    """The processor's name, with those of its instructions that count for networks."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = set((facts.get("flags") or facts.get("Features", "")).split())
+    known = " ".join(name for name in _INSTRUCTIONS if name in flags)
+    return f"{facts.get('model name', platform.machine())} ({known or 'no vector instructions known here'})"

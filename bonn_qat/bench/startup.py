@@ -1,0 +1,108 @@
+"""startup: arms -> what it takes a process of its own to come to its first result, in time and memory."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bonn_qat.bench import engines
+from bonn_qat.bench.arms import Arm, Launch
+from bonn_qat.bench.report import Startup
+from bonn_qat.errors import BonnQatError
+
+
+class DidNotStart(BonnQatError, RuntimeError):
+    """The process of an arm ended before its first result."""
+
+
+def startup(
+    arms: Mapping[str, Arm],
+    size: Sequence[int],
+    *,
+    rounds: int = 3,
+    batch: int = 1,
+    threads: int = 1,
+    watch: Callable[[str], None] | None = None,
+) -> tuple[tuple[Startup, ...], dict[str, str]]:
+    """Start each of ``arms`` in fresh processes, ``rounds`` times in turns; images of ``size`` ``(C, H, W)``.
+
+    In each round an arm starts twice: first without compiled kernels (numba's cache is an empty directory), then with
+    those that the first start left. Arms that no process can start are left out; the second result says for each arm
+    that did not start what its process said last.
+    """
+    launches = {name: functools.cache(arm.launch) for name, arm in arms.items() if arm.launch is not None}
+    found: dict[str, list[_Start]] = {name: [] for name in launches}
+    failures: dict[str, str] = {}
+    for number in range(rounds):
+        for name in found:
+            if name in failures:
+                continue
+            if watch is not None:
+                watch(f"start {number + 1} of {rounds}: {name}")
+            try:
+                found[name].append(_start_twice(launches[name](), (batch, *size), threads))
+            except Exception as error:  # whatever saving a foreign module raises
+                failures[name] = first_line(error)
+    done = {name: starts for name, starts in found.items() if name not in failures}
+    return tuple(_startup(name, starts, batch, threads) for name, starts in done.items()), failures
+
+
+def first_line(error: Exception) -> str:
+    """An exception in one line: its type, and the first line of what it says."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+
+
+_Start = tuple[float, float, dict[str, int | None]]  # cold and warm seconds, the second start's memory
+
+
+def _start_twice(launch: Launch, shape: Sequence[int], threads: int) -> _Start:
+    with tempfile.TemporaryDirectory() as cache:
+        cold, _ = _start(launch, shape, threads, cache)
+        warm, memory = _start(launch, shape, threads, cache)
+    return cold, warm, memory
+
+
+def _start(launch: Launch, shape: Sequence[int], threads: int, cache: str) -> tuple[float, dict[str, int | None]]:
+    # -P, because the directory of the file would hide packages of the same names as the modules beside it.
+    command = [
+        sys.executable, "-P", str(Path(engines.__file__)), launch.engine, str(launch.path), str(threads),
+        ",".join(map(str, shape)), *launch.modules,
+    ]  # fmt: skip
+    with tempfile.TemporaryFile("w+") as errors:
+        begin = time.perf_counter()
+        with subprocess.Popen(
+            command, env={**os.environ, "NUMBA_CACHE_DIR": cache}, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process:
+            assert process.stdout is not None
+            # What a module says while it is imported comes before.
+            any(line.strip() == engines.FIRST_RESULT for line in iter(process.stdout.readline, ""))
+            seconds = time.perf_counter() - begin
+            memory = process.stdout.read()
+        if process.returncode:
+            errors.seek(0)
+            said = errors.read().strip().splitlines()
+            raise DidNotStart(said[-1] if said else f"exit code {process.returncode}")
+    return seconds, json.loads(memory.splitlines()[-1])
+
+
+def _startup(name: str, starts: Sequence[_Start], batch: int, threads: int) -> Startup:
+    cold, warm, memory = zip(*starts, strict=True)
+    return Startup(
+        arm=name,
+        batch=batch,
+        threads=threads,
+        cold_seconds=cold,
+        warm_seconds=warm,
+        process_kib=_known(memory, "process_kib"),
+        added_kib=_known(memory, "added_kib"),
+    )
+
+
+def _known(memory: Sequence[Mapping[str, Any]], key: str) -> tuple[int, ...]:
+    return tuple(found[key] for found in memory if found[key] is not None)
