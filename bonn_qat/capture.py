@@ -70,9 +70,7 @@ def _network(program: Any, is_functional: bool) -> Network | None:
             new.meta = dict(node.meta)
             node.replace_all_uses_with(new)
             graph.erase_node(node)
-        elif (
-            node.op == "call_function" and not node.users and not getattr(node.target, "_schema", None)
-        ) or node.target is aten._assert_tensor_metadata.default:
+        elif node.target is aten._assert_tensor_metadata.default or _is_check(node):
             graph.erase_node(node)
     if not (_one_norm(graph) if is_functional else _out_of_place(graph)):
         return None
@@ -82,6 +80,11 @@ def _network(program: Any, is_functional: bool) -> Network | None:
     network = Network(graph, tensors, weights)
     fuse(network)
     return network
+
+
+def _is_check(node: fx.Node) -> bool:
+    """Whether a call of no operator gives nothing that is used, as the checks of an export."""
+    return node.op == "call_function" and not node.users and not isinstance(node.target, torch._ops.OpOverload)
 
 
 def _out_of_place(graph: fx.Graph) -> bool:

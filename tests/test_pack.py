@@ -200,7 +200,7 @@ def test_between_binary_layers_nothing_but_codes_is_written(packed):
 def test_without_kernels_plain_torch_gives_the_same(packed, monkeypatch):
     x = images()
     with_kernels = packed(x)
-    monkeypatch.setattr(operators, "kernels", lambda: None)
+    monkeypatch.setattr(operators, "compiled", lambda: None)
     assert torch.equal(packed(x), with_kernels)
 
 

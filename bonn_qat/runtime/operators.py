@@ -1,6 +1,6 @@
 """Operators: ``torch.ops.bonn_qat``, what packed networks are made of; for eager torch, torch.compile and torch.export.
 
-On a CPU with numba they are the :mod:`~bonn_qat.runtime.kernels`, elsewhere the :mod:`~bonn_qat.runtime.fallback`, with
+On a CPU with numba they are those of :mod:`~bonn_qat.runtime.cpu`, else of :mod:`~bonn_qat.runtime.fallback`, with
 equal results. Images ``(B, C, H, W)`` come and go in ``torch.channels_last``; codes and geometry are those of
 :mod:`~bonn_qat.runtime.layout`, programs those of :mod:`~bonn_qat.runtime.epilogue`. Sizes that do not fit are a
 RuntimeError, for nothing is checked in the kernels.
@@ -16,17 +16,16 @@ RuntimeError, for nothing is checked in the kernels.
 
 import functools
 import math
-from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bonn_qat.runtime import epilogue, fallback
-from bonn_qat.runtime.layout import PADDING, TILE, Geometry, blocks, plan, unpack_words
+from bonn_qat.runtime.layout import Geometry, unpack_words
 
-_PARALLEL = 4_000_000  # products from which on a second thread is worth its call
+_KEPT = 64  # shapes of images that a layer keeps its calls for
 _LIBRARY = torch.library.Library("bonn_qat", "DEF")
 _CONVOLUTION = "Tensor codes, Tensor weight, int[] geometry, int[] program, Tensor vectors, Tensor? residual"
 _SIGN = f"{_CONVOLUTION}, Tensor thresholds, int[] following"
@@ -39,13 +38,13 @@ _LIBRARY.define("unpack_signs(Tensor words, int[] shape) -> Tensor")
 
 
 @functools.cache
-def kernels() -> ModuleType | None:
-    """The compiled kernels; None without numba."""
+def compiled() -> Any:
+    """:mod:`bonn_qat.runtime.cpu`; None without numba."""
     try:
-        from bonn_qat.runtime import kernels as compiled
+        from bonn_qat.runtime import cpu
     except ImportError:
         return None
-    return compiled
+    return cpu
 
 
 @functools.lru_cache(maxsize=4096)
@@ -108,38 +107,12 @@ def can_follow(geometry: Geometry, following: Geometry) -> bool:
 def sign_codes(x: Tensor, thresholds: Tensor, geometry: list[int]) -> Tensor:
     """Float32 ``(B, C, H, W)``, thresholds ``(C,)`` -> codes."""
     shape_of = _geometry(tuple(geometry))
-    shape = _codes_shape(tuple(x.shape), shape_of)
+    _codes_shape(tuple(x.shape), shape_of)
     _expect("the thresholds", thresholds, (shape_of.in_channels,), torch.float32)
     if x.dtype != torch.float32:
         raise RuntimeError(f"expected float32, got {x.dtype}")
-    compiled = kernels() if x.device.type == "cpu" else None
-    if compiled is None:
-        return fallback.sign_codes(x, thresholds, shape_of)
-    codes = (
-        x.new_full(shape, PADDING, dtype=torch.uint8)
-        if any(shape_of.padding)
-        else x.new_empty(shape, dtype=torch.uint8)
-    )
-    if not codes.numel():
-        return codes
-    batch, _, height, columns = x.shape
-    numbers = (height, columns, shape_of.groups, shape_of.width, *shape[1:3], shape_of.padding[0], shape_of.padding[2])
-    arrays = (_array(x.permute(0, 2, 3, 1)), _array(thresholds), numbers, _array(codes))
-    threads = _threads(x.numel() * 8)
-    if threads > 1:
-        compiled.sign_in_threads(*arrays, batch * height, threads)
-    else:
-        compiled.sign_rows(*arrays, 0, batch * height)
-    return codes
-
-
-def _array(tensor: Tensor) -> Any:
-    return tensor.contiguous().detach().numpy().reshape(-1)
-
-
-def _threads(products: int) -> int:
-    threads = torch.get_num_threads()
-    return threads if threads > 1 and products >= _PARALLEL else 1
+    cpu = compiled() if x.device.type == "cpu" else None
+    return (cpu or fallback).sign_codes(x, thresholds, shape_of)  # type: ignore[no-any-return]
 
 
 def _convolve(
@@ -153,105 +126,60 @@ def _convolve(
     following: list[int] | None = None,
     *,
     wants_values: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None]:
+    cpu = compiled() if codes.device.type == "cpu" else None
+    if cpu is None:
+        own, after, _ = _checked(codes, weight, geometry, program, vectors, residual, thresholds, following)
+        y = fallback.binary_conv2d(codes, weight, own, program, vectors, residual)
+        return y, y if after is None or thresholds is None else fallback.sign_codes(y, thresholds, after)
+    # Kept with the weights, so that it lives as long as they do.
+    kept: dict[Any, Any] = weight.__dict__.setdefault("_bonn_qat_calls", {})
+    key = (
+        codes.shape, codes.dtype, weight.shape, tuple(geometry), tuple(program), tuple(following or ()), wants_values,
+        None if residual is None else residual.shape, torch.get_num_threads(),
+    )  # fmt: skip
+    call = kept.get(key)
+    if call is None or call.vectors is not vectors or call.thresholds is not thresholds:
+        own, after, steps = _checked(codes, weight, geometry, program, vectors, residual, thresholds, following)
+        if len(kept) >= _KEPT:
+            kept.clear()
+        call = kept[key] = cpu.prepare(codes, weight, own, steps, vectors, thresholds, after, wants_values)
+    return call(codes, residual)  # type: ignore[no-any-return]
+
+
+def _checked(
+    codes: Tensor,
+    weight: Tensor,
+    geometry: list[int],
+    program: list[int],
+    vectors: Tensor,
+    residual: Tensor | None,
+    thresholds: Tensor | None,
+    following: list[int] | None,
+) -> tuple[Geometry, Geometry | None, Any]:
     own, after = _geometry(tuple(geometry)), None if following is None else _geometry(tuple(following))
-    shape = _check(codes, weight, own, vectors, residual)
-    steps = _program(tuple(program), vectors.shape[0], residual is not None)
+    _check(codes, weight, own, vectors, residual)
     if after is not None:
         assert thresholds is not None
         _check_following(own, after, thresholds)
-    compiled = kernels() if codes.device.type == "cpu" else None
-    if compiled is None:
-        y = fallback.binary_conv2d(codes, weight, own, program, vectors, residual)
-        signs = y if after is None or thresholds is None else fallback.sign_codes(y, thresholds, after)
-        return y, signs
-    batch, channels, height, columns = shape
-    nothing = vectors.new_empty(0)
-    y = vectors.new_empty((batch, height, columns, channels)) if wants_values else nothing
-    signs = nothing.to(torch.uint8)
-    if after is not None:
-        signs = signs.new_full(_codes_shape(shape, after), PADDING)
-    if batch:
-        _run(compiled, codes, weight, own, steps, vectors, residual, y, signs, thresholds, after, shape)
-    return (y.permute(0, 3, 1, 2) if wants_values else y), signs
-
-
-def _run(
-    compiled: Any,
-    codes: Tensor,
-    weight: Tensor,
-    geometry: Geometry,
-    program: Any,
-    vectors: Tensor,
-    residual: Tensor | None,
-    y: Tensor,
-    signs: Tensor,
-    thresholds: Tensor | None,
-    following: Geometry | None,
-    shape: tuple[int, ...],
-) -> None:
-    batch, channels, height, columns = shape
-    filters = channels // geometry.groups
-    sizes = blocks(filters)
-    if sum(sizes) != filters:
-        vectors = _fill(vectors, geometry.groups, sum(sizes))
-        thresholds = None if thresholds is None else _fill(thresholds[None], geometry.groups, sum(sizes))
-    pixels = height * columns
-    products = batch * pixels * channels * geometry.taps * geometry.in_channels // geometry.groups
-    threads = _threads(products)
-    items = batch * geometry.groups * len(sizes)
-    # Every item reads its weights anew: no more pieces than the threads need.
-    pieces = min(math.ceil(4 * threads / items), math.ceil(pixels / TILE)) if threads > 1 else 1
-    numbers = (
-        filters, pixels, codes[0].numel(), geometry.groups, geometry.width, weight.numel() // geometry.groups,
-        len(sizes), pieces, signs[0].numel() if following is not None else 0,
-    )  # fmt: skip
-    nothing = vectors.new_empty(0)
-    arrays = (
-        _array(codes), _array(weight), tuple(plan(geometry, *codes.shape[1:3])), numbers, program,
-        vectors.contiguous().detach().numpy(), _array(nothing if residual is None else residual.permute(0, 2, 3, 1)),
-        _array(y), _array(nothing if thresholds is None else thresholds), _array(signs),
-        _places(height, columns, following),
-    )  # fmt: skip
-    if threads > 1:
-        compiled.convolve_in_threads(*arrays, items * pieces, threads)
-    else:
-        compiled.convolve_items(*arrays, 0, items * pieces)
-
-
-def _fill(vectors: Tensor, groups: int, filled: int) -> Tensor:
-    """``(rows, O)`` with room for all filters of each block."""
-    grouped = vectors.reshape(len(vectors), groups, -1)
-    return torch.nn.functional.pad(grouped, (0, filled - grouped.shape[2])).flatten(1)
-
-
-@functools.lru_cache(maxsize=512)
-def _places(height: int, columns: int, following: Geometry | None) -> Any:
-    """Where each pixel's codes begin in those of an image, for the convolution that follows."""
-    if following is None:
-        return np.empty(0, np.int64)
-    top, _, left, _ = following.padding
-    _, row = following.codes_size(height, columns)
-    pixel = following.groups * following.width
-    y, x = np.divmod(np.arange(height * columns, dtype=np.int64), columns)
-    return ((y + top) * row + x + left) * pixel
+    return own, after, _program(tuple(program), vectors.shape[0], residual is not None)
 
 
 def binary_conv2d(
     codes: Tensor, weight: Tensor, geometry: list[int], program: list[int], vectors: Tensor, residual: Tensor | None
 ) -> Tensor:
     """Codes -> float32 ``(B, O, H, W)``."""
-    return _convolve(codes, weight, geometry, program, vectors, residual)[0]
+    return cast(Tensor, _convolve(codes, weight, geometry, program, vectors, residual)[0])
 
 
 def binary_conv2d_sign(*args: Any) -> Tensor:
     """As :func:`binary_conv2d`, and then :func:`sign_codes` with the last two arguments, in one pass."""
-    return _convolve(*args, wants_values=False)[1]
+    return cast(Tensor, _convolve(*args, wants_values=False)[1])
 
 
 def binary_conv2d_and_sign(*args: Any) -> tuple[Tensor, Tensor]:
     """What :func:`binary_conv2d` and :func:`binary_conv2d_sign` give."""
-    return _convolve(*args)
+    return cast(tuple[Tensor, Tensor], _convolve(*args))
 
 
 def elementwise(x: Tensor, program: list[int], vectors: Tensor, residual: Tensor | None) -> Tensor:
@@ -263,21 +191,10 @@ def elementwise(x: Tensor, program: list[int], vectors: Tensor, residual: Tensor
     if residual is not None:
         _expect("the residual", residual, tuple(x.shape), torch.float32)
     steps = _program(tuple(program), vectors.shape[0], residual is not None)
-    compiled = kernels() if x.device.type == "cpu" else None
-    if compiled is None:
-        y = epilogue.run(x, program, vectors, residual)
-        return y.contiguous(memory_format=torch.channels_last)
-    x = x.permute(0, 2, 3, 1)
-    y = x.new_empty(x.shape)
-    vectors = _fill(vectors, 1, 32 * math.ceil(channels / 32)) if channels % 32 else vectors.contiguous()
-    beside = _array(vectors.new_empty(0) if residual is None else residual.permute(0, 2, 3, 1))
-    arrays = (_array(x), channels, steps, vectors.detach().numpy(), beside, _array(y))
-    pixels, threads = y.numel() // max(channels, 1), _threads(8 * y.numel())
-    if threads > 1:
-        compiled.elementwise_in_threads(*arrays, pixels, threads)
-    else:
-        compiled.elementwise_pixels(*arrays, 0, pixels)
-    return y.permute(0, 3, 1, 2)
+    cpu = compiled() if x.device.type == "cpu" else None
+    if cpu is not None:
+        return cast(Tensor, cpu.elementwise(x, steps, vectors, residual))
+    return epilogue.run(x, program, vectors, residual).contiguous(memory_format=torch.channels_last)
 
 
 def unpack_signs(words: Tensor, shape: list[int]) -> Tensor:

@@ -1,0 +1,153 @@
+"""CPU: the operators by the compiled kernels. What stays the same from call to call is prepared once."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bonn_qat.runtime import kernels
+from bonn_qat.runtime.layout import PADDING, TILE, Geometry, blocks, plan
+
+_PARALLEL = 4_000_000  # products from which on a second thread is worth its call
+_LANES = 32
+_NOTHING = np.empty(0, np.float32)
+_NO_CODES = np.empty(0, np.uint8)
+
+
+def _threads(products: int) -> int:
+    return torch.get_num_threads() if products >= _PARALLEL else 1
+
+
+def _flat(tensor: Tensor) -> Any:
+    return tensor.detach().contiguous().view(-1).numpy()
+
+
+def _pixels(x: Tensor) -> Any:
+    """``(B, C, H, W)`` as numbers in the order of ``torch.channels_last``."""
+    return _flat(x.permute(0, 2, 3, 1))
+
+
+def sign_codes(x: Tensor, thresholds: Tensor, geometry: Geometry) -> Tensor:
+    """As :func:`bonn_qat.runtime.operators.sign_codes`."""
+    batch, _, height, columns = x.shape
+    code_height, code_width = geometry.codes_size(height, columns)
+    codes = _new_codes((batch, code_height, code_width, geometry.groups * geometry.width), geometry)
+    if not codes.numel():
+        return codes
+    top, _, left, _ = geometry.padding
+    shape = (height, columns, geometry.groups, geometry.width, code_height, code_width, top, left)
+    arrays = (_pixels(x), _flat(thresholds), shape, codes.view(-1).numpy())
+    if (threads := _threads(8 * x.numel())) > 1:
+        kernels.sign_in_threads(*arrays, batch * height, threads)
+    else:
+        kernels.sign_rows(*arrays, 0, batch * height)
+    return codes
+
+
+def _new_codes(shape: tuple[int, ...], geometry: Geometry) -> Tensor:
+    if any(geometry.padding):
+        return torch.full(shape, PADDING, dtype=torch.uint8)
+    return torch.empty(shape, dtype=torch.uint8)
+
+
+class Convolution(NamedTuple):
+    """A convolution for codes of one shape, with what it reads; ``following`` is that whose codes it writes."""
+
+    vectors: Tensor
+    thresholds: Tensor | None
+    following: Geometry | None
+    result_shape: tuple[int, int, int, int] | None  # (B, H, W, O); None if only codes are wanted
+    codes_shape: tuple[int, ...]
+    constants: tuple[Any, ...]  # weights, plan, sizes and the program, as the kernel takes them
+    factors: Any
+    limits: Any
+    places: Any
+    items: int
+    threads: int
+
+    def __call__(self, codes: Tensor, residual: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The values ``(B, O, H, W)`` and the codes, what is not wanted None."""
+        y = None if self.result_shape is None else torch.empty(self.result_shape)
+        signs = None if self.following is None else _new_codes(self.codes_shape, self.following)
+        if self.items:
+            arrays = (
+                _flat(codes), *self.constants, self.factors, _NOTHING if residual is None else _pixels(residual),
+                _NOTHING if y is None else y.view(-1).numpy(), self.limits,
+                _NO_CODES if signs is None else signs.view(-1).numpy(), self.places,
+            )  # fmt: skip
+            if self.threads > 1:
+                kernels.convolve_in_threads(*arrays, self.items, self.threads)
+            else:
+                kernels.convolve_items(*arrays, 0, self.items)
+        return None if y is None else y.permute(0, 3, 1, 2), signs
+
+
+def prepare(
+    codes: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    program: Any,
+    vectors: Tensor,
+    thresholds: Tensor | None,
+    following: Geometry | None,
+    wants_values: bool,
+) -> Convolution:
+    """All of a convolution that does not change from call to call; ``program`` is ``(steps, 2)``."""
+    batch, height, columns = codes.shape[0], *geometry.output_size(codes.shape[1], codes.shape[2])
+    channels, groups, pixels = geometry.out_channels, geometry.groups, height * columns
+    sizes = blocks(channels // groups)
+    codes_shape: tuple[int, ...] = (0,)
+    if following is not None:
+        codes_shape = (batch, *following.codes_size(height, columns), following.groups * following.width)
+    threads = _threads(batch * pixels * channels * geometry.taps * geometry.in_channels // groups)
+    items = batch * groups * len(sizes)
+    # Every item reads its weights anew: no more pieces than the threads need.
+    pieces = min(math.ceil(4 * threads / items), math.ceil(pixels / TILE)) if threads > 1 and items else 1
+    shape = (
+        channels // groups, pixels, math.prod(codes.shape[1:]), groups, geometry.width, weight.numel() // groups,
+        len(sizes), pieces, math.prod(codes_shape[1:]),
+    )  # fmt: skip
+    limits = _NOTHING if thresholds is None else _flat(_filled(thresholds[None], groups, sum(sizes)))
+    return Convolution(
+        vectors, thresholds, following, (batch, height, columns, channels) if wants_values else None, codes_shape,
+        (_flat(weight), tuple(plan(geometry, codes.shape[1], codes.shape[2])), shape, program),
+        _filled(vectors, groups, sum(sizes)).detach().numpy(), limits, _places(height, columns, following),
+        items * pieces, threads,
+    )  # fmt: skip
+
+
+def _filled(vectors: Tensor, groups: int, filled: int) -> Tensor:
+    """``(rows, O)`` with room for all filters of each block."""
+    grouped = vectors.contiguous().view(len(vectors), groups, -1)
+    missing = filled - grouped.shape[2]
+    return torch.nn.functional.pad(grouped, (0, missing)).flatten(1) if missing else grouped.flatten(1)
+
+
+@functools.lru_cache(maxsize=512)
+def _places(height: int, columns: int, following: Geometry | None) -> Any:
+    """Where each pixel's codes begin in those of an image, for the convolution that follows."""
+    if following is None:
+        return np.empty(0, np.int64)
+    top, _, left, _ = following.padding
+    _, row = following.codes_size(height, columns)
+    y, x = np.divmod(np.arange(height * columns, dtype=np.int64), columns)
+    return ((y + top) * row + x + left) * (following.groups * following.width)
+
+
+def elementwise(x: Tensor, program: Any, vectors: Tensor, residual: Tensor | None) -> Tensor:
+    """As :func:`bonn_qat.runtime.operators.elementwise`."""
+    batch, channels, height, columns = x.shape
+    y = torch.empty((batch, height, columns, channels))
+    arrays = (
+        _pixels(x), channels, program, _filled(vectors, 1, _LANES * math.ceil(channels / _LANES)).detach().numpy(),
+        _NOTHING if residual is None else _pixels(residual), y.view(-1).numpy(),
+    )  # fmt: skip
+    pixels = batch * height * columns
+    if (threads := _threads(8 * y.numel())) > 1:
+        kernels.elementwise_in_threads(*arrays, pixels, threads)
+    else:
+        kernels.elementwise_pixels(*arrays, 0, pixels)
+    return y.permute(0, 3, 1, 2)
