@@ -20,6 +20,8 @@ from rich.text import Text
 from bonn_qat.errors import BonnQatError, InvalidRecipe
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from bonn_qat.recipe import Recipe
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Train and compare 1-bit networks.")
@@ -205,6 +207,93 @@ def summary(
 
 
 @app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="Any timm model.")],
+    scheme: Annotated[str, typer.Option(help="The scheme of the binary network.")] = "bonn",
+    img_size: Size = 224,
+    num_classes: Annotated[int, typer.Option()] = 1000,
+    batch_sizes: Annotated[str, typer.Option(help="Comma-separated numbers of images in a call.")] = "1,32",
+    threads: Annotated[str, typer.Option(help="Comma-separated numbers of threads; by default 1 and all cores.")] = "",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the arms take turns.")] = 20,
+    startup: Annotated[
+        bool, typer.Option("--startup", help="Also start each arm in processes of its own: time and peak memory.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="Directory for bench.json and bench.svg.")] = None,
+) -> None:
+    """Latency and size of a network on this machine: float PyTorch, onnxruntime float and int8, packed.
+
+    The weights are random: what they are changes neither.
+    """
+    import timm
+
+    import bonn_qat.models  # noqa: F401 (registers the paper's networks with timm)
+    from bonn_qat.bench import bench as measure
+    from bonn_qat.binarize import binarize
+    from bonn_qat.errors import UnknownName
+    from bonn_qat.figures import MatplotlibMissing
+    from bonn_qat.results import write_json, write_text
+
+    counts, batches = _numbers(threads, "--threads"), _numbers(batch_sizes, "--batch-sizes")
+    if not timm.is_model(model):
+        raise UnknownName("model", model, timm.list_models())
+    size = (3, img_size, img_size)
+    network = timm.create_model(model, num_classes=num_classes)
+    binary = binarize(network, scheme, input_size=size)
+    with console.status("starting") as status:
+        found = measure(
+            network, binary, size, name=model, batches=batches, threads=counts or None, rounds=rounds,
+            startup_rounds=3 if startup else 0, watch=status.update,
+        )  # fmt: skip
+    typer.echo(str(found))
+    if output:
+        written = [write_json(output / "bench.json", found.to_json())]
+        try:
+            if chart := found.chart():
+                written.append(write_text(output / "bench.svg", chart))
+        except MatplotlibMissing as error:
+            console.print(str(error), soft_wrap=True, markup=False)
+        console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True, markup=False)
+    if found.failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    source: Annotated[
+        str, typer.Argument(help="The weights that a comparison left, runs/NAME.safetensors, or any timm model.")
+    ],
+    format: Annotated[str, typer.Option(help="onnx, qonnx or pt2.")],
+    output: Annotated[Path, typer.Option(help="The file to write.")],
+    scheme: Annotated[str | None, typer.Option(help="The scheme of a timm model; by default bonn.")] = None,
+    img_size: Annotated[
+        int | None, typer.Option(help="Height and width; by default those of the training, or 224.")
+    ] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Classes of a timm model; by default 1000.")] = None,
+) -> None:
+    """Write a binary network as a file for another runtime, and compare what the two give.
+
+    A timm model is as it starts, with random weights.
+    """
+    from bonn_qat.export import PackageMissing, verify
+    from bonn_qat.export import export as write
+
+    network, size = _source(source, scheme, img_size, num_classes)
+    with console.status(f"writing {output}"):
+        path = write(network, output, format, input_size=size)
+    typer.echo(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+    try:
+        with console.status(f"running {output}"):
+            agreement = verify(network, path, format, input_size=size)
+    except PackageMissing as missing:
+        typer.echo(f"not compared with the network: {missing}")
+        return
+    typer.echo(
+        f"largest difference from the network's outputs on random images: {agreement.difference:.2g}; "
+        f"the same class for {agreement.same:.1%}"
+    )
+
+
+@app.command()
 def schemes() -> None:
     """The schemes that are installed, with their bits, references and options."""
     from bonn_qat import plugins
@@ -278,6 +367,29 @@ def _without_arms(settings: list[str]) -> list[str]:
     return settings
 
 
+def _source(
+    source: str, scheme: str | None, img_size: int | None, num_classes: int | None
+) -> tuple["nn.Module", tuple[int, int, int]]:
+    """The network of a weights file, or of timm's name, and the size of its images."""
+    import timm
+
+    import bonn_qat.models  # noqa: F401 (registers the paper's networks with timm)
+    from bonn_qat.binarize import binarize
+    from bonn_qat.errors import UnknownName
+    from bonn_qat.train import restore
+
+    if source.endswith(".safetensors") or Path(source).is_file():
+        if scheme is not None or num_classes is not None:
+            raise InvalidRecipe(f"{source} says itself of which scheme and how many classes it is; leave them out")
+        network, (channels, height, width) = restore(Path(source))
+        return network, (channels, img_size or height, img_size or width)
+    if not timm.is_model(source):
+        raise UnknownName("model", source, timm.list_models())
+    size = (3, img_size or 224, img_size or 224)
+    network = timm.create_model(source, num_classes=1000 if num_classes is None else num_classes)
+    return binarize(network, scheme or "bonn", input_size=size, inplace=True), size
+
+
 def _directory(output: Path | None, name: str) -> Path:
     from bonn_qat import distributed
 
@@ -290,6 +402,13 @@ def _rate(text: str) -> float:
         return float(text)
     except ValueError as error:
         raise InvalidRecipe(f"{text!r} in --rates is no number; write --rates 0.01,0.1") from error
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in _parts(text)]
+    except ValueError as error:
+        raise BonnQatError(f"{text!r} is no list of whole numbers; write {option} 1,4") from error
 
 
 def _parts(text: str) -> list[str]:

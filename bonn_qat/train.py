@@ -1,25 +1,28 @@
-"""train(model, recipe, data): one run of a recipe."""
+"""train(model, recipe, data): one run of a recipe; build makes its network, restore the trained one from its file."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pluggy
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bonn_qat import distributed, plugins
-from bonn_qat.binarize import binarize
+from bonn_qat.binarize import binarize, binary_layers
 from bonn_qat.checkpoint import read_tensors
 from bonn_qat.data import Data
-from bonn_qat.errors import InvalidData, UnknownName
+from bonn_qat.errors import BonnQatError, InvalidData, UnknownName
 from bonn_qat.precision import products
 from bonn_qat.recipe import Recipe
 from bonn_qat.results import RunResult
+from bonn_qat.schedule import stage_of
 from bonn_qat.scheme import Scheme
 from bonn_qat.trainer import Trainer, lay_out
+
+WEIGHTS_FORMAT = 1
 
 
 def recipe_scheme(recipe: Recipe, pm: pluggy.PluginManager | None = None) -> Scheme:
@@ -50,30 +53,35 @@ def build(recipe: Recipe, data: Data, pm: pluggy.PluginManager | None = None) ->
     Raises what :func:`check` and :func:`bonn_qat.binarize` raise, and InvalidData for a checkpoint that is not this
     network's.
     """
+    return _build(recipe, data.classes, data.image[0], pm)
+
+
+def _build(recipe: Recipe, classes: int, channels: int, pm: pluggy.PluginManager | None) -> nn.Module:
     check(recipe, pm)
     torch.manual_seed(recipe.seed)
-    model, scheme = _network(recipe, data), recipe_scheme(recipe, pm)
+    model, scheme = _network(recipe, classes, channels), recipe_scheme(recipe, pm)
     # A stage with float weights wants them as they are: the latents' scale comes with the first binary stage.
     float_first = scheme.stages[0].weights == "float"
     start = replace(scheme, latent_std=None) if float_first else scheme
     model = binarize(model, start, skip=recipe.skip, include=recipe.include, inplace=True, pm=pm)
     if recipe.checkpoint:
-        _load(model, Path(recipe.checkpoint))
+        _load_file(model, Path(recipe.checkpoint))
     model.binarization = replace(model.binarization, scheme=scheme)  # type: ignore[type-var]
     return model
 
 
-def _network(recipe: Recipe, data: Data) -> nn.Module:
+def _network(recipe: Recipe, classes: int, channels: int) -> nn.Module:
     import timm
 
-    network: nn.Module = timm.create_model(
-        recipe.model, num_classes=data.classes, in_chans=data.image[0], **recipe.model_options
-    )
+    network: nn.Module = timm.create_model(recipe.model, num_classes=classes, in_chans=channels, **recipe.model_options)
     return network
 
 
-def _load(model: nn.Module, path: Path) -> None:
-    tensors, _ = read_tensors(path)
+def _load_file(model: nn.Module, path: Path) -> None:
+    _load(model, read_tensors(path)[0], path)
+
+
+def _load(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
@@ -81,6 +89,71 @@ def _load(model: nn.Module, path: Path) -> None:
         raise InvalidData(
             f"{path} is no checkpoint of this {type(model).__name__}: {' '.join(rest) or first}"
         ) from error
+
+
+def weights_header(recipe: Recipe, data: Data) -> dict[str, Any]:
+    """What stands in a weights file beside the tensors, so that :func:`restore` can make the network that they are of.
+
+    ``format``, a number; ``recipe`` as data; ``classes``; ``image`` ``[C, H, W]``.
+    """
+    return {
+        "format": WEIGHTS_FORMAT,
+        "recipe": recipe.to_dict(),
+        "classes": data.classes,
+        "image": list(data.image),
+    }
+
+
+def restore(path: Path, pm: pluggy.PluginManager | None = None) -> tuple[nn.Module, tuple[int, int, int]]:
+    """The trained network of the weights file that a comparison left, ``runs/NAME.safetensors``, in evaluation mode.
+
+    Also returns the size ``(C, H, W)`` of the images that it was trained on. The plugin of its scheme must be
+    installed, the data need not be there; nothing is downloaded, and nothing in the file is run.
+
+    Raises InvalidData naming the file: if it cannot be read, says nothing of its network, is of another format, holds
+    an unfinished run or tensors of another network, or has a recipe with what this installation does not know.
+    """
+    tensors, header = read_tensors(path)
+    _check_header(header, path)
+    channels, height, width = header["image"]
+    try:
+        recipe = Recipe.from_dict(header["recipe"])
+        options = {**recipe.model_options, "pretrained": False, "checkpoint_path": ""}  # the weights are here
+        recipe = replace(recipe, model_options=options, checkpoint="")
+        with torch.random.fork_rng():
+            model = _build(recipe, header["classes"], channels, pm)
+        stages = recipe_scheme(recipe, pm).stages
+    except BonnQatError as error:
+        raise InvalidData(f"{path} cannot be restored: {error}") from error
+    _load(model, tensors, path)
+    for _, layer in binary_layers(model):
+        layer.enter(stages[stage_of(stages, recipe.epochs, recipe.epochs)])
+    return model.eval(), (channels, height, width)
+
+
+def _check_header(header: Mapping[str, Any], path: Path) -> None:
+    if "recipe" not in header:
+        raise InvalidData(
+            f"{path} does not say of which network it holds the weights: an earlier version of bonn-qat wrote it, or "
+            "another program; make the network yourself and give it to load_state_dict, or train it again"
+        )
+    if "stage" in header:
+        raise InvalidData(f"{path} is the checkpoint of a run that is not finished; the same command goes on from it")
+    if header.get("format") != WEIGHTS_FORMAT:
+        raise InvalidData(
+            f"{path} is of format {header.get('format')!r}; this version of bonn-qat reads {WEIGHTS_FORMAT}"
+        )
+    known = {"format", "recipe", "classes", "image"}
+    if header.keys() != known:
+        raise InvalidData(
+            f"{path} is no weights file: the keys of its header differ in {sorted(header.keys() ^ known)}"
+        )
+    recipe, image, classes = header["recipe"], header["image"], header["classes"]
+    sizes = [classes, *image] if isinstance(image, list) else []
+    if not isinstance(recipe, dict) or [type(size) for size in sizes] != [int] * 4 or min(sizes) < 1:
+        raise InvalidData(
+            f"{path} is no weights file: {classes!r} classes, images of {image!r}, or a recipe without keys"
+        )
 
 
 def train(
@@ -143,8 +216,8 @@ def _teacher(model: nn.Module, task: nn.Module, recipe: Recipe, data: Data, devi
     from timm.task import DistillationTeacher, LogitDistillationTask
 
     with torch.random.fork_rng():  # a teacher must not change the run's random numbers
-        teacher = _network(recipe, data)
-    _load(teacher, Path(recipe.teacher))
+        teacher = _network(recipe, data.classes, data.image[0])
+    _load_file(teacher, Path(recipe.teacher))
     distillation: nn.Module = LogitDistillationTask(
         model,
         DistillationTeacher(teacher.to(device).requires_grad_(False), device=device),

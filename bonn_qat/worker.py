@@ -23,7 +23,7 @@ from bonn_qat.errors import BonnQatError, InvalidModel
 from bonn_qat.hookspecs import hookimpl
 from bonn_qat.recipe import Recipe
 from bonn_qat.results import RUNS, RunResult, write_run
-from bonn_qat.train import build, steps, train
+from bonn_qat.train import build, steps, train, weights_header
 
 Watch = Callable[[Recipe, int], contextlib.AbstractContextManager[Callable[[], None]]]
 Outcome = RunResult | str  # what a run gave, or why it failed
@@ -56,7 +56,7 @@ def run(
         with watch(recipe, steps(recipe, data)) as tick:
             result = train(model, recipe, data, device=device, checkpoint=unfinished, tick=tick, pm=pm)
         if distributed.rank() == 0:
-            write_tensors(weights, model.state_dict())
+            write_tensors(weights, model.state_dict(), weights_header(recipe, data))
             write_run(directory, result)
             unfinished.unlink(missing_ok=True)
     except BonnQatError as error:

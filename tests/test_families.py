@@ -17,7 +17,7 @@ from bonn_qat.binarize import BypassedLayers, binary_layers
 from bonn_qat.diagnose import DeadLayers
 from bonn_qat.errors import InvalidModel
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "coverage.py"
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "backbones.py"
 spec = importlib.util.spec_from_file_location("coverage_of_timm", SCRIPT)
 assert spec
 assert spec.loader

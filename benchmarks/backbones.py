@@ -4,7 +4,7 @@ A family is a module file of timm. One member of each is built with random weigh
 and looked at with crops of the two photographs of scikit-learn; those that are too large are built at less depth.
 A family that is finished in the JSON is not looked at again. Example::
 
-    python benchmarks/coverage.py --workers 2 --output results/coverage.json --page docs/coverage.md
+    python benchmarks/backbones.py --workers 2 --output results/coverage.json --page docs/coverage.md
 """
 
 import argparse
@@ -350,7 +350,7 @@ def page(rows: list[Row], settings: Mapping[str, str]) -> str:
         "This page is made by",
         "",
         "```sh",
-        "python benchmarks/coverage.py --workers 2 --output coverage.json --page docs/coverage.md",
+        "python benchmarks/backbones.py --workers 2 --output coverage.json --page docs/coverage.md",
         "```",
         "",
         f"timm {settings['timm']}, torch {settings['torch']}, bonn-qat {settings['commit']}. Random weights, {IMAGES} "

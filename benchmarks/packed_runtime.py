@@ -1,0 +1,298 @@
+"""What packed networks cost and whether they give the same: four questions, one command each.
+
+``layers``: 3x3 binary convolutions beside torch's float ones, in turns. ``parts``: where the time of a network goes,
+and the most that this processor can do. ``equality``: logits, predictions and features beside those of the binarized
+model's evaluation mode on CIFAR-10's test images. ``families``: the same for one network of each of twenty families of
+timm, on random images. Each prints a table and, with ``--output``, writes JSON. Examples::
+
+    python benchmarks/packed_runtime.py layers --output layers.json
+    python benchmarks/packed_runtime.py equality --data FOLDER --model wrn22_16 --size 32 --weights WEIGHTS.safetensors
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numba
+import numpy as np
+import timm
+import torch
+from torch import Tensor, fx, nn
+
+import bonn_qat
+import bonn_qat.models
+from bonn_qat.checkpoint import read_tensors
+from bonn_qat.data import load
+from bonn_qat.environment import environment
+from bonn_qat.runtime import kernels, layout
+from bonn_qat.runtime.epilogue import SCALE
+from bonn_qat.runtime.layout import Geometry
+
+SHAPES = ((64, 56), (128, 28), (256, 14), (512, 7))  # channels, height and width: ResNet-18's
+# Small members, with images that they take.
+FAMILIES: Mapping[str, int] = {
+    "resnet18": 64, "mobilenetv2_100": 64, "efficientnet_b0": 64, "densenet121": 64, "vgg11_bn": 64, "regnety_002": 64,
+    "convnext_atto": 64, "vit_tiny_patch16_224": 224, "deit_tiny_patch16_224": 224, "mixer_s32_224": 224,
+    "swin_tiny_patch4_window7_224": 224, "resnest14d": 64, "ghostnet_100": 64, "mobilenetv3_small_100": 64,
+    "inception_v3": 96, "dla34": 64, "nf_regnet_b0": 64, "cspresnet50": 64, "xception41": 96, "res2net50_14w_8s": 64,
+}  # fmt: skip
+OPS = torch.ops.bonn_qat
+GROUPS = {
+    "aten.conv2d.default": "float convolutions", "aten.linear.default": "classifier",
+    "bonn_qat.sign_codes.default": "packing on its own", "aten.max_pool2d.default": "max pool",
+    "bonn_qat.elementwise.default": "norms and PReLUs on their own",
+}  # fmt: skip
+
+
+def main() -> None:
+    """Answer one question."""
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    found = {"environment": dict(environment(torch.device("cpu"))), "options": vars(args) | {"output": None}}
+    result = {"layers": layers, "parts": parts, "equality": equality, "families": families}[args.question](args)
+    if args.output:
+        args.output.write_text(json.dumps(found | {"results": result}, indent=1, default=str))
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("question", choices=("layers", "parts", "equality", "families"))
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--scheme", default="bonn")
+    parser.add_argument("--size", type=int, default=224, help="height and width of an image")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--data", type=Path, help="the folder of CIFAR-10")
+    parser.add_argument("--weights", type=Path, help="a run's weights; without them the norms are made up")
+    parser.add_argument("--only", nargs="*", help="families")
+    parser.add_argument("--output", type=Path)
+    return parser.parse_args()
+
+
+def in_turns(arms: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each arm, one for each round, each round in another order."""
+    names = list(arms)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for arm in arms.values():
+        arm()
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            start = time.perf_counter()
+            arms[name]()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The 25th, 50th and 75th percentile."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return low, middle, high
+
+
+def convolutions(x: Tensor, weight: Tensor, geometry: Geometry) -> dict[str, Callable[[], Tensor]]:
+    """A float convolution, a binary one of codes, and one of floats."""
+    dense = weight.contiguous(memory_format=torch.channels_last)
+    octets, thresholds, ones = layout.encode_weight(weight >= 0), torch.zeros(x.shape[1]), torch.ones(1, len(weight))
+    numbers = geometry.numbers
+    packed = OPS.sign_codes(x, thresholds, numbers)
+
+    def binary(codes: Tensor) -> Tensor:
+        return cast(Tensor, OPS.binary_conv2d(codes, octets, numbers, [SCALE, 0], ones, None))
+
+    return {
+        "float": lambda: torch.conv2d(x, dense, None, 1, 1),
+        "binary": lambda: binary(packed),
+        "with packing": lambda: binary(OPS.sign_codes(x, thresholds, numbers)),
+    }
+
+
+def layers(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Binary and float convolutions of the four shapes; the input of a binary one is packed already, as in a network."""
+    rows = []
+    print(f"{'channels':>9}{'pixels':>9}{'float ms':>10}{'binary ms':>11}{'+ packing':>11}{'times faster':>22}")
+    for channels, size in SHAPES:
+        geometry = Geometry(channels, channels, (3, 3), padding=(1, 1, 1, 1))
+        x = torch.randn(args.batch, channels, size, size).contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(channels, channels, 3, 3)
+        arms = convolutions(x, weight, geometry)
+        times = in_turns(arms, args.rounds)
+        ratios = quartiles([a / b for a, b in zip(times["float"], times["binary"], strict=True)])
+        middle = {name: statistics.median(values) for name, values in times.items()}
+        print(
+            f"{channels:>9}{f'{size}x{size}':>9}{middle['float']:>10.3f}{middle['binary']:>11.3f}"
+            f"{middle['with packing']:>11.3f}{ratios[1]:>10.2f} ({ratios[0]:.2f} to {ratios[2]:.2f})"
+        )
+        rows.append({"channels": channels, "size": size, "milliseconds": times, "times_faster": ratios})
+    return rows
+
+
+class Timed(fx.Interpreter):
+    """Runs a graph and notes how long each node takes."""
+
+    def __init__(self, network: fx.GraphModule) -> None:
+        super().__init__(network)
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def run_node(self, n: fx.Node) -> Any:
+        start = time.perf_counter()
+        result = super().run_node(n)
+        name = str(n.target)
+        is_first = name == "aten.conv2d.default" and n.name == "conv2d"
+        is_binary = name.startswith("bonn_qat.binary")
+        group = (
+            "first convolution" if is_first else "binary convolutions" if is_binary else GROUPS.get(name, "all else")
+        )
+        self.seconds[group] += time.perf_counter() - start
+        return result
+
+
+def parts(args: argparse.Namespace) -> dict[str, Any]:
+    """Where the time of a network goes, and how near its binary convolutions come to what the processor can do."""
+    model = made(args.model, args.scheme, args.size)
+    packed = bonn_qat.pack(model, (3, args.size, args.size))
+    x = torch.randn(args.batch, 3, args.size, args.size).contiguous(memory_format=torch.channels_last)
+    whole, by_group = [], defaultdict(list)
+    for _ in range(args.rounds):
+        start = time.perf_counter()
+        packed(x)
+        whole.append(1e3 * (time.perf_counter() - start))
+        timed = Timed(packed.network)
+        with torch.no_grad():
+            timed.run(x)
+        for group, seconds in timed.seconds.items():
+            by_group[group].append(1e3 * seconds)
+    report = bonn_qat.summary(packed)
+    total = statistics.median(whole)
+    print(f"{args.model}, {args.size} px, batch {args.batch}: {total:.2f} ms (the parts are timed one by one)")
+    for group, values in sorted(by_group.items(), key=lambda item: -statistics.median(item[1])):
+        print(f"  {group:32}{statistics.median(values):>9.2f} ms")
+    best = peak()
+    rate = args.batch * report.binary_macs / statistics.median(by_group["binary convolutions"]) / 1e6
+    print(f"  binary products: {rate:,.0f} of {best:,.0f} G/s at most ({rate / best:.0%})")
+    return {"total": whole, "parts": by_group, "binary_macs": report.binary_macs, "rate": rate, "peak": best}
+
+
+@numba.njit(nogil=True)
+def repeat_tile(codes, base, weight, starts, lengths, ends, sums, repeats):  # type: ignore[no-untyped-def]
+    """The inner loop alone, again and again."""
+    for _ in range(repeats):
+        kernels._wide_tile(codes, base, weight, 0, starts, lengths, ends, sums)
+
+
+def peak() -> float:
+    """Binary products in 10^9 a second of the inner loop alone, its operands in the first cache."""
+    length, repeats = 60, 20_000
+    codes, weight = np.zeros(1024, np.uint8), np.zeros(64 * length, np.uint8)
+    base, sums = np.arange(4, dtype=np.int64), np.zeros(256, np.uint16)
+    starts, lengths = np.zeros(1, np.int64), np.full(1, length, np.int64)
+    ends = np.ones(1, np.bool_)
+    arrays = (codes, base, weight, starts, lengths, ends, sums)
+    repeat_tile(*arrays, 1)
+    fastest = min(timed(lambda: repeat_tile(*arrays, repeats)) for _ in range(10))
+    return repeats * 4 * 64 * 4 * length / fastest / 1e9
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def made(name: str, scheme: str, size: int, weights: Path | None = None, **options: Any) -> nn.Module:
+    """A binarized network with a run's weights, or as after a training: no norm, slope or bias at its start."""
+    network = timm.create_model(name, **options)
+    model = bonn_qat.binarize(network, scheme, input_size=(3, size, size)).eval().requires_grad_(False)
+    if weights:
+        model.load_state_dict(read_tensors(weights)[0])
+        return model
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for name, mean in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0)):
+                getattr(module, name).normal_(mean, 0.3)
+            cast(Tensor, module.running_var).uniform_(0.5, 2)
+    return model
+
+
+class Features(nn.Module):
+    """What a timm network makes before it pools: sums over the image come after."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        features: Tensor = self.model.forward_features(x)
+        return features
+
+
+@torch.no_grad()
+def compared(model: Any, size: int, batches: Sequence[Tensor]) -> dict[str, Any]:
+    """How far a packed network is from its model, in both layouts of the images: float layers round by them."""
+    packed = bonn_qat.pack(model, (3, size, size))
+    features = bonn_qat.pack(Features(model), (3, size, size))
+    found: dict[str, Any] = defaultdict(float)
+    found |= {"kinds": sorted({layer.kind for layer in packed.layers}), "layers": len(packed.layers)}
+    for x in batches:
+        ours, ours_features = packed(x), features(x)
+        for name, kind in (("channels_last", torch.channels_last), ("contiguous", torch.contiguous_format)):
+            laid = x.contiguous(memory_format=kind)
+            theirs = model(laid)
+            found[f"difference, {name}"] = max(found[f"difference, {name}"], (ours - theirs).abs().max().item())
+            found[f"other predictions, {name}"] += (ours.argmax(1) != theirs.argmax(1)).sum().item()
+            same = (ours_features == model.forward_features(laid)).flatten(1).all(1)
+            found[f"other features, {name}"] += (~same).sum().item()
+        found["largest logit"] = max(found["largest logit"], ours.abs().max().item())
+        found["images"] += len(x)
+    return dict(found)
+
+
+def told(name: str, found: Mapping[str, Any]) -> None:
+    """Print a row."""
+    print(f"{name}: {int(found['images'])} images, {found['layers']} binary layers ({', '.join(found['kinds'])})")
+    for kind in ("channels_last", "contiguous"):
+        print(
+            f"  {kind:14} largest difference {found[f'difference, {kind}']:.1e} "
+            f"(largest logit {found['largest logit']:.2f}), "
+            f"{int(found[f'other predictions, {kind}'])} predictions and the features of "
+            f"{int(found[f'other features, {kind}'])} images differ"
+        )
+
+
+def equality(args: argparse.Namespace) -> dict[str, Any]:
+    """A network on CIFAR-10's test images, made larger where it takes larger ones."""
+    data = load("cifar10", directory=args.data, test_images=args.images)
+    images = torch.cat([x for x, _ in data.test_batches(100)])
+    if args.size != images.shape[-1]:
+        images = nn.functional.interpolate(images, (args.size, args.size), mode="bilinear")
+    model = made(args.model, args.scheme, args.size, args.weights, num_classes=10)
+    found = compared(model, args.size, torch.split(images, 100))
+    told(f"{args.model}, {args.size} px, {args.scheme}", found)
+    return found
+
+
+def families(args: argparse.Namespace) -> dict[str, Any]:
+    """A network of each family, on eight random images."""
+    results = {}
+    for name, size in FAMILIES.items():
+        if args.only and name not in args.only:
+            continue
+        model = made(name, args.scheme, size, num_classes=10)
+        results[name] = compared(model, size, torch.split(torch.randn(8, 3, size, size), 4))
+        told(f"{name}, {size} px", results[name])
+    return results
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    main()
