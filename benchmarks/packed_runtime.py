@@ -117,7 +117,7 @@ def convolutions(x: Tensor, weight: Tensor, geometry: Geometry) -> dict[str, Cal
 
 
 def layers(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Binary and float convolutions of the four shapes; the input of a binary one is packed already, as in a network."""
+    """Binary and float convolutions of the four shapes; a binary one reads codes, as it does in a network."""
     rows = []
     print(f"{'channels':>9}{'pixels':>9}{'float ms':>10}{'binary ms':>11}{'+ packing':>11}{'times faster':>22}")
     for channels, size in SHAPES:
