@@ -20,11 +20,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
 
     Raises OSError where the system refuses to write.
     """
+    # Not save_file, which turns a full disk into an error of its own.
+    return write_whole(path, dump_tensors(tensors, header))
+
+
+def dump_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> bytes:
+    """What :func:`write_tensors` writes."""
     # A copy of each, because safetensors refuses tensors that share their memory.
     copies = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
     metadata = {_KEY: json.dumps(header, separators=(",", ":"))} if header is not None else None
-    # Not save_file, which turns a full disk into an error of its own.
-    return write_whole(path, safetensors.torch.save(copies, metadata))
+    content: bytes = safetensors.torch.save(copies, metadata)
+    return content
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

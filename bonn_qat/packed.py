@@ -11,8 +11,9 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor, fx, nn
 
-from bonn_qat.checkpoint import read_tensors, write_tensors
+from bonn_qat.checkpoint import dump_tensors, read_tensors
 from bonn_qat.errors import InvalidData
+from bonn_qat.files import write_whole
 from bonn_qat.runtime import graph as graphs
 from bonn_qat.runtime.layout import Geometry
 from bonn_qat.summary import FLOAT_BITS, LayerReport, OtherReport, Report
@@ -83,6 +84,10 @@ class PackedModel(nn.Module):
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file with a header of JSON, whole or not at all. Raises OSError where that fails."""
+        return write_whole(Path(path), self.dump())
+
+    def dump(self) -> bytes:
+        """What :meth:`save` writes."""
         tensors = self.tensors()
         header = {
             "kind": "packed", "format": FORMAT, "name": self.name, "scheme": self.scheme,
@@ -90,7 +95,7 @@ class PackedModel(nn.Module):
             "layers": [asdict(layer) for layer in self.layers],
             "nodes": graphs.describe(self._nodes, self._weights),
         }  # fmt: skip
-        return write_tensors(Path(path), tensors, header | {"sha256": _digest(tensors, header)})
+        return dump_tensors(tensors, header | {"sha256": _digest(tensors, header)})
 
     @classmethod
     def load(cls, path: str | Path) -> "PackedModel":
