@@ -288,8 +288,8 @@ def export(
         typer.echo(f"not compared with the network: {missing}")
         return
     typer.echo(
-        f"largest difference from the network's outputs on random images: {agreement.difference:.2g}; "
-        f"the same class for {agreement.same:.1%}"
+        f"difference from the network's outputs on random images: at most {agreement.difference:.2g}, "
+        f"median {agreement.median:.2g}; the same class for {agreement.same:.1%}"
     )
 
 

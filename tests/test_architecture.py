@@ -17,25 +17,27 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module imports from lower ranks only; siblings do not know each other. Imports inside functions are exempt:
 # they postpone what is expensive, or reach for a host that may be absent.
 RANKS = {
-    0: ("distributed", "dry_run", "environment", "errors", "files", "functional", "modes", "precision", "variants"),
-    1: ("checkpoint", "policy", "quantizers", "results", "data"),
-    2: ("scheme", "regularizers", "figures"),
-    3: ("recipe", "hookspecs", "report"),
+    0: ("distributed", "dry_run", "environment", "errors", "files", "functional", "modes", "precision", "thresholds",
+        "variants"),
+    1: ("checkpoint", "policy", "quantizers", "results", "data", "runtime"),
+    2: ("fusion", "scheme", "regularizers", "figures"),
+    3: ("capture", "recipe", "hookspecs", "report"),
     4: ("plugins", "layers", "bonn", "models", "schedule", "settings", "study"),
     5: ("binarize", "objective", "study_report"),
     6: ("adapters", "bop", "summary", "diagnose", "metrics"),
-    7: ("trainer",),
-    8: ("train",),
-    9: ("worker",),
+    7: ("bench", "packed", "trainer"),
+    8: ("pack", "train"),
+    9: ("export", "worker"),
     10: ("jobs",),
     11: ("compare",),
     12: ("reproduce",),
     13: ("cli",),
     14: ("__init__", "__main__"),
-}
+}  # fmt: skip
 RANK = {name: rank for rank, names in RANKS.items() for name in names}
 HOSTS = {
-    "accelerate", "brevitas", "lightning", "matplotlib", "mlflow", "sklearn", "timm", "torchao", "torchvision",
+    "accelerate", "brevitas", "lightning", "llvmlite", "matplotlib", "mlflow", "numba", "onnx", "onnxruntime", "qonnx",
+    "sklearn", "timm", "torchao", "torchvision",
 }  # fmt: skip
 
 
@@ -90,6 +92,8 @@ def test_imports_point_inwards(path):
 def test_a_host_is_imported_where_it_is_adapted(path):
     hosts = {name.split(".")[0] for name in imported(path)} & HOSTS
     allowed = {"models": {"timm"}, "adapters": {path.stem}, "figures": {"matplotlib"}}
+    if path.name == "kernels.py":  # which is imported where numba is there
+        hosts -= {"numba", "llvmlite"}
     assert hosts <= allowed.get(room(path), set())
 
 

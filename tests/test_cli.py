@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from bonn_qat import cli
+from bonn_qat import cli, export
 from bonn_qat.jobs import in_turn
 from bonn_qat.results import PAGE, read_comparison
 
@@ -49,6 +50,22 @@ def test_compare_prints_the_table_and_writes_the_page(tmp_path: Path, capsys: py
         (["report", "nowhere"], 2, "cannot read nowhere"),
         (["summary", "resnet18", "--scheme", "bon"], 2, "unknown scheme 'bon'"),
         (["summary", "resnet81"], 2, "unknown model 'resnet81'"),
+        (["export", "resnet81", "--format", "pt2", "--output", "net"], 2, "unknown model 'resnet81'"),
+        (
+            ["export", "wrn10_16", "--format", "onxx", "--output", "net"],
+            2,
+            "unknown format 'onxx'; did you mean 'onnx'",
+        ),
+        (
+            ["export", "run.safetensors", "--format", "pt2", "--output", "net"],
+            2,
+            "cannot read run.safetensors: no such",
+        ),
+        (
+            ["export", "run.safetensors", "--scheme", "bonn", "--format", "pt2", "--output", "net"],
+            2,
+            "run.safetensors says itself of which scheme and how many classes it is; leave them out",
+        ),
     ],
 )
 def test_bad_input_gives_one_line_and_an_exit_code(
@@ -137,3 +154,30 @@ def test_summary_and_schemes_print_what_they_say(capsys: pytest.CaptureFixture[s
     assert "xnor  1/1 bits W/A" in printed
     assert "float  32/32 bits W/A" in printed
     assert "options: granularity='kernel', " in printed
+
+
+def test_export_writes_what_a_comparison_left_and_compares_the_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["compare", "--schemes", "bonn", *TINY, "--output", "results"]) == 0
+    capsys.readouterr()
+    weights = "results/runs/bonn-0.01-seed0.safetensors"
+    assert cli.main(["export", weights, "--format", "pt2", "--output", "nets/net.pt2"]) == 0
+    size = Path("nets/net.pt2").stat().st_size / 1e6
+    assert capsys.readouterr().out.splitlines() == [
+        f"nets/net.pt2: {size:.2f} MB",
+        "difference from the network's outputs on random images: at most 0, median 0; the same class for 100.0%",
+    ]
+    assert 0 < size < 2
+
+
+def test_export_of_a_timm_model_without_a_runtime_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(export.FORMATS, "pt2", export.FORMATS["pt2"]._replace(runs_in=("no_such_runtime",)))
+    arguments = ["export", "wrn10_16", "--scheme", "xnor", "--img-size", "16", "--num-classes", "5"]
+    assert cli.main([*arguments, "--format", "pt2", "--output", str(tmp_path / "net.pt2")]) == 0
+    (images,), _ = torch.export.load(tmp_path / "net.pt2").example_inputs
+    assert images.shape[1:] == (3, 16, 16)
+    assert "not compared with the network: the format 'pt2' needs no_such_runtime: pip" in capsys.readouterr().out

@@ -1,6 +1,8 @@
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,11 +10,15 @@ import torch
 from torch import nn
 
 from bonn_qat import FeatureLoss, binarize, data, hookimpl, plugins
+from bonn_qat.binarize import binary_layers
+from bonn_qat.checkpoint import read_tensors, write_tensors
 from bonn_qat.errors import InvalidData, InvalidModel, TrainingDiverged, UnknownName
 from bonn_qat.recipe import Recipe
+from bonn_qat.results import RUNS, RunResult
 from bonn_qat.scheme import Stage
-from bonn_qat.train import build, steps, train
+from bonn_qat.train import build, restore, steps, train, weights_header
 from bonn_qat.trainer import first_non_finite
+from bonn_qat.worker import run
 
 RECIPE = Recipe(model="wrn10_16", epochs=2, batch_size=32, train_images=96, test_images=64, latents="0.01")
 
@@ -168,3 +174,99 @@ def test_skip_and_include_of_a_recipe_reach_the_network(digits: data.Data) -> No
     record: Any = build(dataclasses.replace(RECIPE, skip=("layer3",), include=("conv1",)), digits).binarization
     assert record.kept["layer3.0.conv1"] == "skip 'layer3'"
     assert "conv1" in record.binary
+
+
+# ------------------------------------------------------------------------------------------------ from a weights file
+
+
+def test_a_run_leaves_weights_that_restore_the_network_without_its_data(digits: data.Data, tmp_path: Path) -> None:
+    start = tmp_path / "start.safetensors"
+    recipe = dataclasses.replace(
+        RECIPE, scheme="xnor", scheme_options={"gradient": "plain"}, skip=("layer3",), checkpoint=str(start)
+    )
+    write_tensors(start, build(dataclasses.replace(recipe, checkpoint=""), digits).state_dict())
+    kept: list[nn.Module] = []
+    result = run(
+        recipe, digits, tmp_path, watch=lambda recipe, steps: contextlib.nullcontext(lambda: None), pm=None,
+        built=kept.append,
+    )  # fmt: skip
+    assert isinstance(result, RunResult)
+    start.unlink()
+    state = torch.get_rng_state()
+    model, size = restore(tmp_path / RUNS / f"{recipe.name}.safetensors")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert size == digits.image
+    assert not any(module.training for module in model.modules())
+    record: Any = model.binarization
+    assert (record.scheme.name, record.kept["layer3.0.conv1"]) == ("xnor", "skip 'layer3'")
+    images, targets = next(iter(digits.test_batches()))
+    with torch.no_grad():
+        assert torch.equal(model(images), kept[0].eval()(images))
+        assert 100 * float((model(images).argmax(1) == targets).float().mean()) == pytest.approx(result.top1)
+
+
+def test_what_a_run_left_float_is_restored_as_float(digits: data.Data, tmp_path: Path) -> None:
+    stages = (Stage(share=0.5), Stage(share=0.5, weights="float", activations="clip"))
+    recipe = dataclasses.replace(RECIPE, stages=stages)
+    model = build(recipe, digits)
+    train(model, recipe, digits)
+    restored, _ = restore(
+        write_tensors(tmp_path / "run.safetensors", model.state_dict(), weights_header(recipe, digits))
+    )
+    assert not any(layer.binary_weight for _, layer in binary_layers(restored))
+    images, _ = next(iter(digits.test_batches()))
+    with torch.no_grad():
+        assert torch.equal(restored(images), model.eval()(images))
+
+
+@pytest.mark.parametrize("scheme", ["float", "bireal-staged", "adabin"])
+def test_every_kind_of_scheme_is_restored(scheme: str, digits: data.Data, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, scheme=scheme, latents="scheme")
+    model = build(recipe, digits).eval()
+    restored, _ = restore(
+        write_tensors(tmp_path / "run.safetensors", model.state_dict(), weights_header(recipe, digits))
+    )
+    images, _ = next(iter(digits.test_batches()))
+    assert torch.equal(restored(images), model(images))
+
+
+def test_restoring_downloads_no_pretrained_weights(digits: data.Data, tmp_path: Path) -> None:
+    model = build(RECIPE, digits)
+    recipe = dataclasses.replace(RECIPE, model_options={"pretrained": True, "checkpoint_path": "gone.pth"})
+    restore(write_tensors(tmp_path / "run.safetensors", model.state_dict(), weights_header(recipe, digits)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda header: header.clear(), "does not say of which network it holds the weights: an earlier version of"),
+        (lambda header: header.update(stage=0), "is the checkpoint of a run that is not finished"),
+        (lambda header: header.update(format=2), "is of format 2; this version of bonn-qat reads 1"),
+        (lambda header: header.pop("format"), "is of format None; this version of bonn-qat reads 1"),
+        (lambda header: header.pop("classes"), r"the keys of its header differ in \['classes'\]"),
+        (lambda header: header.update(image=[1, 8]), r"10 classes, images of \[1, 8\], or a recipe without keys"),
+        (lambda header: header.update(classes="ten"), "'ten' classes, images of"),
+        (lambda header: header.update(recipe=[]), "or a recipe without keys"),
+        (lambda header: header["recipe"].update(lrr=1), "cannot be restored: unknown key of a recipe 'lrr'; did you"),
+        (lambda header: header["recipe"].update(lr="x"), "cannot be restored: lr of a recipe is 'x'"),
+        (lambda header: header["recipe"].update(scheme="bon"), "cannot be restored: unknown scheme 'bon'; did you"),
+        (lambda header: header["recipe"].update(scheme="xnor"), "is no checkpoint of this WideResNet: Unexpected key"),
+        (lambda header: header.update(classes=3), "is no checkpoint of this WideResNet: size mismatch for fc.weight"),
+    ],
+)  # fmt: skip
+def test_a_file_that_restores_nothing_is_told(change: Any, words: str, digits: data.Data, tmp_path: Path) -> None:
+    path, header = tmp_path / "run.safetensors", weights_header(RECIPE, digits)
+    change(header)
+    write_tensors(path, build(RECIPE, digits).state_dict(), header)
+    with pytest.raises(InvalidData, match=rf"run\.safetensors .*{words}"):
+        restore(path)
+
+
+def test_the_weights_of_an_earlier_version_and_an_unfinished_run_are_told(digits: data.Data, tmp_path: Path) -> None:
+    model = build(RECIPE, digits)
+    with pytest.raises(InvalidData, match="does not say of which network it holds the weights"):
+        restore(write_tensors(tmp_path / "run.safetensors", model.state_dict()))
+    train(model, RECIPE, digits, checkpoint=tmp_path / "unfinished.safetensors")
+    assert read_tensors(tmp_path / "unfinished.safetensors")[1]["recipe"] == RECIPE.to_dict()
+    with pytest.raises(InvalidData, match="is the checkpoint of a run that is not finished"):
+        restore(tmp_path / "unfinished.safetensors")
