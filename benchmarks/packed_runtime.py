@@ -288,8 +288,13 @@ def families(args: argparse.Namespace) -> dict[str, Any]:
         if args.only and name not in args.only:
             continue
         model = made(name, args.scheme, size, num_classes=10)
-        results[name] = compared(model, size, torch.split(torch.randn(8, 3, size, size), 4))
-        told(f"{name}, {size} px", results[name])
+        try:
+            results[name] = compared(model, size, torch.split(torch.randn(8, 3, size, size), 4))
+        except bonn_qat.BonnQatError as error:
+            results[name] = {"failure": str(error)}
+            print(f"{name}, {size} px: {error}")
+        else:
+            told(f"{name}, {size} px", results[name])
     return results
 
 

@@ -4,6 +4,7 @@ from bonn_qat.binarize import Binarization, binarize
 from bonn_qat.bop import Bop, binary_parameters
 from bonn_qat.diagnose import diagnose
 from bonn_qat.errors import BonnQatError
+from bonn_qat.export import export
 from bonn_qat.hookspecs import hookimpl
 from bonn_qat.metrics import FlipRatio
 from bonn_qat.objective import Objective, advance, constrain_, parameter_groups
@@ -35,6 +36,7 @@ __all__ = [
     "binary_parameters",
     "constrain_",
     "diagnose",
+    "export",
     "hookimpl",
     "pack",
     "parameter_groups",

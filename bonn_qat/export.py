@@ -18,10 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from bonn_qat.binarize import Binarization, binary_layers
+from bonn_qat.c_header import c_header
 from bonn_qat.errors import BonnQatError, InvalidModel, UnknownName
 from bonn_qat.files import write_whole
 from bonn_qat.layers import BinaryLayer
 from bonn_qat.modes import modes
+from bonn_qat.pack import pack
+from bonn_qat.packed import PackedModel
 from bonn_qat.quantizers import WeightQuantizer
 from bonn_qat.summary import input_size_of
 
@@ -43,12 +46,12 @@ class Format(NamedTuple):
     """A format: ``write(model, size)`` makes the file of a frozen copy, ``run(path, images)`` runs it elsewhere.
 
     The copy is in evaluation mode, on the CPU, in float32, and ``write``'s own; ``size`` is ``(C, H, W)``. ``run``
-    gives a tensor for each output. ``needs`` are the packages that ``write`` imports, ``runs_in`` those of ``run``.
-    ``refuses`` says what the format cannot hold of a layer, None if it can.
+    gives a tensor for each output; it is None for what a compiler takes. ``needs`` are the packages that ``write``
+    imports, ``runs_in`` those of ``run``. ``refuses`` says what the format cannot hold of a layer, None if it can.
     """
 
     write: Callable[[nn.Module, tuple[int, ...]], bytes]
-    run: Callable[[Path, Tensor], list[Tensor]]
+    run: Callable[[Path, Tensor], list[Tensor]] | None
     needs: tuple[str, ...] = ()
     runs_in: tuple[str, ...] = ()
     refuses: Callable[[BinaryLayer], str | None] = lambda layer: None
@@ -95,6 +98,8 @@ def verify(
     """
     chosen = _find(format)
     _require(format, chosen.runs_in)
+    if chosen.run is None:
+        raise PackageMissing(f"the format {format!r} has no runtime of its own; what is made of the file runs it")
     batch = torch.randn(images, *input_size_of(model, input_size), generator=torch.Generator().manual_seed(_SEED))
     reference = next((p for p in model.parameters() if p.is_floating_point()), batch)
     with modes(model), torch.no_grad():
@@ -136,7 +141,7 @@ def _check(model: nn.Module, format: str) -> None:
             others = [repr(other) for other, known in FORMATS.items() if known.refuses(layer) is None]
             raise InvalidModel(
                 f"the format {format!r} cannot hold {name}, of the scheme {scheme!r}: {reason}; "
-                f"{' and '.join(others)} can, and skip={name!r} in binarize leaves it float"
+                f"{', '.join(others)} can, and skip={name!r} in binarize leaves it float"
             )
 
 
@@ -412,8 +417,25 @@ def _beyond_bipolar(layer: BinaryLayer) -> str | None:
     return None if (value.abs() == 1).all() else "its inputs are not -1 and +1"
 
 
+# ------------------------------------------------------------------------------------------------------ packed bits
+
+
+def _write_packed(model: nn.Module, size: tuple[int, ...]) -> bytes:
+    return pack(model, size).dump()
+
+
+def _write_c(model: nn.Module, size: tuple[int, ...]) -> bytes:
+    return c_header(pack(model, size)).encode()
+
+
+def _run_packed(path: Path, images: Tensor) -> list[Tensor]:
+    return _outputs(PackedModel.load(path)(images))
+
+
 FORMATS: Mapping[str, Format] = {
     "onnx": Format(_write_onnx, _run_onnx, ("onnx", "onnxscript"), ("onnxruntime",)),
     "qonnx": Format(_write_qonnx, _run_qonnx, ("onnx", "onnxscript", "qonnx"), ("qonnx",), _beyond_bipolar),
     "pt2": Format(_write_pt2, _run_pt2),
+    "packed": Format(_write_packed, _run_packed),
+    "c": Format(_write_c, None),
 }

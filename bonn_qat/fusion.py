@@ -5,7 +5,7 @@ Every step computes what the operators computed before it, in the same order and
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -67,6 +67,8 @@ def fuse(network: Network) -> None:
         new = _elementwise(network, norms[0])
         if new is not None:
             _absorb_all(network, new)  # which may take norms, too
+    for node in list(network.graph.find_nodes(op="call_function", target=aten.max_pool2d.default)):
+        _pool_first(network, node)
     network.hoist_tensors()  # thresholds may stand below the convolution that is to have them
     for node in list(network.graph.find_nodes(op="call_function", target=ours.binary_conv2d.default)):
         _join_sign(network, node)
@@ -265,6 +267,58 @@ _STEPS: dict[Any, Callable[[Network, fx.Node, fx.Node], _Step | None]] = {
     aten.relu.default: _clamp(0.0, math.inf),
     aten.hardtanh.default: _clamp(-1.0, 1.0),
 }
+
+
+def _pool_first(network: Network, pool: fx.Node) -> None:
+    """Take the maxima before what only rises, on a quarter of the pixels: of a float convolution, a norm and its PReLU.
+
+    The maximum of rising values is the value of the maximum, to the last bit. Where a norm's factor is negative the
+    convolution's filter is negated, and the factor with it.
+    """
+    norm = pool.args[0]
+    if not isinstance(norm, fx.Node) or norm.target is not ours.elementwise.default or len(norm.users) != 1:
+        return
+    source, program, vectors, residual = norm.args
+    rows = network.constant(vectors)
+    if residual is not None or rows is None or not isinstance(source, fx.Node) or len(source.users) != 1:
+        return
+    steps = cast(list[int], program)
+    if steps[:2] != [epilogue.FMA, 0] or not _rises(steps[2:], rows):
+        return
+    falling = rows[0] < 0
+    if falling.any():
+        if not _negate_filters(network, source, falling):
+            return
+        rows = rows.clone()
+        rows[0] = rows[0].abs()
+        vectors = network.add(f"{cast(fx.Node, vectors).target}", rows, norm)
+    with network.graph.inserting_after(pool):
+        new = network.graph.call_function(ours.elementwise.default, (pool, program, vectors, None))
+    new.meta = {"val": pool.meta["val"]}
+    pool.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    pool.args = (source, *pool.args[1:])
+    network.graph.erase_node(norm)
+
+
+def _rises(steps: Sequence[int], rows: Tensor) -> bool:
+    """Whether no step of an epilogue falls anywhere."""
+    falling = (epilogue.SCALE, epilogue.FMA, epilogue.PRELU)
+    pairs = zip(steps[::2], steps[1::2], strict=True)
+    return all(bool((rows[row] >= 0).all()) for operation, row in pairs if operation in falling)
+
+
+def _negate_filters(network: Network, convolution: fx.Node, which: Tensor) -> bool:
+    """Negate filters of a float convolution, ``which`` bool ``(O,)``; false if others read them."""
+    if convolution.target is not aten.conv2d.default:
+        return False
+    parts = [part for part in convolution.args[1:3] if part is not None]
+    if any(network.constant(part) is None or len(cast(fx.Node, part).users) != 1 for part in parts):
+        return False
+    for part in parts:
+        name = str(cast(fx.Node, part).target)
+        held = network.tensors[name]
+        network.tensors[name] = torch.where(which.reshape(-1, *[1] * (held.ndim - 1)), -held, held)
+    return True
 
 
 def _absorb_norm(network: Network, node: fx.Node) -> None:

@@ -67,11 +67,11 @@ def _replace(model: nn.Module, name: str, layer: BinaryLayer) -> PackedLayer:
         reason = "its weights are not a scale times a sign"
     elif signs is None:
         reason = "its inputs are not bits" if layer.input_quant is None or layer.input_quant.bits != 1 else (
-            "its inputs are not +1 and -1 by a threshold for each channel"
+            "its inputs are not of two opposite values, by a threshold for each channel"
         )  # fmt: skip
     if not reason and signs is not None:
-        thresholds, flips = signs
-        new = _bits(layer, value, scale, thresholds, flips)
+        thresholds, flips, magnitude = signs
+        new = _bits(layer, value, scale * magnitude, thresholds, flips)
         for at, module in list(model.named_modules(remove_duplicate=False)):
             if module is layer:
                 model.set_submodule(at, new)
@@ -85,7 +85,7 @@ def _replace(model: nn.Module, name: str, layer: BinaryLayer) -> PackedLayer:
 
 @final
 class _PackedWeight(WeightQuantizer):
-    """One-bit weights that become floats for a product: signs and a scale, or two values for each filter."""
+    """One-bit weights that become floats for a product: signs and a scale, or the values of either bit."""
 
     def __init__(self, quantizer: WeightQuantizer, bits: Tensor, scale: Tensor, values: Tensor | None) -> None:
         super().__init__()
@@ -99,20 +99,32 @@ class _PackedWeight(WeightQuantizer):
 
     @classmethod
     def of(cls, quantizer: WeightQuantizer, value: Tensor, scale: Tensor) -> "_PackedWeight | None":
-        """None where a filter has more than two values."""
+        """None where the weights of a filter, below one tap, have more than two values."""
         if quantizer.scaled_sign:
             return cls(quantizer, value >= 0, scale, None)
-        flat = value.flatten(1)
-        low, high = (bound.reshape(-1, *[1] * (value.ndim - 1)) for bound in flat.aminmax(dim=1))
-        if not ((value == low) | (value == high)).all():
-            return None
-        return cls(quantizer, value == high, scale, torch.stack((low, high)))
+        taps = tuple(range(2, value.ndim))
+        for axes in ((1, *taps), (1,)):
+            low, high = value.amin(axes, keepdim=True), value.amax(axes, keepdim=True)
+            if ((value == low) | (value == high)).all():
+                values = torch.stack((low, high))
+                return cls(quantizer, value == high, scale, values[:, : _period(values)].clone())
+        return None
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         signs = _ops.unpack_signs(self.words, self.shape)
         if self.values is None:
             return signs, self.scale
-        return torch.where(signs > 0, self.values[1], self.values[0]), self.scale
+        grouped = signs.reshape(-1, self.values.shape[1], *self.shape[1:])
+        return torch.where(grouped > 0, self.values[1], self.values[0]).reshape(self.shape), self.scale
+
+
+def _period(values: Tensor) -> int:
+    """After how many filters, axis 1, ``values`` repeat (MCN's planes)."""
+    filters = values.shape[1]
+    for count in (n for n in range(1, filters) if filters % n == 0):
+        if torch.equal(values[:, count:], values[:, :-count]):
+            return count
+    return filters
 
 
 @final
@@ -187,8 +199,11 @@ def _bits(layer: BinaryLayer, value: Tensor, scale: Tensor, thresholds: Tensor, 
     return _Bits(layer, geometry, kernels ^ per_input(flips, geometry), scale, thresholds)
 
 
-def _signs(layer: BinaryLayer) -> tuple[Tensor, Tensor] | None:
-    """Thresholds and flips, ``(C,)``, of norm and sign together; None where the inputs are no signs of that kind."""
+def _signs(layer: BinaryLayer) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Thresholds and flips, ``(C,)``, of norm and sign together, and the magnitude ``()`` of the values.
+
+    None where the inputs are not of two opposite values, by a threshold for each channel.
+    """
     quantizer = layer.input_quant
     if quantizer is None or quantizer.bits != 1:
         return None
@@ -209,5 +224,6 @@ def _signs(layer: BinaryLayer) -> tuple[Tensor, Tensor] | None:
         found = values(probes)
     except (RuntimeError, ValueError):  # a norm or a quantizer that does not take single pixels
         return None
-    expected = torch.where((probes >= thresholds[:, None, None]) ^ flips[:, None, None], 1.0, -1.0)
-    return (thresholds, flips) if torch.equal(found, expected) else None
+    magnitude = found.flatten()[0].abs()
+    expected = torch.where((probes >= thresholds[:, None, None]) ^ flips[:, None, None], magnitude, -magnitude)
+    return (thresholds, flips, magnitude) if torch.equal(found, expected) else None

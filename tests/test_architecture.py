@@ -26,7 +26,7 @@ RANKS = {
     5: ("binarize", "objective", "study_report"),
     6: ("adapters", "bop", "summary", "diagnose", "metrics"),
     7: ("bench", "packed", "trainer"),
-    8: ("pack", "train"),
+    8: ("c_header", "pack", "train"),
     9: ("export", "worker"),
     10: ("jobs",),
     11: ("compare",),

@@ -21,6 +21,7 @@ from bonn_qat import plugins
 from bonn_qat.binarize import binary_layers
 from bonn_qat.errors import BonnQatError, InvalidModel, UnknownName
 from bonn_qat.export import FORMATS, PackageMissing, export, verify
+from bonn_qat.packed import PackedModel
 from bonn_qat.recipe import Recipe
 from bonn_qat.scheme import Stage
 
@@ -30,13 +31,14 @@ qonnx_cost = pytest.importorskip("qonnx.util.inference_cost")
 
 PAGE = Path(__file__).parents[1] / "docs" / "export.md"
 
-# How onnx stores the weights, what of it qonnx refuses, how pt2 stores the weights.
-SIGNS, NO_INPUTS = ("bits", "yes", "int8"), ("bits", "inputs", "int8")
-TWO_VALUES, MORE_VALUES = ("bits", "weights", "float32"), ("float32", "weights", "float32")
-SCHEMES: Mapping[str, tuple[str, str, str]] = {
+# How onnx stores the weights, what of it qonnx refuses, how pt2 stores the weights, what pack makes of the layer.
+SIGNS, NO_INPUTS = ("bits", "yes", "int8", "bits"), ("bits", "inputs", "int8", "weights")
+TWO_VALUES, MORE_VALUES = ("bits", "weights", "float32", "weights"), ("float32", "weights", "float32", "float")
+FLOAT_INPUTS = (*SIGNS[:3], "weights")
+SCHEMES: Mapping[str, tuple[str, str, str, str]] = {
     "bonn": SIGNS,
     "bnn": SIGNS,
-    "bwn": SIGNS,
+    "bwn": FLOAT_INPUTS,
     "xnor": SIGNS,
     "xnor:input_scale=true": SIGNS,
     "bireal": SIGNS,
@@ -49,12 +51,12 @@ SCHEMES: Mapping[str, tuple[str, str, str]] = {
     "tbn": NO_INPUTS,
     "dorefa": NO_INPUTS,
     "dorefa:weight_bits=2": MORE_VALUES,
-    "abcnet": NO_INPUTS,
+    "abcnet": (*NO_INPUTS[:3], "bits"),
     "abcnet-5-5": MORE_VALUES,
-    "mcn": MORE_VALUES,
+    "mcn": (*MORE_VALUES[:3], "weights"),
     "adabin": TWO_VALUES,
 }
-IN_QONNX = [variant for variant, (_, cell, _) in SCHEMES.items() if cell == "yes"]
+IN_QONNX = [variant for variant, (_, cell, *_) in SCHEMES.items() if cell == "yes"]
 
 
 class Branches(nn.Module):
@@ -152,7 +154,7 @@ def every_onnx(every: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def test_the_table_has_every_scheme_and_says_what_is_tested() -> None:
-    rows = re.findall(r"^\| `([^`]+)` \| (\w+) \| (\w+) \| (\w+) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(r"^\| `([^`]+)`" + 4 * r" \| (\w+)" + r" \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     assert {name: tuple(cells) for name, *cells in rows} == SCHEMES
     assert {name.partition(":")[0] for name in SCHEMES} == plugins.schemes().keys() - {"float"}
 
@@ -163,7 +165,7 @@ def test_onnxruntime_gives_what_every_scheme_gives(every: nn.Module, every_onnx:
 
 def test_onnx_stores_one_bit_for_a_weight_of_two_values(every: nn.Module, every_onnx: Path) -> None:
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(every_onnx).graph.initializer}
-    for (name, layer), (cell, _, _) in zip(binary_layers(every), SCHEMES.values(), strict=True):
+    for (name, layer), (cell, *_) in zip(binary_layers(every), SCHEMES.values(), strict=True):
         weight = stored.get(f"{name}.weight")
         bits = stored.get(f"bonn_qat.{name}.weight.bits")
         assert (bits is not None, weight is not None) == (cell == "bits", cell == "float32"), name
@@ -205,7 +207,7 @@ def test_qonnx_refuses_what_is_not_bipolar(variant: str, tmp_path: Path) -> None
     words = {"weights": "its weights are no scale times a sign", "inputs": r"its inputs are not -1 and \+1"}
     expected = (
         rf"the format 'qonnx' cannot hold branches\.1\.0, of the scheme '{scheme}': {words[SCHEMES[variant][1]]}; "
-        r"'onnx' and 'pt2' can, and skip='branches\.1\.0' in binarize leaves it float"
+        r"'onnx', 'pt2', 'packed', 'c' can, and skip='branches\.1\.0' in binarize leaves it float"
     )
     with pytest.raises(InvalidModel, match=expected):
         export(net, tmp_path / "net.onnx", "qonnx")
@@ -216,8 +218,17 @@ def test_pt2_gives_what_every_scheme_gives_to_the_last_bit(every: nn.Module, tmp
     program = torch.export.load(export(every, tmp_path / "net.pt2", "pt2"))
     images, kinds = torch.randn(8, 3, 6, 6), {"int8": torch.int8, "float32": torch.float32}
     assert torch.equal(program.module()(images), every(images))
-    for (name, _), (_, _, cell) in zip(binary_layers(every), SCHEMES.values(), strict=True):
+    for (name, _), (_, _, cell, _) in zip(binary_layers(every), SCHEMES.values(), strict=True):
         assert program.state_dict[f"{name}.weight"].dtype == kinds[cell], name
+
+
+def test_packed_gives_what_every_scheme_gives(every: nn.Module, tmp_path: Path) -> None:
+    packed = PackedModel.load(export(every, tmp_path / "net.safetensors", "packed"))
+    assert {layer.name: layer.kind for layer in packed.layers} == {
+        name: cell for (name, _), (*_, cell) in zip(binary_layers(every), SCHEMES.values(), strict=True)
+    }
+    images = steady(every, torch.randn(8, 3, 6, 6))
+    torch.testing.assert_close(packed(images), every(images), rtol=1e-5, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------- whole networks
@@ -270,6 +281,7 @@ def files(net: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 EVERY_FORMAT = pytest.mark.parametrize("format", FORMATS)
+EVERY_RUNTIME = pytest.mark.parametrize("format", [name for name, format in FORMATS.items() if format.run])
 
 
 @EVERY_FORMAT
@@ -317,7 +329,7 @@ def test_onnx_means_to_its_reference_what_it_means_to_onnxruntime(files: dict[st
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-@pytest.mark.parametrize("format", ["onnx", "pt2"])
+@pytest.mark.parametrize("format", ["onnx", "pt2", "packed"])
 def test_the_batch_has_any_size(format: str, count: int, net: nn.Module, files: dict[str, Path]) -> None:
     check(net, files[format], format, torch.randn(count, 3, 8, 8))
 
@@ -348,7 +360,12 @@ def test_a_network_that_fixes_its_batch_becomes_a_file_for_one_image(tmp_path: P
         torch.export.load(path).module()(torch.randn(2, 3, 8, 8))
 
 
-@EVERY_FORMAT
+def test_what_has_no_runtime_is_not_verified(net: nn.Module, files: dict[str, Path]) -> None:
+    with pytest.raises(PackageMissing, match="'c' has no runtime of its own"):
+        verify(net, files["c"], "c")
+
+
+@EVERY_RUNTIME
 def test_the_sign_of_zero_is_plus_one_and_sums_of_signs_are_exact(format: str, tmp_path: Path) -> None:
     # Norms at their start pass zeros on, and sums of few signs are zero often: one that is not exact would change the
     # signs after it, and the outputs by far more than their rounding.

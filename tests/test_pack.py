@@ -44,7 +44,7 @@ def shaken(model: nn.Module) -> nn.Module:
                 module.running_mean.normal_(0, 0.3)
                 module.running_var.uniform_(0.5, 2)
         for name, parameter in model.named_parameters():
-            if name.rpartition(".")[2] in ("threshold", "gamma", "zeta", "slope", "bias") or "act" in name:
+            if name.rpartition(".")[2] in ("threshold", "gamma", "zeta", "slope", "bias", "m_filter") or "act" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return model.eval().requires_grad_(False)
 
@@ -229,6 +229,36 @@ def test_several_outputs_come_as_a_tuple():
     x = images()
     for ours, theirs in zip(pack(model)(x), model(x), strict=True):
         assert torch.equal(ours, theirs)
+
+
+class Stem(nn.Module):
+    """As a ResNet begins, with norms of either sign."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(3, 40, 5, 2, 2), nn.BatchNorm2d(40), nn.ReLU()
+        self.pool, self.next = nn.MaxPool2d(3, 2, 1), nn.Conv2d(40, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.next(self.pool(self.act(self.norm(self.conv(x)))))
+
+
+def test_maxima_are_taken_before_what_rises():
+    model = shaken(bonn_qat.binarize(Stem(), include=["next"], input_size=SIZE))
+    with torch.no_grad():
+        model.act.weight.abs_()
+    assert (model.norm.weight < 0).any()
+    made = pack(model)
+    called = [str(node.target) for node in made.network.graph.nodes if node.op == "call_function"]
+    assert called.index("aten.max_pool2d.default") < called.index("bonn_qat.elementwise.default")
+    x = images()
+    assert torch.equal(made(x), model(x))
+    with torch.no_grad():
+        model.act.weight[0] = -0.5
+    made = pack(model)
+    called = [str(node.target) for node in made.network.graph.nodes if node.op == "call_function"]
+    assert called.index("aten.max_pool2d.default") > called.index("bonn_qat.elementwise.default")
+    assert torch.equal(made(x), model(x))
 
 
 # --- the file

@@ -26,16 +26,19 @@ _PYTHON: Mapping[str, Callable[..., Any]] = {
 }
 # Functions of tensors alone that torch counts neither as core nor as pointwise.
 _MORE = {
-    "_unsafe_view", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa",
-    "adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "batch_norm", "chunk", "concat", "constant_pad_nd",
-    "contiguous", "conv1d", "conv2d", "conv3d", "expand_as", "flatten", "glu", "grid_sampler", "grid_sampler_2d",
-    "group_norm", "hstack", "layer_norm", "linalg_vector_norm", "linear", "log_softmax", "matmul", "max_pool2d",
-    "movedim", "narrow", "new_full", "new_ones", "new_zeros", "normalize", "ones_like", "pad", "pixel_shuffle",
-    "pixel_unshuffle", "prelu", "repeat_interleave", "reshape", "rms_norm", "roll", "rsub",
-    "scaled_dot_product_attention", "select", "softmax", "split", "square", "stack", "std", "swapaxes", "swapdims",
-    "sym_size", "t", "tensor_split", "tile", "transpose", "type_as", "unbind", "unflatten", "unfold",
-    "upsample_bicubic2d", "upsample_bilinear2d", "upsample_nearest2d", "var", "view_as", "vstack", "where",
-    "zeros_like",
+    "_unsafe_view", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "adaptive_avg_pool2d",
+    "adaptive_max_pool2d", "alias", "arange", "avg_pool2d", "batch_norm", "celu", "chunk", "concat",
+    "constant_pad_nd", "contiguous", "conv1d", "conv2d", "conv3d", "cosine_similarity", "cumsum", "detach", "diff",
+    "einsum", "elu", "expand_as", "flatten", "frobenius_norm", "full", "gather", "glu", "grid_sampler",
+    "grid_sampler_2d", "group_norm", "hardsigmoid", "hardswish", "hstack", "index_select", "instance_norm",
+    "l1_loss", "layer_norm", "lift_fresh_copy", "linalg_norm", "linalg_vector_norm", "linear",
+    "local_response_norm", "log_sigmoid", "log_softmax", "masked_fill", "matmul", "max", "max_pool2d", "min",
+    "mish", "movedim", "nan_to_num", "narrow", "new_full", "new_ones", "new_zeros", "norm", "normalize", "ones",
+    "ones_like", "pad", "pixel_shuffle", "pixel_unshuffle", "prelu", "repeat_interleave", "reshape", "rms_norm",
+    "roll", "rsub", "scaled_dot_product_attention", "select", "selu", "silu", "softmax", "softplus", "split",
+    "square", "stack", "std", "std_mean", "swapaxes", "swapdims", "sym_size", "t", "tensor_split", "tile",
+    "transpose", "type_as", "unbind", "unflatten", "unfold", "upsample_bicubic2d", "upsample_bilinear2d",
+    "upsample_nearest2d", "var", "var_mean", "view_as", "vstack", "where", "zeros", "zeros_like",
 }  # fmt: skip
 
 
