@@ -248,7 +248,9 @@ def compared(model: Any, size: int, batches: Sequence[Tensor]) -> dict[str, Any]
         for name, kind in (("channels_last", torch.channels_last), ("contiguous", torch.contiguous_format)):
             laid = x.contiguous(memory_format=kind)
             theirs = model(laid)
-            found[f"difference, {name}"] = max(found[f"difference, {name}"], (ours - theirs).abs().max().item())
+            apart = (ours - theirs).abs().amax(1)
+            found[f"difference, {name}"] = max(found[f"difference, {name}"], apart.max().item())
+            found[f"beyond 1e-4, {name}"] += (apart > 1e-4).sum().item()
             found[f"other predictions, {name}"] += (ours.argmax(1) != theirs.argmax(1)).sum().item()
             same = (ours_features == model.forward_features(laid)).flatten(1).all(1)
             found[f"other features, {name}"] += (~same).sum().item()
@@ -264,6 +266,7 @@ def told(name: str, found: Mapping[str, Any]) -> None:
         print(
             f"  {kind:14} largest difference {found[f'difference, {kind}']:.1e} "
             f"(largest logit {found['largest logit']:.2f}), "
+            f"{int(found[f'beyond 1e-4, {kind}'])} beyond 1e-4, "
             f"{int(found[f'other predictions, {kind}'])} predictions and the features of "
             f"{int(found[f'other features, {kind}'])} images differ"
         )

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from bonn_qat.errors import InvalidModel
 from bonn_qat.packed import PackedModel
 from bonn_qat.runtime import epilogue
+from bonn_qat.runtime import graph as graphs
 from bonn_qat.runtime.layout import Geometry
 
 FORMAT = 1
@@ -219,16 +220,16 @@ class _Header:
         return "".join(f"#define {self.macro}_{key} {value}\n" for key, value in sizes.items())
 
     def _tensor(self, name: str, tensor: Tensor) -> str:
-        bits, identifier = self.network.bits.get(name), self.arrays[name]
-        kind = str(tensor.dtype).removeprefix("torch.") if bits is None else "bits"
-        shape = tuple(tensor.shape) if bits is None else bits
-        if not tensor.numel() or (bits is None and tensor.dtype not in _TYPES):
-            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _TYPES)
-            raise InvalidModel(f"{name} is {kind} {shape}; a C header takes {allowed}, and at least one element")
-        items = _items(tensor) if bits is None else _word_items(tensor)
+        bits, kind, shape = self.network.bits.get(name), str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+        allowed = list(_TYPES) if bits is None else [torch.int64]
+        if not tensor.numel() or tensor.dtype not in allowed:
+            types = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+            raise InvalidModel(f"{name} is {kind} {shape}; a C header takes {types} there, and at least one element")
+        identifier, items = self.arrays[name], _items(tensor) if bits is None else _word_items(tensor)
         size = f"{identifier.upper()}_COUNT"
-        array = _array("uint64_t" if bits is not None else _TYPES[tensor.dtype], identifier, size, items)
-        return f"/* {_plain(name)}: {kind} {shape} */\n#define {size} {len(items)}\n{array}"
+        array = _array(_TYPES[tensor.dtype] if bits is None else "uint64_t", identifier, size, items)
+        what = f"{kind} {shape}" if bits is None else f"bits {bits}"
+        return f"/* {_plain(name)}: {what} */\n#define {size} {len(items)}\n{array}"
 
     def _program(self, node: fx.Node, each: _Epilogue) -> str:
         pairs = zip(each.program[::2], each.program[1::2], strict=True)
@@ -289,8 +290,8 @@ class _Listing:
     def _call(self, node: fx.Node) -> str:
         if node.op != "call_function":
             return "the image" if node.op == "placeholder" else f"gives {self._text(node.args[0])}"
-        if node.target is operator.getitem:
-            return f"{self._text(node.args[0])}[{node.args[1]}]"
+        if node.target is operator.getitem and cast(fx.Node, node.args[0]).target is _BOTH:
+            return f"the {'signs' if node.args[1] else 'map'} of {self._text(node.args[0])}"
         call = self._ours(node) if node in self.structs else ""
         if node.target is _SIGN:
             call = self._text(_arguments(node)["x"])
@@ -299,7 +300,7 @@ class _Listing:
         if node.target is _BOTH:
             return f"{call}, and its sign for {self.readers.get(node)}"
         keywords = [f"{key}={self._text(value)}" for key, value in node.kwargs.items()]
-        return call or f"{node.target}({', '.join([*map(self._text, node.args), *keywords])})"
+        return call or f"{graphs.name_of(node.target)}({', '.join([*map(self._text, node.args), *keywords])})"
 
     def _ours(self, node: fx.Node) -> str:
         arguments = _arguments(node)
@@ -473,9 +474,9 @@ static inline uint64_t bonn_qat_bits(const uint64_t *words, int32_t start, int32
     return bits;
 }
 
-/* The value of a channel after an epilogue. It is volatile, so that each step is rounded to float32 before the next: on a
-   machine with longer registers, or joined to one instruction, two steps would give another number. fmaf has to round
-   once, as C99 says; that of some small C libraries rounds twice. */
+/* The value of a channel after an epilogue. It is volatile, so that each step is rounded to float32 before the next: in
+   longer registers, or joined to one instruction, two steps would give another number. fmaf has to round once, as C99
+   says; that of some small C libraries rounds twice. */
 static inline float bonn_qat_run(const bonn_qat_epilogue *epilogue, int32_t channel, float start, float residual)
 {
     volatile float value = start;

@@ -59,6 +59,8 @@ class PackedModel(nn.Module):
         self.layers = tuple(layers)
         self._nodes, self._weights = graph, dict(weights)
         self.network, self._names = graphs.module(graph, tensors)
+        self._direct: fx.GraphModule
+        self._bind()
         self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> Any:
@@ -70,9 +72,20 @@ class PackedModel(nn.Module):
             )
         with torch.no_grad():
             images = images.contiguous(memory_format=torch.channels_last)
+            network = self.network if torch.compiler.is_compiling() else self._direct
             if self.batch is None:
-                return self.network(images)
-            return torch.cat([self.network(part) for part in torch.split(images, self.batch)])
+                return network(images)
+            return torch.cat([network(part) for part in torch.split(images, self.batch)])
+
+    def _bind(self) -> None:
+        # The same graph and buffers, for eager calls: torch's dispatcher takes longer than a small layer. Not a
+        # submodule, for its buffers are those of `network`.
+        object.__setattr__(self, "_direct", graphs.without_dispatcher(self.network))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PackedModel":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._bind()
+        return self
 
     def tensors(self) -> dict[str, Tensor]:
         """What is saved, by name: bits as int64 words, all else as it is."""

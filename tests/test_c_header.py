@@ -91,29 +91,23 @@ def takes(flag: str) -> bool:
     return subprocess.run(command, input=b"", capture_output=True, check=False).returncode == 0
 
 
-def run(folder: Path, header: str, program: str, flags: Sequence[str], *inputs: Tensor) -> np.ndarray:
-    """Compile ``program`` with the header ``network.h``; the floats that it makes of maps ``(C, H, W)``."""
+def run(folder: Path, header: str, program: str, flags: Sequence[str], *inputs: Tensor) -> bytes:
+    """Compile ``program`` with the header ``network.h``; what it makes of maps ``(C, H, W)``."""
     (folder / "network.h").write_text(header)
     (folder / "main.c").write_text(program)
     command = [compiler(), *flags, "main.c", "-o", "main", "-lm"]
     built = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
-    given = b"".join(floats(x).tobytes() for x in inputs)
-    return np.frombuffer(subprocess.run([folder / "main"], input=given, capture_output=True, check=True).stdout, "<f4")
+    return subprocess.run([folder / "main"], input=as_c(inputs), capture_output=True, check=True).stdout
 
 
-def floats(x: Tensor) -> np.ndarray:
-    """``(C, H, W)`` as C has it."""
-    return x.permute(1, 2, 0).contiguous().numpy().astype("<f4").ravel()
-
-
-def same(ours: np.ndarray, theirs: Sequence[Tensor]) -> bool:
-    """Whether all bits are equal, those of zeros and NaN too."""
-    return ours.tobytes() == b"".join(floats(x).tobytes() for x in theirs)
+def as_c(maps: Sequence[Tensor]) -> bytes:
+    """Float32 maps ``(C, H, W)`` as C has them; bytes, so that zeros have signs."""
+    return b"".join(x.permute(1, 2, 0).contiguous().numpy().tobytes() for x in maps)
 
 
 def chain(geometries: Sequence[Geometry], program: Sequence[int]) -> PackedModel:
-    """A packed network of convolutions one after the other, each beside a residual that is its own output."""
+    """A packed network of convolutions, one after the other; each takes what it gives itself as its residual."""
     graph, tensors = fx.Graph(), dict[str, Tensor]()
     images = value = graph.placeholder("images")
 
@@ -127,6 +121,7 @@ def chain(geometries: Sequence[Geometry], program: Sequence[int]) -> PackedModel
         thresholds[:2] = torch.tensor([-torch.inf, torch.inf])[: own.in_channels]
         vectors = torch.randn(7, own.out_channels) / 3
         vectors[5:] = torch.stack([-vectors[5].abs(), 2 * vectors[5].abs()])
+        vectors[5:, ::2] = torch.tensor([[0.0], [torch.inf]])  # a ReLU
         codes = graph.call_function(ops.sign_codes.default, (value, held(f"{i}.thresholds", thresholds), own.numbers))
         weight = held(f"{i}.weight", encode_weight(bits, own.groups))
         before = (codes, weight, own.numbers, [SCALE, 0], held(f"{i}.ones", torch.ones(1, own.out_channels)), None)
@@ -212,7 +207,7 @@ def test_c_gives_what_torch_gives_for_any_geometry(tmp_path, flags, program):
     packed = chain(GEOMETRIES, PROGRAMS[program])
     inputs, residuals, expected = zip(*problems(packed), strict=True)
     given = [x for pair in zip(inputs, residuals, strict=True) for x in pair]
-    assert same(run(tmp_path, c_header(packed), EACH, flags, *given), expected)
+    assert run(tmp_path, c_header(packed), EACH, flags, *given) == as_c(expected)
 
 
 TRUNK = """
@@ -244,7 +239,7 @@ def test_c_follows_the_network_from_its_first_layer_to_its_last(tmp_path, scheme
     values = Values(packed, image).found
     (first,) = packed.network.graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default)
     (last,) = packed.network.graph.find_nodes(op="call_function", target=ops.binary_conv2d.default)
-    assert same(run(tmp_path, c_header(packed), TRUNK, STRICT, values[first][0]), [values[last][0]])
+    assert run(tmp_path, c_header(packed), TRUNK, STRICT, values[first][0]) == as_c([values[last][0]])
     assert torch.equal(values[packed.network.graph.output_node()], packed(image))
 
 
@@ -286,21 +281,21 @@ def test_names_are_identifiers_and_each_is_given_once(packed):
     assert len(set(defined)) == len(defined)
     assert len(set(macros)) == len(macros)
     assert all(re.fullmatch(r"net_1(_[a-z0-9]+)+", name) for name in defined)
+    assert len(defined) == len(packed.tensors()) + 2 * 3 + 1  # an elementwise, two convolutions, the table of these
     assert all(name.startswith(("NET_1_", "BONN_QAT_")) for name in macros)
-    assert {"net_1_conv_a", "net_1_conv_a_2", "net_1_conv_a_weight_words", "net_1_conv_a_weight_words_2"} <= set(
-        defined
-    )
+    twice = {"net_1_conv_a", "net_1_conv_a_weight_words", "net_1_conv_a_thresholds"}
+    assert {*twice, *(f"{name}_2" for name in twice)} <= set(defined)
 
 
 def test_the_nodes_are_told_in_the_names_of_the_header(packed):
     header = c_header(packed)
-    nodes = [
-        re.split(r"  +", line)[1:] for line in header[: header.index("*/")].splitlines() if line.startswith(" *   ")
-    ]
-    calls = {name: (kind, call) for name, kind, call in nodes if not kind.endswith(";")}
+    lines = [re.split("  +", line)[1:] for line in header[: header.index("*/")].splitlines()]
+    calls = {line[0]: (line[1], line[2]) for line in lines if len(line) == 3}
     assert calls["x"] == ("float32 (1, 3, 12, 12)", "the image")
     assert calls["sign_codes"] == ("signs (1, 16, 12, 12)", "sign(elementwise_default) for network_conv_a")
     assert calls["linear"][1] == "aten.linear.default(mean, network_head_weight, network_head_bias)"
+    (sign,) = (call for name, (_, call) in calls.items() if name.startswith("binary_conv2d_sign"))
+    assert sign == "sign(convolve(network_conv_a, sign_codes)) for network_conv_a_2"
     assert "Small, scheme bonn: a packed 1-bit network for images of 3 x 12 x 12" in header
     assert f"bonn-qat {version('bonn-qat')}; format 1" in header
 
@@ -352,13 +347,23 @@ EXTREMES = {
 }
 
 
+NUMBERS = """
+#include <stdio.h>
+#include "network.h"
+
+int main(void)
+{
+    return !fwrite(network_a_b_c, sizeof network_a_b_c, 1, stdout);
+}
+"""
+
+
 @pytest.mark.parametrize("kind", EXTREMES)
 def test_numbers_of_every_type_are_exact(tmp_path, kind):
     tensor = EXTREMES[kind]
     header = c_header(holding("a/*b*/.c", tensor))
-    program = '#include <stdio.h>\n#include "network.h"\nint main(void) { return !fwrite(network_a_b_c, sizeof network_a_b_c, 1, stdout); }\n'
     assert f"static const {kind} network_a_b_c[NETWORK_A_B_C_COUNT]" in header
-    assert run(tmp_path, header, program, STRICT).tobytes() == tensor.numpy().tobytes()
+    assert run(tmp_path, header, NUMBERS, STRICT) == tensor.numpy().tobytes()
 
 
 # --- what cannot be written
@@ -394,4 +399,11 @@ def test_codes_for_another_geometry_are_refused():
     (node,) = other.network.graph.find_nodes(op="call_function", target=ops.sign_codes.default)
     node.args = (*node.args[:2], Geometry(8, 5, (3, 3), padding=(2, 0, 1, 1)).numbers)
     with pytest.raises(InvalidModel, match=r"binary_conv2d_default has codes for .*\(2, 0, 1, 1\)"):
+        c_header(other)
+
+
+def test_weights_that_are_no_words_are_refused():
+    other = chain([Geometry(8, 5, (1, 1))], [SCALE, 0])
+    other._weights.clear()
+    with pytest.raises(InvalidModel, match=r"0\.weight is uint8 .*; a C header takes int64 there"):
         c_header(other)

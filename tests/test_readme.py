@@ -10,6 +10,7 @@ import typer
 
 import bonn_qat
 from bonn_qat import cli, hookspecs, plugins, study
+from bonn_qat.export import FORMATS
 from bonn_qat.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -61,12 +62,18 @@ def test_the_commands_are_environments_of_tox() -> None:
 def test_the_other_commands_name_studies_settings_and_options_that_there_are() -> None:
     lines = [shlex.split(line, comments=True) for block in _blocks("sh")[2:] for line in block.splitlines()]
     lines = [words for words in lines if words]
-    assert len(lines) == 4
-    command = typer.main.get_command(cli.app).commands["reproduce"]  # type: ignore[attr-defined]
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    names = []
     for words in lines:
-        given = command.make_context("reproduce", words[words.index("reproduce") + 1 :]).params
-        studies = study.load(given["study"]).only([name for name in given["only"].split(",") if name])
-        assert studies.settings
+        name = next(word for word in words if word in commands)
+        given = commands[name].make_context(name, words[words.index(name) + 1 :]).params
+        names.append(name)
+        if name == "reproduce":
+            studies = study.load(given["study"]).only([part for part in given["only"].split(",") if part])
+            assert studies.settings
+        if name == "export":
+            assert given["format"] in FORMATS
+    assert names == [*["export", "bench"], *4 * ["reproduce"]]
 
 
 @pytest.mark.parametrize("hook", [name for name in vars(hookspecs) if name.startswith("bonn_qat_")])

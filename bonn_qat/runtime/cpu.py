@@ -15,6 +15,9 @@ _PARALLEL = 4_000_000  # products from which on a second thread is worth its cal
 _LANES = 32
 _NOTHING = np.empty(0, np.float32)
 _NO_CODES = np.empty(0, np.uint8)
+# The GNU allocator gives memory back to the system after each call of a network, and takes it again page by page, unless
+# it once had a block of this size; it is never touched.
+torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def _threads(products: int) -> int:

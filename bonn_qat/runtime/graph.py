@@ -18,8 +18,6 @@ from bonn_qat.errors import InvalidData
 from bonn_qat.runtime import operators
 from bonn_qat.runtime.layout import Geometry, decode_weight, encode_weight, pack_words, unpack_words
 
-assert operators  # they are registered
-
 _PYTHON: Mapping[str, Callable[..., Any]] = {
     f"python.{f.__name__}": f
     for f in (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg)
@@ -192,6 +190,17 @@ def from_words(words: Tensor, geometry: Geometry) -> Tensor:
     if words.dtype != torch.int64 or words.shape != (expected,):
         raise InvalidData(f"the bits of {geometry} are {expected} words; got {tuple(words.shape)} of {words.dtype}")
     return encode_weight(unpack_words(words, geometry.weight_shape), geometry.groups)
+
+
+def without_dispatcher(network: fx.GraphModule) -> fx.GraphModule:
+    """The same network, whose calls of our operators go straight to their functions."""
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    for node in network.graph.nodes:
+        values[node] = graph.node_copy(node, values.__getitem__)
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "bonn_qat":
+            values[node].target = getattr(operators, node.target._opname)
+    return fx.GraphModule(network, graph, "DirectGraph")
 
 
 def module(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> tuple[fx.GraphModule, dict[str, str]]:

@@ -208,6 +208,7 @@ def _register() -> None:
     for function in (sign_codes, binary_conv2d, binary_conv2d_sign, binary_conv2d_and_sign, elementwise,
                      unpack_signs):  # fmt: skip
         _LIBRARY.impl(function.__name__, function, "CompositeExplicitAutograd")
+        _LIBRARY.impl(function.__name__, torch.library.fallthrough_kernel, "Autograd")  # there are no gradients
     fake = functools.partial(torch.library.register_fake, lib=_LIBRARY)
 
     @fake("bonn_qat::sign_codes")
