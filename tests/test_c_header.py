@@ -232,7 +232,7 @@ int main(void)
 """
 
 
-@pytest.mark.parametrize("scheme", ["bonn", "reactnet", "xnor"])
+@pytest.mark.parametrize("scheme", ["bonn", "reactnet"])
 def test_c_follows_the_network_from_its_first_layer_to_its_last(tmp_path, scheme):
     packed = small(scheme)
     image = torch.randn(1, 3, 12, 12)
@@ -376,10 +376,11 @@ def test_a_name_that_is_no_identifier_is_refused(packed, name):
 
 
 @pytest.mark.parametrize(
-    ("tensor", "said"), [(torch.zeros(2, dtype=torch.complex64), r"complex64 \(2,\)"), (torch.zeros(0, 3), r"\(0, 3\)")]
+    ("tensor", "said"),
+    [(torch.zeros(2, dtype=torch.complex64), r"complex64 \(2,\)"), (torch.zeros(0, 3), r"float32 \(0, 3\)")],
 )
 def test_a_tensor_that_c_has_not_is_refused(tensor, said):
-    with pytest.raises(InvalidModel, match=f"scale is float32 {said}|scale is {said}; a C header takes float32"):
+    with pytest.raises(InvalidModel, match=f"scale is {said}; a C header takes float32"):
         c_header(holding("scale", tensor))
 
 
