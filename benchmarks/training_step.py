@@ -32,7 +32,7 @@ from torch import nn
 
 import bonn_qat
 import bonn_qat.models
-from bonn_qat.environment import environment
+from bonn_qat.environment import environment, processor
 from bonn_qat.layers import BinaryConv2d
 from bonn_qat.precision import products
 from bonn_qat.trainer import lay_out
@@ -170,17 +170,9 @@ def machine(device: str) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "processor": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "processor": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "platform": platform.system(),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def make_step(arm: str, args: argparse.Namespace, batch: int, mode: str | None) -> tuple[Step, float]:

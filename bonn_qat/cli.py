@@ -46,7 +46,7 @@ Jobs = Annotated[
     int,
     typer.Option(min=1, help="Runs at once, each a process of its own; on a CPU at most the number of cores."),
 ]
-Size = Annotated[int, typer.Option(help="Height and width for the pictures of an image folder.")]
+Size = Annotated[int, typer.Option(help="Height and width of an image.")]
 
 
 @app.command()

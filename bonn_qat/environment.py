@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+_INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimd", "asimddp", "i8mm")
+
 
 def environment(device: torch.device) -> Mapping[str, str]:
     """What a result depends on beside its recipe: versions, commit, machine."""
@@ -24,6 +26,18 @@ def environment(device: torch.device) -> Mapping[str, str]:
     found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     found["commit"] = _commit()
     return found
+
+
+def processor() -> str:
+    """The processor's name, with those of its instructions that count for networks."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = set((facts.get("flags") or facts.get("Features", "")).split())
+    known = " ".join(name for name in _INSTRUCTIONS if name in flags)
+    return f"{facts.get('model name', platform.machine())} ({known or 'no vector instructions known here'})"
 
 
 def _commit() -> str:

@@ -69,6 +69,7 @@ def fuse(network: Network) -> None:
             _absorb_all(network, new)  # which may take norms, too
     for node in list(network.graph.find_nodes(op="call_function", target=aten.max_pool2d.default)):
         _pool_first(network, node)
+    _pool_planes(network)
     network.hoist_tensors()  # thresholds may stand below the convolution that is to have them
     for node in list(network.graph.find_nodes(op="call_function", target=ours.binary_conv2d.default)):
         _join_sign(network, node)
@@ -298,6 +299,21 @@ def _pool_first(network: Network, pool: fx.Node) -> None:
     pool.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
     pool.args = (source, *pool.args[1:])
     network.graph.erase_node(norm)
+
+
+def _pool_planes(network: Network) -> None:
+    """Let a convolution of the images, and the maxima after it, have planes: torch is sooner done with them."""
+    (images,) = network.graph.find_nodes(op="placeholder")
+    readers = [node for node in images.users if node.target is not aten.sym_size.int]
+    if len(readers) != 1 or readers[0].target is not aten.conv2d.default or len(readers[0].users) != 1:
+        return
+    (pool,) = readers[0].users
+    if pool.target is not aten.max_pool2d.default or len(pool.args) > 4 or pool.kwargs:
+        return
+    kernel, stride, padding = (list(cast(list[int], part)) for part in (*pool.args[1:], [0, 0])[:3])
+    if len(kernel) == len(stride) == len(padding) == 2:
+        pool.target = ours.max_pool2d.default
+        pool.args = (readers[0], kernel, stride, padding)
 
 
 def _rises(steps: Sequence[int], rows: Tensor) -> bool:

@@ -59,6 +59,7 @@ class PackedModel(nn.Module):
         self.layers = tuple(layers)
         self._nodes, self._weights = graph, dict(weights)
         self.network, self._names = graphs.module(graph, tensors)
+        self._layout = torch.contiguous_format if graphs.takes_planes(graph) else torch.channels_last
         self._direct: fx.GraphModule
         self._bind()
         self.requires_grad_(False).eval()
@@ -71,7 +72,7 @@ class PackedModel(nn.Module):
                 f"{images.dtype} {tuple(images.shape)}; for another size pack it with input_size=(C, H, W)"
             )
         with torch.no_grad():
-            images = images.contiguous(memory_format=torch.channels_last)
+            images = images.contiguous(memory_format=self._layout)
             network = self.network if torch.compiler.is_compiling() else self._direct
             if self.batch is None:
                 return network(images)
@@ -157,7 +158,7 @@ class PackedModel(nn.Module):
         """What :func:`bonn_qat.summary` gives: bits and MACs; ``mbit`` is what the file holds beside its header."""
         outputs = _Outputs(self.network)
         with torch.no_grad():
-            outputs.run(torch.zeros(1, *self.input_size).contiguous(memory_format=torch.channels_last))
+            outputs.run(torch.zeros(1, *self.input_size).contiguous(memory_format=self._layout))
         names = {buffer: name for name, buffer in self._names.items()}
         rows = _Rows(names, {name: self.network.get_buffer(buffer).numel() for name, buffer in self._names.items()})
         for node, shape in outputs.shapes.items():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import bonn_qat
 import bonn_qat.models
-from bonn_qat import cli, figures
+from bonn_qat import cli, environment, figures
 from bonn_qat.bench import ARMS, Arm, ArmMissing, InvalidBenchmark, Launch, Networks, engines, measure
 from bonn_qat.bench import bench as bench_
 from bonn_qat.bench import startup as start
@@ -334,7 +334,7 @@ def test_digits_are_three_and_never_an_exponent(value: float, text: str) -> None
 def test_the_processor_is_named_with_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     said = "processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu avx2 avx512_vnni\n\nprocessor\t: 1\n"
     monkeypatch.setattr(Path, "read_text", lambda self: said)
-    assert measure.processor() == "Some CPU (avx2 avx512_vnni)"
+    assert environment.processor() == "Some CPU (avx2 avx512_vnni)"
 
 
 def test_the_command_prints_the_tables_and_writes_both_files(

@@ -1,3 +1,4 @@
+import contextlib
 import re
 import shlex
 import sys
@@ -22,12 +23,13 @@ def _blocks(language: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def namespace() -> dict[str, object]:
-    """What the README's Python blocks leave behind, run one after the other."""
+def namespace(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """What the README's Python blocks leave behind, run one after the other in a folder of their own."""
     module = types.ModuleType("readme")
     sys.modules["readme"] = module
-    for index, block in enumerate(_blocks("python")):
-        exec(compile(block, f"README.md, block {index}", "exec"), module.__dict__)
+    with contextlib.chdir(tmp_path_factory.mktemp("readme")):
+        for index, block in enumerate(_blocks("python")):
+            exec(compile(block, f"README.md, block {index}", "exec"), module.__dict__)
     return module.__dict__
 
 

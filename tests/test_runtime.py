@@ -1,7 +1,9 @@
 """The packed runtime: kernels and the plain-torch fallback equal torch's convolution of +-1 exactly."""
 
 import itertools
+import math
 import platform
+from fractions import Fraction
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -117,6 +119,35 @@ def test_an_epilogue_rounds_as_torch_does(channels):
     assert torch.equal(epilogue.run(sums, program, vectors, residual), F.hardtanh(reference))
 
 
+def test_a_fused_multiplication_and_addition_is_rounded_once():
+    """Against exact fractions, with cases where rounding by way of float64 is not enough."""
+    a, b, c = 812825 * 2.0**-27, 1321 * 2.0**-27, 1.0
+    x, factors, offsets = (torch.randn(1, 500, 1, 1) for _ in range(3))
+    x[0, :2, 0, 0], factors[0, :2, 0, 0], offsets[0, :2, 0, 0] = a, torch.tensor([b, -b]), torch.tensor([c, -c])
+    vectors = torch.cat([factors, offsets])[:, :, 0, 0]
+    exact = [
+        Fraction(float(p)) * Fraction(float(q)) + Fraction(float(r))
+        for p, q, r in zip(x.flatten(), *vectors, strict=True)
+    ]
+    for result in (ops.elementwise(x, [FMA, 0], vectors, None), epilogue.run(x, [FMA, 0], vectors, None)):
+        for value, sum_ in zip(result.flatten(), exact, strict=True):
+            above, below = (torch.nextafter(value, torch.tensor(bound)) for bound in (math.inf, -math.inf))
+            assert all(abs(Fraction(float(value)) - sum_) <= abs(Fraction(float(o)) - sum_) for o in (above, below))
+
+
+@pytest.mark.parametrize("channels", [1, 32, 40, 64])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [((3, 3), (2, 2), (1, 1)), ((2, 2), (2, 2), (0, 0)), ((5, 3), (1, 3), (2, 0))]
+)
+def test_maxima_are_those_of_torch(channels, kernel, stride, padding):
+    x = torch.randn(2, channels, 13, 77)
+    y = ops.max_pool2d(x, kernel, stride, padding)
+    assert torch.equal(y, F.max_pool2d(x, kernel, stride, padding))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="more than half"):
+        ops.max_pool2d(x, kernel, stride, list(kernel))
+
+
 def test_threads_change_nothing():
     geometry = Geometry(70, 64, (3, 3), padding=(1, 1, 1, 1))
     x, thresholds, bits = problem(geometry, 3, 40)
@@ -125,7 +156,8 @@ def test_threads_change_nothing():
     def run() -> tuple[Tensor, ...]:
         codes = ops.sign_codes(x, thresholds, geometry.numbers)
         y = ops.binary_conv2d(codes, layout.encode_weight(bits), geometry.numbers, [SCALE, 0], vectors, None)
-        return codes, y, ops.elementwise(y, [PRELU, 0], vectors / 4, None)
+        pooled = ops.max_pool2d(y.contiguous(), [3, 3], [2, 2], [1, 1])
+        return codes, y, ops.elementwise(y, [PRELU, 0], vectors / 4, None), pooled
 
     before = torch.get_num_threads()
     try:
@@ -214,6 +246,7 @@ def test_torch_finds_nothing_wrong_with_the_operators():
         ops.binary_conv2d_sign: (*plain, torch.zeros(12), following),
         ops.binary_conv2d_and_sign: (*plain, torch.zeros(12), following),
         ops.elementwise: (x, [SCALE, 0], torch.ones(1, 8), None),
+        ops.max_pool2d: (x, [3, 3], [2, 2], [1, 1]),
         ops.unpack_signs: (torch.zeros(2, dtype=torch.int64), [3, 40]),
     }
     for operator, arguments in calls.items():

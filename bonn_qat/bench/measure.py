@@ -6,7 +6,6 @@ import functools
 import importlib.metadata
 import itertools
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -21,12 +20,11 @@ from bonn_qat.bench.engines import Run
 from bonn_qat.bench.report import BenchReport, Latency
 from bonn_qat.bench.startup import first_line, startup
 from bonn_qat.binarize import Binarization
-from bonn_qat.environment import environment
+from bonn_qat.environment import environment, processor
 from bonn_qat.errors import BonnQatError, UnknownName
 
 REFERENCE = "onnxruntime float"
 WARMUP = 3  # calls before the first round: compilation, allocation, the choice of kernels
-_INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimd", "asimddp", "i8mm")
 
 Clock = Callable[[], float]
 Turn = Callable[[Run], float]
@@ -220,15 +218,3 @@ def _environment(threads: Sequence[int]) -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
-
-
-def processor() -> str:
-    """The processor's name, with those of its instructions that count for networks."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = set((facts.get("flags") or facts.get("Features", "")).split())
-    known = " ".join(name for name in _INSTRUCTIONS if name in flags)
-    return f"{facts.get('model name', platform.machine())} ({known or 'no vector instructions known here'})"

@@ -15,8 +15,8 @@ _PARALLEL = 4_000_000  # products from which on a second thread is worth its cal
 _LANES = 32
 _NOTHING = np.empty(0, np.float32)
 _NO_CODES = np.empty(0, np.uint8)
-# The GNU allocator gives memory back to the system after each call of a network, and takes it again page by page, unless
-# it once had a block of this size; it is never touched.
+# The GNU allocator gives memory back to the system after each call of a network, and takes it again page by page,
+# unless it once had a block of this size, which is never touched.
 torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
@@ -153,4 +153,19 @@ def elementwise(x: Tensor, program: Any, vectors: Tensor, residual: Tensor | Non
         kernels.elementwise_in_threads(*arrays, pixels, threads)
     else:
         kernels.elementwise_pixels(*arrays, 0, pixels)
+    return y.permute(0, 3, 1, 2)
+
+
+def max_pool2d(x: Tensor, sizes: tuple[int, int], kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
+    """As :func:`bonn_qat.runtime.operators.max_pool2d`; ``sizes`` are rows and columns that come out."""
+    batch, channels, height, width = x.shape
+    rows, columns = sizes
+    y = torch.empty((batch, rows, columns, channels))
+    shape = (channels, height, width, rows, columns, *kernel, *stride, *padding)
+    items = batch * rows * math.ceil(channels / _LANES)
+    arrays = (_flat(x), shape, y.view(-1).numpy())
+    if (threads := _threads(8 * x.numel())) > 1:
+        kernels.max_pool_in_threads(*arrays, items, threads)
+    else:
+        kernels.max_pool_rows(*arrays, 0, items)
     return y.permute(0, 3, 1, 2)

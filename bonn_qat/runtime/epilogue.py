@@ -4,6 +4,7 @@ A program is a list of whole numbers in pairs: an operation, and the row of ``ve
 the first of two. The value is that of the convolution, ``(B, O, H, W)``.
 """
 
+import math
 from typing import Final
 
 import torch
@@ -52,5 +53,12 @@ def run(values: Tensor, program: list[int], vectors: Tensor, residual: Tensor | 
 def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     if a.is_cuda:
         return torch.addcmul(c, a, b)
-    # The product of two float32 is exact in float64.
-    return (a.double() * b.double() + c.double()).float()
+    # The product of two float32 is exact in float64. The sum is rounded to an odd last bit where it is not exact, so
+    # that the second rounding, to float32, decides as if it were the only one.
+    product, addend = a.double() * b.double(), c.double().expand_as(a)
+    total = product + addend
+    back = total - product
+    error = (product - (total - back)) + (addend - back)
+    is_even = (total.view(torch.int64) & 1) == 0
+    odd = torch.nextafter(total, torch.copysign(torch.full_like(total, math.inf), error))
+    return torch.where((error != 0) & is_even & total.isfinite(), odd, total).float()

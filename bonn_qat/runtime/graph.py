@@ -203,12 +203,20 @@ def without_dispatcher(network: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(network, graph, "DirectGraph")
 
 
+def takes_planes(graph: fx.Graph) -> bool:
+    """Whether the images are to come as planes, ``torch.contiguous_format``, and not ``torch.channels_last``."""
+    return bool(graph.find_nodes(op="call_function", target=torch.ops.bonn_qat.max_pool2d.default))
+
+
 def module(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> tuple[fx.GraphModule, dict[str, str]]:
     """``graph`` as a module whose buffers are ``tensors``, and the names of these buffers, which have no dots."""
     root = nn.Module()
     names = {name: f"t{i}_{''.join(c if c.isalnum() else '_' for c in name)}" for i, name in enumerate(tensors)}
+    planes = takes_planes(graph)
     kernels = {
-        node.args[1].target for node in graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default)
+        node.args[1].target
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default)
+        if not (planes and node.args[0].op == "placeholder")
     }
     for name, tensor in tensors.items():
         # The images are channels_last, and a float convolution would bring its kernels there at each call.

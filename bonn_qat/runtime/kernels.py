@@ -200,6 +200,19 @@ def _take(typingctx: Any, array: Any, start: Any) -> Any:
 
 
 @intrinsic
+def _take_every_second(typingctx: Any, array: Any, start: Any) -> Any:
+    """The floats ``array[start:start + 64:2]``."""
+    twice = ir.VectorType(_F32, 2 * _LANES)
+    evens = ir.Constant(ir.VectorType(_I32, _LANES), [*range(0, 2 * _LANES, 2)])
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        values = _load(builder, _pointer(context, builder, signature.args[0], *args), twice, 4)
+        return builder.shuffle_vector(values, values, evens)
+
+    return _floats(array, types.intp), generate
+
+
+@intrinsic
 def _put(typingctx: Any, array: Any, start: Any, values: Any) -> Any:
     """``array[start:start + 32] = values``."""
 
@@ -243,6 +256,7 @@ def _emit_fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
 
 _times = _on_floats(lambda builder, a, b: builder.fmul(a, b), 2)
 _plus = _on_floats(lambda builder, a, b: builder.fadd(a, b), 2)
+_larger = _on_floats(lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b), 2)
 _prelu = _on_floats(_emit_prelu, 2)
 _clamp = _on_floats(_emit_clamp, 3)
 # Rounded once, as torch's batch norm does it.
@@ -516,3 +530,78 @@ def elementwise_in_threads(x, channels, program, vectors, residual, out, items, 
         elementwise_pixels(
             x, channels, program, vectors, residual, out, items * thread // threads, items * (thread + 1) // threads
         )
+
+
+@_compiled()
+def max_pool_rows(x, shape, out, begin, end):
+    """Maxima of planes ``(B, C, H, W)``, for rows of 32 channels: (image, row that comes out, block of channels).
+
+    shape: (C, H, W, rows and columns that come out, kernel, stride, padding at the top and left), ``out`` is
+    channels_last.
+    """
+    channels, height, width, rows, columns, kh, kw, sh, sw, top, left = shape
+    blocks = (channels + 31) // 32
+    # A row of maxima with nothing around it, and room for whole vectors.
+    highest = np.full(max(columns * sw + kw, left + width) + 96, -np.inf, np.float32)
+    line, square = np.empty(columns + 32, np.float32), np.empty(columns * 32, np.float32)
+    for item in range(begin, end):
+        rest, block = divmod(item, blocks)
+        image, row = divmod(rest, rows)
+        first, last = max(0, row * sh - top), min(height, row * sh - top + kh)
+        count = min(32, channels - 32 * block)
+        for c in range(count):
+            plane = (image * channels + 32 * block + c) * height * width
+            _highest_of_rows(x, plane + first * width, last - first, width, highest, left)
+            _highest_of_columns(highest, columns, kw, sw, line)
+            for column in range(columns):
+                square[column * 32 + c] = line[column]
+        for column in range(columns):
+            at = ((image * rows + row) * columns + column) * channels + 32 * block
+            if count == 32:
+                _put(out, at, _take(square, column * 32))
+            else:
+                for c in range(count):
+                    out[at + c] = square[column * 32 + c]
+
+
+@numba.njit
+def _highest_of_rows(x, at, count, width, highest, left):
+    i = 0
+    while i + 32 <= width:
+        values = _take(x, at + i)
+        for row in range(1, count):
+            values = _larger(values, _take(x, at + row * width + i))
+        _put(highest, left + i, values)
+        i += 32
+    while i < width:
+        value = x[at + i]
+        for row in range(1, count):
+            other = x[at + row * width + i]
+            value = other if other > value else value
+        highest[left + i] = value
+        i += 1
+
+
+@numba.njit
+def _highest_of_columns(highest, columns, kw, stride, line):
+    if stride > 2:
+        for column in range(columns):
+            value = highest[column * stride]
+            for k in range(1, kw):
+                other = highest[column * stride + k]
+                value = other if other > value else value
+            line[column] = value
+        return
+    for column in range(0, columns, 32):
+        values = _take(highest, column) if stride == 1 else _take_every_second(highest, 2 * column)
+        for k in range(1, kw):
+            at = stride * column + k
+            values = _larger(values, _take(highest, at) if stride == 1 else _take_every_second(highest, at))
+        _put(line, column, values)
+
+
+@_compiled(parallel=True)
+def max_pool_in_threads(x, shape, out, items, threads):
+    """As :func:`max_pool_rows`, in parallel."""
+    for thread in numba.prange(threads):
+        max_pool_rows(x, shape, out, items * thread // threads, items * (thread + 1) // threads)

@@ -11,6 +11,8 @@ RuntimeError, for nothing is checked in the kernels.
 - ``binary_conv2d_sign(..., thresholds, following) -> codes``: those for the convolution of geometry ``following``.
 - ``binary_conv2d_and_sign(...) -> (y, codes)``
 - ``elementwise(x, program, vectors, residual) -> y``: an epilogue of its own.
+- ``max_pool2d(x, kernel, stride, padding) -> y``, of planes, ``torch.contiguous_format``, as a first convolution gives
+  them soonest.
 - ``unpack_signs(words, shape) -> float {-1, +1}``
 """
 
@@ -34,6 +36,7 @@ _LIBRARY.define(f"binary_conv2d({_CONVOLUTION}) -> Tensor")
 _LIBRARY.define(f"binary_conv2d_sign({_SIGN}) -> Tensor")
 _LIBRARY.define(f"binary_conv2d_and_sign({_SIGN}) -> (Tensor, Tensor)")
 _LIBRARY.define("elementwise(Tensor x, int[] program, Tensor vectors, Tensor? residual) -> Tensor")
+_LIBRARY.define("max_pool2d(Tensor x, int[] kernel, int[] stride, int[] padding) -> Tensor")
 _LIBRARY.define("unpack_signs(Tensor words, int[] shape) -> Tensor")
 
 
@@ -197,6 +200,31 @@ def elementwise(x: Tensor, program: list[int], vectors: Tensor, residual: Tensor
     return epilogue.run(x, program, vectors, residual).contiguous(memory_format=torch.channels_last)
 
 
+def _pooled_size(x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> tuple[Any, Any]:
+    for numbers in (kernel, stride, padding):
+        if len(numbers) != 2 or min(numbers) < (0 if numbers is padding else 1):
+            raise RuntimeError(f"{kernel}, {stride}, {padding} are no windows")
+    if any(2 * p > k for p, k in zip(padding, kernel, strict=True)):
+        raise RuntimeError(f"padding {padding} is more than half of the kernel {kernel}")
+    sides = zip(x.shape[2:], kernel, stride, padding, strict=True)
+    rows, columns = ((n + 2 * p - k) // s + 1 for n, k, s, p in sides)
+    return rows, columns
+
+
+def max_pool2d(x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
+    """Float32 ``(B, C, H, W)`` -> ``(B, C, H', W')``; the padding is never a maximum."""
+    if x.ndim != 4 or x.dtype != torch.float32:
+        raise RuntimeError(f"expected float32 (B, C, H, W), got {x.dtype} {tuple(x.shape)}")
+    sizes = _pooled_size(x, kernel, stride, padding)
+    if min(sizes) < 1:
+        raise RuntimeError(f"an image of {tuple(x.shape[2:])} is smaller than the window {kernel}")
+    cpu = compiled() if x.device.type == "cpu" else None
+    if cpu is not None:
+        return cast(Tensor, cpu.max_pool2d(x, sizes, kernel, stride, padding))
+    y = torch.nn.functional.max_pool2d(x, kernel, stride, padding)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
 def unpack_signs(words: Tensor, shape: list[int]) -> Tensor:
     """Int64 words -> float32 of ``shape``."""
     if words.dtype != torch.int64 or min(shape, default=1) < 1 or words.numel() != math.ceil(math.prod(shape) / 64):
@@ -206,7 +234,7 @@ def unpack_signs(words: Tensor, shape: list[int]) -> Tensor:
 
 def _register() -> None:
     for function in (sign_codes, binary_conv2d, binary_conv2d_sign, binary_conv2d_and_sign, elementwise,
-                     unpack_signs):  # fmt: skip
+                     max_pool2d, unpack_signs):  # fmt: skip
         _LIBRARY.impl(function.__name__, function, "CompositeExplicitAutograd")
         _LIBRARY.impl(function.__name__, torch.library.fallthrough_kernel, "Autograd")  # there are no gradients
     fake = functools.partial(torch.library.register_fake, lib=_LIBRARY)
@@ -241,6 +269,11 @@ def _register() -> None:
     def _(x: Tensor, program: list[int], vectors: Tensor, residual: Any) -> Tensor:
         batch, channels, height, columns = x.shape
         return x.new_empty((batch, height, columns, channels)).permute(0, 3, 1, 2)
+
+    @fake("bonn_qat::max_pool2d")
+    def _(x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
+        batch, channels, rows, columns = *x.shape[:2], *_pooled_size(x, kernel, stride, padding)
+        return x.new_empty((batch, rows, columns, channels)).permute(0, 3, 1, 2)
 
     @fake("bonn_qat::unpack_signs")
     def _(words: Tensor, shape: list[int]) -> Tensor:
