@@ -45,8 +45,9 @@ FAMILIES: Mapping[str, int] = {
 OPS = torch.ops.bonn_qat
 GROUPS = {
     "aten.conv2d.default": "float convolutions", "aten.linear.default": "classifier",
-    "bonn_qat.sign_codes.default": "packing on its own", "aten.max_pool2d.default": "max pool",
+    "bonn_qat.sign_codes.default": "packing on its own",
     "bonn_qat.elementwise.default": "norms and PReLUs on their own",
+    "aten.max_pool2d.default": "max pool", "bonn_qat.max_pool2d.default": "max pool",
 }  # fmt: skip
 
 
@@ -160,7 +161,7 @@ def parts(args: argparse.Namespace) -> dict[str, Any]:
     """Where the time of a network goes, and how near its binary convolutions come to what the processor can do."""
     model = made(args.model, args.scheme, args.size)
     packed = bonn_qat.pack(model, (3, args.size, args.size))
-    x = torch.randn(args.batch, 3, args.size, args.size).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(args.batch, 3, args.size, args.size).contiguous(memory_format=packed._layout)
     whole, by_group = [], defaultdict(list)
     for _ in range(args.rounds):
         start = time.perf_counter()
