@@ -29,7 +29,7 @@ import bonn_qat
 import bonn_qat.models
 from bonn_qat.checkpoint import read_tensors
 from bonn_qat.data import load
-from bonn_qat.environment import environment
+from bonn_qat.environment import environment, processor
 from bonn_qat.runtime import kernels, layout
 from bonn_qat.runtime.epilogue import SCALE
 from bonn_qat.runtime.layout import Geometry
@@ -56,10 +56,12 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    found = {"environment": dict(environment(torch.device("cpu"))), "options": vars(args) | {"output": None}}
+    # No folders of this machine.
+    options = {key: value.name if isinstance(value, Path) else value for key, value in vars(args).items()}
+    found = {"environment": dict(environment(torch.device("cpu"))), "machine": processor(), "options": options}
     result = {"layers": layers, "parts": parts, "equality": equality, "families": families}[args.question](args)
     if args.output:
-        args.output.write_text(json.dumps(found | {"results": result}, indent=1, default=str))
+        args.output.write_text(json.dumps(found | {"results": result}, indent=1))
 
 
 def arguments() -> argparse.Namespace:
