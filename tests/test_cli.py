@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from bonn_qat import cli, export
+from bonn_qat import cli
+from bonn_qat.export import FORMATS
 from bonn_qat.jobs import in_turn
 from bonn_qat.results import PAGE, read_comparison
 
@@ -175,7 +176,7 @@ def test_export_writes_what_a_comparison_left_and_compares_the_two(
 def test_export_of_a_timm_model_without_a_runtime_says_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(export.FORMATS, "pt2", export.FORMATS["pt2"]._replace(runs_in=("no_such_runtime",)))
+    monkeypatch.setitem(FORMATS, "pt2", FORMATS["pt2"]._replace(runs_in=("no_such_runtime",)))
     arguments = ["export", "wrn10_16", "--scheme", "xnor", "--img-size", "16", "--num-classes", "5"]
     assert cli.main([*arguments, "--format", "pt2", "--output", str(tmp_path / "net.pt2")]) == 0
     (images,), _ = torch.export.load(tmp_path / "net.pt2").example_inputs

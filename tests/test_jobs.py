@@ -249,7 +249,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(worker, "build", lambda recipe, data, pm: nn.Linear(1, 1))
     monkeypatch.setattr(worker, "steps", lambda recipe, data: 3)
     monkeypatch.setattr(worker, "train", train)
-    monkeypatch.setattr(worker, "write_tensors", lambda path, tensors: None)
+    monkeypatch.setattr(worker, "write_tensors", lambda path, tensors, header: None)
     monkeypatch.setattr(worker, "write_run", lambda directory, result: None)
     return happens
 

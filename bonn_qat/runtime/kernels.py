@@ -566,20 +566,20 @@ def max_pool_rows(x, shape, out, begin, end):
 
 @numba.njit
 def _highest_of_rows(x, at, count, width, highest, left):
-    i = 0
-    while i + 32 <= width:
+    if width < 32:
+        for i in range(width):
+            value = x[at + i]
+            for row in range(1, count):
+                other = x[at + row * width + i]
+                value = other if other > value else value
+            highest[left + i] = value
+        return
+    for start in range(0, width, 32):
+        i = min(start, width - 32)  # the last vector overlaps the one before
         values = _take(x, at + i)
         for row in range(1, count):
             values = _larger(values, _take(x, at + row * width + i))
         _put(highest, left + i, values)
-        i += 32
-    while i < width:
-        value = x[at + i]
-        for row in range(1, count):
-            other = x[at + row * width + i]
-            value = other if other > value else value
-        highest[left + i] = value
-        i += 1
 
 
 @numba.njit
