@@ -102,6 +102,10 @@ class PackedModel(nn.Module):
 
     def dump(self) -> bytes:
         """What :meth:`save` writes."""
+        return dump_tensors(*self._as_data())
+
+    def _as_data(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors and the header of a file."""
         tensors = self.tensors()
         header = {
             "kind": "packed", "format": FORMAT, "name": self.name, "scheme": self.scheme,
@@ -109,7 +113,19 @@ class PackedModel(nn.Module):
             "layers": [asdict(layer) for layer in self.layers],
             "nodes": graphs.describe(self._nodes, self._weights),
         }  # fmt: skip
-        return dump_tensors(tensors, header | {"sha256": _digest(tensors, header)})
+        return tensors, header | {"sha256": _digest(tensors, header)}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickled as it is saved: a graph holds functions of torch that cannot be pickled.
+        return PackedModel._from_file, self._as_data()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedModel":
+        # Not by way of __reduce__, which would leave the device.
+        held = {name: self.network.get_buffer(buffer).clone() for name, buffer in self._names.items()}
+        return PackedModel(
+            self._nodes, held, self._weights, name=self.name, scheme=self.scheme, input_size=self.input_size,
+            batch=self.batch, layers=self.layers,
+        )  # fmt: skip
 
     @classmethod
     def load(cls, path: str | Path) -> "PackedModel":
