@@ -3,11 +3,13 @@
 import contextlib
 import copy
 import os
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,8 +26,9 @@ _SPLIT_SEED = 0
 class Data(ABC):
     """A training and a test set. Images come as ``(B, C, H, W)`` float32, standardised; targets as ``(B,)`` int64.
 
-    ``share`` is (rank, world): of each training batch, and of the other sets, the process ``rank`` of ``world`` gets
-    its part; of training batches equal ones, so that up to ``world - 1`` images of the last are left out.
+    ``share`` is (rank, world): of each training batch the process ``rank`` of ``world`` gets its part, all of them
+    equal ones, so that up to ``world - 1`` images of the last are left out; of the batches of the other sets it gets
+    each ``world``-th.
     """
 
     name: str
@@ -34,15 +37,28 @@ class Data(ABC):
     train_size: int
     test_size: int
 
+    def describe(self) -> dict[str, Any]:
+        """What tells data from others: ``name``, ``classes``, ``image`` ``[C, H, W]``, sizes ``train`` and ``test``."""
+        return {
+            "name": self.name,
+            "classes": self.classes,
+            "image": list(self.image),
+            "train": self.train_size,
+            "test": self.test_size,
+        }
+
     def to(self, device: torch.device) -> "Data":
         """The same data, in the memory of ``device`` if it can be held there; otherwise as it is."""
         return self
 
     @abstractmethod
     def train_batches(
-        self, batch_size: int, generator: torch.Generator, *, augment: bool, share: Share = WHOLE
+        self, batch_size: int, generator: torch.Generator, *, augment: bool, share: Share = WHOLE, start: int = 0
     ) -> Iterator[Batch]:
-        """One epoch in an order, and with augmentations, that the generator alone decides."""
+        """One epoch in an order, and with augmentations, that the generator alone decides; without ``start`` batches.
+
+        The batches that are left out change nothing in those that come.
+        """
 
     @abstractmethod
     def test_batches(self, batch_size: int = 500, *, share: Share = WHOLE) -> Iterator[Batch]:
@@ -89,7 +105,7 @@ class TensorData(Data):
         return (images.float() - self._mean) / self._std
 
     def train_batches(
-        self, batch_size: int, generator: torch.Generator, *, augment: bool, share: Share = WHOLE
+        self, batch_size: int, generator: torch.Generator, *, augment: bool, share: Share = WHOLE, start: int = 0
     ) -> Iterator[Batch]:
         images, targets = self._train
         order = torch.randperm(len(images), generator=generator)
@@ -97,9 +113,9 @@ class TensorData(Data):
         # The whole epoch's at once: a GPU waits for a copy from ordinary memory.
         order = order.to(images.device)
         views = views and Views(*(part.to(images.device) for part in views))
-        for start in range(0, len(images), batch_size):
-            end = min(start + batch_size, len(images))
-            own = slice(start + share[0], end - (end - start) % share[1], share[1])
+        for first in range(start * batch_size, len(images), batch_size):
+            end = min(first + batch_size, len(images))
+            own = slice(first + share[0], end - (end - first) % share[1], share[1])
             chosen = order[own]
             if len(chosen) < 2 <= len(images):
                 continue  # batch statistics of one image are no statistics
@@ -115,9 +131,16 @@ class TensorData(Data):
         return self._in_order(self._train, batch_size, share)
 
     def _in_order(self, part: Batch, batch_size: int, share: Share) -> Iterator[Batch]:
-        rank, world = share
-        for images, targets in zip(*(torch.split(tensor[rank::world], batch_size) for tensor in part), strict=True):
+        for images, targets in _dealt(
+            list(zip(*(torch.split(tensor, batch_size) for tensor in part), strict=True)), share
+        ):
             yield self._standardise(images), targets
+
+
+def _dealt(batches: list[Any], share: Share) -> list[Any]:
+    # Whole batches, so that their statistics do not depend on the number of processes.
+    rank, world = share
+    return batches[rank::world]
 
 
 class Views(NamedTuple):
@@ -180,55 +203,71 @@ class FolderData(Data):
             )
         self.train_size, self.test_size = len(self._train), len(self._test)
 
-    def _loader(self, dataset: Any, batch_size: int) -> Iterator[Batch]:
-        loader = torch.utils.data.DataLoader(dataset, batch_size, num_workers=self._workers, pin_memory=_pins())
+    def _loader(self, dataset: Any, batches: list[Any]) -> Iterator[Batch]:
+        # With a generator of its own, a loader leaves the global one alone.
+        loader = torch.utils.data.DataLoader(
+            dataset, batch_sampler=batches, num_workers=self._workers, generator=torch.Generator(), pin_memory=_pins()
+        )
         return iter(loader)
 
     def train_batches(
-        self, batch_size: int, generator: torch.Generator, *, augment: bool, share: Share = WHOLE
+        self, batch_size: int, generator: torch.Generator, *, augment: bool, share: Share = WHOLE, start: int = 0
     ) -> Iterator[Batch]:
         part = self._train if augment else self._measure
         order = torch.randperm(self.train_size, generator=generator).tolist()
+        seeds = torch.randint(2**32, (self.train_size,), generator=generator).tolist()
+        images = list(zip(order, seeds, strict=True))
         rank, world = share
         # The batches of one image, and what does not divide, are left out; see TensorData.
-        whole = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        whole = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
         batches = [batch[: len(batch) - len(batch) % world][rank::world] for batch in whole]
         own = [batch for batch in batches if len(batch) > 1 or self.train_size == 1]
-        # timm's transforms draw from the global generators, which a DataLoader's workers seed from this one.
-        with _seeded(int(torch.randint(2**31, (), generator=generator)) + rank):
-            loader = torch.utils.data.DataLoader(
-                part, batch_sampler=own, num_workers=self._workers, generator=generator, pin_memory=_pins()
-            )
-            yield from loader
+        return self._loader(_SeededImages(part), own[start:])
 
     def test_batches(self, batch_size: int = 100, *, share: Share = WHOLE) -> Iterator[Batch]:
-        return self._loader(_shared(self._test, share), batch_size)
+        return self._in_order(self._test, batch_size, share)
 
     def measure_batches(self, batch_size: int = 100, *, share: Share = WHOLE) -> Iterator[Batch]:
-        return self._loader(_shared(self._measure, share), batch_size)
+        return self._in_order(self._measure, batch_size, share)
+
+    def _in_order(self, part: Any, batch_size: int, share: Share) -> Iterator[Batch]:
+        places = range(len(part))
+        batches = [places[i : i + batch_size] for i in range(0, len(part), batch_size)]
+        return self._loader(part, _dealt(batches, share))
+
+
+class _SeededImages(torch.utils.data.Dataset[Any]):
+    """Images by (place, seed): what an image's transforms draw depends on nothing but its seed.
+
+    Neither on the images before it, nor on the process that reads it.
+    """
+
+    def __init__(self, images: Any) -> None:
+        self._images = images
+
+    def __getitem__(self, item: tuple[int, int]) -> Any:
+        place, seed = item
+        with _seeded(seed):
+            return self._images[place]
 
 
 def _pins() -> bool:
     return torch.cuda.is_available()
 
 
-def _shared(dataset: Any, share: Share) -> Any:
-    rank, world = share
-    return dataset if world == 1 else torch.utils.data.Subset(dataset, list(range(rank, len(dataset), world)))
-
-
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    import random
-
-    state = random.getstate()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(state)
+    """The global generators that timm's transforms draw from, seeded for the block."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 def load(

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_is_alone = False
+
 
 def rank() -> int:
     """This process' number, 0 for the one that writes and reports; 0 without a process group."""
@@ -31,6 +33,34 @@ def add_up(tensor: Tensor) -> Tensor:
     if _grouped():
         dist.all_reduce(tensor)
     return tensor
+
+
+def average(tensor: Tensor) -> Tensor:
+    """The mean of ``tensor`` over all processes, whose parts of a batch are equal; ``tensor`` itself without a group.
+
+    For quantizers whose statistics are those of a batch. No gradient goes through it.
+    """
+    return add_up(tensor.detach().clone()) / world() if _grouped() else tensor
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within the block this process is one without a group, as far as this module goes."""
+    global _is_alone
+    before, _is_alone = _is_alone, True
+    try:
+        yield
+    finally:
+        _is_alone = before
+
+
+def gathered(tensor: Tensor) -> list[Tensor]:
+    """The tensors of all processes, in their order; all of one shape and on the device of the group."""
+    if not _grouped():
+        return [tensor]
+    found = [torch.empty_like(tensor) for _ in range(world())]
+    dist.all_gather(found, tensor)
+    return found
 
 
 def agreed(text: str) -> str:
@@ -64,4 +94,4 @@ def process_group() -> Iterator[None]:
 
 
 def _grouped() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return not _is_alone and dist.is_available() and dist.is_initialized()

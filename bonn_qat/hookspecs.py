@@ -44,9 +44,18 @@ def bonn_qat_before_comparison(directory: Path, recipes: list[Recipe]) -> None:
 
 
 @hookspec
-def bonn_qat_before_run(recipe: Recipe, model: nn.Module) -> None:
-    """A training run begins; ``model`` is binarized and on its device.
+def bonn_qat_describe(directory: Path) -> str | None:
+    """One line that a command prints before a comparison in ``directory`` begins: where an observer writes to.
 
+    Nothing is opened for it, and no secret is in it.
+    """
+
+
+@hookspec
+def bonn_qat_before_run(recipe: Recipe, model: nn.Module, run_id: str) -> None:
+    """A training run begins, or goes on from its checkpoint; ``model`` is binarized and on its device.
+
+    ``run_id`` is the run's own, the same each time that it goes on; the epochs that are done are told again.
     With several jobs this and the next two are called in the process that compares, for several runs in turns, each
     run's own in order; ``model`` is then a copy from before the training, on the CPU.
     """

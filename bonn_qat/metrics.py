@@ -49,6 +49,15 @@ class FlipRatio:
         ratios = {name: flips[name] / sizes[name] for name in sizes}
         return {"": sum(flips.values()) / sum(sizes.values()), **ratios}
 
+    @property
+    def signs(self) -> dict[str, Tensor]:
+        """The signs seen last by layer, bool as the weight; set them to go on from where another one was."""
+        return self._signs
+
+    @signs.setter
+    def signs(self, signs: dict[str, Tensor]) -> None:
+        self._signs = signs
+
     @torch.no_grad()
     def _measure(self) -> dict[str, Tensor]:
         return {name: _signs(layer) for name, layer in self._layers.items()}

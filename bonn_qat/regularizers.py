@@ -193,7 +193,7 @@ class _ClassCentres(Regularizer):
                 "Mixup's; leave it out: regularizers={'kernel': 1e-4}"
             )
         check_targets(step.targets, len(self.centres))
-        return step.features.float(), step.targets
+        return step.features.to(self.centres.dtype), step.targets
 
     @torch.no_grad()
     def _move_centres(self, features: Tensor, targets: Tensor) -> None:
@@ -220,7 +220,7 @@ class _ClassCentres(Regularizer):
         count, total, squares = map(distributed.add_up, (count, total, squares))
         means = total / count.clamp(min=1)
         self.centres.copy_(means)
-        return (squares / count.clamp(min=1) - means.square()).clamp(min=0).sqrt().float(), count
+        return (squares / count.clamp(min=1) - means.square()).clamp(min=0).sqrt().to(self.centres.dtype), count
 
 
 @final
@@ -266,7 +266,7 @@ class FeatureLoss(_ClassCentres):
             mean = (share * self.centres).sum(0)
             # The variance within the classes, and that of their means.
             variance = (share * (spread.square() + (self.centres - mean).square())).sum(0)
-            spread, count = variance.sqrt().float().expand_as(spread), count.sum()
+            spread, count = variance.sqrt().to(spread.dtype).expand_as(spread), count.sum()
         with torch.no_grad():
             # A class with fewer than two images has no spread of its own: the default stays.
             self.sigma.copy_(torch.where(count > 1, spread, 1.0).clamp(min=self.min_sigma))

@@ -15,14 +15,17 @@ from bonn_qat.binarize import binarize, binary_layers
 from bonn_qat.checkpoint import read_tensors
 from bonn_qat.data import Data
 from bonn_qat.errors import BonnQatError, InvalidData, UnknownName
+from bonn_qat.interrupts import held
 from bonn_qat.precision import products
 from bonn_qat.recipe import Recipe
 from bonn_qat.results import RunResult
+from bonn_qat.run_state import Keeper
 from bonn_qat.schedule import stage_of
 from bonn_qat.scheme import Scheme
 from bonn_qat.trainer import Trainer, lay_out
 
 WEIGHTS_FORMAT = 1
+CHECKPOINT_SECONDS = 600.0
 
 
 def recipe_scheme(recipe: Recipe, pm: pluggy.PluginManager | None = None) -> Scheme:
@@ -163,47 +166,58 @@ def train(
     *,
     device: str | torch.device | None = None,
     checkpoint: Path | None = None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
     tick: Callable[[], None] = lambda: None,
     pm: pluggy.PluginManager | None = None,
 ) -> RunResult:
     """Train a binarized model in place and return what came out.
 
-    ``device`` defaults to a GPU where there is one. ``checkpoint`` is written after each epoch, with all that the
-    rest of the run depends on; where it exists the run goes on from it, on a CPU to the very weights that it would
-    have had without the interruption. ``tick`` is called after each step, ``steps(recipe, data)`` times in all.
-    The order of the data and its augmentation depend on the recipe's seed alone.
+    ``device`` defaults to a GPU where there is one. ``tick`` is called after each step, ``steps(recipe, data)`` times
+    in all. Everything random is drawn from the recipe's seed: the global generators of torch are seeded with it.
+
+    ``checkpoint`` is written at the start, after each epoch, after ``checkpoint_seconds`` within one, and when the run
+    is stopped, with all that the rest of the run depends on. Where it exists the run goes on from it, on a CPU to the
+    very weights that it would have had without the interruption. Ctrl-C and SIGTERM stop the run after the step that
+    it is at; a second one does not wait.
 
     In a process group (``torchrun``, ``accelerate launch``) each process takes its part of every batch, ``batch_size``
-    is that of all together, batch statistics are each process' own, and the first alone writes and calls hooks.
+    is that of all together, gradients, class centres and the statistics of batch norms are those of the whole batch,
+    and the first process alone writes and calls hooks. A run may go on with another number of processes.
 
     Raises TrainingDiverged when a loss term becomes NaN or infinite (on a GPU up to 50 steps later),
     InvalidData for labels that the model has no class for or a checkpoint of another run, InvalidModel for a model
-    that is not binarized.
+    that is not binarized, OSError where the checkpoint cannot be written; the one from before is there then still.
     """
     device = torch.device(device) if device else distributed.device()
     task = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
     teacher = _teacher(model, task, recipe, data, device) if recipe.teacher else None
-    run = Trainer(model, recipe, data, device, task=task, distillation=teacher, tick=tick, pm=pm)
+    torch.manual_seed(recipe.seed + distributed.rank())
+    run = Trainer(model, recipe, data, device, task=task, distillation=teacher, pm=pm)
     done = run.resume(checkpoint) if checkpoint and checkpoint.exists() else 0
+    for _ in range(done * run.steps_in_epoch + run.done):
+        tick()
     hook = (pm or plugins.manager()).hook
     if distributed.rank():
-        checkpoint, hook = None, plugins.create_manager(entry_points=False).hook  # the first process writes and reports
-    hook.bonn_qat_before_run(recipe=recipe, model=model)
-    report: dict[str, Any] | None = None
-    try:
-        with products(recipe.precision):
-            for metrics in run.epochs:
-                hook.bonn_qat_after_epoch(recipe=recipe, epoch=int(metrics["epoch"]), metrics=metrics)
-            for epoch in range(done + 1, recipe.epochs + 1):
-                metrics = run.epoch(epoch)
-                if checkpoint:
-                    run.save(checkpoint)
-                hook.bonn_qat_after_epoch(recipe=recipe, epoch=epoch, metrics=metrics)
-        result = run.result()
-        report = asdict(result)
-    finally:
-        lay_out(model, torch.contiguous_format)  # as safetensors wants it
-        hook.bonn_qat_after_run(recipe=recipe, report=report)
+        hook = plugins.create_manager(entry_points=False).hook  # the first process reports
+    with held() as interrupts:
+        run.keeper = Keeper(run.state, checkpoint, seconds=checkpoint_seconds, interrupts=interrupts, tick=tick)
+        # Before anybody hears of the run, for its number is in there; and a disk that is full is told at once.
+        run.keeper.save()
+        hook.bonn_qat_before_run(recipe=recipe, model=model, run_id=run.run_id)
+        report: dict[str, Any] | None = None
+        try:
+            with products(recipe.precision), run.norms.on():
+                for metrics in run.epochs:
+                    hook.bonn_qat_after_epoch(recipe=recipe, epoch=int(metrics["epoch"]), metrics=metrics)
+                for epoch in range(done + 1, recipe.epochs + 1):
+                    metrics = run.epoch(epoch)
+                    run.keeper.save()
+                    hook.bonn_qat_after_epoch(recipe=recipe, epoch=epoch, metrics=metrics)
+            result = run.result()
+            report = asdict(result)
+        finally:
+            lay_out(model, torch.contiguous_format)  # as safetensors wants it
+            hook.bonn_qat_after_run(recipe=recipe, report=report)
     return result
 
 

@@ -2,6 +2,7 @@
 
 import math
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,19 @@ from torch.optim.swa_utils import update_bn
 
 from bonn_qat import distributed
 from bonn_qat.binarize import NORMS, Binarization, binary_layers
-from bonn_qat.checkpoint import read_tensors, write_tensors
 from bonn_qat.data import Batch, Data
 from bonn_qat.environment import environment
-from bonn_qat.errors import InvalidData, InvalidModel, TrainingDiverged
+from bonn_qat.errors import BonnQatError, InvalidData, InvalidModel, TrainingDiverged
 from bonn_qat.metrics import FlipRatio
 from bonn_qat.objective import Losses, Objective, advance, parameter_groups
 from bonn_qat.recipe import Recipe
 from bonn_qat.regularizers import latent_weights
 from bonn_qat.results import RunResult
+from bonn_qat.run_state import Keeper, Progress, RunState, fits, read_state
 from bonn_qat.schedule import lr_factor, stage_of
 from bonn_qat.scheme import Stage, reweighed
 from bonn_qat.summary import summary
+from bonn_qat.sync_norms import SynchronisedNorms, average_statistics
 
 _BINS = 61
 _CHECK_EVERY = 50  # steps between looks for NaN on a GPU, where each look is a synchronisation
@@ -36,7 +38,8 @@ class Trainer:
     """One run of a recipe on a binarized model; :func:`bonn_qat.train` drives it.
 
     ``distillation`` is what :class:`bonn_qat.Objective` takes. In a process group every process has a part of each
-    batch, and the gradients are averaged over all of them.
+    batch, the gradients are averaged over all of them, and so are, within ``norms.on()``, the batch norms' statistics.
+    ``keeper`` is told of each moment at which the run may be left.
     """
 
     def __init__(
@@ -48,7 +51,6 @@ class Trainer:
         *,
         task: nn.Module,
         distillation: nn.Module | None = None,
-        tick: Callable[[], None] = lambda: None,
         pm: pluggy.PluginManager | None = None,
     ) -> None:
         record = getattr(model, "binarization", None)
@@ -61,7 +63,7 @@ class Trainer:
         self.layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.model = model.to(device=device)
         lay_out(self.model, self.layout)
-        self.recipe, self.data, self.device, self.tick = recipe, data.to(device), device, tick
+        self.recipe, self.data, self.device = recipe, data.to(device), device
         self.scheme = record.scheme
         own = tuple(reweighed(stage, recipe.scheme_options) for stage in recipe.stages)
         self.stages = own or self.scheme.stages
@@ -81,82 +83,167 @@ class Trainer:
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
         self.generator = torch.Generator().manual_seed(recipe.seed)
+        self.run_id = distributed.agreed(uuid.uuid4().hex)
+        self.norms = SynchronisedNorms(self.model)
+        self.keeper: Keeper | None = None
         self.share = distributed.rank(), distributed.world()
         self.steps_in_epoch = math.ceil(data.train_size / recipe.batch_size)
         self.layers = dict(binary_layers(model))
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.stage = -1
         self.epochs: list[dict[str, float]] = []
+        # Of the epoch under way: the steps made, the sums of what they gave, where the order of its images came from,
+        # and the signs of the weights at its beginning.
+        self.done = 0
+        self.sums: Tensor | None = None
+        self.order = self.generator.get_state()
+        self.flips = FlipRatio(model) if self.layers else None
         self.watched = _watched(model, record)
         self.histograms: dict[str, dict[str, dict[str, list[float]]]] = {name: {} for name in self.watched}
         self.seconds, self.started = 0.0, time.perf_counter()
         self._keep_histograms(0)
 
     def epoch(self, epoch: int) -> dict[str, float]:
-        """Train and test for one epoch, counted from 1; returns its metrics."""
-        self._enter_stage(epoch)
+        """Train and test for one epoch, counted from 1, or what is left of it; returns its metrics."""
+        if not self.done:
+            self._enter_stage(epoch)
+            self.flips = FlipRatio(self.model) if self.layers else None
         advance(self.model, (epoch - 1) / self.recipe.epochs)
-        flips = FlipRatio(self.model) if self.layers else None
         metrics = {"epoch": float(epoch), "stage": float(self.stage), **self._train_epoch(epoch)}
         if self._stage.recompute_norms and (
             epoch == self.recipe.epochs or stage_of(self.stages, epoch + 1, self.recipe.epochs) != self.stage
         ):
-            update_bn(self._on_device(self.data.measure_batches()), self.model)
+            self._recompute_norms()
         metrics |= self._test()
-        if flips is not None:
-            flips.update()
-            metrics |= {f"flips/{name}" if name else "flips": share for name, share in flips.compute().items()}
+        if self.flips is not None:
+            self.flips.update()
+            metrics |= {f"flips/{name}" if name else "flips": share for name, share in self.flips.compute().items()}
         with torch.no_grad():
             for name, layer in self.layers.items():
                 metrics[f"scale/{name}"] = float(layer.weight_quant.quantize(layer.latent())[1].abs().mean())
         self._keep_histograms(epoch)
         self.epochs.append(metrics)
+        self.done, self.sums, self.order = 0, None, self.generator.get_state()
         return metrics
 
-    def save(self, path: Path) -> None:
-        """Write all that the rest of the run depends on."""
+    def state(self) -> RunState:
+        """All that the rest of the run depends on; the processes of a group call this together."""
         tensors = {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": t for name, t in state.items() if isinstance(t, Tensor)}
-        tensors |= {"random.data": self.generator.get_state(), "random.torch": torch.get_rng_state()}
+        tensors["random.data"] = self.order
+        states = {"torch": torch.get_rng_state()}
         if self.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
-        header = {
-            "recipe": self.recipe.to_dict(),
-            "stage": self.stage,
-            "epochs": self.epochs,
-            "histograms": self.histograms,
-            "seconds": self.seconds + time.perf_counter() - self.started,
-            "scaler": self.scaler.state_dict(),
-        }
-        write_tensors(path, tensors, header)
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        for name, own in states.items():
+            for rank, state in enumerate(distributed.gathered(own.to(self.device))):
+                tensors[f"random.{name}.{rank}"] = state.cpu()
+        if self.sums is not None:
+            tensors["epoch.sums"] = distributed.add_up(self.sums.clone())
+        if self.done and self.flips is not None:
+            tensors |= {f"flips.{name}": signs for name, signs in self.flips.signs.items()}
+        progress = Progress(
+            run_id=self.run_id,
+            recipe=self.recipe.to_dict(),
+            data=self.data.describe(),
+            stage=self.stage,
+            step=self.done,
+            epochs=self.epochs,
+            histograms=self.histograms,
+            seconds=self.seconds + time.perf_counter() - self.started,
+            scaler=self.scaler.state_dict(),
+        )
+        return RunState(progress, tensors)
 
     def resume(self, path: Path) -> int:
-        """Take up the run where ``path`` left it; returns the number of epochs that are done."""
-        tensors, header = read_tensors(path)
-        if Recipe.from_dict(header.get("recipe", {})) != self.recipe:
-            raise InvalidData(f"{path} is not a checkpoint of this recipe; delete it, or give another path")
-        parts: dict[str, dict[str, Tensor]] = {"objective": {}, "optimizer": {}, "random": {}}
-        for name, tensor in tensors.items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = tensor
-        self.objective.load_state_dict(parts["objective"])
+        """Take up the run where ``path`` left it; returns the number of epochs that are done.
+
+        Raises InvalidData naming the file for one that is damaged or of another run; nothing is changed then.
+        """
+        found = read_state(path)
+        if wrong := self._misfit(found):
+            raise InvalidData(f"{path} is not a checkpoint of this run: {wrong}; delete it, or give another path")
+        progress = found.progress
+        self.objective.load_state_dict(found.part("objective"))
         state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in parts["optimizer"].items():
+        for name, tensor in found.part("optimizer").items():
             index, _, key = name.partition(".")
             state.setdefault(int(index), {})[key] = tensor
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         _lay_out_like_parameters(self.optimizer)
-        self.scaler.load_state_dict(header.get("scaler", {}))
-        self.generator.set_state(parts["random"]["data"])
-        torch.set_rng_state(parts["random"]["torch"])
-        if "cuda" in parts["random"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state(parts["random"]["cuda"], self.device)
-        self.epochs, self.histograms, self.seconds = header["epochs"], header["histograms"], header["seconds"]
-        self._set_stage(header["stage"])
-        for _ in range(len(self.epochs) * self.steps_in_epoch):
-            self.tick()
+        self.scaler.load_state_dict(dict(progress.scaler))
+        random = found.part("random")
+        self.order = random["data"]
+        self.generator.set_state(self.order)
+        rank = self.share[0]
+        if f"torch.{rank}" in random:  # it may have had fewer processes
+            torch.set_rng_state(random[f"torch.{rank}"])
+        if f"cuda.{rank}" in random and self.device.type == "cuda":
+            torch.cuda.set_rng_state(random[f"cuda.{rank}"], self.device)
+        self.run_id, self.epochs, self.histograms = progress.run_id, progress.epochs, progress.histograms
+        self.seconds, self.done = progress.seconds, progress.step
+        self.sums = None
+        if self.done:
+            sums = found.tensors["epoch.sums"].to(self.device)
+            self.sums = sums if rank == 0 else torch.zeros_like(sums)
+            if self.flips is not None:
+                self.flips.signs = {name: signs.to(self.device) for name, signs in found.part("flips").items()}
+        if progress.stage >= 0:
+            self._set_stage(progress.stage)
         return len(self.epochs)
+
+    def _misfit(self, found: RunState) -> str | None:
+        """Why the run cannot go on from ``found``."""
+        progress = found.progress
+        try:
+            recipe = Recipe.from_dict(progress.recipe)
+        except BonnQatError as error:
+            return f"its recipe is none, {error}"
+        if recipe != self.recipe:
+            return "it has another recipe"
+        if dict(progress.data) != self.data.describe():
+            return f"it was trained on {dict(progress.data)}, not on {self.data.describe()}"
+        done = len(progress.epochs)
+        if done > recipe.epochs or progress.step > self.steps_in_epoch or (progress.step and done == recipe.epochs):
+            return f"it stands at epoch {done}, step {progress.step}"
+        last = done + bool(progress.step)
+        stage = stage_of(self.stages, last, recipe.epochs) if last else -1
+        if progress.stage != stage:
+            return f"it stands in stage {progress.stage} after epoch {done}, step {progress.step}"
+        if self.scaler.state_dict().keys() != progress.scaler.keys():
+            return "its loss was scaled otherwise"
+        return self._misfitting_tensor(found)
+
+    def _misfitting_tensor(self, found: RunState) -> str | None:
+        step = found.progress.step
+        expected = {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
+        expected["random.data"] = self.order
+        expected |= {
+            name: torch.get_rng_state() if name.startswith("random.torch.") else torch.empty(16, dtype=torch.uint8)
+            for name in found.tensors
+            if name.startswith(("random.torch.", "random.cuda."))
+        }
+        if step:
+            terms = self._terms(self.stages[found.progress.stage])
+            expected["epoch.sums"] = torch.zeros(len(terms) + 1, dtype=torch.float64)
+            signs = self.flips.signs if self.flips is not None else {}
+            expected |= {f"flips.{name}": tensor for name, tensor in signs.items()}
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        states = {"adam": ("exp_avg", "exp_avg_sq", "step"), "sgd": ("momentum_buffer",)}[self.recipe.optimizer]
+        for index, parameter in enumerate(parameters):
+            names = [f"optimizer.{index}.{name}" for name in states]
+            if any(name in found.tensors for name in names):
+                scalar = torch.zeros((), dtype=torch.float32)
+                expected |= {name: scalar if name.endswith(".step") else parameter for name in names}
+        if wrong := fits(found.tensors, expected):
+            return wrong
+        for name in found.tensors:
+            if name.startswith(("random.data", "random.torch.")):
+                try:
+                    torch.Generator().set_state(found.tensors[name])
+                except RuntimeError:
+                    return f"{name} is no state of a generator"
+        return None
 
     def result(self) -> RunResult:
         """What the run gave, once its epochs are done."""
@@ -198,7 +285,8 @@ class Trainer:
             self.optimizer.state.clear()  # the momentum of weights that had another scale
         for name, weight in self._stage.regularizers.items():
             if weight and not (before and before.regularizers.get(name)):
-                self.objective.regularizers[name].start(self._on_device(self.data.measure_batches(share=self.share)))  # type: ignore[operator]
+                batches = self._on_device(self.data.measure_batches(share=self.share), whole=False)
+                self.objective.regularizers[name].start(batches)  # type: ignore[operator]
 
     def _set_stage(self, stage: int) -> None:
         self.stage = stage
@@ -219,29 +307,44 @@ class Trainer:
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         self.objective.train()
-        sums: Tensor | None = None
-        seen = 0
         batches = self.data.train_batches(
-            self.recipe.batch_size, self.generator, augment=self.recipe.augment, share=self.share
+            self.recipe.batch_size, self.generator, augment=self.recipe.augment, share=self.share, start=self.done
         )
-        for step, (images, targets) in enumerate(self._on_device(batches)):
-            self._set_lr((epoch - 1) + step / self.steps_in_epoch)
+        losses = None
+        for images, targets in self._on_device(batches):
+            self._set_lr((epoch - 1) + self.done / self.steps_in_epoch)
             losses = self.step(images, targets)
-            if self.device.type == "cpu" or step % _CHECK_EVERY == 0:
-                self._check(losses, images, epoch, step)
+            looks = self.device.type == "cpu" or self.done % _CHECK_EVERY == 0
+            if looks:
+                self._check(losses, images, epoch, self.done + 1)
             with torch.no_grad():
-                hits = (losses.logits.argmax(1) == targets).float().mean()
-                terms = torch.stack([losses.total.float(), *(term.float() for term in losses.terms.values()), hits])
-                sums = terms * len(targets) if sums is None else sums.add_(terms, alpha=len(targets))
-            seen += len(targets)
-            self.tick()
-        assert sums is not None, "an epoch has at least one batch"
-        self._check(losses, images, epoch, step)
-        means = (distributed.add_up(sums) / (seen * self.share[1])).tolist()
-        names = ["loss", *losses.terms, "top1"]
-        metrics = {f"train/{name}": value for name, value in zip(names, means, strict=True)}
+                hits = (losses.logits.argmax(1) == targets).double().mean()
+                values = [losses.total, *losses.terms.values(), hits, torch.ones_like(hits)]
+                weighted = torch.stack([value.double() for value in values]) * len(targets)
+                self.sums = weighted if self.sums is None else self.sums.add_(weighted)
+            self.done += 1
+            if self.keeper is not None:
+                self.keeper.stepped(self.device, looks=looks)
+        if losses is not None:
+            self._check(losses, images, epoch, self.done)
+        assert self.sums is not None, "an epoch has at least one batch"
+        *means, count = distributed.add_up(self.sums.clone()).tolist()
+        terms = self._terms(self._stage)
+        metrics = {f"train/{name}": total / count for name, total in zip(terms, means, strict=True)}
         metrics["train/top1"] *= 100
         return {"lr": self.optimizer.param_groups[0]["lr"], **metrics}
+
+    def _terms(self, stage: Stage) -> list[str]:
+        """What is summed over an epoch, beside the number of images."""
+        return ["loss", "task", *(name for name in self.objective.regularizers if stage.regularizers.get(name)), "top1"]
+
+    def _recompute_norms(self) -> None:
+        if self.keeper is not None:
+            self.keeper.save()  # for it cannot be left in the middle
+        batches = self._on_device(self.data.measure_batches(share=self.share), whole=False)
+        with self.norms.off(), distributed.alone():  # for the processes have different numbers of batches
+            update_bn(batches, self.model)
+        average_statistics(self.model)
 
     def step(self, images: Tensor, targets: Tensor) -> Losses:
         """Forward, backward and update; nothing here waits for a GPU."""
@@ -264,7 +367,7 @@ class Trainer:
     def _test(self) -> dict[str, float]:
         self.objective.eval()
         sums = torch.zeros(3, device=self.device)  # hits, hits among the first five, loss
-        for images, targets in self._on_device(self.data.test_batches(share=self.share)):
+        for images, targets in self._on_device(self.data.test_batches(share=self.share), whole=True):
             logits = self.model(images)
             order = logits.topk(min(_TOP, logits.shape[1])).indices == targets[:, None]
             loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
@@ -273,19 +376,23 @@ class Trainer:
         metrics = {"test/loss": loss, "test/top1": 100 * top1}
         return metrics | ({"test/top5": 100 * top5} if self.data.classes > _TOP else {})
 
-    def _on_device(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _on_device(self, batches: Iterator[Batch], *, whole: bool | None = None) -> Iterator[Batch]:
+        """The batches, and for those without a step the word to the keeper whether the state is whole between them."""
         for images, targets in batches:
             images, targets = (part.to(self.device, non_blocking=True) for part in (images, targets))
             yield (images.contiguous(memory_format=self.layout) if images.ndim == 4 else images), targets
+            if whole is not None and self.keeper is not None:
+                self.keeper.between(whole=whole)
 
     def _check(self, losses: Losses, images: Tensor, epoch: int, step: int) -> None:
-        if bool(torch.isfinite(losses.total)):
+        # All processes stop together: one that went on alone would wait for the others for ever.
+        if not bool(distributed.add_up((~torch.isfinite(losses.total)).float())):
             return
         term = next((name for name, value in losses.terms.items() if not bool(torch.isfinite(value))), "the sum")
         where = first_non_finite(self.model, images)
         raise TrainingDiverged(
             f"the loss term {term!r} is {losses.terms.get(term, losses.total).item()} at epoch "
-            f"{epoch}, step {step + 1}; {where}; try a lower lr than {self.recipe.lr:g}"
+            f"{epoch}, step {step}; {where}; try a lower lr than {self.recipe.lr:g}"
         )
 
     @torch.no_grad()

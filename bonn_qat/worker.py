@@ -191,8 +191,8 @@ class _Parent:
         self.send("ticks", count)
 
     @hookimpl
-    def bonn_qat_before_run(self) -> None:
-        self.send("hook", "bonn_qat_before_run", {"model": self._model})
+    def bonn_qat_before_run(self, run_id: str) -> None:
+        self.send("hook", "bonn_qat_before_run", {"model": self._model, "run_id": run_id})
 
     @hookimpl
     def bonn_qat_after_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bonn_qat import BonnQatError, Scheme, hookimpl
+from bonn_qat import BonnQatError, Scheme, distributed, hookimpl
 from bonn_qat.functional import sign
 from bonn_qat.quantizers import ActivationQuantizer, WeightQuantizer
 
@@ -87,7 +87,7 @@ class TbnActivation(ActivationQuantizer):
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """I -> (T, 1) or (2 Delta T, 2 Delta)."""
         if self.training:
-            threshold = self.delta * x.detach().abs().mean()
+            threshold = self.delta * distributed.average(x.detach().abs().mean())
             self.running_threshold.lerp_(threshold.to(self.running_threshold.dtype), _MOMENTUM)
         else:
             threshold = self.running_threshold.to(x.dtype, copy=True)

@@ -1,0 +1,201 @@
+"""What two processes find when they train together, and the first of them alone; torchrun starts it, in float64."""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bonn_qat import data, distributed, plugins
+from bonn_qat.errors import TrainingDiverged
+from bonn_qat.recipe import Recipe
+from bonn_qat.results import RunResult
+from bonn_qat.scheme import Stage
+from bonn_qat.train import build, train
+
+EPOCHS, IMAGES, BATCH = 4, 32, 16
+
+
+def recipe(variant: str, **changes: Any) -> Recipe:
+    base = Recipe(epochs=EPOCHS, batch_size=BATCH, lr=0.05, train_images=IMAGES, test_images=33)
+    return dataclasses.replace(base.with_variant(variant), **changes)
+
+
+def images(train_images: int = IMAGES) -> data.Data:
+    digits = data.load("digits", train_images=train_images, test_images=33)
+    standardise = digits._standardise  # type: ignore[attr-defined]
+    digits._standardise = lambda images: standardise(images).double()  # type: ignore[attr-defined]
+    return digits
+
+
+def trained(recipe: Recipe, digits: data.Data, **options: Any) -> tuple[dict[str, Tensor], RunResult]:
+    model = build(recipe, digits)
+    result = train(model, recipe, digits, **options)
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}, result
+
+
+def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+
+
+def flat(state: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensor.double().flatten() for tensor in state.values()])
+
+
+def compared(alone: tuple[dict[str, Tensor], RunResult], together: tuple[dict[str, Tensor], RunResult]) -> dict:
+    pairs = [
+        (one[name], two[name])
+        for one, two in zip(alone[1].epochs, together[1].epochs, strict=True)
+        for name in one
+        if name.startswith(("train/", "test/loss", "scale/", "flips"))
+    ]
+    return {
+        "state": difference(alone[0], together[0]),
+        "metrics": max(abs(one - two) / max(abs(one), 1.0) for one, two in pairs),
+        "top1": max(
+            abs(one["test/top1"] - two["test/top1"])
+            for one, two in zip(alone[1].epochs, together[1].epochs, strict=True)
+        ),
+    }
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step: int, what: Callable[[], None]) -> Callable[[], None]:
+    count = 0
+
+    def tick() -> None:
+        nonlocal count
+        count += 1
+        if count == step:
+            what()
+
+    return tick
+
+
+def raise_stop() -> None:
+    raise Stop
+
+
+def resumed(folder: Path, digits: data.Data, whole: dict[str, Tensor]) -> dict[str, Any]:
+    """A run of two processes that ends in the second epoch, gone on with by both, and by each alone."""
+    path, own = folder / "run.safetensors", folder / f"alone{distributed.rank()}.safetensors"
+    try:
+        trained(recipe("bonn"), digits, checkpoint=path, checkpoint_seconds=0.0, tick=stop_at(4, raise_stop))
+    except Stop:
+        distributed.wait()
+    own.write_bytes(path.read_bytes())
+    distributed.wait()
+    from bonn_qat.run_state import read_state
+
+    progress = read_state(own).progress
+    by_two, _ = trained(recipe("bonn"), digits, checkpoint=path)
+    with distributed.alone():
+        by_one, _ = trained(recipe("bonn"), digits, checkpoint=own)
+    return {
+        "at": [len(progress.epochs), progress.step],
+        "by_two": difference(whole, by_two),
+        "by_one": difference(whole, by_one),
+    }
+
+
+def norms(digits: data.Data, statistics: dict[str, Tensor] | None) -> dict[str, Any]:
+    """The statistics of three batches, which two processes share."""
+    stages = (Stage(recompute_norms=True),)
+    state, _ = trained(recipe("bonn", epochs=1, stages=stages), digits)
+    found = {name: tensor for name, tensor in state.items() if "running" in name or "tracked" in name}
+    return {"found": found} if statistics is None else {"difference": difference(statistics, found)}
+
+
+class InThree(data.Data):
+    """The training set measured in three batches."""
+
+    def __init__(self, digits: data.Data) -> None:
+        self.__dict__.update(digits.__dict__)
+        self._digits = digits
+
+    def train_batches(self, *args: Any, **kwargs: Any) -> Any:
+        return self._digits.train_batches(*args, **kwargs)
+
+    def test_batches(self, *args: Any, **kwargs: Any) -> Any:
+        return self._digits.test_batches(*args, **kwargs)
+
+    def measure_batches(self, batch_size: int = 0, *, share: data.Share = data.WHOLE) -> Any:
+        self.dealt = list(self._digits.measure_batches(11, share=share))
+        return iter(self.dealt)
+
+
+def diverged(digits: data.Data) -> str:
+    class Poisoned(InThree):
+        def train_batches(self, *args: Any, **kwargs: Any) -> Any:
+            for batch, targets in self._digits.train_batches(*args, **kwargs):
+                yield (batch * float("nan") if distributed.rank() else batch), targets
+
+    try:
+        trained(recipe("bonn"), Poisoned(digits))
+    except TrainingDiverged as error:
+        return type(error).__name__
+    return "none"
+
+
+def stopped(folder: Path, digits: data.Data, whole: dict[str, Tensor]) -> dict[str, Any]:
+    """SIGTERM comes to the second process; both stop, and go on."""
+    path, code = folder / "stopped.safetensors", 0
+    tell = (lambda: os.kill(os.getpid(), signal.SIGTERM)) if distributed.rank() else (lambda: None)
+    try:
+        trained(recipe("bonn"), digits, checkpoint=path, tick=stop_at(3, tell))
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    distributed.wait()
+    state, _ = trained(recipe("bonn"), digits, checkpoint=path)
+    codes = [int(c) for c in distributed.gathered(torch.tensor([code]))]
+    return {"codes": codes, "difference": difference(whole, state)}
+
+
+def main(found: Path) -> None:
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    warnings.simplefilter("ignore")
+    digits, names = images(), sorted(plugins.schemes())
+    with tempfile.TemporaryDirectory() as temporary, distributed.process_group():
+        folder = Path(distributed.agreed(temporary))
+        with distributed.alone():
+            alone = {name: trained(recipe(name), digits) for name in names} if os.environ["RANK"] == "0" else {}
+            statistics = norms(InThree(digits), None)["found"]
+        distributed.wait()
+        content: dict[str, Any] = {"schemes": {}}
+        for name in names:
+            together = trained(recipe(name), digits)
+            first, second = distributed.gathered(flat(together[0]))
+            if alone:
+                content["schemes"][name] = {
+                    "ranks_agree": torch.equal(first, second),
+                    **compared(alone[name], together),
+                }
+            if name == "bonn":
+                whole = together[0]
+        three = InThree(digits)
+        content["norms"] = norms(three, statistics)
+        content["norms"]["batches"] = [int(n) for n in distributed.gathered(torch.tensor([len(three.dealt)]))]
+        content["resumed"] = resumed(folder, digits, whole)
+        words = distributed.gathered(torch.tensor(list(diverged(digits).encode())))
+        content["diverged"] = [bytes(word.tolist()).decode() for word in words]
+        content["stopped"] = stopped(folder, digits, whole)
+        if distributed.rank() == 0:
+            found.write_text(json.dumps(content))
+        distributed.wait()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
