@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from bonn_qat.errors import BonnQatError, InvalidRecipe
+from bonn_qat.interrupts import TERMINATED
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,59 +48,169 @@ Jobs = Annotated[
     typer.Option(min=1, help="Runs at once, each a process of its own; on a CPU at most the number of cores."),
 ]
 Size = Annotated[int, typer.Option(help="Height and width of an image.")]
+Epochs = Annotated[int | None, typer.Option(help="Epochs of every run.")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", "-b", help="Of all processes together.")]
+Rate = Annotated[float | None, typer.Option(help="Learning rate of every run.")]
+TrainImages = Annotated[int | None, typer.Option(help="Train on a fixed random part.")]
+TestImages = Annotated[int | None, typer.Option(help="Test on a fixed random part.")]
+Output = Annotated[Path | None, typer.Option(help="Directory for the results; an existing one is continued.")]
+Resume = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIRECTORY", help="Go on with what was begun there, as it was planned, and in its MLflow run."
+    ),
+]
+
+
+def _switch_off_plugins(wanted: bool) -> None:
+    if wanted:
+        from bonn_qat import plugins
+
+        os.environ["BONN_QAT_PLUGINS"] = ""
+        plugins.manager.cache_clear()
+
+
+NoPlugins = Annotated[
+    bool,
+    typer.Option(
+        "--no-plugins", callback=_switch_off_plugins, is_eager=True,
+        help="Load no installed plugin; the environment variable BONN_QAT_PLUGINS names those to load.",
+    ),
+]  # fmt: skip
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    data: DataOption = None,
+    scheme: Annotated[str, typer.Option(help="A scheme, such as xnor:input_scale=true.")] = "bonn",
+    seed: Annotated[int, typer.Option(min=0, help="Decides everything that is random.")] = 0,
+    model: Model = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: Rate = None,
+    train_images: TrainImages = None,
+    test_images: TestImages = None,
+    recipe: RecipeFile = None,
+    settings: Settings = None,
+    data_dir: DataDir = None,
+    img_size: Size = 224,
+    output: Output = None,
+    resume: Resume = None,
+    no_plugins: NoPlugins = False,
+) -> None:
+    """Train one network; its weights, result, checkpoint while it goes on, and report are in the output directory.
+
+    Under torchrun or accelerate launch it is spread over the processes.
+    """
+    from bonn_qat import compare as comparing
+
+    if resume:
+        base, planned = _planned(context, resume)
+    else:
+        flags = {"data": data, "model": model, "epochs": epochs, "batch_size": batch_size, "lr": lr,
+                 "train_images": train_images, "test_images": test_images}  # fmt: skip
+        base = _base(recipe, flags, settings)
+        planned = comparing.plan(base, schemes=[scheme], seeds=[seed])
+    _compare(base, planned, resume or output, data_dir, img_size, jobs=1)
 
 
 @app.command()
 def compare(
+    context: typer.Context,
     data: DataOption = None,
     schemes: Annotated[
-        str, typer.Option(help="Comma-separated schemes, such as xnor:input_scale=true, or all.")
-    ] = "float,xnor,bireal,pcnn,bonn",
+        str | None,
+        typer.Option(
+            help="Comma-separated schemes, such as xnor:input_scale=true, or all; by default the float "
+            "network, xnor, bireal, pcnn and bonn."
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, counted from 0.")] = 1,
     latents: Annotated[str, typer.Option(help="Comma-separated starts of the latent weights: 0.01, float, ...")] = "",
     model: Model = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs of every run.")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", "-b")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of every run.")] = None,
-    train_images: Annotated[int | None, typer.Option(help="Train on a fixed random part.")] = None,
-    test_images: Annotated[int | None, typer.Option(help="Test on a fixed random part.")] = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: Rate = None,
+    train_images: TrainImages = None,
+    test_images: TestImages = None,
     recipe: RecipeFile = None,
     settings: Settings = None,
     jobs: Jobs = 1,
     data_dir: DataDir = None,
     img_size: Size = 224,
-    output: Annotated[
-        Path | None, typer.Option(help="Directory for the results; an existing one is continued.")
-    ] = None,
+    output: Output = None,
+    resume: Resume = None,
+    no_plugins: NoPlugins = False,
 ) -> None:
-    """Train the same network under several schemes, and report accuracy, size and the latent weights."""
+    """Train the same network under several schemes, and report accuracy, size and the latent weights.
+
+    Several processes, on one machine or on many, may be given the same command and output directory: each takes the
+    next run that nobody is at.
+    """
     from bonn_qat import compare as comparing
-    from bonn_qat.data import load
+    from bonn_qat import plugins
+
+    if resume:
+        base, planned = _planned(context, resume)
+    else:
+        flags = {"data": data, "model": model, "epochs": epochs, "batch_size": batch_size, "lr": lr,
+                 "train_images": train_images, "test_images": test_images}  # fmt: skip
+        base = _base(recipe, flags, settings)
+        arms = [name for name in comparing.ARMS if name in plugins.schemes()] if schemes is None else _parts(schemes)
+        planned = comparing.plan(base, schemes=arms, seeds=range(seeds), latents=_parts(latents))
+    _compare(base, planned, resume or output, data_dir, img_size, jobs=jobs)
+
+
+def _base(recipe: Path | None, flags: dict[str, Any], settings: list[str] | None) -> "Recipe":
+    """The recipe that the arms of a comparison have in common."""
     from bonn_qat.recipe import Recipe
-    from bonn_qat.report import differences, terminal_table
-    from bonn_qat.results import MANIFEST, PAGE, read_comparison
     from bonn_qat.settings import with_settings
 
-    base = Recipe.from_toml(recipe) if recipe else Recipe.default(data or "digits")
-    flags: dict[str, Any] = {
-        "data": data,
-        "model": model,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "lr": lr,
-        "train_images": train_images,
-        "test_images": test_images,
-    }
+    base = Recipe.from_toml(recipe) if recipe else Recipe.default(flags["data"] or "digits")
     base = replace(base, **{key: value for key, value in flags.items() if value is not None})
-    base = with_settings(base, _without_arms(settings or []))
-    planned = comparing.plan(base, schemes=_parts(schemes), seeds=range(seeds), latents=_parts(latents))
+    return with_settings(base, _without_arms(settings or []))
+
+
+def _planned(context: typer.Context, directory: Path) -> tuple["Recipe", list["Recipe"]]:
+    """What was planned in the directory of a comparison."""
+    from bonn_qat.recipe import Recipe
+    from bonn_qat.results import read_comparison
+
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    if odd := sorted(given - {"resume", "jobs", "data_dir", "no_plugins"}):
+        raise InvalidRecipe(
+            f"--resume goes on as it was planned: leave out {', '.join('--' + name.replace('_', '-') for name in odd)}"
+        )
+    comparison = read_comparison(directory)
+    if missing := [name for name in comparison.planned if name not in comparison.recipes]:
+        raise InvalidRecipe(
+            f"{directory} does not say how {missing[0]} was planned, for an earlier version began it; give the same "
+            f"command as then, with --output {directory}"
+        )
+    planned = [Recipe.from_dict(comparison.recipes[name]) for name in comparison.planned]
+    if not planned:
+        raise InvalidRecipe(f"nothing was planned in {directory}; begin a comparison with --output")
+    return planned[0], planned
+
+
+def _compare(
+    base: "Recipe", planned: list["Recipe"], output: Path | None, data_dir: Path | None, img_size: int, *, jobs: int
+) -> None:
+    from bonn_qat import compare as comparing
+    from bonn_qat.data import load
+    from bonn_qat.report import differences, terminal_table
+    from bonn_qat.results import MANIFEST, PAGE, read_comparison
+
+    before = read_comparison(output) if output and (output / MANIFEST).exists() else None
     loaded = load(
         base.data,
         directory=data_dir,
         train_images=base.train_images,
         test_images=base.test_images,
         validation_images=base.validation_images,
-        size=img_size,
+        size=int(before.data["image"][1]) if before else img_size,
     )
     directory = _directory(output, loaded.name)
     console.print(
@@ -107,18 +218,29 @@ def compare(
         f"{base.epochs} epochs; {len(planned)} runs; results in {directory}",
         soft_wrap=True,
     )
-    before = read_comparison(directory).results if (directory / MANIFEST).exists() else ()
-    left = {run.name for run in planned} - {result.name for result in before}
-    with _stoppable(directory), _progress(len(left)) as watch:
+    _say_who_is_there(directory)
+    left = {run.name for run in planned} - {result.name for result in (before.results if before else ())}
+    with _stoppable(f"bonn-qat compare --resume {directory}"), _progress(len(left)) as watch:
         comparison = comparing.compare(planned, loaded, directory, jobs=jobs, watch=watch)
     console.print(terminal_table(comparison))
     for difference in differences(comparison):
         console.print(str(difference), soft_wrap=True, markup=False)
     console.print(f"report: {directory / PAGE}", soft_wrap=True)
+    for name in comparison.elsewhere:
+        console.print(f"under way in another process: {name}", soft_wrap=True, markup=False)
     for name, reason in comparison.failures.items():
         console.print(f"failed: {name}: {reason}", soft_wrap=True, markup=False)
-    if comparison.failures or comparison.missing:
+    if comparison.failures or set(comparison.missing) - set(comparison.elsewhere):
         raise typer.Exit(1)
+
+
+def _say_who_is_there(directory: Path) -> None:
+    """The plugins, and where what they observe goes to."""
+    from bonn_qat import plugins
+
+    console.print(f"plugins: {', '.join(plugins.installed()) or 'none'}", soft_wrap=True, markup=False, highlight=False)
+    for line in plugins.manager().hook.bonn_qat_describe(directory=directory):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command()
@@ -142,6 +264,7 @@ def reproduce(
     output: Annotated[
         Path | None, typer.Option(help="Directory for the results; an existing one is continued, or shared by studies.")
     ] = None,
+    no_plugins: NoPlugins = False,
 ) -> None:
     """Run a table or figure of the paper, and report its numbers beside ours.
 
@@ -156,7 +279,8 @@ def reproduce(
     searched = [_rate(part) for part in _parts(rates)]
     count = reproducing.runs(chosen, seeds, searched)
     console.print(f"{chosen.title}; {count} runs, scale {scale:g}; results in {directory}", soft_wrap=True)
-    with _stoppable(directory), _progress(count) as watch:
+    _say_who_is_there(directory)
+    with _stoppable(f"the same command with --output {directory}"), _progress(count) as watch:
         result = reproducing.reproduce(
             chosen, directory, scale=scale, seeds=seeds, rates=searched, search_scale=search_scale,
             settings=settings or [], data=data, data_directory=data_dir, size=img_size, workers=workers, jobs=jobs,
@@ -166,9 +290,11 @@ def reproduce(
         console.print(table)
     console.print(f"report: {directory / f'{chosen.name}.html'}", soft_wrap=True)
     comparisons = [setting.comparison for setting in result.settings]
+    for name in (name for comparison in comparisons for name in comparison.elsewhere):
+        console.print(f"under way in another process: {name}", soft_wrap=True, markup=False)
     for name, reason in (failure for comparison in comparisons for failure in comparison.failures.items()):
         console.print(f"failed: {name}: {reason}", soft_wrap=True, markup=False)
-    if any(comparison.failures or comparison.missing for comparison in comparisons):
+    if any(c.failures or set(c.missing) - set(c.elsewhere) for c in comparisons):
         raise typer.Exit(1)
 
 
@@ -190,6 +316,7 @@ def summary(
     scheme: Annotated[str, typer.Option(help="The scheme, or float.")] = "bonn",
     num_classes: Annotated[int, typer.Option()] = 1000,
     img_size: Size = 224,
+    no_plugins: NoPlugins = False,
 ) -> None:
     """Bits, sizes and multiply-accumulates of a network, layer by layer, and what stays float and why."""
     import timm
@@ -219,6 +346,7 @@ def bench(
         bool, typer.Option("--startup", help="Also start each arm in processes of its own: time and peak memory.")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="Directory for bench.json and bench.svg.")] = None,
+    no_plugins: NoPlugins = False,
 ) -> None:
     """Latency and size of a network on this machine: float PyTorch, onnxruntime float and int8, packed.
 
@@ -269,6 +397,7 @@ def export(
         int | None, typer.Option(help="Height and width; by default those of the training, or 224.")
     ] = None,
     num_classes: Annotated[int | None, typer.Option(help="Classes of a timm model; by default 1000.")] = None,
+    no_plugins: NoPlugins = False,
 ) -> None:
     """Write a binary network as a file for another runtime, and compare what the two give.
 
@@ -294,7 +423,7 @@ def export(
 
 
 @app.command()
-def schemes() -> None:
+def schemes(no_plugins: NoPlugins = False) -> None:
     """The schemes that are installed, with their bits, references and options."""
     from bonn_qat import plugins
 
@@ -309,7 +438,8 @@ def schemes() -> None:
     )
 
 
-_TERMINATED = 128 + signal.SIGTERM
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_NOT_WRITTEN = {*_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
 
 
 class _Stopped(Exception):
@@ -319,19 +449,20 @@ class _Stopped(Exception):
 
 
 @contextmanager
-def _stoppable(directory: Path) -> Iterator[None]:
-    kept = f"finished runs are kept; the same command with --output {directory} goes on from them"
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
+def _stoppable(again: str) -> Iterator[None]:
+    kept = f"finished runs are kept, and the one under way up to its last checkpoint; {again} goes on from there"
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         yield
     except KeyboardInterrupt:
         raise _Stopped(130, f"interrupted; {kept}") from None
     except SystemExit:
-        raise _Stopped(_TERMINATED, f"terminated; {kept}") from None
+        raise _Stopped(TERMINATED, f"terminated; {kept}") from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _NOT_WRITTEN:
             raise
-        raise _Stopped(3, f"the disk is full; {kept}") from error
+        why = "the disk is full" if error.errno in _FULL else f"{error.filename or 'a file'}: {error.strerror}"
+        raise _Stopped(3, f"{why}; {kept}") from error
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -418,8 +549,8 @@ def _parts(text: str) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code.
 
-    0; 1 when a run failed; 2 for bad input, 3 for a full disk, 130 for Ctrl-C, 143 for SIGTERM, each with one line on
-    stderr.
+    0; 1 when a run failed; 2 for bad input, 3 for results that cannot be written, as on a full disk, 130 for Ctrl-C,
+    143 for SIGTERM, each with one line on stderr.
     """
     from bonn_qat.distributed import process_group
 

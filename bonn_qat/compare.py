@@ -11,7 +11,9 @@ import pluggy
 from bonn_qat import distributed, plugins
 from bonn_qat.data import Data
 from bonn_qat.errors import InvalidData, InvalidRecipe
+from bonn_qat.files import sweep
 from bonn_qat.jobs import at_once, check_jobs, in_turn
+from bonn_qat.locks import locked
 from bonn_qat.recipe import Recipe
 from bonn_qat.report import REFERENCE, write_report
 from bonn_qat.results import (
@@ -23,7 +25,7 @@ from bonn_qat.results import (
     write_manifest,
 )
 from bonn_qat.train import check
-from bonn_qat.worker import Outcome, Watch
+from bonn_qat.worker import Elsewhere, Watch
 
 ARMS = ("float", "xnor", "bireal", "pcnn", "bonn")
 ALL = "all"
@@ -69,15 +71,20 @@ def compare(
     directory: Path,
     *,
     jobs: int = 1,
+    waits: bool = False,
     watch: Watch | None = None,
     pm: pluggy.PluginManager | None = None,
 ) -> Comparison:
     """Run every recipe that ``directory`` has no result for, and write the report.
 
-    Each finished run is a file of its own, with its weights beside it, and the one under way leaves a checkpoint
-    after each epoch: after an interruption the report names what is missing, and the same call goes on where it
+    Each finished run is a file of its own, with its weights beside it, and the one under way leaves checkpoints (see
+    :func:`bonn_qat.train`): after an interruption the report names what is missing, and the same call goes on where it
     stopped. A run that diverges is reported as failed, and the others go on. ``watch(recipe, steps)`` gives a context
     in which the value is called after each step.
+
+    Several processes, on one machine or on many that see ``directory``, may make the same call at once: each takes the
+    next run that nobody is at. ``elsewhere`` of the result names those that were under way in others at the end; with
+    ``waits`` it waits for these, and takes up what another one left.
 
     With ``jobs`` above 1 so many runs go on at once, each in a process of its own: several on one GPU where the
     kernels are too small to fill it, or as many as there are cores, which they share as threads unless
@@ -104,63 +111,110 @@ def compare(
     run = functools.partial(at_once, jobs=jobs) if jobs > 1 else in_turn
     try:
         if is_first:
-            hook.bonn_qat_before_comparison(directory=directory, recipes=list(recipes))
-        with contextlib.closing(
-            run(list(missing.values()), data, directory, watch=watch or _no_watch, pm=pm)
-        ) as outcomes:
-            for recipe, outcome in outcomes:
-                comparison = _with_outcome(comparison, recipe, outcome)
-                if is_first and isinstance(outcome, str):
-                    write_manifest(comparison)
+            with _locked(directory):  # for observers of several processes would open their stores together
+                hook.bonn_qat_before_comparison(directory=directory, recipes=list(recipes))
+        left = list(missing.values())
+        for waits_now in (False, True) if waits else (False,):
+            with contextlib.closing(
+                run(left, data, directory, watch=watch or _no_watch, pm=pm, waits=waits_now)
+            ) as outcomes:
+                left = []
+                for recipe, outcome in outcomes:
+                    if isinstance(outcome, Elsewhere):
+                        left.append(recipe)
+                        continue
+                    comparison = _with_outcome(comparison, recipe, outcome)
+                    if is_first and isinstance(outcome, str):
+                        with _locked(directory):
+                            write_manifest(_with_others(comparison))
+        comparison = replace(comparison, elsewhere=[recipe.name for recipe in left])
     finally:
         if is_first:
-            hook.bonn_qat_after_comparison(directory=directory, report=_write_report(comparison))
+            comparison, page = _end(comparison)
+            hook.bonn_qat_after_comparison(directory=directory, report=page)
     return comparison
+
+
+def _locked(directory: Path) -> contextlib.AbstractContextManager[bool]:
+    return locked(directory / ".comparison.lock", waits=True)
 
 
 def _begin(recipes: Sequence[Recipe], data: Data, directory: Path) -> Comparison:
-    planned = [recipe.name for recipe in recipes]
-    described = {
-        "name": data.name,
-        "classes": data.classes,
-        "image": list(data.image),
-        "train": data.train_size,
-        "test": data.test_size,
-    }
-    results: Sequence[RunResult] = ()
     distributed.wait()  # for what the first process may still write there
-    if (directory / MANIFEST).exists():
-        before = read_comparison(directory)
-        wanted = {recipe.name: recipe for recipe in recipes}
-        if dict(before.data) != described or any(
-            # A key that came with a later version has its default in a result of an earlier one.
-            run.name in wanted and wanted[run.name] != Recipe.from_dict(run.recipe)
-            for run in before.results
-        ):
-            raise InvalidData(f"{directory} holds a comparison of other recipes or data; choose another directory")
-        results = before.results
-        planned = list(dict.fromkeys([*before.planned, *planned]))
-    comparison = Comparison(directory=directory, data=described, planned=planned, results=results)
-    distributed.wait()  # until all have read
-    try:
+    with contextlib.ExitStack() as stack:
         if distributed.rank() == 0:
-            write_manifest(comparison)
-    except OSError as error:
-        raise InvalidData(f"cannot write results to {directory}: {error.strerror}") from error
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_locked(directory))
+            except OSError as error:
+                raise InvalidData(f"cannot write results to {directory}: {error.strerror}") from error
+        comparison = _planned(recipes, data, directory)
+        distributed.wait()  # until all have read
+        try:
+            if distributed.rank() == 0:
+                for name in (MANIFEST, PAGE):
+                    sweep(directory / name)
+                write_manifest(comparison)
+        except OSError as error:
+            raise InvalidData(f"cannot write results to {directory}: {error.strerror}") from error
     return comparison
 
 
-def _with_outcome(comparison: Comparison, recipe: Recipe, outcome: Outcome) -> Comparison:
+def _planned(recipes: Sequence[Recipe], data: Data, directory: Path) -> Comparison:
+    """What is to be run, with what is finished and what another call failed at."""
+    wanted = {recipe.name: recipe for recipe in recipes}
+    content = {name: recipe.to_dict() for name, recipe in wanted.items()}
+    fresh = Comparison(directory=directory, data=data.describe(), planned=list(wanted), results=(), recipes=content)
+    if not (directory / MANIFEST).exists():
+        return fresh
+    before = read_comparison(directory)
+    if dict(before.data) != fresh.data or any(
+        # A key that came with a later version has its default in a result of an earlier one.
+        run.name in wanted and wanted[run.name] != Recipe.from_dict(run.recipe)
+        for run in before.results
+    ):
+        raise InvalidData(f"{directory} holds a comparison of other recipes or data; choose another directory")
+    return replace(
+        fresh,
+        planned=list(dict.fromkeys([*before.planned, *wanted])),
+        results=before.results,
+        failures={name: why for name, why in before.failures.items() if name not in wanted},
+        recipes={**before.recipes, **content},
+    )
+
+
+def _with_outcome(comparison: Comparison, recipe: Recipe, outcome: RunResult | str) -> Comparison:
     if isinstance(outcome, str):
         return replace(comparison, failures={**comparison.failures, recipe.name: outcome})
     results = sorted([*comparison.results, outcome], key=lambda result: comparison.planned.index(result.name))
     return replace(comparison, results=results)
 
 
-def _write_report(comparison: Comparison) -> Path:
-    with contextlib.suppress(OSError):  # a full disk must not hide why the comparison stopped
-        return write_report(comparison)
-    return comparison.directory / PAGE
+def _with_others(comparison: Comparison) -> Comparison:
+    """The comparison with what other processes have finished, failed at and planned since it was read."""
+    now = read_comparison(comparison.directory)
+    planned = list(dict.fromkeys([*now.planned, *comparison.planned]))
+    recipes = {**now.recipes, **comparison.recipes}
+    results = {run.name: run for run in (*now.results, *comparison.results)}
+    failures = {**now.failures, **comparison.failures}
+    return replace(
+        comparison,
+        planned=planned,
+        results=[results[name] for name in planned if name in results],
+        failures={name: why for name, why in failures.items() if name not in results},
+        recipes=recipes,
+        elsewhere=[name for name in comparison.elsewhere if name not in results],
+    )
+
+
+def _end(comparison: Comparison) -> tuple[Comparison, Path]:
+    """What there is in the end, and the page of it."""
+    with contextlib.suppress(OSError, InvalidData), _locked(comparison.directory):
+        # A full disk, or a file that was damaged meanwhile, must not hide why the comparison stopped.
+        comparison = _with_others(comparison)
+        write_manifest(comparison)
+        return comparison, write_report(comparison)
+    return comparison, comparison.directory / PAGE
 
 
 @contextlib.contextmanager

@@ -42,15 +42,28 @@ def check_jobs(jobs: int) -> None:
 
 
 def in_turn(
-    recipes: Sequence[Recipe], data: Data, directory: Path, *, watch: Watch, pm: pluggy.PluginManager | None
+    recipes: Sequence[Recipe],
+    data: Data,
+    directory: Path,
+    *,
+    watch: Watch,
+    pm: pluggy.PluginManager | None,
+    waits: bool = False,
 ) -> Generator[tuple[Recipe, Outcome], None, None]:
     """Run one recipe after another in this process, each as :func:`bonn_qat.worker.run`."""
     for recipe in recipes:
-        yield recipe, run(recipe, data, directory, watch=watch, pm=pm)
+        yield recipe, run(recipe, data, directory, watch=watch, pm=pm, waits=waits)
 
 
 def at_once(
-    recipes: Sequence[Recipe], data: Data, directory: Path, *, jobs: int, watch: Watch, pm: pluggy.PluginManager | None
+    recipes: Sequence[Recipe],
+    data: Data,
+    directory: Path,
+    *,
+    jobs: int,
+    watch: Watch,
+    pm: pluggy.PluginManager | None,
+    waits: bool = False,
 ) -> Generator[tuple[Recipe, Outcome], None, None]:
     """As :func:`in_turn`, but ``jobs`` at once and in the order in which they end.
 
@@ -67,6 +80,7 @@ def at_once(
         threads=max(1, _cores() // jobs),
         plugins=_sendable(pm),
         sends_models=any("model" in hook.argnames for hook in pm.hook.bonn_qat_before_run.get_hookimpls()),
+        waits=waits,
     )
     first = [pickle.dumps((task,)), _pickled((data,), InvalidData, f"the data {data.name!r}")]
     waiting = collections.deque(recipes)

@@ -69,6 +69,12 @@ def manager() -> pluggy.PluginManager:
     return create_manager()
 
 
+def installed(pm: pluggy.PluginManager | None = None) -> list[str]:
+    """The installed distributions whose plugins are loaded, with their versions."""
+    found = (pm or manager()).list_plugin_distinfo()
+    return sorted({f"{distribution.project_name} {distribution.version}" for _, distribution in found})
+
+
 def schemes(pm: pluggy.PluginManager | None = None) -> dict[str, Scheme]:
     """Every offered scheme by name. Raises PluginConflict if two plugins offer one name."""
     return _offers("scheme", (pm or manager()).hook.bonn_qat_schemes)

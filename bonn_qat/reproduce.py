@@ -68,8 +68,8 @@ def reproduce(
     check_scale("search's scale", search_scale)
     load = _loader(study, data_directory, size, workers)
 
-    def run(recipes: Sequence[Recipe], place: Path) -> Comparison:
-        return compare.compare(recipes, load(recipes[0]), place, jobs=jobs, watch=watch, pm=pm)
+    def run(recipes: Sequence[Recipe], place: Path, waits: bool = False) -> Comparison:
+        return compare.compare(recipes, load(recipes[0]), place, jobs=jobs, waits=waits, watch=watch, pm=pm)
 
     plans = []
     for paper in study.settings:
@@ -125,11 +125,10 @@ class _Plan(NamedTuple):
     search: Mapping[float, Sequence[Recipe]]
 
 
-def _carried_out(
-    plan: _Plan, place: Path, seeds: int, run: Callable[[Sequence[Recipe], Path], Comparison]
-) -> Iterator[SettingResult]:
+def _carried_out(plan: _Plan, place: Path, seeds: int, run: Callable[..., Comparison]) -> Iterator[SettingResult]:
     """The plan's result; also what there is of it before an interruption goes on its way."""
-    searched = {rate: run(recipes, place / SEARCH / f"lr{rate:g}") for rate, recipes in plan.search.items()}
+    # The choice needs all of them, also those that another process is at.
+    searched = {rate: run(recipes, place / SEARCH / f"lr{rate:g}", waits=True) for rate, recipes in plan.search.items()}
     arms = plan.arms
     if searched:
         arms = tuple(replace(arm, recipe=replace(arm.recipe, lr=best_rate(arm, searched))) for arm in arms)

@@ -52,13 +52,19 @@ class RunResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A comparison as it stands on disk: what was planned, what is finished, and what failed with which words."""
+    """A comparison as it stands on disk: what was planned, what is finished, and what failed with which words.
+
+    ``recipes`` are the planned runs' as data, by name. ``elsewhere`` names runs that another process was at when this
+    one came to them; it is not written.
+    """
 
     directory: Path
     data: Mapping[str, Any]  # name, classes, train, test (numbers of images), image (channels, height, width)
     planned: Sequence[str]  # names of runs, in the order of the table
     results: Sequence[RunResult]
     failures: Mapping[str, str] = field(default_factory=dict)
+    recipes: Mapping[str, Any] = field(default_factory=dict)
+    elsewhere: Sequence[str] = ()
 
     @property
     def missing(self) -> list[str]:
@@ -89,6 +95,7 @@ def write_manifest(comparison: Comparison) -> Path:
             "data": comparison.data,
             "planned": comparison.planned,
             "failures": comparison.failures,
+            "recipes": comparison.recipes,
         },
     )
 

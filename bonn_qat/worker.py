@@ -1,6 +1,7 @@
 """Worker: a run with its files, done here or by a process that gets its runs, and tells of them, through a pipe."""
 
 import contextlib
+import enum
 import importlib
 import os
 import pickle
@@ -19,14 +20,24 @@ from torch import nn
 from bonn_qat import distributed, plugins
 from bonn_qat.checkpoint import write_tensors
 from bonn_qat.data import Data
-from bonn_qat.errors import BonnQatError, InvalidModel
+from bonn_qat.errors import BonnQatError, InvalidModel, TrainingDiverged
+from bonn_qat.files import sweep
 from bonn_qat.hookspecs import hookimpl
+from bonn_qat.locks import locked
 from bonn_qat.recipe import Recipe
-from bonn_qat.results import RUNS, RunResult, write_run
+from bonn_qat.results import RUNS, RunResult, read_run, write_run
 from bonn_qat.train import build, steps, train, weights_header
 
 Watch = Callable[[Recipe, int], contextlib.AbstractContextManager[Callable[[], None]]]
-Outcome = RunResult | str  # what a run gave, or why it failed
+
+
+class Elsewhere(enum.Enum):
+    """Another process is at the run."""
+
+    RUNNING = enum.auto()
+
+
+Outcome = RunResult | str | Elsewhere  # what a run gave, or why it failed
 
 _SECONDS_BETWEEN_TICKS = 0.2
 
@@ -40,29 +51,74 @@ def run(
     pm: pluggy.PluginManager | None,
     device: torch.device | None = None,
     built: Callable[[nn.Module], None] = lambda model: None,
+    waits: bool = False,
 ) -> Outcome:
     """Train what ``recipe`` says and leave the weights and the result in ``directory``'s runs.
 
-    After each epoch a checkpoint is left there, from which the same call goes on. ``watch(recipe, steps)`` is a context
-    whose value is called after each step, and ``built`` gets the network before it is trained. Errors of the
+    A checkpoint is left there while the run goes on, from which the same call continues. ``watch(recipe, steps)`` is a
+    context whose value is called after each step, and ``built`` gets the network before it is trained. Errors of the
     package's own, and a lack of memory, are the outcome; all others are raised. In a process group the first process
     writes.
+
+    Several processes may make the same call: one is at the run, and to the others the outcome is :class:`Elsewhere`,
+    or with ``waits`` the result that they wait for. What is finished is not run again.
     """
-    weights = directory / RUNS / f"{recipe.name}.safetensors"
-    unfinished = weights.with_name(f"{recipe.name}.unfinished.safetensors")
-    try:
-        model = build(recipe, data, pm)
-        built(model)
-        with watch(recipe, steps(recipe, data)) as tick:
-            result = train(model, recipe, data, device=device, checkpoint=unfinished, tick=tick, pm=pm)
+    with _claimed(directory / RUNS / f".{recipe.name}.lock", waits=waits) as is_ours:
+        if not is_ours:
+            return Elsewhere.RUNNING
+        result = directory / RUNS / f"{recipe.name}.json"
+        weights = result.with_name(f"{recipe.name}.safetensors")
+        unfinished = result.with_name(f"{recipe.name}.unfinished.safetensors")
+        try:
+            if distributed.agreed(str(result.exists())) == str(True):
+                return read_run(result)
+            if distributed.rank() == 0:
+                for path in (result, weights, unfinished):
+                    sweep(path)
+            return _carried_out(recipe, data, directory, weights, unfinished, watch, pm, device, built)
+        except TrainingDiverged as error:
+            if distributed.rank() == 0:
+                unfinished.unlink(missing_ok=True)  # it would only diverge again
+            return str(error)
+        except BonnQatError as error:
+            return str(error)
+        except (torch.OutOfMemoryError, MemoryError):
+            return f"out of memory; try fewer jobs, or a batch_size below {recipe.batch_size}"
+
+
+@contextlib.contextmanager
+def _claimed(path: Path, *, waits: bool) -> Iterator[bool]:
+    """Whether this process, or the group that it is of, holds the lock; the first process takes it for all."""
+    with contextlib.ExitStack() as stack:
+        is_ours = True
         if distributed.rank() == 0:
-            write_tensors(weights, model.state_dict(), weights_header(recipe, data))
-            write_run(directory, result)
-            unfinished.unlink(missing_ok=True)
-    except BonnQatError as error:
-        return str(error)
-    except (torch.OutOfMemoryError, MemoryError):
-        return f"out of memory; try fewer jobs, or a batch_size below {recipe.batch_size}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            is_ours = stack.enter_context(locked(path, waits=waits))
+        yield distributed.agreed(str(is_ours)) == str(True)
+        # Whoever still waits for this file finds the run finished; one that is not keeps it.
+        if distributed.rank() == 0 and is_ours and path.with_name(f"{path.stem[1:]}.json").exists():
+            path.unlink(missing_ok=True)
+
+
+def _carried_out(
+    recipe: Recipe,
+    data: Data,
+    directory: Path,
+    weights: Path,
+    unfinished: Path,
+    watch: Watch,
+    pm: pluggy.PluginManager | None,
+    device: torch.device | None,
+    built: Callable[[nn.Module], None],
+) -> RunResult:
+    model = build(recipe, data, pm)
+    built(model)
+    with watch(recipe, steps(recipe, data)) as tick:
+        result = train(model, recipe, data, device=device, checkpoint=unfinished, tick=tick, pm=pm)
+    if distributed.rank() == 0:
+        write_tensors(weights, model.state_dict(), weights_header(recipe, data))
+        write_run(directory, result)
+        unfinished.unlink(missing_ok=True)
     return result
 
 
@@ -82,6 +138,7 @@ class Task(NamedTuple):
     threads: int
     plugins: list[Plugin]
     sends_models: bool
+    waits: bool
 
 
 def send(connection: Connection, *message: object) -> None:
@@ -117,9 +174,10 @@ def work(connection: Connection, index: int) -> None:
             keep = parent.keep if task.sends_models else lambda model: None
             while True:
                 (recipe,) = parent.receive()
-                parent.send(
-                    "over", run(recipe, data, task.directory, watch=parent.watch, pm=pm, device=device, built=keep)
+                outcome = run(
+                    recipe, data, task.directory, watch=parent.watch, pm=pm, device=device, built=keep, waits=task.waits
                 )
+                parent.send("over", outcome)
         except Exception as error:
             parent.send("broken", _portable(error))
 

@@ -17,8 +17,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module imports from lower ranks only; siblings do not know each other. Imports inside functions are exempt:
 # they postpone what is expensive, or reach for a host that may be absent.
 RANKS = {
-    0: ("distributed", "dry_run", "environment", "errors", "files", "functional", "interrupts", "modes", "precision",
-        "thresholds", "variants"),
+    0: ("distributed", "dry_run", "environment", "errors", "files", "functional", "interrupts", "locks", "modes",
+        "precision", "thresholds", "variants"),
     1: ("checkpoint", "policy", "quantizers", "results", "data", "runtime", "sync_norms"),
     2: ("fusion", "run_state", "scheme", "regularizers", "figures"),
     3: ("capture", "recipe", "hookspecs", "report"),
