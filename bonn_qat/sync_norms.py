@@ -2,11 +2,10 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bonn_qat import distributed
@@ -78,6 +77,23 @@ def average_statistics(model: nn.Module) -> None:
                 distributed.add_up(statistic.mul_(own / total))
 
 
+class _Total(torch.autograd.Function):
+    """The sum over all processes; what it is in each of them has the same gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return distributed.add_up(tensor.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return distributed.add_up(grads[0].clone())
+
+
+def _total(tensor: Tensor) -> Tensor:
+    total: Tensor = _Total.apply(tensor)
+    return total
+
+
 class _OnCPU(_BatchNorm):
     # Not a SyncBatchNorm, which DistributedDataParallel refuses on a CPU.
     def _check_input_dim(self, input: Tensor) -> None:
@@ -94,10 +110,10 @@ class _OnCPU(_BatchNorm):
         axes = [axis for axis in range(input.ndim) if axis != 1]
         shape = [-1 if axis == 1 else 1 for axis in range(input.ndim)]
         count = distributed.add_up(input.new_tensor(input.numel() / input.shape[1]))
-        mean = all_reduce(input.sum(axes)) / count  # type: ignore[no-untyped-call]
+        mean = _total(input.sum(axes)) / count
         centred = input - mean.view(shape)
         # In two passes: the difference of two large sums would have no digits left.
-        variance = all_reduce(centred.square().sum(axes)) / count  # type: ignore[no-untyped-call]
+        variance = _total(centred.square().sum(axes)) / count
         self._track(mean.detach(), variance.detach() * count / (count - 1))
         result = centred * torch.rsqrt(variance + self.eps).view(shape)
         return torch.addcmul(self.bias.view(shape), result, self.weight.view(shape)) if self.affine else result

@@ -445,7 +445,8 @@ def lay_out(model: nn.Module, layout: torch.memory_format) -> None:
     """Bring the kernels ``(O, I, kh, kw)`` of ``model`` into ``layout``, in place; no value changes."""
     for parameter in model.parameters():
         if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=layout)
+            # Not contiguous(), which leaves the strides of a 1x1 kernel as they are; those of its gradient are others.
+            parameter.data = torch.empty_like(parameter.data, memory_format=layout).copy_(parameter.data)
 
 
 def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
