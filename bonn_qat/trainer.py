@@ -310,6 +310,8 @@ class Trainer:
         batches = self.data.train_batches(
             self.recipe.batch_size, self.generator, augment=self.recipe.augment, share=self.share, start=self.done
         )
+        if self.done:
+            self._set_lr((epoch - 1) + (self.done - 1) / self.steps_in_epoch)  # there may be no step left to set it
         losses = None
         for images, targets in self._on_device(batches):
             self._set_lr((epoch - 1) + self.done / self.steps_in_epoch)
