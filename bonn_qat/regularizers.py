@@ -336,7 +336,13 @@ def latent_weights(layer: nn.Module) -> Tensor:
     """What a binary layer's quantizer quantizes, ``(O, I, ...)``: its weight, or what it makes of that."""
     make: Callable[[], Tensor] | None = getattr(layer, "latent", None)
     weight: Tensor = make() if make else layer.weight  # type: ignore[assignment]
-    return weight
+    return _whole(weight)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor, gathered from all processes where FSDP2 has spread it over them."""
+    gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
 
 
 def _check(holds: bool, option: str, given: object, allowed: str) -> None:
@@ -359,7 +365,7 @@ def _modulation(quantizer: Any, latent: Tensor) -> tuple[Tensor, Literal["mean",
     """
     modulation = getattr(quantizer, "modulation", None)
     if modulation is not None:
-        return modulation, "one" if getattr(quantizer, "reading", None) == "inverse" else "mean"
+        return _whole(modulation), "one" if getattr(quantizer, "reading", None) == "inverse" else "mean"
     # A clone, because Brevitas' stock quantizer clamps the latent weights that it is given.
     with torch.no_grad():
         scale = quantizer(latent.clone())[1]

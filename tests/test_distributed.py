@@ -149,6 +149,10 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step_with_a_checkpoint(b
     assert both["stopped"]["difference"] == 0
 
 
+def test_a_network_that_fsdp2_spreads_over_two_processes_learns_as_in_one(both: dict[str, Any]) -> None:
+    assert both["sharded"] < 1e-12
+
+
 @pytest.mark.slow
 def test_table4_reads_a_folder_under_torchrun(tmp_path: Path) -> None:
     folder = _folder(tmp_path / "images", 9)

@@ -11,22 +11,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 
-from bonn_qat import data, distributed, plugins
+from bonn_qat import Objective, binarize, data, distributed, parameter_groups, plugins
 from bonn_qat.errors import TrainingDiverged
 from bonn_qat.recipe import Recipe
 from bonn_qat.results import RunResult
 from bonn_qat.scheme import Stage
 from bonn_qat.train import build, train
 
-EPOCHS, IMAGES, BATCH = 4, 32, 16
+IMAGES, BATCH = 32, 16
 
 
 def recipe(variant: str, **changes: Any) -> Recipe:
-    base = Recipe(epochs=EPOCHS, batch_size=BATCH, lr=0.05, train_images=IMAGES, test_images=33)
-    return dataclasses.replace(base.with_variant(variant), **changes)
+    base = Recipe(epochs=2, batch_size=BATCH, lr=0.05, train_images=IMAGES, test_images=33).with_variant(variant)
+    epochs = max(2, len(plugins.find_scheme(base.scheme).stages))
+    return dataclasses.replace(base, **{"epochs": epochs, **changes})
 
 
 def images(train_images: int = IMAGES) -> data.Data:
@@ -163,6 +166,28 @@ def stopped(folder: Path, digits: data.Data, whole: dict[str, Tensor]) -> dict[s
     return {"codes": codes, "difference": difference(whole, state)}
 
 
+def sharded(over_processes: bool) -> dict[str, Tensor]:
+    """The parameters after three steps of a network and its losses, which FSDP2 spreads over the processes."""
+    torch.manual_seed(0)
+    network = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=10, img_size=32)
+    objective = Objective(binarize(network), regularizers={"kernel": 1e-2, "feature": 1e-2})
+    images, targets = torch.randn(4, 3, 32, 32), torch.randint(10, (4,))
+    if over_processes:
+        mesh = torch.distributed.init_device_mesh("cpu", (2,))
+        for block in objective.model.blocks:  # type: ignore[union-attr]
+            fully_shard(block, mesh=mesh)
+        fully_shard(objective, mesh=mesh)
+        images, targets = (part[distributed.rank() :: 2] for part in (images, targets))
+    objective.eval()  # for batch norms would see half of the batch
+    optimizer = torch.optim.SGD(parameter_groups(objective, lr=0.01, weight_decay=0.01), momentum=0.9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        objective(images, targets).total.backward()
+        optimizer.step()
+    whole = {name: getattr(p, "full_tensor", lambda p=p: p)() for name, p in objective.named_parameters()}
+    return {name: tensor.detach() for name, tensor in whole.items()}
+
+
 def main(found: Path) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
@@ -192,6 +217,7 @@ def main(found: Path) -> None:
         words = distributed.gathered(torch.tensor(list(diverged(digits).encode())))
         content["diverged"] = [bytes(word.tolist()).decode() for word in words]
         content["stopped"] = stopped(folder, digits, whole)
+        content["sharded"] = difference(sharded(False), sharded(True))
         if distributed.rank() == 0:
             found.write_text(json.dumps(content))
         distributed.wait()
