@@ -14,7 +14,7 @@ from bonn_qat import distributed, plugins
 from bonn_qat.binarize import binarize, binary_layers
 from bonn_qat.checkpoint import read_tensors
 from bonn_qat.data import Data
-from bonn_qat.errors import BonnQatError, InvalidData, UnknownName
+from bonn_qat.errors import BonnQatError, InvalidData, InvalidRecipe, UnknownName
 from bonn_qat.interrupts import held
 from bonn_qat.precision import products
 from bonn_qat.recipe import Recipe
@@ -26,6 +26,7 @@ from bonn_qat.trainer import Trainer, lay_out
 
 WEIGHTS_FORMAT = 1
 CHECKPOINT_SECONDS = 600.0
+_LARGEST = 2**20  # classes, or pixels along an edge
 
 
 def recipe_scheme(recipe: Recipe, pm: pluggy.PluginManager | None = None) -> Scheme:
@@ -76,7 +77,18 @@ def _build(recipe: Recipe, classes: int, channels: int, pm: pluggy.PluginManager
 def _network(recipe: Recipe, classes: int, channels: int) -> nn.Module:
     import timm
 
-    network: nn.Module = timm.create_model(recipe.model, num_classes=classes, in_chans=channels, **recipe.model_options)
+    try:
+        network: nn.Module = timm.create_model(
+            recipe.model, num_classes=classes, in_chans=channels, **recipe.model_options
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a network of timm makes of its arguments
+        words = " ".join(str(error).split())
+        raise InvalidRecipe(
+            f"timm cannot make {recipe.model!r} for {classes} classes with model_options "
+            f"{dict(recipe.model_options)}: {type(error).__name__}: {words}"
+        ) from error
     return network
 
 
@@ -123,6 +135,8 @@ def restore(path: Path, pm: pluggy.PluginManager | None = None) -> tuple[nn.Modu
         recipe = Recipe.from_dict(header["recipe"])
         options = {**recipe.model_options, "pretrained": False, "checkpoint_path": ""}  # the weights are here
         recipe = replace(recipe, model_options=options, checkpoint="")
+        check(recipe, pm)
+        _check_size(recipe, header["classes"], channels, tensors, path)
         with torch.random.fork_rng():
             model = _build(recipe, header["classes"], channels, pm)
         stages = recipe_scheme(recipe, pm).stages
@@ -132,6 +146,16 @@ def restore(path: Path, pm: pluggy.PluginManager | None = None) -> tuple[nn.Modu
     for _, layer in binary_layers(model):
         layer.enter(stages[stage_of(stages, recipe.epochs, recipe.epochs)])
     return model.eval(), (channels, height, width)
+
+
+def _check_size(recipe: Recipe, classes: int, channels: int, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Before anything of the network's size is allocated: it must be what the file holds, give or take its scheme."""
+    with torch.device("meta"):
+        network = _network(recipe, classes, channels)
+    claimed = sum(parameter.numel() for parameter in network.parameters())
+    held = sum(tensor.numel() for tensor in tensors.values())
+    if claimed > 2 * held + 1024:
+        raise InvalidData(f"{path} holds {held:,} numbers, and says to be a network of {claimed:,}")
 
 
 def _check_header(header: Mapping[str, Any], path: Path) -> None:
@@ -153,9 +177,11 @@ def _check_header(header: Mapping[str, Any], path: Path) -> None:
         )
     recipe, image, classes = header["recipe"], header["image"], header["classes"]
     sizes = [classes, *image] if isinstance(image, list) else []
-    if not isinstance(recipe, dict) or [type(size) for size in sizes] != [int] * 4 or min(sizes) < 1:
+    is_sized = [type(size) for size in sizes] == [int] * 4 and min(sizes) >= 1 and max(sizes) <= _LARGEST
+    if not isinstance(recipe, dict) or not is_sized:
         raise InvalidData(
-            f"{path} is no weights file: {classes!r} classes, images of {image!r}, or a recipe without keys"
+            f"{path} is no weights file: {repr(classes)[:40]} classes, images of {repr(image)[:80]}, or a recipe without "
+            f"keys; sizes are 1 to {_LARGEST}"
         )
 
 
