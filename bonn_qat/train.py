@@ -136,7 +136,7 @@ def restore(path: Path, pm: pluggy.PluginManager | None = None) -> tuple[nn.Modu
         options = {**recipe.model_options, "pretrained": False, "checkpoint_path": ""}  # the weights are here
         recipe = replace(recipe, model_options=options, checkpoint="")
         check(recipe, pm)
-        _check_size(recipe, header["classes"], channels, tensors, path)
+        _check_size(recipe, header["classes"], channels, tensors)
         with torch.random.fork_rng():
             model = _build(recipe, header["classes"], channels, pm)
         stages = recipe_scheme(recipe, pm).stages
@@ -148,14 +148,14 @@ def restore(path: Path, pm: pluggy.PluginManager | None = None) -> tuple[nn.Modu
     return model.eval(), (channels, height, width)
 
 
-def _check_size(recipe: Recipe, classes: int, channels: int, tensors: Mapping[str, Tensor], path: Path) -> None:
+def _check_size(recipe: Recipe, classes: int, channels: int, tensors: Mapping[str, Tensor]) -> None:
     """Before anything of the network's size is allocated: it must be what the file holds, give or take its scheme."""
     with torch.device("meta"):
         network = _network(recipe, classes, channels)
     claimed = sum(parameter.numel() for parameter in network.parameters())
     held = sum(tensor.numel() for tensor in tensors.values())
     if claimed > 2 * held + 1024:
-        raise InvalidData(f"{path} holds {held:,} numbers, and says to be a network of {claimed:,}")
+        raise InvalidData(f"it holds {held:,} numbers, and says to be a network of {claimed:,}")
 
 
 def _check_header(header: Mapping[str, Any], path: Path) -> None:
@@ -180,8 +180,8 @@ def _check_header(header: Mapping[str, Any], path: Path) -> None:
     is_sized = [type(size) for size in sizes] == [int] * 4 and min(sizes) >= 1 and max(sizes) <= _LARGEST
     if not isinstance(recipe, dict) or not is_sized:
         raise InvalidData(
-            f"{path} is no weights file: {repr(classes)[:40]} classes, images of {repr(image)[:80]}, or a recipe without "
-            f"keys; sizes are 1 to {_LARGEST}"
+            f"{path} is no weights file: {repr(classes)[:40]} classes, images of {repr(image)[:80]}, or a recipe "
+            f"without keys; sizes are 1 to {_LARGEST}"
         )
 
 
