@@ -75,7 +75,7 @@ def test_the_other_commands_name_studies_settings_and_options_that_there_are() -
             assert studies.settings
         if name == "export":
             assert given["format"] in FORMATS
-    assert names == [*["export", "bench"], *4 * ["reproduce"]]
+    assert names == ["export", "bench", *3 * ["train"], "compare", *4 * ["reproduce"]]
 
 
 @pytest.mark.parametrize("hook", [name for name in vars(hookspecs) if name.startswith("bonn_qat_")])
