@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bonn_qat.recipe import Recipe
+    from bonn_qat.scheme import Scheme
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Train and compare 1-bit networks.")
 console = Console(quiet=os.environ.get("RANK", "0") != "0")  # under a launcher the first process speaks
@@ -110,7 +112,7 @@ def train(
     else:
         flags = {"data": data, "model": model, "epochs": epochs, "batch_size": batch_size, "lr": lr,
                  "train_images": train_images, "test_images": test_images}  # fmt: skip
-        base = _base(recipe, flags, settings)
+        base = _base(recipe, flags, settings, {"scheme": "--scheme", "seed": "--seed"})
         planned = comparing.plan(base, schemes=[scheme], seeds=[seed])
     _compare(base, planned, resume or output, data_dir, img_size, jobs=1)
 
@@ -156,20 +158,23 @@ def compare(
     else:
         flags = {"data": data, "model": model, "epochs": epochs, "batch_size": batch_size, "lr": lr,
                  "train_images": train_images, "test_images": test_images}  # fmt: skip
-        base = _base(recipe, flags, settings)
+        base = _base(recipe, flags, settings, {"scheme": "--schemes", "seed": "--seeds"})
         arms = [name for name in comparing.ARMS if name in plugins.schemes()] if schemes is None else _parts(schemes)
         planned = comparing.plan(base, schemes=arms, seeds=range(seeds), latents=_parts(latents))
     _compare(base, planned, resume or output, data_dir, img_size, jobs=jobs)
 
 
-def _base(recipe: Path | None, flags: dict[str, Any], settings: list[str] | None) -> "Recipe":
-    """The recipe that the arms of a comparison have in common."""
+def _base(recipe: Path | None, flags: dict[str, Any], settings: list[str] | None, own: dict[str, str]) -> "Recipe":
+    """The recipe that the runs have in common; ``own`` are keys that each has for itself, and options for them."""
     from bonn_qat.recipe import Recipe
     from bonn_qat.settings import with_settings
 
     base = Recipe.from_toml(recipe) if recipe else Recipe.default(flags["data"] or "digits")
     base = replace(base, **{key: value for key, value in flags.items() if value is not None})
-    return with_settings(base, _without_arms(settings or []))
+    for setting in settings or []:
+        if option := own.get(setting.partition("=")[0].strip()):
+            raise InvalidRecipe(f"{setting} cannot be set; use {option}")
+    return with_settings(base, settings or [])
 
 
 def _planned(context: typer.Context, directory: Path) -> tuple["Recipe", list["Recipe"]]:
@@ -179,10 +184,9 @@ def _planned(context: typer.Context, directory: Path) -> tuple["Recipe", list["R
 
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-    if odd := sorted(given - {"resume", "jobs", "data_dir", "no_plugins"}):
-        raise InvalidRecipe(
-            f"--resume goes on as it was planned: leave out {', '.join('--' + name.replace('_', '-') for name in odd)}"
-        )
+    given -= {"resume", "jobs", "data_dir", "no_plugins"}
+    if odd := sorted(max(option.opts, key=len) for option in context.command.params if option.name in given):
+        raise InvalidRecipe(f"--resume goes on as it was planned: leave out {', '.join(odd)}")
     comparison = read_comparison(directory)
     if missing := [name for name in comparison.planned if name not in comparison.recipes]:
         raise InvalidRecipe(
@@ -217,15 +221,18 @@ def _compare(
         f"{loaded.name}: {loaded.train_size} training and {loaded.test_size} test images; {base.model}, "
         f"{base.epochs} epochs; {len(planned)} runs; results in {directory}",
         soft_wrap=True,
+        markup=False,
     )
     _say_who_is_there(directory)
     left = {run.name for run in planned} - {result.name for result in (before.results if before else ())}
-    with _stoppable(f"bonn-qat compare --resume {directory}"), _progress(len(left)) as watch:
+    place = f" --data-dir {shlex.quote(str(data_dir))}" if data_dir else ""
+    again = f"bonn-qat compare --resume {shlex.quote(str(directory))}{place}"
+    with _stoppable(again), _progress(len(left)) as watch:
         comparison = comparing.compare(planned, loaded, directory, jobs=jobs, watch=watch)
     console.print(terminal_table(comparison))
     for difference in differences(comparison):
         console.print(str(difference), soft_wrap=True, markup=False)
-    console.print(f"report: {directory / PAGE}", soft_wrap=True)
+    console.print(f"report: {directory / PAGE}", soft_wrap=True, markup=False)
     for name in comparison.elsewhere:
         console.print(f"under way in another process: {name}", soft_wrap=True, markup=False)
     for name, reason in comparison.failures.items():
@@ -278,9 +285,11 @@ def reproduce(
     directory = _directory(output, chosen.name)
     searched = [_rate(part) for part in _parts(rates)]
     count = reproducing.runs(chosen, seeds, searched)
-    console.print(f"{chosen.title}; {count} runs, scale {scale:g}; results in {directory}", soft_wrap=True)
+    console.print(
+        f"{chosen.title}; {count} runs, scale {scale:g}; results in {directory}", soft_wrap=True, markup=False
+    )
     _say_who_is_there(directory)
-    with _stoppable(f"the same command with --output {directory}"), _progress(count) as watch:
+    with _stoppable(f"the same command with --output {shlex.quote(str(directory))}"), _progress(count) as watch:
         result = reproducing.reproduce(
             chosen, directory, scale=scale, seeds=seeds, rates=searched, search_scale=search_scale,
             settings=settings or [], data=data, data_directory=data_dir, size=img_size, workers=workers, jobs=jobs,
@@ -288,7 +297,7 @@ def reproduce(
         )  # fmt: skip
     for table in study_report.terminal_tables(result):
         console.print(table)
-    console.print(f"report: {directory / f'{chosen.name}.html'}", soft_wrap=True)
+    console.print(f"report: {directory / f'{chosen.name}.html'}", soft_wrap=True, markup=False)
     comparisons = [setting.comparison for setting in result.settings]
     for name in (name for comparison in comparisons for name in comparison.elsewhere):
         console.print(f"under way in another process: {name}", soft_wrap=True, markup=False)
@@ -307,7 +316,7 @@ def report(directory: Annotated[Path, typer.Argument(help="The results of a comp
     comparison = read_comparison(directory)
     page = write_report(comparison)
     console.print(terminal_table(comparison))
-    console.print(f"report: {page}", soft_wrap=True)
+    console.print(f"report: {page}", soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -329,7 +338,9 @@ def summary(
     if not timm.is_model(model):
         raise UnknownName("model", model, timm.list_models())
     size = (3, img_size, img_size)
-    network = binarize(timm.create_model(model, num_classes=num_classes), scheme, input_size=size, inplace=True)
+    network = binarize(
+        timm.create_model(model, num_classes=num_classes), _scheme(scheme), input_size=size, inplace=True
+    )
     typer.echo(str(summarise(network, size)))
 
 
@@ -366,7 +377,7 @@ def bench(
         raise UnknownName("model", model, timm.list_models())
     size = (3, img_size, img_size)
     network = timm.create_model(model, num_classes=num_classes)
-    binary = binarize(network, scheme, input_size=size)
+    binary = binarize(network, _scheme(scheme), input_size=size)
     with console.status("starting") as status:
         found = measure(
             network, binary, size, name=model, batches=batches, threads=counts or None, rounds=rounds,
@@ -390,7 +401,7 @@ def export(
     source: Annotated[
         str, typer.Argument(help="The weights that a comparison left, runs/NAME.safetensors, or any timm model.")
     ],
-    format: Annotated[str, typer.Option(help="onnx, qonnx or pt2.")],
+    format: Annotated[str, typer.Option(help="onnx, qonnx, pt2, packed or c.")],
     output: Annotated[Path, typer.Option(help="The file to write.")],
     scheme: Annotated[str | None, typer.Option(help="The scheme of a timm model; by default bonn.")] = None,
     img_size: Annotated[
@@ -461,10 +472,13 @@ def _stoppable(again: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _NOT_WRITTEN:
             raise
-        why = "the disk is full" if error.errno in _FULL else f"{error.filename or 'a file'}: {error.strerror}"
-        raise _Stopped(3, f"{why}; {kept}") from error
+        raise _Stopped(3, f"{_why(error)}; {kept}") from error
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _why(error: OSError) -> str:
+    return "the disk is full" if error.errno in _FULL else f"{error.filename or 'a file'}: {error.strerror}"
 
 
 @contextmanager
@@ -490,14 +504,6 @@ def _progress(runs: int) -> Iterator[Callable[["Recipe", int], AbstractContextMa
         yield watch
 
 
-def _without_arms(settings: list[str]) -> list[str]:
-    for setting in settings:
-        key = setting.partition("=")[0].strip()
-        if key in ("scheme", "seed"):
-            raise InvalidRecipe(f"{key} is another one in every run of a comparison; use --{key}s")
-    return settings
-
-
 def _source(
     source: str, scheme: str | None, img_size: int | None, num_classes: int | None
 ) -> tuple["nn.Module", tuple[int, int, int]]:
@@ -518,7 +524,14 @@ def _source(
         raise UnknownName("model", source, timm.list_models())
     size = (3, img_size or 224, img_size or 224)
     network = timm.create_model(source, num_classes=1000 if num_classes is None else num_classes)
-    return binarize(network, scheme or "bonn", input_size=size, inplace=True), size
+    return binarize(network, _scheme(scheme or "bonn"), input_size=size, inplace=True), size
+
+
+def _scheme(variant: str) -> "Scheme":
+    from bonn_qat.recipe import Recipe
+    from bonn_qat.train import recipe_scheme
+
+    return recipe_scheme(Recipe().with_variant(variant))
 
 
 def _directory(output: Path | None, name: str) -> Path:
@@ -556,14 +569,22 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         with process_group():
-            app(args=arguments)
-    except SystemExit as stop:
-        return int(stop.code or 0)
+            code: int | None = app(args=arguments, standalone_mode=False)
     except _Stopped as stopped:
         return _fail(stopped.code, str(stopped))
     except BonnQatError as error:
         return _fail(2, str(error))
-    return 0
+    except OSError as error:
+        if error.errno not in _NOT_WRITTEN:
+            raise
+        return _fail(3, _why(error))
+    except Exception as error:
+        # typer's own, of whichever library it has its parser from
+        if not hasattr(error, "format_message"):
+            raise
+        words = error.format_message()
+        return _fail(2, words) if words else 2  # the help was printed
+    return code or 0
 
 
 def _fail(code: int, message: str) -> int:

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bonn_qat.errors import BonnQatError
+
 _is_alone = False
 
 
@@ -79,14 +81,24 @@ def wait() -> None:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """A process group for the block if a launcher has started several processes (``WORLD_SIZE``), else nothing."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or _grouped():
+    """A process group for the block if a launcher has started several processes (``WORLD_SIZE``), else nothing.
+
+    Raises BonnQatError for variables of the environment that no launcher leaves.
+    """
+    said = os.environ.get("WORLD_SIZE", "1")
+    if said == "1" or _grouped():
         yield
         return
     own = device()
     if own.type == "cuda":
         torch.cuda.set_device(own)
-    dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
+    except ValueError as error:
+        raise BonnQatError(
+            f"WORLD_SIZE is {said!r} in the environment, but the rest of what a launcher sets is not there "
+            f"({' '.join(str(error).split())}); start with torchrun or accelerate launch, or unset WORLD_SIZE"
+        ) from error
     try:
         yield
     finally:

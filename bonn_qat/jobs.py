@@ -25,7 +25,7 @@ from bonn_qat.worker import Outcome, Plugin, Task, Watch, receive, run, send, wo
 
 _NAME = "bonn-qat job"
 _SECONDS_TO_STOP = 10.0
-_TIMELINE = ("bonn_qat_before_", "bonn_qat_after_")
+_TIMELINE = ("bonn_qat_before_", "bonn_qat_after_", "bonn_qat_describe")  # what observers implement
 _GUARD = "a script that compares with several jobs does so below `if __name__ == '__main__':`"
 # CUDA does not survive a fork, nor do the threads of OpenMP.
 _CONTEXT = multiprocessing.get_context("spawn")

@@ -17,10 +17,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module imports from lower ranks only; siblings do not know each other. Imports inside functions are exempt:
 # they postpone what is expensive, or reach for a host that may be absent.
 RANKS = {
-    0: ("distributed", "dry_run", "environment", "errors", "files", "functional", "interrupts", "locks", "modes",
+    0: ("dry_run", "environment", "errors", "files", "functional", "interrupts", "locks", "modes",
         "precision", "thresholds", "variants"),
-    1: ("checkpoint", "policy", "quantizers", "results", "data", "runtime", "sync_norms"),
-    2: ("fusion", "run_state", "scheme", "regularizers", "figures"),
+    1: ("checkpoint", "distributed", "policy", "quantizers", "results", "data", "runtime"),
+    2: ("fusion", "run_state", "sync_norms", "scheme", "regularizers", "figures"),
     3: ("capture", "recipe", "hookspecs", "report"),
     4: ("plugins", "layers", "bonn", "models", "schedule", "settings", "study"),
     5: ("binarize", "objective", "study_report"),

@@ -121,7 +121,9 @@ def test_a_run_that_was_interrupted_goes_on_from_its_last_epoch(tmp_path: Path, 
     pm.register(observer)
     with pytest.raises(KeyboardInterrupt):
         compare([recipe], digits, tmp_path / "twice", pm=pm)
-    assert [path.name for path in (tmp_path / "twice" / RUNS).glob("[!.]*")] == [f"{recipe.name}.unfinished.safetensors"]
+    assert [path.name for path in (tmp_path / "twice" / RUNS).glob("[!.]*")] == [
+        f"{recipe.name}.unfinished.safetensors"
+    ]
     twice = compare([recipe], digits, tmp_path / "twice")
     assert twice.results[0].epochs == whole.results[0].epochs
     weights = [safetensors.torch.load_file(tmp_path / part / RUNS / f"{recipe.name}.safetensors")

@@ -1,32 +1,30 @@
-"""The observer: a comparison is a parent run, each of its runs a child, each epoch one batch of metrics.
+"""The observer: the timeline's hooks, each as an event for the sender's thread.
 
-A comparison that begins within another, as those of a study do, is a child of the other's run, in the other's store.
-
-Only MLflow's client is used, never its active run, so a program's own tracking is left as it is. MLflow is
-imported at the first run. Whatever fails here warns once and lets the training go on.
+What must be seen in the program's own thread is seen here: the working directory, MLflow's active run, and whether an
+interruption is on its way up. Nothing here waits for a store or imports MLflow, and whatever fails warns once and lets
+the training go on.
 """
 
 import contextlib
-import logging
+import hashlib
 import os
+import re
 import sys
 import time
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from bonn_qat import hookimpl
-from bonn_qat_mlflow.flat import allowed, flatten
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
+from bonn_qat_mlflow.events import ComparisonBegan, ComparisonEnded, EpochEnded, RunBegan, RunEnded
+from bonn_qat_mlflow.sender import Place, Sender
+from bonn_qat_mlflow.store import reason
+from bonn_qat_mlflow.where import active_run, experiment_of, masked, own_uri, told_uri
 
 EXPERIMENT = "bonn-qat"  # of runs outside a comparison
-DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
-PARENT_TAG, DIRECTORY_TAG = "mlflow.parentRunId", "bonn_qat.directory"
-_PARAMS_PER_BATCH, _METRICS_PER_BATCH = 100, 1000
 
 
 class _Recipe(Protocol):
@@ -35,208 +33,192 @@ class _Recipe(Protocol):
     def to_dict(self) -> dict[str, Any]: ...
 
 
-class _Place(NamedTuple):
-    client: "MlflowClient"
-    experiment: str
-    parent: str | None
-
-
 @dataclass
 class _Comparison:
     directory: Path
-    place: _Place | None = None  # None where the store is out of reach
+    name: str  # the directory as events name it
     all_finished: bool = True
 
 
-class Tracker:
-    """The timeline hooks, with what they must remember between two calls."""
+@dataclass
+class _Run:
+    place: Place
+    id: str
 
-    def __init__(self) -> None:
+
+class Tracker:
+    """The hooks, with what they must remember between two calls."""
+
+    def __init__(self, sender: Sender | None = None) -> None:
+        self._sender = sender or Sender()
+        self._place: Place | None = None  # of the comparisons
         self._comparisons: list[_Comparison] = []  # the outermost first
-        self._runs: dict[str, tuple[MlflowClient, str]] = {}
+        self._runs: dict[str, _Run] = {}
         self._warned = False
+
+    @staticmethod  # so that it can be sent to another process
+    @hookimpl
+    def bonn_qat_describe(directory: Path) -> str | None:
+        """Name store and experiment of a comparison in ``directory``."""
+        directory = directory.resolve()
+        return f"MLflow: {masked(told_uri() or own_uri(directory))}, experiment {experiment_of(directory)}"
 
     @hookimpl
     def bonn_qat_before_comparison(self, directory: Path) -> None:
-        """Open the comparison's run, or open it again if the comparison goes on."""
-        outer = self._comparisons[-1] if self._comparisons else None
-        comparison = _Comparison(directory.resolve())
-        self._comparisons.append(comparison)
-        if outer is None:
-            with self._training_goes_on():
-                comparison.place = _open_comparison(comparison.directory)
-        elif outer.place is not None:
-            with self._training_goes_on():
-                comparison.place = _open_run(outer.place, comparison.directory, outer.directory)
+        """Begin the comparison's run, or go on with it."""
+        with self._training_goes_on():
+            directory = directory.resolve()
+            if not self._comparisons:
+                self._place = Place(directory, told_uri())
+            assert self._place is not None
+            above = self._comparisons[-1].name if self._comparisons else None
+            inner = _Comparison(directory, _name(directory, self._place.directory))
+            self._comparisons.append(inner)
+            self._sender.put(
+                self._place,
+                ComparisonBegan(
+                    time=_now(),
+                    directory=inner.name,
+                    above=above,
+                    experiment=experiment_of(self._place.directory),
+                    store=_shown(self._place),
+                ),
+            )
 
     @hookimpl
-    def bonn_qat_before_run(self, recipe: _Recipe) -> None:
-        """Open a run below the comparison's, or below the program's active one."""
+    def bonn_qat_before_run(self, recipe: _Recipe, run_id: str) -> None:
+        """Begin or continue a run below the comparison's, or below the program's active one."""
         self._runs.pop(recipe.name, None)
-        comparison = self._comparisons[-1] if self._comparisons else None
-        if comparison is not None and comparison.place is None:
-            return
         with self._training_goes_on():
-            client, experiment, parent = (comparison and comparison.place) or _default_place()
-            content = recipe.to_dict()
-            tags = {"backbone": str(content.get("model"))}
-            tags.update((key, str(content[key])) for key in ("scheme", "data", "seed") if key in content)
-            if parent is not None:
-                tags[PARENT_TAG] = parent
-            run = client.create_run(experiment, tags=tags, run_name=recipe.name).info.run_id
-            self._runs[recipe.name] = client, run
-            _log_params(client, run, flatten(content))
+            comparison = self._comparisons[-1].name if self._comparisons else None
+            place, experiment, parent = self._place, "", None
+            if comparison is None or place is None:
+                parent = active_run()
+                place = _working_place(parent is not None)
+                experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+            run = _Run(place, _identity(run_id))
+            self._sender.put(
+                place,
+                RunBegan(
+                    time=_now(),
+                    run=run.id,
+                    name=recipe.name,
+                    recipe=recipe.to_dict(),
+                    comparison=comparison,
+                    experiment=experiment,
+                    parent_experiment=parent.experiment if parent else None,
+                    parent_run=parent.run if parent else None,
+                    store=_shown(place),
+                ),
+            )
+            self._runs[recipe.name] = run
 
     @hookimpl
     def bonn_qat_after_epoch(self, recipe: _Recipe, epoch: int, metrics: Mapping[str, float]) -> None:
         """Log the epoch's metrics with the epoch as their step."""
-        if recipe.name in self._runs:
+        run = self._runs.get(recipe.name)
+        if run is not None:
             with self._training_goes_on():
-                _log_metrics(*self._runs[recipe.name], metrics, step=epoch)
+                self._sender.put(run.place, EpochEnded(time=_now(), run=run.id, epoch=epoch, metrics=metrics))
 
     @hookimpl
     def bonn_qat_after_run(self, recipe: _Recipe, report: Mapping[str, Any] | None) -> None:
         """Log the results file and end the run: FINISHED, or without a report KILLED or FAILED."""
         if self._comparisons:
             self._comparisons[-1].all_finished &= report is not None
-        if recipe.name not in self._runs:
+        run = self._runs.pop(recipe.name, None)
+        if run is None:
             return
-        client, run = self._runs.pop(recipe.name)
-        if report is not None:
-            with self._training_goes_on():
-                _log_report(client, run, recipe.name, report)
         with self._training_goes_on():
-            client.set_terminated(run, _status(report is not None))
+            # A finished run is not told again, so it must not be in memory alone once this returns.
+            ended = RunEnded(time=_now(), run=run.id, status=_status(report is not None), report=report)
+            self._sender.put(run.place, ended, keep=bool(self._comparisons))
+            if not self._comparisons:
+                self._sender.wait(interrupted=_interrupted())
 
     @hookimpl
     def bonn_qat_after_comparison(self, directory: Path, report: Path) -> None:
-        """Log the comparison's page and end its run: FINISHED if every run did."""
+        """Log the comparison's page, if it is below the directory, and end its run: FINISHED if every run did."""
         here = directory.resolve()
         if here not in [comparison.directory for comparison in self._comparisons]:
             return
         while self._comparisons[-1].directory != here:  # one within, of whose end nobody told
             self._comparisons[-1].all_finished = False
             self._close(None)
-        self._close(report)
+        self._close(report.resolve())
+        if not self._comparisons:
+            self._place = None
+            self._sender.wait(interrupted=_interrupted())
 
-    def _close(self, report: Path | None) -> None:
-        comparison = self._comparisons.pop()
+    def flush(self, seconds: float = 60.0) -> None:
+        """Wait until all that was told is sent or in the file, at most ``seconds``."""
+        self._sender.wait(seconds)
+
+    def _close(self, page: Path | None) -> None:
+        comparison, place = self._comparisons.pop(), self._place
         if self._comparisons:
             self._comparisons[-1].all_finished &= comparison.all_finished
-        if comparison.place is None or comparison.place.parent is None:
+        if place is None:
             return
-        client, _, run = comparison.place
         with self._training_goes_on():
-            if report is not None and report.exists():
-                client.log_artifact(run, str(report))
-        with self._training_goes_on():
-            client.set_terminated(run, _status(comparison.all_finished))
+            below = page is not None and page.is_relative_to(place.directory)
+            self._sender.put(
+                place,
+                ComparisonEnded(
+                    time=_now(),
+                    directory=comparison.name,
+                    status=_status(comparison.all_finished),
+                    page=page.relative_to(place.directory).as_posix() if page is not None and below else None,
+                ),
+            )
 
     @contextlib.contextmanager
     def _training_goes_on(self) -> Iterator[None]:
         try:
             yield
+        except Warning:  # who makes errors of warnings wants to see them
+            raise
         except Exception as error:
             if not self._warned:
                 self._warned = True
-                reason = (str(error).splitlines() or [""])[0]
                 warnings.warn(
-                    f"MLflow could not track this ({type(error).__name__}: {reason}); the training goes on",
-                    RuntimeWarning,
-                    stacklevel=3,
+                    f"MLflow could not track this ({reason(error)}); the training goes on", RuntimeWarning, stacklevel=3
                 )
 
 
 TRACKER = Tracker()
 
 
-def _status(finished: bool) -> str:
+def _now() -> int:
+    return int(1000 * time.time())
+
+
+def _working_place(has_active_run: bool) -> Place:
+    """The working directory, and the active run's store, which MLflow may have chosen itself."""
+    here, uri = Path.cwd(), told_uri(or_default=has_active_run)
+    return Place(here, None if uri == own_uri(here) else uri)
+
+
+def _name(directory: Path, outermost: Path) -> str:
+    below = directory.is_relative_to(outermost)
+    return directory.relative_to(outermost).as_posix() if below else directory.as_posix()
+
+
+def _shown(place: Place) -> str | None:
+    return None if place.uri is None else masked(place.uri)
+
+
+def _identity(run_id: str) -> str:
+    """The run's id as an event takes it; a run without one gets a new one, so that its events may be told again."""
+    if re.fullmatch(r"[\w.:-]{1,200}", run_id):
+        return run_id
+    return hashlib.sha256(run_id.encode()).hexdigest() if run_id else uuid.uuid4().hex
+
+
+def _interrupted() -> bool:
     # The hooks are called while an interruption is on its way up.
-    interrupted = isinstance(sys.exception(), KeyboardInterrupt | SystemExit)
-    return "KILLED" if interrupted else "FINISHED" if finished else "FAILED"
+    return isinstance(sys.exception(), KeyboardInterrupt | SystemExit)
 
 
-def open_store(directory: Path | None) -> "MlflowClient":
-    """The store that MLflow is told to use, else a database in ``directory``, else MLflow's default."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    import mlflow
-
-    for chatty in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    if directory is None or mlflow.is_tracking_uri_set():
-        return mlflow.MlflowClient()
-    return mlflow.MlflowClient(tracking_uri=f"sqlite:///{(directory / DATABASE).as_posix()}")
-
-
-def _open_comparison(directory: Path) -> _Place:
-    import mlflow
-
-    client = open_store(directory)
-    artifacts = None if mlflow.is_tracking_uri_set() else (directory / ARTIFACTS).as_uri()
-    experiment = _experiment(client, os.environ.get("MLFLOW_EXPERIMENT_NAME") or directory.name, artifacts)
-    return _open_run(_Place(client, experiment, None), directory, directory.parent)
-
-
-def _open_run(outer: _Place, directory: Path, above: Path) -> _Place:
-    """The run of the comparison in ``directory``, below the outer's; its name is the way there from ``above``."""
-    client, experiment, parent = outer
-    for run in client.search_runs([experiment], filter_string=f"tags.`{DIRECTORY_TAG}` LIKE '%'"):
-        if run.data.tags[DIRECTORY_TAG] == str(directory):
-            client.update_run(run.info.run_id, status="RUNNING")
-            return _Place(client, experiment, run.info.run_id)
-    tags = {DIRECTORY_TAG: str(directory)} | ({PARENT_TAG: parent} if parent is not None else {})
-    name = directory.relative_to(above).as_posix() if directory.is_relative_to(above) else directory.name
-    run = client.create_run(experiment, tags=tags, run_name=name)
-    return _Place(client, experiment, run.info.run_id)
-
-
-def _default_place() -> _Place:
-    client = open_store(None)
-    import mlflow
-
-    active = mlflow.active_run()
-    if active is not None:
-        return _Place(client, active.info.experiment_id, active.info.run_id)
-    return _Place(client, _experiment(client, os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT), None)
-
-
-def _experiment(client: "MlflowClient", name: str, artifacts: str | None = None) -> str:
-    known = client.get_experiment_by_name(name)
-    found: str = known.experiment_id if known else client.create_experiment(name, artifact_location=artifacts)
-    return found
-
-
-def _log_params(client: "MlflowClient", run: str, params: Mapping[str, str]) -> None:
-    from mlflow.entities import Param
-
-    for batch in _batches([Param(key, value) for key, value in params.items()], _PARAMS_PER_BATCH):
-        client.log_batch(run, params=batch)
-
-
-def _log_metrics(client: "MlflowClient", run: str, metrics: Mapping[str, float], *, step: int = 0) -> None:
-    from mlflow.entities import Metric
-
-    now = int(1000 * time.time())
-    logged = [Metric(allowed(key), float(value), now, step) for key, value in metrics.items()]
-    for batch in _batches(logged, _METRICS_PER_BATCH):
-        client.log_batch(run, metrics=batch)
-
-
-def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
-def _log_report(client: "MlflowClient", run: str, name: str, report: Mapping[str, Any]) -> None:
-    from mlflow.entities import RunTag
-
-    environment = report.get("environment", {})
-    tags = {f"environment.{key}": str(value) for key, value in environment.items()}
-    if environment.get("commit", "unknown") != "unknown":
-        tags["commit"] = str(environment["commit"])
-    client.log_batch(run, tags=[RunTag(allowed(key), value) for key, value in tags.items()])
-    numbers = {f"size/{key}": value for key, value in report.get("size", {}).items()}
-    if "seconds" in report:
-        numbers["seconds"] = report["seconds"]
-    _log_metrics(client, run, numbers)
-    client.log_dict(run, dict(report), f"{name}.json")
+def _status(finished: bool) -> str:
+    return "KILLED" if _interrupted() else "FINISHED" if finished else "FAILED"

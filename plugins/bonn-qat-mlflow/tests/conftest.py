@@ -15,7 +15,7 @@ SETTINGS = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_
 def new_store(tmp_path_factory):
     """The directory of a store that the tracker made, and everything that it said."""
     path = tmp_path_factory.mktemp("store")
-    code = "from pathlib import Path; from bonn_qat_mlflow import tracker; tracker.open_store(Path.cwd())"
+    code = "from pathlib import Path; from bonn_qat_mlflow.store import Store; Store(Path.cwd(), None)"
     environment = {key: value for key, value in os.environ.items() if key not in SETTINGS}
     made = subprocess.run(
         [sys.executable, "-c", code], cwd=path, env=environment, capture_output=True, text=True, check=True

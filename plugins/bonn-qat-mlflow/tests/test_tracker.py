@@ -1,13 +1,17 @@
 """What the store holds after the timeline's calls, by a real database."""
 
 import json
+import pickle
 import subprocess
 import sys
 from dataclasses import dataclass, field
 
 import pytest
+from bonn_qat_mlflow import unsent
 from bonn_qat_mlflow.flat import flatten
-from bonn_qat_mlflow.tracker import Tracker
+from bonn_qat_mlflow.sender import Sender
+from bonn_qat_mlflow.tracker import TRACKER, Tracker
+from bonn_qat_mlflow.where import masked
 
 from bonn_qat import plugins
 
@@ -41,10 +45,15 @@ REPORT = {
 
 
 @pytest.fixture
-def hook():
+def tracker():
+    return Tracker(Sender(patience=120.0))
+
+
+@pytest.fixture
+def hook(tracker):
     """The hooks of a manager whose only observer is a fresh tracker."""
     pm = plugins.create_manager(entry_points=False)
-    pm.register(Tracker())
+    pm.register(tracker)
     pm.check_pending()
     return pm.hook
 
@@ -62,7 +71,7 @@ def runs_in(directory, experiment="digits", client=None):
 
 
 def one_run(hook, recipe, report=REPORT, epochs=2):
-    hook.bonn_qat_before_run(recipe=recipe, model=None)
+    hook.bonn_qat_before_run(recipe=recipe, model=None, run_id="")
     for epoch in range(1, epochs + 1):
         hook.bonn_qat_after_epoch(recipe=recipe, epoch=epoch, metrics={"train/loss": 1 / epoch, "scale/a.b": 0.5})
     hook.bonn_qat_after_run(recipe=recipe, report=report)
@@ -99,9 +108,10 @@ def test_a_comparison_is_a_parent_run_with_a_child_per_recipe(hook, directory):
     assert [item.path for item in client.list_artifacts(parent.info.run_id)] == ["report.html"]
 
 
-def test_a_comparison_that_goes_on_stays_one_parent_run(hook, directory):
+def test_a_comparison_that_goes_on_stays_one_parent_run(hook, tracker, directory):
     for recipe in (FakeRecipe(), FakeRecipe(seed=1)):
         hook.bonn_qat_before_comparison(directory=directory, recipes=[recipe])
+        tracker.flush()
         assert runs_in(directory)["digits"].info.status == "RUNNING"
         one_run(hook, recipe)
         hook.bonn_qat_after_comparison(directory=directory, report=page_in(directory))
@@ -118,13 +128,14 @@ def test_a_run_without_a_report_has_failed_and_so_has_its_comparison(hook, direc
     assert status == {"digits": "FAILED", "bonn-seed0": "FAILED", "bonn-seed1": "FINISHED"}
 
 
-def test_a_comparison_within_another_is_a_child_in_the_others_store(hook, directory):
+def test_a_comparison_within_another_is_a_child_in_the_others_store(hook, tracker, directory):
     parts = [directory / "small", directory / "small" / "search" / "lr0.1"]
     for _ in range(2):  # the second time the study goes on
         hook.bonn_qat_before_comparison(directory=directory, recipes=[])
         for part in parts:
             part.mkdir(parents=True, exist_ok=True)
             hook.bonn_qat_before_comparison(directory=part, recipes=[FakeRecipe()])
+            tracker.flush()
             assert client_of(directory).get_run(runs_in(directory)["digits"].info.run_id).info.status == "RUNNING"
         one_run(hook, FakeRecipe())
         for part in reversed(parts):
@@ -173,7 +184,7 @@ def test_runs_that_are_open_at_once_are_kept_apart(hook, directory):
     first, second = FakeRecipe(), FakeRecipe("xnor")
     hook.bonn_qat_before_comparison(directory=directory, recipes=[first, second])
     for recipe in (first, second):
-        hook.bonn_qat_before_run(recipe=recipe, model=None)
+        hook.bonn_qat_before_run(recipe=recipe, model=None, run_id="")
     for epoch in (1, 2):
         for recipe, loss in ((second, 0.5), (first, 0.25)):
             hook.bonn_qat_after_epoch(recipe=recipe, epoch=epoch, metrics={"train/loss": loss / epoch})
@@ -194,7 +205,7 @@ def test_an_interrupted_run_is_killed(hook, directory):
     def interrupted():
         try:
             hook.bonn_qat_before_comparison(directory=directory, recipes=[recipe])
-            hook.bonn_qat_before_run(recipe=recipe, model=None)
+            hook.bonn_qat_before_run(recipe=recipe, model=None, run_id="")
             raise KeyboardInterrupt
         finally:
             hook.bonn_qat_after_run(recipe=recipe, report=None)
@@ -235,28 +246,59 @@ def test_the_programs_own_run_becomes_the_parent_and_stays_active(hook, director
 
 def test_a_store_out_of_reach_warns_once_and_the_training_goes_on(hook, directory, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://at/all")
-    with pytest.warns(RuntimeWarning, match="nowhere.*the training goes on"):
+    with pytest.warns(RuntimeWarning, match="nowhere.*the training goes on.*mlflow-unsent.jsonl") as caught:
+        two_comparisons(hook, directory)
+    assert len(caught) == 1
+    content = unsent.check(directory / unsent.NAME)
+    assert len(content.runs) == 3
+    assert content.stores == {"nowhere://at/all"}
+
+
+def two_comparisons(hook, directory):
+    for recipe in (FakeRecipe(), FakeRecipe(seed=1)):
         hook.bonn_qat_before_comparison(directory=directory, recipes=[])
-    one_run(hook, FakeRecipe())
-    hook.bonn_qat_after_comparison(directory=directory, report=page_in(directory))
+        one_run(hook, recipe)
+        hook.bonn_qat_after_comparison(directory=directory, report=page_in(directory))
     one_run(hook, FakeRecipe())
 
 
-def test_what_the_store_refuses_costs_only_itself(hook, directory, monkeypatch):
+def told_and_flushed(hook, tracker, recipe, metrics):
+    hook.bonn_qat_after_epoch(recipe=recipe, epoch=1, metrics=metrics)
+    tracker.flush()
+
+
+def test_what_the_store_refuses_costs_only_itself(hook, tracker, directory):
     recipe = FakeRecipe()
-    hook.bonn_qat_before_run(recipe=recipe, model=None)
+    hook.bonn_qat_before_run(recipe=recipe, model=None, run_id="")
+    tracker.flush()
     with pytest.warns(RuntimeWarning, match="ValueError"):
-        hook.bonn_qat_after_epoch(recipe=recipe, epoch=1, metrics={"train/loss": "much"})
+        told_and_flushed(hook, tracker, recipe, {"train/loss": "much"})
     hook.bonn_qat_after_epoch(recipe=recipe, epoch=2, metrics={"train/loss": float("nan"), "scale/a[0]": 1.0})
     hook.bonn_qat_after_run(recipe=recipe, report=REPORT)
     run = runs_in(directory, "bonn-qat")["bonn-seed0"]
     assert run.info.status == "FINISHED"
     assert run.data.metrics["scale/a_0_"] == 1.0
+    assert not (directory / unsent.NAME).exists()
+
+
+def test_artifacts_that_cannot_be_stored_cost_themselves_alone(hook, directory, monkeypatch):
+    from mlflow import MlflowClient
+
+    def no_credentials(self, *arguments):
+        raise RuntimeError("no credentials")
+
+    monkeypatch.setattr(MlflowClient, "log_dict", no_credentials)
+    monkeypatch.setattr(MlflowClient, "log_artifact", no_credentials)
+    with pytest.warns(RuntimeWarning, match="no credentials") as caught:
+        two_comparisons(hook, directory)
+    assert len(caught) == 1
+    assert {run.info.status for run in runs_in(directory).values()} == {"FINISHED"}
+    assert not (directory / unsent.NAME).exists()
 
 
 def test_long_recipes_and_many_layers_are_logged_in_batches(hook, directory):
     recipe = FakeRecipe(content={"options": {f"o{i}": i for i in range(230)}})
-    hook.bonn_qat_before_run(recipe=recipe, model=None)
+    hook.bonn_qat_before_run(recipe=recipe, model=None, run_id="")
     hook.bonn_qat_after_epoch(recipe=recipe, epoch=1, metrics={f"scale/l{i}": i / 7 for i in range(1100)})
     hook.bonn_qat_after_run(recipe=recipe, report=REPORT)
     data = runs_in(directory, "bonn-qat")["bonn-seed0"].data
@@ -275,10 +317,62 @@ def test_the_tracker_is_found_by_its_entry_point(monkeypatch):
     assert isinstance(pm.get_plugin("mlflow"), Tracker)
 
 
-def test_loading_the_plugin_does_not_load_mlflow(monkeypatch):
+def test_neither_loading_the_plugin_nor_its_hooks_load_mlflow(monkeypatch):
+    """The thread does, and here it has a store of its own."""
     monkeypatch.setenv("BONN_QAT_PLUGINS", "mlflow")
-    code = "import sys; from bonn_qat import plugins; plugins.schemes(); sys.exit('mlflow' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    code = """
+import pathlib, sys
+from types import SimpleNamespace
+from bonn_qat import plugins
+from bonn_qat_mlflow.sender import Sender
+from bonn_qat_mlflow.tracker import Tracker
+print(*plugins.manager().hook.bonn_qat_describe(directory=pathlib.Path("/results")))
+tracker = Tracker(Sender(lambda *place: SimpleNamespace(take=lambda event: print(type(event).__name__))))
+recipe = SimpleNamespace(name="a", to_dict=dict)
+tracker.bonn_qat_before_run(recipe, "")
+tracker.bonn_qat_after_epoch(recipe, 1, {})
+tracker.bonn_qat_after_run(recipe, None)
+sys.exit("mlflow" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "MLflow: sqlite:////results/mlflow.db, experiment mine", "RunBegan", "EpochEnded", "RunEnded",
+    ]  # fmt: skip
+
+
+def test_the_line_names_store_and_experiment_and_hides_what_is_secret(hook, directory, monkeypatch):
+    import mlflow
+
+    assert hook.bonn_qat_describe(directory=directory) == [
+        f"MLflow: sqlite:///{directory}/mlflow.db, experiment digits"
+    ]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:p@ss:w@server:5000/x")
+    assert hook.bonn_qat_describe(directory=directory) == ["MLflow: https://me:***@server:5000/x, experiment digits"]
+    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: "http://other")
+    assert hook.bonn_qat_describe(directory=directory) == ["MLflow: http://other, experiment digits"]
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("http://host:5000", "http://host:5000"),
+        ("sqlite:////a:b/c@d.db", "sqlite:////a:b/c@d.db"),
+        ("postgresql://user:p/w@host/runs", "postgresql://user:***@host/runs"),
+        ("postgresql://user@host/runs", "postgresql://user@host/runs"),
+        ("https://token@host", "https://***@host"),
+        ("mysql://host/runs?user=u&password=p#x", "mysql://host/runs?user=u&password=***#x"),
+        ("failed at http://u:p@h/api and http://h/api", "failed at http://u:***@h/api and http://h/api"),
+    ],
+)
+def test_what_may_be_a_secret_is_masked(uri, shown):
+    assert masked(uri) == shown
+
+
+def test_the_line_can_be_sent_to_the_processes_of_a_comparison():
+    sent = pickle.loads(pickle.dumps(TRACKER.bonn_qat_describe))
+    assert sent is Tracker.bonn_qat_describe
 
 
 def test_making_a_store_says_nothing_and_makes_nothing_else(new_store):
