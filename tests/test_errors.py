@@ -503,7 +503,7 @@ def _run(case: Command) -> Told:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = _program(case.program)(shlex.split(case.gives))
     told_out, told_err = (re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue()) for stream in (out, err))  # without colours
-    message = _usage(told_err) or told_err
+    message = told_err
     if not message:  # a run that failed, among the results
         message = "".join(line for line in told_out.splitlines(keepends=True) if line.startswith("failed: "))
     return Told(message.removeprefix("bonn-qat: ").removesuffix("\n"), str(code))
@@ -514,12 +514,6 @@ def _program(name: str) -> Callable[[list[str]], int]:
     if name != "bonn-qat":
         found = importlib.import_module(f"{name.rpartition(' ')[2]}.__main__").main
     return found
-
-
-def _usage(text: str) -> str:
-    """What the parser of the command says of an error, between lines on the usage and in a box."""
-    box = re.search(r"^╭─ Error.*?$(.*)^╰", text, re.DOTALL | re.MULTILINE)
-    return " ".join(line.strip("│ ") for line in box[1].split("\n")).strip() if box else ""
 
 
 class _Things(dict[str, object]):
@@ -548,8 +542,8 @@ of the call. Each row is provoked by a test and written by `python tests/test_er
 other libraries, and for what is another one on each machine.
 
 A command prints its message as one line on stderr, behind `bonn-qat: `. Where runs fail the others go on, and the
-reasons stand below the table, on stdout.
-`python -m bonn_qat_mlflow`, which sends what a training could not, has the same exit codes, and no words in front.
+reasons stand below the table, on stdout. `python -m bonn_qat_mlflow`, which sends what a training could not, has the same
+exit codes, and no words in front.
 
 | exit code | meaning |
 |---|---|
