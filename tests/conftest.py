@@ -1,5 +1,10 @@
 import importlib.metadata
+import json
 import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,3 +21,40 @@ for variable in ("BONN_QAT_DATA", "MLFLOW_TRACKING_URI"):
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+Scripts = Callable[..., list[subprocess.CompletedProcess[str]]]
+
+
+@pytest.fixture(scope="session")
+def run_scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripts]:
+    """Runs Python scripts, each ``[path, *arguments]``, at the same time, each in a process of its own.
+
+    As ``subprocess.run`` with ``sys.executable``, without the seconds that the imports of torch, timm and scikit-learn
+    take: see ``fork_server.py``.
+    """
+    server = subprocess.Popen(
+        [sys.executable, "-P", str(Path(__file__).with_name("fork_server.py"))],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("scripts")
+
+    def run(
+        *commands: list[str], cwd: Path, env: Mapping[str, str] = os.environ
+    ) -> list[subprocess.CompletedProcess[str]]:
+        outputs = [[folder / f"{index}.{stream}" for stream in ("stdout", "stderr")] for index in range(len(commands))]
+        programs = [
+            {"arguments": command, "cwd": str(cwd), "env": dict(env), "stdout": str(out), "stderr": str(err)}
+            for command, (out, err) in zip(commands, outputs, strict=True)
+        ]
+        server.stdin.write(json.dumps(programs) + "\n")
+        server.stdin.flush()
+        return [
+            subprocess.CompletedProcess(command, code, *(path.read_text() for path in paths))
+            for command, code, paths in zip(commands, json.loads(server.stdout.readline()), outputs, strict=True)
+        ]
+
+    yield run
+    server.stdin.close()
+    server.wait()
+    server.stdout.close()

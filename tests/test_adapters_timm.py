@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -157,11 +156,12 @@ def test_compiling_changes_neither_keys_nor_results(model: nn.Module, batch: Bat
 
 
 TWO_PROCESSES = """
-import timm, torch, torch.distributed as dist
+import sys, timm, torch, torch.distributed as dist
 import bonn_qat
 from bonn_qat.adapters.timm import BonnTask
 
-dist.init_process_group("gloo")
+rank, store = sys.argv[1:]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
 torch.manual_seed(0)
 task = BonnTask(bonn_qat.binarize(timm.create_model("test_resnet", num_classes=5)), verbose=False)
 keys = set(task.get_checkpoint_state()["state_dict"])
@@ -183,14 +183,13 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.slow
-def test_two_processes_hold_equal_parameters(tmp_path: Path) -> None:
+def test_two_processes_hold_equal_parameters(tmp_path: Path, run_scripts) -> None:
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    commands = [[str(script), str(rank), str(tmp_path / "store")] for rank in range(2)]
+    for done in run_scripts(*commands, cwd=tmp_path, env=environment):
+        assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_timm_without_tasks_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # they postpone what is expensive, or reach for a host that may be absent.
 RANKS = {
     0: ("dry_run", "environment", "errors", "files", "functional", "interrupts", "locks", "modes",
-        "precision", "thresholds", "variants"),
+        "plain", "precision", "thresholds", "variants"),
     1: ("checkpoint", "distributed", "policy", "quantizers", "results", "data", "runtime"),
     2: ("fusion", "run_state", "sync_norms", "scheme", "regularizers", "figures"),
     3: ("capture", "recipe", "hookspecs", "report"),

@@ -542,8 +542,8 @@ of the call. Each row is provoked by a test and written by `python tests/test_er
 other libraries, and for what is another one on each machine.
 
 A command prints its message as one line on stderr, behind `bonn-qat: `. Where runs fail the others go on, and the
-reasons stand below the table, on stdout. `python -m bonn_qat_mlflow`, which sends what a training could not, has the same
-exit codes, and no words in front.
+reasons stand below the table, on stdout. `python -m bonn_qat_mlflow`, which sends what a training could not, has the
+same exit codes, and no words in front.
 
 | exit code | meaning |
 |---|---|

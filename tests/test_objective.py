@@ -1,7 +1,5 @@
 import dataclasses
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -157,12 +155,13 @@ def test_compiled_whole_without_a_graph_break(model: nn.Module, batch: tuple[Ten
 
 
 TWO_PROCESSES = """
-import torch, torch.distributed as dist
+import sys, torch, torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 import bonn_qat
 
-dist.init_process_group("gloo")
+rank, store = sys.argv[1:]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
 torch.manual_seed(0)
 net = nn.Sequential(
     nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
@@ -186,10 +185,10 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_hold_equal_parameters_and_centres(tmp_path: Path) -> None:
+def test_two_processes_hold_equal_parameters_and_centres(tmp_path: Path, run_scripts) -> None:
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    commands = [[str(script), str(rank), str(tmp_path / "store")] for rank in range(2)]
+    for done in run_scripts(*commands, cwd=tmp_path, env=environment):
+        assert done.returncode == 0, done.stderr[-3000:]

@@ -6,6 +6,7 @@ The package is built and installed for real, by uv and setuptools without a netw
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -67,17 +68,24 @@ COMMAND = "import sys; from bonn_qat.cli import main; sys.exit(main())"
 TINY = ["--train-images", "64", "--test-images", "32", "--epochs", "1", "-b", "16"]
 
 
-def python(code: str, *arguments: str, path: Path | None = None, plugins: str | None = None) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a fresh Python that has ``path`` on its path, but not the folder it runs in."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb"}
-    for variable, value in (("PYTHONPATH", path and str(path)), ("BONN_QAT_PLUGINS", plugins)):
-        environment.pop(variable, None)
-        if value is not None:
-            environment[variable] = value
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code, *arguments], env=environment, capture_output=True, text=True, timeout=600
-    )
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture
+def python(run_scripts, tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
+    """Exit code, stdout and stderr of a Python that has ``path`` on its path, but not the folder it runs in."""
+
+    def run(
+        code: str, *arguments: str, path: Path | None = None, plugins: str | None = None
+    ) -> tuple[int, str, str]:
+        environment = {**os.environ, "COLUMNS": "200", "TERM": "dumb"}
+        for variable, value in (("PYTHONPATH", path and str(path)), ("BONN_QAT_PLUGINS", plugins)):
+            environment.pop(variable, None)
+            if value is not None:
+                environment[variable] = value
+        script = tmp_path / "script.py"
+        script.write_text(code, encoding="utf-8")
+        (done,) = run_scripts([str(script), *arguments], cwd=Path.cwd(), env=environment)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +107,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_it_is_listed_with_its_options_as_soon_as_it_is_installed(installed):
+def test_it_is_listed_with_its_options_as_soon_as_it_is_installed(installed, python):
     code, printed, errors = python(COMMAND, "schemes", path=installed)
     assert code == 0, errors
     lines = printed.splitlines()
@@ -111,7 +119,7 @@ def test_it_is_listed_with_its_options_as_soon_as_it_is_installed(installed):
     assert any(line.startswith("bonn  ") for line in lines)  # it adds, it replaces nothing
 
 
-def test_it_is_compared_by_name_and_stands_in_the_report(installed, tmp_path):
+def test_it_is_compared_by_name_and_stands_in_the_report(installed, python, tmp_path):
     output = tmp_path / "results"
     arguments = ["compare", "--schemes", "bonn,quantile", *TINY, "--output", str(output)]
     code, printed, errors = python(COMMAND, *arguments, path=installed, plugins="quantiles")
@@ -154,7 +162,7 @@ except bonn_qat.BonnQatError as error:
 """
 
 
-def test_it_binarizes_a_model_by_name_and_takes_its_option(installed):
+def test_it_binarizes_a_model_by_name_and_takes_its_option(installed, python):
     code, printed, errors = python(USE, path=installed)
     assert code == 0, errors
     assert printed.splitlines() == [
@@ -165,7 +173,7 @@ def test_it_binarizes_a_model_by_name_and_takes_its_option(installed):
     ]
 
 
-def test_without_the_package_its_name_is_an_error_that_lists_the_known_ones(tmp_path):
+def test_without_the_package_its_name_is_an_error_that_lists_the_known_ones(python, tmp_path):
     output = tmp_path / "results"
     code, printed, errors = python(COMMAND, "compare", "--schemes", "quantile", *TINY, "--output", str(output))
     assert (code, printed) == (2, "")
