@@ -1,5 +1,8 @@
 """Capture: a model whose binary layers call the runtime's operators -> its graph, which stands on its own."""
 
+import contextlib
+import linecache
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -20,17 +23,47 @@ def capture(model: nn.Module, size: tuple[int, ...]) -> tuple[Network, int | Non
     Raises InvalidModel for a model that torch cannot export, that calls what a packed network does not, or that gives
     other than tensors.
     """
-    program, batch = _export(model, size)
-    network = _network(program, is_functional=False)
-    if network is None or _unknown(network):
-        with torch.no_grad():
-            # Three times as slow as the export; needed where values are changed in place, or below torch.no_grad.
-            program = program.run_decompositions({})
-        network = _network(program, is_functional=True)
+    with _leaving_nothing() as programs:
+        program, batch = _export(model, size)
+        programs.append(program)
+        network = _network(program, is_functional=False)
+        if network is None or _unknown(network):
+            with torch.no_grad():
+                # Three times as slow as the export; needed where values are changed in place, or below torch.no_grad.
+                program = program.run_decompositions({})
+            network = _network(program, is_functional=True)
     assert network is not None
     if unknown := _unknown(network):
         raise InvalidModel(f"a packed network does not call {', '.join(unknown)}, as {type(model).__name__} does")
     return network, batch
+
+
+@contextlib.contextmanager
+def _leaving_nothing() -> Iterator[list[Any]]:
+    """Within the block torch keeps nothing of the programs in the list for longer; else it grows with each export.
+
+    It would keep the shapes that it has found, by symbols that no later graph has, and the source of each module that
+    an export makes on its way. Where a version of torch has these places no more, nothing is done.
+    """
+    from torch._dynamo import config  # imported with torch.export, and slow to import
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    sources = getattr(getattr(fx.graph_module, "_loader", None), "eval_cache", {})
+    before, programs = set(sources), list[Any]()
+    with config.patch(fake_tensor_cache_enabled=False):
+        yield programs
+    for name in sources.keys() - before:
+        sources.pop(name)
+        linecache.cache.pop(name, None)
+    for method in vars(ShapeEnv).values():
+        if hasattr(method, "cache_clear"):
+            method.cache_clear()
+    values = (node.meta.get("val") for program in programs for node in program.graph.nodes)
+    for shapes in {getattr(getattr(value, "fake_mode", None), "shape_env", None) for value in values}:
+        for name in ("tracked_fakes", "fake_tensor_cache"):  # a cycle that no collector sees goes through them
+            held: Any = getattr(shapes, name, None)
+            if hasattr(held, "clear"):
+                held.clear()
 
 
 def _export(model: nn.Module, size: tuple[int, ...]) -> tuple[Any, int | None]:

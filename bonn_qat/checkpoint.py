@@ -1,4 +1,8 @@
-"""Files of tensors: safetensors with a header of JSON, written whole or not at all, and read without running code."""
+"""Files of tensors: safetensors with a header of JSON, written whole or not at all, and read without running code.
+
+What a file claims is held against its size before anything of that size is made; safetensors does so for the tensors'
+types, shapes and places.
+"""
 
 import json
 from collections.abc import Mapping
@@ -7,12 +11,18 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
+from bonn_qat import plain
 from bonn_qat.errors import InvalidData
 from bonn_qat.files import write_whole
 
 _KEY = "bonn_qat"
+_TENSORS = 2**15  # in a file; the largest networks of timm have a few thousand
+_AXES = 16
+_HEADER = 2**25  # characters of ours
+_TYPES = ("BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> Path:
@@ -36,17 +46,42 @@ def dump_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What :func:`write_tensors` wrote, on the CPU; the header is empty for a file without one.
 
-    Raises InvalidData naming the file if it cannot be read.
+    The tensors are copies: they stay what they are when the file changes. Raises InvalidData naming the file if it
+    cannot be read, and for types, sizes and headers that this package does not write.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise InvalidData(f"cannot read {path}: it is no file")
         with safetensors.safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            header = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+            names = file.keys()
+            if len(names) > _TENSORS:
+                raise ValueError(f"it holds {len(names):,} tensors; at most {_TENSORS:,} are read")
+            tensors = {name: _tensor(name, file) for name in names}
+            text = (file.metadata() or {}).get(_KEY, "{}")
+        if len(text) > _HEADER:
+            raise ValueError(f"its header of bonn-qat has {len(text):,} characters; at most {_HEADER:,} are read")
+        header = plain.from_json(text)
     except OSError as error:
         reason = error.strerror or ("no such file" if not path.is_file() else str(error))
         raise InvalidData(f"cannot read {path}: {reason}") from error
     except (safetensors.SafetensorError, ValueError) as error:
         raise InvalidData(f"{path} is not a whole safetensors file: {error}") from error
+    except MemoryError as error:
+        raise InvalidData(f"{path} does not fit into memory") from error
     if not isinstance(header, dict):
         raise InvalidData(f"{path} has a header of bonn-qat that is no table")
     return tensors, header
+
+
+def _tensor(name: str, file: Any) -> Tensor:
+    place = file.get_slice(name)
+    kind, shape = place.get_dtype(), place.get_shape()
+    if kind not in _TYPES:
+        raise ValueError(f"the tensor {plain.shown(name)} is of type {kind}; known: {', '.join(_TYPES)}")
+    if len(shape) > _AXES or max(shape, default=0) >= 2**48:
+        raise ValueError(f"the tensor {plain.shown(name)} has the shape {plain.shown(shape)}, which no tensor has")
+    tensor: Tensor = file.get_tensor(name)
+    if kind == "BOOL" and bool((tensor.view(torch.uint8) > 1).any()):
+        raise ValueError(f"the tensor {plain.shown(name)} holds bytes that are no truth values")
+    # The memory is the file's: another process may change or shorten it, and numbers lie anywhere.
+    return tensor.clone()

@@ -12,6 +12,7 @@ from bonn_qat import distributed, plugins
 from bonn_qat.data import Data
 from bonn_qat.errors import InvalidData, InvalidRecipe
 from bonn_qat.files import sweep
+from bonn_qat.interrupts import held
 from bonn_qat.jobs import at_once, check_jobs, in_turn
 from bonn_qat.locks import locked
 from bonn_qat.recipe import Recipe
@@ -19,6 +20,7 @@ from bonn_qat.report import REFERENCE, write_report
 from bonn_qat.results import (
     MANIFEST,
     PAGE,
+    RUNS,
     Comparison,
     RunResult,
     read_comparison,
@@ -130,7 +132,8 @@ def compare(
         comparison = replace(comparison, elsewhere=[recipe.name for recipe in left])
     finally:
         if is_first:
-            comparison, page = _end(comparison)
+            with held():  # what draws the figures may swallow an interruption
+                comparison, page = _end(comparison)
             hook.bonn_qat_after_comparison(directory=directory, report=page)
     return comparison
 
@@ -154,6 +157,9 @@ def _begin(recipes: Sequence[Recipe], data: Data, directory: Path) -> Comparison
             if distributed.rank() == 0:
                 for name in (MANIFEST, PAGE):
                     sweep(directory / name)
+                for run in comparison.results:  # of a process that was killed when it had finished them
+                    (directory / RUNS / f"{run.name}.unfinished.safetensors").unlink(missing_ok=True)
+                    (directory / RUNS / f".{run.name}.lock").unlink(missing_ok=True)
                 write_manifest(comparison)
         except OSError as error:
             raise InvalidData(f"cannot write results to {directory}: {error.strerror}") from error

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast, final
@@ -11,11 +12,13 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor, fx, nn
 
+from bonn_qat import plain
 from bonn_qat.checkpoint import dump_tensors, read_tensors
 from bonn_qat.errors import InvalidData
 from bonn_qat.files import write_whole
 from bonn_qat.runtime import graph as graphs
 from bonn_qat.runtime.layout import Geometry
+from bonn_qat.runtime.rehearsal import rehearse
 from bonn_qat.summary import FLOAT_BITS, LayerReport, OtherReport, Report
 
 FORMAT = 1
@@ -59,13 +62,14 @@ class PackedModel(nn.Module):
         self.layers = tuple(layers)
         self._nodes, self._weights = graph, dict(weights)
         self.network, self._names = graphs.module(graph, tensors)
-        self._layout = torch.contiguous_format if graphs.takes_planes(graph) else torch.channels_last
+        self._layout = graphs.image_layout(graph)
+        self._checked: set[int] = set()  # numbers of images that the network is known to take at once
         self._direct: fx.GraphModule
         self._bind()
         self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> Any:
-        """Raises InvalidData for images of another size or type."""
+        """Raises InvalidData for images of another size or type, and for a network that cannot be computed on them."""
         if images.ndim != 4 or tuple(images.shape[1:]) != self.input_size or images.dtype != torch.float32:
             raise InvalidData(
                 f"this network was packed for float32 images (B, {', '.join(map(str, self.input_size))}); got "
@@ -73,10 +77,29 @@ class PackedModel(nn.Module):
             )
         with torch.no_grad():
             images = images.contiguous(memory_format=self._layout)
-            network = self.network if torch.compiler.is_compiling() else self._direct
-            if self.batch is None:
-                return network(images)
-            return torch.cat([network(part) for part in torch.split(images, self.batch)])
+            parts = [images] if self.batch is None else list(torch.split(images, self.batch))
+            if torch.compiler.is_compiling():
+                return _joined([self.network(part) for part in parts])
+            for count in {len(part) for part in parts} - self._checked:
+                self._check(count)
+            with self._computing():
+                return _joined([self._direct(part) for part in parts])
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Tell what the tensors of a file make impossible, such as places beyond the end of a table."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise InvalidData(f"{self.name} cannot be computed on these images: {reason}") from error
+
+    def _check(self, count: int) -> None:
+        """Raise InvalidData if the network does not take ``count`` images at once."""
+        rehearse(self.network.graph, dict(self.network.named_buffers()), self.input_size, count)
+        self._checked.add(count)
 
     def _bind(self) -> None:
         # The same graph and buffers, for eager calls: torch's dispatcher takes longer than a small layer. Not a
@@ -146,34 +169,34 @@ class PackedModel(nn.Module):
             raise InvalidData("no packed network; bonn_qat.pack(model).save(path) writes one")
         if header.get("format") != FORMAT:
             raise InvalidData(
-                f"a packed network of format {header.get('format')!r}; this version of bonn-qat reads {FORMAT}"
+                f"a packed network of format {plain.shown(header.get('format'))}; this version of bonn-qat reads "
+                f"{FORMAT}"
             )
         if header.pop("sha256", None) != _digest(tensors, header):
             raise InvalidData("the file was altered after it was written: its checksum is another")
-        graph, weights = graphs.rebuild(header.get("nodes"))
+        given = _header(header)
+        graph, weights = graphs.rebuild(header["nodes"])
         used = [node.target for node in graph.nodes if node.op == "get_attr"]
         if missing := sorted(set(used) ^ set(tensors)):
-            raise InvalidData(f"its tensors are not those of its nodes; look at {missing[0]!r}")
+            raise InvalidData(f"its tensors are not those of its nodes; look at {plain.shown(missing[0])}")
+        graphs.check_words(tensors, weights)
+        shapes = {name: torch.empty(weights[name].weight_bytes, dtype=torch.uint8, device="meta")
+                  if name in weights else tensor.to("meta") for name, tensor in tensors.items()}  # fmt: skip
+        count = given["batch"] or 1
+        rehearse(graph, shapes, given["input_size"], count)
         held = {
             name: graphs.from_words(tensors[name], weights[name]) if name in weights else tensors[name]
             for name in tensors
         }
-        try:
-            layers = [PackedLayer(**layer) for layer in header["layers"]]
-            size = tuple(int(n) for n in header["input_size"])
-            channels, height, width = size
-            batch = header["batch"]
-            return cls(
-                graph, held, weights, name=str(header["name"]), scheme=str(header["scheme"]),
-                input_size=(channels, height, width), batch=None if batch is None else int(batch), layers=layers,
-            )  # fmt: skip
-        except (KeyError, TypeError, ValueError) as error:
-            raise InvalidData(f"its header lacks something or has it wrong: {error}") from error
+        made = cls(graph, held, weights, **given)
+        made._checked.add(count)
+        return made
 
     def report(self) -> Report:
         """What :func:`bonn_qat.summary` gives: bits and MACs; ``mbit`` is what the file holds beside its header."""
         outputs = _Outputs(self.network)
-        with torch.no_grad():
+        self._check(1)
+        with torch.no_grad(), self._computing():
             outputs.run(torch.zeros(1, *self.input_size).contiguous(memory_format=self._layout))
         names = {buffer: name for name, buffer in self._names.items()}
         rows = _Rows(names, {name: self.network.get_buffer(buffer).numel() for name, buffer in self._names.items()})
@@ -240,7 +263,8 @@ class _Rows:
         if not self._take(weight):
             return
         count = math.prod(Geometry.of(list(cast(Any, node.args[2]))).weight_shape)
-        self.left[self.names[cast(str, vectors.target)]] -= shape[0]
+        if vectors.op == "get_attr" and (name := self.names[cast(str, vectors.target)]) in self.left:
+            self.left[name] -= shape[0]
         self._row(weight, "BinaryConv2d", shape, count, bits=(1, 1), scales=shape[0])
 
     def _float(self, node: fx.Node, shape: tuple[int, ...]) -> None:
@@ -294,10 +318,51 @@ def _others(left: Mapping[str, int]) -> tuple[OtherReport, ...]:
     return tuple(OtherReport(type=kind, modules=len(n), parameters=sum(n)) for kind, n in kinds.items())
 
 
+_HINTS: Mapping[str, Any] = {
+    "kind": str, "format": int, "name": str, "scheme": str, "input_size": list[int], "batch": Any,
+    "layers": list[Mapping[str, str]], "nodes": Any,
+}  # fmt: skip
+_KINDS = ("bits", "weights", "float")
+_LONGEST = 2**16  # axis of an image
+
+
+def _header(header: Mapping[str, Any]) -> dict[str, Any]:
+    """What a PackedModel is made with, beside its graph. Raises InvalidData."""
+    if odd := sorted(header.keys() ^ _HINTS.keys()):
+        raise InvalidData(f"its header lacks something or has too much: look at {plain.shown(odd[0])}")
+    for key, hint in _HINTS.items():
+        if said := plain.misfit(key, header[key], hint):
+            raise InvalidData(f"its header has something wrong: {said}")
+    size, batch = header["input_size"], header["batch"]
+    if len(size) != 3 or not all(1 <= n <= _LONGEST for n in size):
+        raise InvalidData(f"its header has something wrong: images of {plain.shown(size)}")
+    if batch is not None and (type(batch) is not int or not 1 <= batch <= _LONGEST):
+        raise InvalidData(f"its header has something wrong: a batch of {plain.shown(batch)}")
+    layers = []
+    for layer in header["layers"]:
+        if layer.keys() != {"name", "kind", "reason"} or layer["kind"] not in _KINDS:
+            raise InvalidData(f"its header has something wrong: the layer {plain.shown(layer)}")
+        layers.append(PackedLayer(**layer))
+    for text in (header["name"], header["scheme"], *(t for layer in header["layers"] for t in layer.values())):
+        if not text.isprintable():
+            raise InvalidData(f"its header has something wrong: {plain.shown(text)} cannot be printed")
+    return {"name": header["name"], "scheme": header["scheme"], "input_size": tuple(size), "batch": batch,
+            "layers": layers}  # fmt: skip
+
+
+def _joined(parts: list[Any]) -> Any:
+    """The results for parts of a batch as one."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return type(parts[0])(map(torch.cat, zip(*parts, strict=True)))
+
+
 def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()

@@ -2,13 +2,14 @@
 
 import importlib.resources
 import json
+import math
 import re
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from bonn_qat import plain
 from bonn_qat.errors import InvalidRecipe, UnknownName
 from bonn_qat.scheme import Stage
 
@@ -16,6 +17,10 @@ SCHEDULES = ("constant", "cosine", "one_cycle", "step")
 OPTIMIZERS = ("sgd", "adam")
 COMPILE = ("", "default", "reduce-overhead", "max-autotune")
 PRECISIONS = ("float32", "tf32", "float16")
+LARGEST_FILE = 2**16  # bytes of TOML
+_LONGEST_NAME = 200  # bytes; a file's name has 255, and others are made of it
+# Arguments of timm.create_model that name files, or where to find them.
+_FILES = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,11 @@ class Recipe:
     ``torch.compile`` for network and losses together (``"reduce-overhead"``: CUDA graphs; empty: none), and
     ``precision`` is that of a GPU's products: ``"float32"``, ``"tf32"``, or ``"float16"`` under autocast with a
     scaled loss. The integer sums of binary layers are exact in the first two, in the third up to 2,048.
+
+    ``sync_norms`` gives batch norms the statistics of the whole batch where a run has several processes; false leaves
+    each process its own, which is faster and makes the run depend on their number.
+
+    A recipe is data that anybody may have written: ``model_options`` name no files, and tables hold plain data.
 
     Raises InvalidRecipe for an impossible value.
     """
@@ -82,23 +92,26 @@ class Recipe:
     channels_last: bool = True
     compile: str = ""
     precision: str = "float32"
+    sync_norms: bool = True
 
     def __post_init__(self) -> None:
+        self._check_plain()
         for name in ("epochs", "batch_size"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in (
-            "train_images", "test_images", "validation_images",
-            "seed", "momentum", "weight_decay", "modulation_decay_scale", "warmup", "label_smoothing",
-        ):  # fmt: skip
-            _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+            _check(1 <= getattr(self, name) < 2**31, name, getattr(self, name), "at least 1, below 2**31")
+        for name in ("train_images", "test_images", "validation_images"):
+            _check(0 <= getattr(self, name) < 2**31, name, getattr(self, name), "at least 0, below 2**31")
+        _check(0 <= self.seed < 2**63, "seed", self.seed, "at least 0, below 2**63")
+        for name in ("momentum", "weight_decay", "modulation_decay_scale", "warmup", "label_smoothing"):
+            _check(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "at least 0")
+        _check(all(0 < epoch < 2**31 for epoch in self.milestones), "milestones", self.milestones, "epochs, at least 1")
         _check(
             len(self.factors) in (0, len(self.milestones)), "factors", self.factors, "one for each milestone, or none"
         )
-        _check(all(factor > 0 for factor in self.factors), "factors", self.factors, "numbers above 0")
+        _check(all(0 < factor < math.inf for factor in self.factors), "factors", self.factors, "numbers above 0")
         for name, options in self.regularizer_options.items():
             _check(isinstance(options, Mapping), f"regularizer_options.{name}", options, "a table of its arguments")
         for name in ("lr", "gamma", "modulation_lr_scale", "temperature"):
-            _check(0 < getattr(self, name) < float("inf"), name, getattr(self, name), "a number above 0")
+            _check(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a number above 0")
         _check(0 <= self.distillation <= 1, "distillation", self.distillation, "0 to 1")
         for name in ("momentum", "warmup", "label_smoothing"):
             _check(getattr(self, name) < 1, name, getattr(self, name), "below 1")
@@ -110,6 +123,29 @@ class Recipe:
         if self.stages and abs(sum(stage.share for stage in self.stages) - 1) > 1e-6:
             raise InvalidRecipe(f"the shares of the stages add up to {sum(s.share for s in self.stages):g}, not to 1")
         _ = self.latent_std
+        if (length := len(self.name.encode())) > _LONGEST_NAME:
+            raise InvalidRecipe(
+                f"the name of the run, {plain.shown(self.name)}, has {length} bytes; a file's takes {_LONGEST_NAME}: "
+                "give the scheme fewer or shorter options"
+            )
+
+    def _check_plain(self) -> None:
+        """Raise InvalidRecipe for values that no file and no system call takes, and for names of files of timm's."""
+        for name, value in vars(self).items():
+            if name == "stages":
+                continue
+            try:
+                plain.check(value)
+            except ValueError as error:
+                raise InvalidRecipe(f"{name} in the recipe holds what no recipe holds: {error}") from error
+            for item in _leaves(value):
+                _check(not isinstance(item, str) or "\0" not in item, name, item, "text without the character 0")
+                _check(not isinstance(item, float) or not math.isnan(item), name, item, "numbers, and NaN is none")
+        for name in _FILES:
+            _check(
+                not self.model_options.get(name), f"model_options.{name}", self.model_options.get(name),
+                "nothing; a safetensors file to start from is the recipe's own checkpoint",
+            )  # fmt: skip
 
     @property
     def name(self) -> str:
@@ -134,10 +170,7 @@ class Recipe:
             name, equals, text = option.partition("=")
             if not equals or not text:
                 raise InvalidRecipe(f"the option {option!r} in {variant!r} has no value; write {name}=VALUE")
-            try:
-                given[name] = tomllib.loads(f"value = {text}")["value"]
-            except tomllib.TOMLDecodeError:
-                given[name] = text
+            given[name] = plain.toml_value(text)
         return replace(self, scheme=scheme, scheme_options={**self.scheme_options, **given})
 
     @property
@@ -160,6 +193,10 @@ class Recipe:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "Recipe":
         """Raises UnknownName for a key that no recipe has, InvalidRecipe for a value of the wrong type."""
+        try:
+            plain.check(content)
+        except ValueError as error:
+            raise InvalidRecipe(f"this is no recipe: {error}") from error
         stages = content.get("stages", ())
         if not isinstance(stages, list | tuple) or not all(isinstance(stage, Mapping) for stage in stages):
             raise InvalidRecipe("stages is an array of tables: [[stages]]")
@@ -170,7 +207,7 @@ class Recipe:
     def from_toml(cls, path: Path) -> "Recipe":
         """Read a recipe. Raises InvalidRecipe naming the file if it cannot be read, else as :meth:`from_dict`."""
         try:
-            content = tomllib.loads(path.read_text(encoding="utf-8"))
+            content = plain.from_toml(plain.read_text(path, LARGEST_FILE))
         except OSError as error:
             raise InvalidRecipe(f"cannot read the recipe {path}: {error.strerror}") from error
         except ValueError as error:
@@ -188,7 +225,19 @@ class Recipe:
 
 def _check(holds: bool, name: str, given: object, allowed: str) -> None:
     if not holds:
-        raise InvalidRecipe(f"{name} in the recipe is {given!r}; allowed: {allowed}")
+        raise InvalidRecipe(f"{name} in the recipe is {plain.shown(given)}; allowed: {allowed}")
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What is neither a table nor a list in ``value``, names in tables included."""
+    if isinstance(value, Mapping):
+        yield from value
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        yield value
+        return
+    for item in value:
+        yield from _leaves(item)
 
 
 def _typed(cls: type, kind: str, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,18 +248,16 @@ def _typed(cls: type, kind: str, content: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in content.items():
         if key not in known:
             raise UnknownName(f"key of a {kind}", key, known)
-        result[key] = _coerce(kind, key, value, hints[key])
+        if said := plain.misfit(key, value, hints[key], f" of a {kind}"):
+            raise InvalidRecipe(said)
+        result[key] = _coerced(value, hints[key])
     return result
 
 
-def _coerce(kind: str, key: str, value: Any, hint: Any) -> Any:
-    origin = get_origin(hint) or hint
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_coerce(kind, key, item, get_args(hint)[0]) for item in value)
-    if origin is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool):
-        raise InvalidRecipe(
-            f"{key} of a {kind} is {value!r}; a value of type {getattr(origin, '__name__', origin)} is needed"
-        )
-    return value
+def _coerced(value: Any, hint: Any) -> Any:
+    origin, inner = get_origin(hint) or hint, get_args(hint)
+    if origin is tuple:
+        return tuple(_coerced(item, inner[0]) for item in value)
+    if origin is Mapping:
+        return {key: _coerced(item, inner[1]) for key, item in value.items()}
+    return float(value) if origin is float else value

@@ -1,16 +1,24 @@
 """Results: what a training run and a comparison leave on disk, as frozen data that is written whole or not at all."""
 
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from bonn_qat import plain
 from bonn_qat.errors import InvalidData
 from bonn_qat.files import write_whole
 
 FORMAT = 1
 RUNS, MANIFEST, PAGE = "runs", "comparison.json", "report.html"
+_LARGEST = 2**26  # bytes of a file
+_NAME, _LONGEST = re.compile(r"[\w.,=+-]+"), 240  # of a run, in bytes
+_EPOCH = re.compile(r"0|[1-9][0-9]{0,8}")
+_SIZES = {"parameters", "mbit", "float_mbit", "compression", "macs", "binary_macs"}
+_DATA: Mapping[str, Any] = {"name": str, "classes": int, "train": int, "test": int, "image": list[int]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +89,37 @@ def write_run(directory: Path, result: RunResult) -> Path:
 def read_run(path: Path) -> RunResult:
     """Read what :func:`write_run` wrote. Raises InvalidData naming the file and what is wrong with it."""
     content = read_json(path)
-    known = {f.name for f in fields(RunResult)}
-    if set(content) != known:
-        raise InvalidData(f"{path} is not a run's result: its keys differ in {sorted(set(content) ^ known)}")
+    _expect(path, "a run's result", content, get_type_hints(RunResult))
+    if said := _odd(content, path.stem):
+        raise InvalidData(f"{path} is not a run's result: {said}")
     return RunResult(**content)
+
+
+def _odd(content: Mapping[str, Any], name: str) -> str | None:
+    """What no run leaves, and no report could be made of; None if there is nothing."""
+    if content["name"] != name:
+        return f"its name is {plain.shown(content['name'])}"
+    for key in ("scheme", "title", "bits", "latents"):
+        if not content[key].isprintable():
+            return f"{key} is {plain.shown(content[key])}"
+    for place, metrics in enumerate(content["epochs"]):
+        if not 1 <= metrics.get("epoch", 0) < 2**31 or not 0 <= metrics.get("test/top1", -1) <= 100:
+            return f"epochs.{place} has no number of an epoch, or no test/top1 in percent"
+    if missing := sorted(_SIZES - content["size"].keys()):
+        return f"its size lacks {missing[0]}"
+    for layer, kept in content["histograms"].items():
+        for epoch, histogram in kept.items():
+            if not _EPOCH.fullmatch(epoch) or not _is_histogram(histogram):
+                return f"histograms.{plain.shown(layer)[1:-1]} has no histogram for {plain.shown(epoch)}"
+    return None
+
+
+def _is_histogram(found: Mapping[str, Sequence[float]]) -> bool:
+    if found.keys() != {"edges", "counts"}:
+        return False
+    edges, counts = list(found["edges"]), found["counts"]
+    is_within = all(abs(number) < 1e30 for number in (*edges, *counts))
+    return is_within and len(edges) == len(counts) + 1 > 1 and edges == sorted(edges) and min(counts) >= 0
 
 
 def write_manifest(comparison: Comparison) -> Path:
@@ -101,27 +136,50 @@ def write_manifest(comparison: Comparison) -> Path:
 
 
 def read_comparison(directory: Path) -> Comparison:
-    """Read a comparison with the runs that are finished. Raises InvalidData if there is none in ``directory``."""
-    manifest = read_json(directory / MANIFEST)
+    """Read a comparison with the runs that are finished.
+
+    Raises InvalidData if there is none in ``directory``, and for names of runs that are not those of files there.
+    """
+    path = directory / MANIFEST
+    manifest = read_json(path)
+    hints = get_type_hints(Comparison)
+    # An earlier version wrote no recipes.
+    kept = ["data", "planned", "failures", *(["recipes"] if "recipes" in manifest else [])]
+    _expect(path, "a comparison", manifest, {key: hints[key] for key in kept})
+    _expect(path, "a comparison", {key: manifest["data"].get(key) for key in _DATA}, _DATA)
+    if len(manifest["data"]["image"]) != 3 or manifest["data"]["test"] < 1:
+        raise InvalidData(f"{path} is not a comparison: its data are {plain.shown(manifest['data'])}")
+    # Names of runs become names of files.
+    for name, count in Counter(manifest["planned"]).items():
+        if count > 1 or len(name.encode()) > _LONGEST or not _NAME.fullmatch(name) or not name.strip("."):
+            raise InvalidData(f"{path} is not a comparison: it plans a run {plain.shown(name)}, or two of it")
     paths = [directory / RUNS / f"{name}.json" for name in manifest["planned"]]
     results = [read_run(path) for path in paths if path.exists()]
     return Comparison(directory=directory, results=results, **manifest)
 
 
+def _expect(path: Path, kind: str, content: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    if odd := sorted(content.keys() ^ hints.keys()):
+        raise InvalidData(f"{path} is not {kind}: its keys differ in {plain.shown(odd)}")
+    for key, hint in hints.items():
+        if said := plain.misfit(key, content[key], hint):
+            raise InvalidData(f"{path} is not {kind}: {said}")
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> Path:
     """Write a file that is there whole or not at all, also when the disk is full."""
-    return write_text(path, json.dumps({"format": FORMAT, **content}, indent=1))
+    return write_text(path, json.dumps({"format": FORMAT, **content}, indent=1, ensure_ascii=False))
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write text to a file that is there whole or not at all."""
-    return write_whole(path, text.encode())
+    """Write text to a file that is there whole or not at all; half a character becomes a question mark."""
+    return write_whole(path, text.encode(errors="replace"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a table that :func:`write_json` wrote, without its ``format``. Raises InvalidData naming the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = plain.from_json(plain.read_text(path, _LARGEST))
     except OSError as error:
         raise InvalidData(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:

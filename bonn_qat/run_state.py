@@ -16,6 +16,7 @@ from bonn_qat import distributed
 from bonn_qat.checkpoint import read_tensors, write_tensors
 from bonn_qat.errors import InvalidData
 from bonn_qat.interrupts import TERMINATED, Interrupts
+from bonn_qat.plain import shown
 
 FORMAT = 2
 
@@ -68,7 +69,7 @@ def read_state(path: Path) -> RunState:
         raise InvalidData(f"{path} is no checkpoint of a training run; delete it, or give another path")
     if header.get("format") != FORMAT:
         raise InvalidData(
-            f"{path} is a checkpoint of format {header.get('format')!r}; this version of bonn-qat goes on from "
+            f"{path} is a checkpoint of format {shown(header.get('format'))}; this version of bonn-qat goes on from "
             f"{FORMAT}; delete it to begin the run anew"
         )
     checksum = header.pop("sha256", None)
@@ -77,10 +78,12 @@ def read_state(path: Path) -> RunState:
     del header["format"]
     known = {field.name for field in fields(Progress)}
     if header.keys() != known:
-        raise InvalidData(f"{path} is no checkpoint: the keys of its header differ in {sorted(header.keys() ^ known)}")
+        raise InvalidData(
+            f"{path} is no checkpoint: the keys of its header differ in {shown(sorted(header.keys() ^ known))}"
+        )
     for name, holds in _SHAPES.items():
         if not holds(header[name]):
-            raise InvalidData(f"{path} is no checkpoint: its {name} is {str(header[name])[:80]!r}")
+            raise InvalidData(f"{path} is no checkpoint: its {name} is {shown(header[name])}")
     return RunState(Progress(**header), tensors)
 
 
@@ -126,7 +129,7 @@ def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
 def fits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
     """How the tensors differ in name, type or shape from those that are expected; None if they do not."""
     if odd := sorted(found.keys() ^ expected.keys()):
-        return f"{odd[0]} is {'not there' if odd[0] in expected else 'unknown'}"
+        return f"{shown(odd[0])[1:-1]} is {'not there' if odd[0] in expected else 'unknown'}"
     for name, tensor in expected.items():
         if found[name].shape != tensor.shape or found[name].dtype != tensor.dtype:
             return f"{name} is {found[name].dtype} {tuple(found[name].shape)}, not {tensor.dtype} {tuple(tensor.shape)}"

@@ -79,8 +79,11 @@ class Stage:
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise InvalidRecipe(f"a stage's share is a part of the epochs, above 0 and at most 1; got {self.share}")
-        if not self.lr_scale > 0:
-            raise InvalidRecipe(f"a stage's lr_scale is above 0; got {self.lr_scale}")
+        if not number(self.lr_scale) > 0:
+            raise InvalidRecipe(f"a stage's lr_scale is a number above 0; got {self.lr_scale}")
+        for name, weight in self.regularizers.items():
+            if not number(weight) >= 0:
+                raise InvalidRecipe(f"the weight of {name!r} in a stage is a number of at least 0; got {weight}")
         for name, allowed in (("weights", WEIGHTS), ("activations", ACTIVATIONS), ("trains", TRAINS)):
             if getattr(self, name) not in allowed:
                 raise UnknownName(f"{name} of a stage", getattr(self, name), allowed)

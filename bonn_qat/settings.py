@@ -1,9 +1,9 @@
 """Settings: changes to a recipe that are written as ``KEY=VALUE``."""
 
-import tomllib
 from collections.abc import Sequence
 from typing import Any
 
+from bonn_qat import plain
 from bonn_qat.errors import InvalidRecipe, UnknownName
 from bonn_qat.recipe import Recipe
 
@@ -25,18 +25,11 @@ def with_settings(recipe: Recipe, settings: Sequence[str]) -> Recipe:
         path = key.strip().split(".")
         if path[0] not in content:
             raise UnknownName("key of a recipe", path[0], content)
-        value = _value(text.strip())
+        value = plain.toml_value(text.strip())
         if len(path) == 1 and isinstance(content[path[0]], str) and not isinstance(value, str):
             value = text.strip()
         content = _put(content, path, value, ())
     return Recipe.from_dict(content)
-
-
-def _value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
 
 
 def _put(within: Any, path: Sequence[str], value: Any, above: tuple[str, ...]) -> Any:

@@ -3,21 +3,21 @@
 import importlib.resources
 import math
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bonn_qat import figures
+from bonn_qat import figures, plain
 from bonn_qat.errors import InvalidRecipe, UnknownName
 from bonn_qat.quantizers import number
-from bonn_qat.recipe import Recipe
+from bonn_qat.recipe import LARGEST_FILE, Recipe
 
 FEWEST_TEST_IMAGES = 2000  # of a scaled study: their noise is 1 point then
 _STUDY = ("title", "source", "note", "seeds", "chain", "figures", "recipe", "settings")
 _SETTING = ("name", "title", "recipe", "arms")
 _ARM = ("scheme", "label", "latents", "recipe", "paper")
+_MOST_SEEDS, _LONGEST_NAME = 1000, 100  # runs of an arm; characters of a setting's name
 _SHARED = ("model", "data", "train_images", "test_images", "validation_images")
 _Value = TypeVar("_Value")
 
@@ -58,8 +58,10 @@ class Study:
     settings: tuple[Setting, ...]
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise InvalidRecipe(f"seeds of the study {self.name} is {self.seeds}; allowed: at least 1")
+        if not 1 <= self.seeds <= _MOST_SEEDS:
+            raise InvalidRecipe(
+                f"seeds of the study {self.name} is {self.seeds}; allowed: at least 1, at most {_MOST_SEEDS}"
+            )
         for figure in self.figures:
             if figure not in figures.TITLES:
                 raise UnknownName(f"figure of the study {self.name}", figure, figures.TITLES)
@@ -129,7 +131,7 @@ def _tested(share: float, images: int) -> int:
 
 def _read(name: str, path: Path) -> Study:
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = plain.from_toml(plain.read_text(path, LARGEST_FILE))
     except OSError as error:
         raise InvalidRecipe(f"cannot read the study {path}: {error.strerror}") from error
     except ValueError as error:
@@ -165,9 +167,10 @@ def _base(path: Path, file: Any) -> Mapping[str, Any]:
 def _setting(base: Mapping[str, Any], content: Mapping[str, Any]) -> Setting:
     _known("a setting", content, _SETTING)
     name = _value("a setting", content, "name", "")
-    if not re.fullmatch(r"\w[\w.,=+-]*", name):
+    if len(name) > _LONGEST_NAME or not re.fullmatch(r"\w[\w.,=+-]*", name):
         raise InvalidRecipe(
-            f"a setting of a study has the name {name!r}; one that fits a directory is needed: letters, digits, _.,=+-"
+            f"a setting of a study has the name {plain.shown(name)}; one that fits a directory is needed: letters, "
+            f"digits, _.,=+-, at most {_LONGEST_NAME} of them"
         )
     own = {**base, **_table("recipe of a setting", content.get("recipe", {}))}
     arms = tuple(_arm(own, arm) for arm in _tables("arms", content.get("arms")))

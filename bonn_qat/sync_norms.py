@@ -17,12 +17,12 @@ class SynchronisedNorms:
 
     On a GPU they are torch's ``SyncBatchNorm``, on a CPU, for which torch has none, the same in plain operations. The
     parameters and buffers stay the same objects, and after the block the model has its own modules again. Without a
-    group, and for a norm whose class has a forward pass of its own, nothing changes.
+    group, without ``wanted``, and for a norm whose class has a forward pass of its own, nothing changes.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, wanted: bool = True) -> None:
         self._pairs: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
-        if distributed.world() == 1:
+        if distributed.world() == 1 or not wanted:
             return
         from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 

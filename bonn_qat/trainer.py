@@ -20,6 +20,7 @@ from bonn_qat.environment import environment
 from bonn_qat.errors import BonnQatError, InvalidData, InvalidModel, TrainingDiverged
 from bonn_qat.metrics import FlipRatio
 from bonn_qat.objective import Losses, Objective, advance, parameter_groups
+from bonn_qat.plain import shown
 from bonn_qat.recipe import Recipe
 from bonn_qat.regularizers import latent_weights
 from bonn_qat.results import RunResult
@@ -84,7 +85,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.run_id = distributed.agreed(uuid.uuid4().hex)
-        self.norms = SynchronisedNorms(self.model)
+        self.norms = SynchronisedNorms(self.model, wanted=recipe.sync_norms)
         self.keeper: Keeper | None = None
         self.share = distributed.rank(), distributed.world()
         self.steps_in_epoch = math.ceil(data.train_size / recipe.batch_size)
@@ -202,7 +203,7 @@ class Trainer:
         if recipe != self.recipe:
             return "it has another recipe"
         if dict(progress.data) != self.data.describe():
-            return f"it was trained on {dict(progress.data)}, not on {self.data.describe()}"
+            return f"it was trained on {shown(dict(progress.data))}, not on {self.data.describe()}"
         done = len(progress.epochs)
         if done > recipe.epochs or progress.step > self.steps_in_epoch or (progress.step and done == recipe.epochs):
             return f"it stands at epoch {done}, step {progress.step}"
@@ -302,7 +303,9 @@ class Trainer:
         """Network and losses as one call, synchronised and compiled as asked; made anew where a stage changes them."""
         forward: nn.Module = self.objective
         if self.share[1] > 1:
-            forward = DistributedDataParallel(forward, [self.device.index] if self.device.type == "cuda" else None)
+            devices = [self.device.index] if self.device.type == "cuda" else None
+            # Where norms are synchronised all buffers are, and need not be sent at each step.
+            forward = DistributedDataParallel(forward, devices, broadcast_buffers=not self.recipe.sync_norms)
         return torch.compile(forward, mode=self.recipe.compile) if self.recipe.compile else forward
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:

@@ -23,6 +23,11 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # At the end one of several workers would wait for them.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 Scripts = Callable[..., list[subprocess.CompletedProcess[str]]]
 
 

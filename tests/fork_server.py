@@ -1,7 +1,7 @@
 """A process that has imported what nearly every script here begins with, and forks one for each that it is told of.
 
-Of all that a fresh Python does this leaves out those imports, and taking them down at the end. No script sees modules or
-variables of another, and the package under test is not imported yet. A line on stdin is a list of scripts, which run
+Of all that a fresh Python does, only those imports and taking them down at the end are left out. No script sees modules
+or variables of another, and the package under test is not imported yet. A line on stdin is a list of scripts, which run
 at the same time; the answer is the list of their exit codes.
 """
 
@@ -34,7 +34,9 @@ def become(script: dict[str, Any]) -> NoReturn:
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
-        code = end.code or 0
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            sys.stderr.write(end.code + "\n")
     except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1

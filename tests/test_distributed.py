@@ -129,6 +129,10 @@ def test_two_processes_train_as_one_with_the_whole_batch(both: dict[str, Any], s
     assert found["top1"] == 0
 
 
+def test_norms_with_statistics_of_their_own_are_another_run(both: dict[str, Any]) -> None:
+    assert both["own_norms"] > 1e-3
+
+
 def test_recomputed_norms_are_those_of_one_process(both: dict[str, Any]) -> None:
     assert both["norms"]["batches"] == [2, 1]
     assert both["norms"]["difference"] < 1e-12

@@ -4,13 +4,16 @@ import copy
 import importlib.util
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+import torchvision
 from timm.models import group_parameters
 from torch import nn
+from torchvision.models.convnext import CNBlockConfig
 
 import bonn_qat
 from bonn_qat.binarize import BypassedLayers, binary_layers
@@ -25,47 +28,50 @@ coverage = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = coverage  # where dataclasses look their module up
 spec.loader.exec_module(coverage)
 
-# Members that cost the least, down to a second.
+# Members that cost the least, down to a second, with one block of a kind where several are alike.
 SAMPLE = {
     "byobnet": ("test_byobnet", {}),
-    "coat": ("coat_lite_tiny", {}),
+    "coat": ("coat_lite_tiny", {"serial_depths": (1, 1, 1, 1), "img_size": 64}),
     "convnext": ("test_convnext", {}),
-    "crossvit": ("crossvit_9_240", {}),
+    "crossvit": ("crossvit_9_240", {"depth": ((1, 1, 1),)}),
     "cspnet": ("cs3darknet_focus_s", {}),
     "cspnext": ("cspnext_tiny", {}),
     "deit": ("deit_tiny_distilled_patch16_224", {"depth": 2}),
     "densenet": ("densenet121", {"block_config": (2, 2, 2, 2)}),
     "dla": ("dla46x_c", {}),
-    "edgenext": ("edgenext_xx_small", {}),
-    "efficientformer_v2": ("efficientformerv2_s0", {}),
+    "edgenext": ("edgenext_xx_small", {"depths": (1, 1, 2, 1)}),
+    "efficientformer_v2": ("efficientformerv2_s0", {"depths": (1, 1, 1, 1), "num_vit": 1}),
     "efficientnet": ("test_efficientnet_gn", {}),
-    "efficientvit_mit": ("efficientvit_b0", {}),
-    "efficientvit_msra": ("efficientvit_m0", {}),
+    "efficientvit_mit": ("efficientvit_b0", {"depths": (1, 1, 1, 1)}),
+    "efficientvit_msra": ("efficientvit_m0", {"depth": (1, 1, 1), "num_heads": (2, 2, 2)}),
     "eva": ("eva02_tiny_patch14_224", {"depth": 2}),
-    "fasternet": ("fasternet_t0", {}),
+    "fasternet": ("fasternet_t0", {"depths": (1, 1, 1, 1)}),
     "ghostnet": ("ghostnet_050", {}),
     "hardcorenas": ("hardcorenas_a", {}),
     "hgnet": ("hgnetv2_b0", {}),
     "lcnetv2": ("lcnetv2_small", {}),
-    "levit": ("levit_128s", {}),
+    "levit": ("levit_128s", {"depth": (1, 1, 1), "img_size": 64}),
     "mambaout": ("test_mambaout", {}),
-    "mlp_mixer": ("mixer_s32_224", {}),
+    "mlp_mixer": ("mixer_s32_224", {"img_size": 64}),
     "mobilenetv3": ("tf_mobilenetv3_small_minimal_100", {}),
     "mobilevit": ("mobilevit_xxs", {}),
     "nfnet": ("test_nfnet", {}),
-    "pit": ("pit_ti_224", {}),
-    "pvt_v2": ("pvt_v2_b0", {}),
+    "pit": ("pit_ti_224", {"depth": (1, 1, 1), "img_size": 64}),
+    "pvt_v2": ("pvt_v2_b0", {"depths": (1, 1, 1, 1)}),
     "regnet": ("regnetx_002", {}),
     "repghost": ("repghostnet_050", {}),
     "resnest": ("resnest14d", {}),
     "resnet": ("test_resnet", {}),
-    "resnetv2": ("resnetv2_18", {}),
-    "senet": ("legacy_seresnet18", {}),
-    "shvit": ("shvit_s1", {}),
-    "sknet": ("skresnet18", {}),
+    "resnetv2": ("resnetv2_18", {"layers": (1, 1, 1, 1)}),
+    "senet": ("legacy_seresnet18", {"layers": (1, 1, 1, 1)}),
+    "shvit": ("shvit_s1", {"depth": (1, 1, 1)}),
+    "sknet": ("skresnet18", {"layers": (1, 1, 1, 1)}),
     "starnet": ("starnet_s050", {}),
-    "swin_transformer": ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1)}),
-    "vision_transformer": ("test_vit3", {}),
+    "swin_transformer": (
+        "swin_tiny_patch4_window7_224",
+        {"depths": (2, 1), "num_heads": (3, 6), "img_size": 64, "window_size": 4},
+    ),
+    "vision_transformer": ("test_vit3", {"depth": 2}),
     "vovnet": ("ese_vovnet19b_slim_dw", {}),
 }
 
@@ -188,18 +194,30 @@ def test_blocks_that_fold_are_folded_before_or_not_at_all(name):
     assert folded(torch.randn(1, 3, side, side)).isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet18", "mobilenet_v3_small", "vit_b_16", "swin_t", "convnext_tiny", "densenet121"]
-)
-def test_torchvision(name):
-    import torchvision
+TORCHVISION = {
+    "resnet": torchvision.models.resnet18,
+    "mobilenet": torchvision.models.mobilenet_v3_small,
+    "vit": partial(
+        torchvision.models.VisionTransformer,
+        image_size=64, patch_size=16, num_layers=6, num_heads=4, hidden_dim=64, mlp_dim=128,
+    ),
+    "swin": partial(
+        torchvision.models.SwinTransformer,
+        patch_size=[4, 4], embed_dim=48, depths=[2, 2, 2], num_heads=[3, 6, 12], window_size=[4, 4],
+    ),
+    "convnext": partial(
+        torchvision.models.ConvNeXt, [CNBlockConfig(48, 96, 2), CNBlockConfig(96, 192, 2), CNBlockConfig(192, None, 2)]
+    ),
+    "densenet": partial(torchvision.models.DenseNet, block_config=(2, 2, 2, 2)),
+}  # fmt: skip
 
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision(name):
     torch.manual_seed(0)
-    options = {"image_size": 32} if name == "vit_b_16" else {}
-    model = getattr(torchvision.models, name)(weights=None, num_classes=5, **options)
+    model = TORCHVISION[name](num_classes=5)
     binary = quietly(model)
-    side = 32 if name == "vit_b_16" else 64
-    x = coverage.photographs(side)
+    x = coverage.photographs(64)
     binary(x).sum().backward()
     layers = dict(binary_layers(binary))
     assert len(layers) > 10

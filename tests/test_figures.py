@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import re
 import sys
 from pathlib import Path
@@ -74,6 +75,16 @@ CASES = {
 }
 
 
+@functools.cache
+def drawn(case: str) -> list[figures.Picture]:
+    return figures.pictures(CASES[case])
+
+
+def svg_of(case: str, name: str) -> str:
+    (svg,) = (picture.svg for picture in drawn(case) if picture.name == name)
+    return svg
+
+
 def texts(svg: str) -> list[str]:
     return [
         "".join(element.itertext()) for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("}text")
@@ -82,10 +93,9 @@ def texts(svg: str) -> list[str]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_picture_is_one_xml_element_with_ids_of_its_own(case: str) -> None:
-    drawn = figures.pictures(CASES[case])
-    assert drawn
+    assert drawn(case)
     ids: list[str] = []
-    for picture in drawn:
+    for picture in drawn(case):
         root = ElementTree.fromstring(picture.svg)
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
         assert "width" not in root.attrib
@@ -97,7 +107,7 @@ def test_every_picture_is_one_xml_element_with_ids_of_its_own(case: str) -> None
 
 
 def test_the_same_comparison_gives_the_same_bytes() -> None:
-    assert figures.pictures(CASES["float alone"]) == figures.pictures(CASES["float alone"])
+    assert figures.pictures(CASES["float alone"]) == drawn("float alone")
 
 
 def test_nothing_finished_draws_nothing() -> None:
@@ -105,16 +115,14 @@ def test_nothing_finished_draws_nothing() -> None:
 
 
 def test_float_networks_have_no_binary_values() -> None:
-    assert {picture.name for picture in figures.pictures(CASES["float alone"])} == {"final", "accuracy", "histograms"}
-    svg = figures.binary_values(CASES["two seeds"])
-    assert svg
+    assert {picture.name for picture in drawn("float alone")} == {"final", "accuracy", "histograms"}
+    svg = svg_of("two seeds", "values")
     assert "BONN" in texts(svg)
     assert "Float" not in texts(svg)
 
 
 def test_flips_are_drawn_for_binary_networks_alone() -> None:
-    svg = figures.flip_ratios(CASES["two seeds"])
-    assert svg
+    svg = svg_of("two seeds", "flips")
     assert "BONN" in texts(svg)
     assert "Float" not in texts(svg)
     assert figures.flip_ratios(CASES["float alone"]) is None
@@ -125,24 +133,19 @@ def test_schemes_of_one_colour_have_line_styles_of_their_own_and_no_training_cur
     crowded = CASES["more schemes than colours"]
     looks = {(figures.colours(crowded)[name], str(style)) for name, style in figures.strokes(crowded).items()}
     assert len(looks) == 13
-    svg, few = figures.accuracy_curves(crowded), figures.accuracy_curves(CASES["two seeds"])
-    assert svg
-    assert few
-    assert "train" in texts(few)
-    assert "train" not in texts(svg)
+    assert "train" in texts(svg_of("two seeds", "accuracy"))
+    assert "train" not in texts(svg_of("more schemes than colours", "accuracy"))
 
 
 def test_titles_are_drawn_as_they_are_written() -> None:
-    svg = figures.accuracy_curves(CASES["markup"])
-    assert svg
+    svg = svg_of("markup", "accuracy")
     assert "<b>" not in svg
     assert {"<b> & $x$ 'n' \"q\"", "_hidden $5", "漢字"} <= {text.strip() for text in texts(svg)}
 
 
 def test_layers_are_the_first_the_middle_and_the_last() -> None:
-    for svg in (figures.latent_histograms(CASES["two seeds"]), figures.binary_values(CASES["two seeds"])):
-        assert svg
-        assert [text for text in texts(svg) if text in LAYERS] == ["first", "third", "fourth"]
+    for name in ("histograms", "values"):
+        assert [text for text in texts(svg_of("two seeds", name)) if text in LAYERS] == ["first", "third", "fourth"]
 
 
 def test_snapshots_are_few_and_hold_both_ends() -> None:
@@ -161,9 +164,8 @@ def test_a_scheme_has_one_colour_and_no_two_share_one() -> None:
     assert len(set(colours.values())) == len(colours) == 3
     assert colours["bonn"] == figures.HERO_COLOUR
     assert colours["float"] == figures.FLOAT_COLOUR
-    for svg in (figures.accuracy_curves(mixed), figures.binary_values(mixed), figures.final_accuracy(mixed)):
-        assert svg
-        assert all(colours[scheme].lower() in svg for scheme in ("bonn", "xnor"))
+    for name in ("accuracy", "values", "final"):
+        assert all(colours[scheme].lower() in svg_of("two starts", name) for scheme in ("bonn", "xnor"))
 
 
 def test_the_band_reaches_from_the_worst_to_the_best_seed() -> None:

@@ -375,7 +375,7 @@ def shorten(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         (resigned(drop), "are not those of its nodes"),
         (resigned(shorten), "words; got"),
         (resigned(lambda h, t: h.pop("layers")), "lacks something"),
-        (resigned(lambda h, t: h.update(input_size=[3])), "lacks something"),
+        (resigned(lambda h, t: h.update(input_size=[3])), r"images of \[3\]"),
         (resigned(lambda h, t: h.update(nodes=None)), "a list of tables"),
         (nodes(lambda n: n.pop()), "one input, and one output"),
         (nodes(lambda n: n[-2].update(op="aten.from_file.default")), "does not call"),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from llvmlite import ir
 from torch import Tensor, nn
 
-from bonn_qat.runtime import epilogue, fallback, kernels, layout, operators
+from bonn_qat.runtime import epilogue, fallback, kernels, layout, operators, shapes
 from bonn_qat.runtime.epilogue import ADD, CLAMP, FMA, PRELU, RESIDUAL, SCALE
 from bonn_qat.runtime.layout import Geometry
 
@@ -233,6 +233,121 @@ def test_codes_that_are_none_are_read_without_harm():
     assert ops.binary_conv2d(codes, weight, GOOD.numbers, [SCALE, 0], torch.ones(1, 8), None).isfinite().all()
 
 
+AFTER = Geometry(8, 8, (3, 3), padding=(1, 1, 1, 1))
+REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError)  # torch gives None for a tensor to the operator
+
+
+def whole_calls() -> dict[Any, list[Any]]:
+    """Each operator with arguments that it takes."""
+    codes, weight = torch.zeros(2, 5, 5, 2, dtype=torch.uint8), torch.zeros(GOOD.weight_bytes, dtype=torch.uint8)
+    plain = [codes, weight, GOOD.numbers, [SCALE, 0, RESIDUAL, 0], torch.ones(1, 8), torch.ones(2, 8, 3, 3)]
+    images = torch.randn(2, 8, 5, 5)
+    return {
+        ops.sign_codes: [images, torch.zeros(8), AFTER.numbers],
+        ops.binary_conv2d: plain,
+        ops.binary_conv2d_sign: [*plain, torch.zeros(8), AFTER.numbers],
+        ops.binary_conv2d_and_sign: [*plain, torch.zeros(8), AFTER.numbers],
+        ops.elementwise: [images, [SCALE, 0, RESIDUAL, 0], torch.ones(1, 8), images],
+        ops.max_pool2d: [images, [3, 3], [2, 2], [1, 1]],
+        ops.unpack_signs: [torch.zeros(2, dtype=torch.int64), [3, 40]],
+    }
+
+
+def oddities(argument: Any) -> list[Any]:
+    """What may stand in the place of an argument."""
+    if isinstance(argument, Tensor):
+        others = [argument[None], argument[..., :0], argument[:0], argument[..., 1:], argument.flatten()[0]]
+        return [
+            *others, *(other.clone() for other in others), torch.cat([argument, argument], -1), argument.double(),
+            argument.to(torch.float16), argument.to(torch.int8), argument.to("meta"), argument.to_sparse(), None, 3,
+        ]  # fmt: skip
+    odd: list[Any] = [[], argument[:-1], [*argument, 1], [-n for n in argument], [2**62] * len(argument), None, "3"]
+    for place in range(len(argument)):
+        odd += [[*argument[:place], n, *argument[place + 1 :]] for n in (0, -1, 2, 3, 7, 64, 2**20, 2**31, 2**63 - 1)]
+    return odd
+
+
+@pytest.mark.parametrize("operator", whole_calls(), ids=str)
+@pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "plain torch"])
+def test_hostile_arguments_are_refused_and_never_read(operator, compiled, monkeypatch):
+    """Whatever an argument is: an exception, or what tensors without memory say that it gives, of the same call."""
+    if not compiled:
+        monkeypatch.setattr(operators, "compiled", lambda: None)
+    whole = whole_calls()[operator]
+    refused = 0
+    for place, argument in enumerate(whole):
+        for odd in oddities(argument):
+            arguments = [*whole[:place], odd, *whole[place + 1 :]]
+            try:
+                found = operator(*arguments)
+            except REFUSALS:
+                refused += 1
+                continue
+            meta = [other.to("meta") if isinstance(other, Tensor) else other for other in arguments]
+            told = operator(*meta)
+            for one, other in zip(*([t] if isinstance(t, Tensor) else t for t in (found, told)), strict=True):
+                assert (one.shape, one.dtype) == (other.shape, other.dtype)
+    assert refused > 10
+
+
+@pytest.mark.parametrize("operator", whole_calls(), ids=str)
+def test_what_an_operator_refuses_tensors_without_memory_refuse_too(operator):
+    whole = whole_calls()[operator]
+    for place, argument in enumerate(whole):
+        for odd in oddities(argument):
+            if isinstance(odd, Tensor) and (odd.is_meta or odd.is_sparse):
+                continue
+            arguments = [*whole[:place], odd, *whole[place + 1 :]]
+            try:
+                operator(*arguments)
+            except REFUSALS:
+                with pytest.raises(REFUSALS):
+                    operator(*(other.to("meta") if isinstance(other, Tensor) else other for other in arguments))
+
+
+def test_operators_take_tensors_of_any_strides():
+    for operator, arguments in whole_calls().items():
+        expected = operator(*arguments)
+        for spread in (
+            lambda t: torch.stack([t, t], -1)[..., 0],
+            lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
+            lambda t: torch.cat([t, t])[len(t) :],
+        ):
+            found = operator(*(spread(a) if isinstance(a, Tensor) else a for a in arguments))
+            pairs = zip(*([t] if isinstance(t, Tensor) else t for t in (found, expected)), strict=True)
+            assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_a_call_that_is_kept_is_not_one_for_a_residual_of_another_type():
+    arguments = whole_calls()[ops.binary_conv2d]
+    ops.binary_conv2d(*arguments)
+    for dtype in (torch.float64, torch.float16, torch.uint8):
+        with pytest.raises(RuntimeError, match="the residual: expected"):
+            ops.binary_conv2d(*arguments[:5], arguments[5].to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("shape", "window"), [((1, 8, 0, 5), 2), ((1, 8, 5, 0), 2), ((1, 0, 5, 5), 2), ((1, 8, 5, 5), 2**40)]
+)
+def test_there_is_no_maximum_of_nothing(shape, window):
+    with pytest.raises(RuntimeError, match=r"is smaller than the window|are no windows"):
+        ops.max_pool2d(torch.zeros(shape), [window, window], [1, 1], [window // 2] * 2)
+
+
+def test_a_filter_has_no_more_inputs_than_its_count_has_room_for():
+    """Kernels count in 16 bits."""
+    for inputs in (65_535, 65_536):
+        geometry = Geometry(1, inputs, (1, 1))
+        weight = layout.encode_weight(torch.zeros(geometry.weight_shape, dtype=torch.bool))
+        codes = layout.encode_signs(torch.ones(1, 1, 1, inputs, dtype=torch.bool))
+        arguments = codes, weight, geometry.numbers, [SCALE, 0], torch.ones(1, 1), None
+        if inputs == 65_535:
+            assert ops.binary_conv2d(*arguments).item() == -inputs
+        else:
+            with pytest.raises(ValueError, match="at most 65,535"):
+                ops.binary_conv2d(*arguments)
+
+
 def test_torch_finds_nothing_wrong_with_the_operators():
     """Schemas, the shapes that tracing is told, dispatch: torch's own check."""
     geometry = Geometry(12, 8, (3, 3), padding=(1, 1, 1, 1))
@@ -306,3 +421,70 @@ def test_no_geometry_overflows_a_byte_of_counts():
             held *= not ends
         assert plan.ends[-1]
         assert plan.lengths.sum() == geometry.taps * geometry.width
+
+
+aten = torch.ops.aten
+X, Y = torch.randn(2, 6, 9, 8), torch.randn(2, 5, 6)
+CALLS: list[tuple[Any, list[Any]]] = [
+    *((getattr(aten, name).default, [X]) for name in shapes.ELEMENTWISE),
+    *((getattr(getattr(aten, name), kind), [X, other])
+      for name in ("add", "sub", "mul", "div", "ge", "gt", "le", "lt")
+      for kind, other in (("Tensor", X), ("Tensor", torch.randn(6, 1, 1)), ("Tensor", torch.randn(())), ("Scalar", 2))),
+    (aten.mul.Tensor, [torch.randn(4, 1, 3), torch.randn(2, 1, 5, 1)]),
+    (aten.where.self, [X > 0, X, torch.zeros(())]),
+    (aten.cat.default, [[X, X[:, :2]], 1]), (aten.cat.default, [[Y, Y], -1]), (aten.stack.default, [[Y, Y], 1]),
+    (aten.stack.default, [[Y, Y], -1]),
+    (aten.conv2d.default, [X, torch.randn(4, 3, 3, 2), torch.randn(4), [2, 1], [1, 0], [1, 2], 2]),
+    (aten.conv2d.default, [X, torch.randn(4, 6, 1, 1)]),
+    (aten.linear.default, [Y, torch.randn(7, 6), torch.randn(7)]), (aten.linear.default, [Y[0, 0], torch.randn(7, 6)]),
+    (aten.matmul.default, [Y, torch.randn(6, 4)]),
+    (aten.matmul.default, [torch.randn(3, 1, 4, 5), torch.randn(2, 5, 6)]),
+    (aten.scaled_dot_product_attention.default,
+     [torch.randn(2, 3, 4, 5), torch.randn(2, 3, 6, 5), torch.randn(2, 3, 6, 7)]),
+    (aten.scaled_dot_product_attention.default, [*[torch.randn(2, 3, 4, 5)] * 3, torch.randn(1, 1, 4, 4)]),
+    (aten.softmax.int, [Y, -1]), (aten._softmax.default, [Y, 1, False]),
+    (aten.avg_pool2d.default, [X, [3, 2], [2], [1]]),
+    (aten.avg_pool2d.default, [X, [2, 2], [2, 2], [0, 0], True, False]),
+    *((aten.max_pool2d.default, [torch.randn(1, 1, n, n + 1), [k], [s], [p], [d], ceil])
+      for n in (5, 6, 7) for k in (2, 3) for s in (1, 2, 3) for p in (0, 1) for d in (1, 2) for ceil in (False, True)),
+    (aten.max_pool2d.default, [X, [2, 2]]), (aten.adaptive_avg_pool2d.default, [X, [3, 2]]),
+    (aten.mean.dim, [X, [2, 3], True]), (aten.mean.dim, [X, [-1, 1]]), (aten.sum.dim_IntList, [X, [0]]),
+    (aten.amax.default, [X, [1]]), (aten.prelu.default, [X, torch.randn(6)]), (aten.prelu.default, [X, torch.randn(1)]),
+    (aten.layer_norm.default, [Y, [6], torch.randn(6), torch.randn(6)]), (aten.layer_norm.default, [Y, [5, 6]]),
+    (aten.rms_norm.default, [Y, [6], torch.randn(6)]),
+    (aten.group_norm.default, [X, 3, torch.randn(6), torch.randn(6)]),
+    (aten.batch_norm.default, [X, None, None, torch.zeros(6), torch.ones(6), False, 0.1, 1e-5, False]),
+    (aten.roll.default, [X, [1, -2], [2, 3]]),
+    (aten.slice_scatter.default, [X, X[:, 1:3], 1, 1, 3]),
+    (aten.slice_scatter.default, [X, X[..., -5::2], -1, -5, None, 2]),
+]  # fmt: skip
+
+
+def test_shapes_are_those_of_torch():
+    """For every operator whose shapes are known here, and that for these arguments torch is not asked."""
+    for function, arguments in CALLS:
+        meta = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), arguments)
+        told = shapes.own(function, meta, {})
+        found = function(*arguments)
+        assert told is not None, (function, arguments)
+        assert (told.shape, told.dtype, told.device.type) == (found.shape, found.dtype, "meta"), function
+    assert {str(function) for function, _ in CALLS} == set(shapes.OWN)
+
+
+def test_what_does_not_fit_is_told_by_torch():
+    for function, arguments in CALLS:
+        meta = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), arguments)
+        for place, argument in enumerate(meta):
+            if not isinstance(argument, Tensor) or str(function).split(".")[1] in (*shapes.ELEMENTWISE, "max_pool2d"):
+                continue
+            shorter = argument[..., :-1] if argument.ndim else argument[None]
+            for odd in (shorter, argument[None, None, None], argument.to(torch.int64), "x", None, []):
+                changed = [*meta[:place], odd, *meta[place + 1 :]]
+                real = [torch.empty_like(a, device="cpu") if isinstance(a, Tensor) else a for a in changed]
+                try:
+                    expected = function(*real)
+                except (RuntimeError, TypeError, IndexError, NotImplementedError):
+                    assert shapes.own(function, changed, {}) is None, (function, place, odd)
+                else:
+                    told = shapes.own(function, changed, {})
+                    assert told is None or (told.shape, told.dtype) == (expected.shape, expected.dtype)

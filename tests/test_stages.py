@@ -1,5 +1,6 @@
 """Stages, starts and teachers of a training run, and that an interruption changes nothing."""
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -72,13 +73,14 @@ def test_a_run_that_was_interrupted_ends_with_the_very_weights_of_one_that_was_n
 ) -> None:
     recipe = dataclasses.replace(RECIPE, **changes)
     whole = build(recipe, digits)
+    stopped, resumed = copy.deepcopy(whole), copy.deepcopy(whole)
     undisturbed = train(whole, recipe, digits, pm=_manager())
 
     path = tmp_path / "run.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        train(build(recipe, digits), recipe, digits, checkpoint=path, pm=_manager(_At(at, _interrupt)))
+        train(stopped, recipe, digits, checkpoint=path, pm=_manager(_At(at, _interrupt)))
     torch.manual_seed(999)  # the process that goes on has other random numbers
-    resumed, ticks = build(recipe, digits), []
+    ticks: list[int] = []
     result = train(resumed, recipe, digits, checkpoint=path, tick=lambda: ticks.append(1), pm=_manager())
     assert result.epochs == undisturbed.epochs
     assert result.histograms == undisturbed.histograms
@@ -91,7 +93,9 @@ def test_a_run_that_was_interrupted_ends_with_the_very_weights_of_one_that_was_n
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path, digits: data.Data) -> None:
     path = tmp_path / "run.safetensors"
     train(build(RECIPE, digits), dataclasses.replace(RECIPE, epochs=1), digits, checkpoint=path, pm=_manager())
-    with pytest.raises(InvalidData, match=r"run\.safetensors is not a checkpoint of this recipe; delete it"):
+    with pytest.raises(
+        InvalidData, match=r"run\.safetensors is not a checkpoint of this run: it has another recipe; delete it"
+    ):
         train(build(RECIPE, digits), RECIPE, digits, checkpoint=path, pm=_manager())
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(InvalidData, match=r"run\.safetensors is not a whole safetensors file"):

@@ -72,9 +72,7 @@ TINY = ["--train-images", "64", "--test-images", "32", "--epochs", "1", "-b", "1
 def python(run_scripts, tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
     """Exit code, stdout and stderr of a Python that has ``path`` on its path, but not the folder it runs in."""
 
-    def run(
-        code: str, *arguments: str, path: Path | None = None, plugins: str | None = None
-    ) -> tuple[int, str, str]:
+    def run(code: str, *arguments: str, path: Path | None = None, plugins: str | None = None) -> tuple[int, str, str]:
         environment = {**os.environ, "COLUMNS": "200", "TERM": "dumb"}
         for variable, value in (("PYTHONPATH", path and str(path)), ("BONN_QAT_PLUGINS", plugins)):
             environment.pop(variable, None)

@@ -18,8 +18,10 @@ from bonn_qat.binarize import binary_layers
 
 SIZE = (3, 32, 32)
 NETS: dict[str, Callable[[], nn.Module]] = {
-    "resnet": partial(timm.create_model, "test_resnet", num_classes=10),
-    "vit": partial(timm.create_model, "test_vit", num_classes=10, img_size=32, patch_size=8),
+    "resnet": partial(
+        timm.create_model, "resnet18", num_classes=10, layers=(1, 1, 1, 1), channels=(8, 8, 16, 16), stem_width=8
+    ),
+    "vit": partial(timm.create_model, "test_vit", num_classes=10, img_size=32, patch_size=8, depth=2),
     "efficientnet": partial(timm.create_model, "test_efficientnet", num_classes=10, pad_type="same"),
     "wrn": partial(timm.create_model, "wrn10_16", num_classes=10),
 }
@@ -90,7 +92,8 @@ def test_it_compiles_without_a_break(net, training, trained):
     model, other = (trained(net).train(training) for _ in range(2))
     images, _ = batch()
     torch.compiler.reset()
-    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    # The graph of the gradients and the statistics that a step writes are AOTAutograd's, the rest is Dynamo's.
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager" if training else "eager")
     for module in (model, compiled):
         module(images).square().sum().backward()
     torch.testing.assert_close(compiled(images), model(images))

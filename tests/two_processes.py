@@ -217,6 +217,8 @@ def main(found: Path) -> None:
         words = distributed.gathered(torch.tensor(list(diverged(digits).encode())))
         content["diverged"] = [bytes(word.tolist()).decode() for word in words]
         content["stopped"] = stopped(folder, digits, whole)
+        own, _ = trained(recipe("bonn", sync_norms=False), digits)
+        content["own_norms"] = difference(whole, own)
         content["sharded"] = difference(sharded(False), sharded(True))
         if distributed.rank() == 0:
             found.write_text(json.dumps(content))

@@ -6,8 +6,10 @@ the words of a convolution's weights), ``output``, or a function such as ``aten.
 ``device``, ``layout``, ``number`` (inf, -inf, nan).
 """
 
+import keyword
 import math
 import operator
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,62 +17,99 @@ import torch
 from torch import Tensor, fx, nn
 
 from bonn_qat.errors import InvalidData
+from bonn_qat.plain import shown
 from bonn_qat.runtime import operators
 from bonn_qat.runtime.layout import Geometry, decode_weight, encode_weight, pack_words, unpack_words
 
-_PYTHON: Mapping[str, Callable[..., Any]] = {
+NODES = 20_000  # of a network; the largest of timm have a few thousand
+_ROOM, _GROWTH = 2**26, 32  # bytes, and bytes for each byte of words, that weights may need in memory
+_GROUPS = 2**16  # of all convolutions together: each takes time
+PYTHON: Mapping[str, Callable[..., Any]] = {  # of numbers, of tensors, and of what gives several tensors
     f"python.{f.__name__}": f
     for f in (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg)
 }
-# Functions of tensors alone that torch counts neither as core nor as pointwise.
-_MORE = {
-    "_unsafe_view", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "adaptive_avg_pool2d",
-    "adaptive_max_pool2d", "alias", "arange", "avg_pool2d", "batch_norm", "celu", "chunk", "concat",
-    "constant_pad_nd", "contiguous", "conv1d", "conv2d", "conv3d", "cosine_similarity", "cumsum", "detach", "diff",
-    "einsum", "elu", "expand_as", "flatten", "frobenius_norm", "full", "gather", "glu", "grid_sampler",
-    "grid_sampler_2d", "group_norm", "hardsigmoid", "hardswish", "hstack", "index_select", "instance_norm",
-    "l1_loss", "layer_norm", "lift_fresh_copy", "linalg_norm", "linalg_vector_norm", "linear",
-    "local_response_norm", "log_sigmoid", "log_softmax", "masked_fill", "matmul", "max", "max_pool2d", "min",
-    "mish", "movedim", "nan_to_num", "narrow", "new_full", "new_ones", "new_zeros", "norm", "normalize", "ones",
-    "ones_like", "pad", "pixel_shuffle", "pixel_unshuffle", "prelu", "repeat_interleave", "reshape", "rms_norm",
-    "roll", "rsub", "scaled_dot_product_attention", "select", "selu", "silu", "softmax", "softplus", "split",
-    "square", "stack", "std", "std_mean", "swapaxes", "swapdims", "sym_size", "t", "tensor_split", "tile",
-    "transpose", "type_as", "unbind", "unflatten", "unfold", "upsample_bicubic2d", "upsample_bilinear2d",
-    "upsample_nearest2d", "var", "var_mean", "view_as", "vstack", "where", "zeros", "zeros_like",
+# None of them has a state, draws numbers, gives memory as it finds it, reads memory as another type, or gives a shape
+# that depends on values.
+_KNOWN = {
+    "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "_log_softmax", "_native_batch_norm_legit_no_training", "_softmax",
+    "_to_copy", "_unsafe_view", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "abs", "acos", "acosh",
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "add", "addcdiv", "addcmul", "addmm", "alias",
+    "amax", "amin", "any", "arange", "argmax", "argmin", "asin", "asinh", "atan", "atan2", "atanh", "avg_pool1d",
+    "avg_pool2d", "avg_pool3d", "batch_norm", "bitwise_and", "bitwise_left_shift", "bitwise_not", "bitwise_or",
+    "bitwise_right_shift", "bitwise_xor", "bmm", "cat", "ceil", "celu", "chunk", "clamp", "clamp_max", "clamp_min",
+    "clip", "clone", "concat", "constant_pad_nd", "contiguous", "conv1d", "conv2d", "conv3d", "convolution", "copy",
+    "copysign", "cos", "cosh", "cosine_similarity", "cumsum", "deg2rad", "detach", "diagonal", "diff", "digamma", "div",
+    "einsum", "elu", "embedding", "eq", "erf", "erfc", "erfinv", "exp", "exp2", "expand", "expand_as", "expm1", "fill",
+    "flatten", "flip", "float_power", "floor", "fmax", "fmin", "fmod", "frac", "frobenius_norm", "full", "full_like",
+    "gather", "ge", "gelu", "glu", "grid_sampler", "grid_sampler_2d", "group_norm", "gt", "hardshrink", "hardsigmoid",
+    "hardswish", "hardtanh", "heaviside", "hstack", "hypot", "index", "index_put", "index_select", "instance_norm",
+    "isfinite", "isinf", "isnan", "l1_loss", "layer_norm", "le", "leaky_relu", "lerp", "lgamma", "lift_fresh_copy",
+    "linalg_norm", "linalg_vector_norm", "linear", "log", "log10", "log1p", "log2", "log_sigmoid", "log_softmax",
+    "logaddexp", "logaddexp2", "logical_and", "logical_not", "logical_or", "logical_xor", "logit", "lt", "masked_fill",
+    "matmul", "max", "max_pool2d", "max_pool2d_with_indices", "max_pool3d_with_indices", "maximum", "mean", "min",
+    "minimum", "mish", "mm", "movedim", "mul", "nan_to_num", "narrow", "native_group_norm", "native_layer_norm", "ne",
+    "neg", "new_full", "new_ones", "new_zeros", "norm", "ones", "ones_like", "pad", "permute", "pixel_shuffle",
+    "pixel_unshuffle", "positive", "pow", "prelu", "prod", "rad2deg", "reciprocal", "reflection_pad1d",
+    "reflection_pad2d", "reflection_pad3d", "relu", "relu6", "remainder", "repeat", "repeat_interleave",
+    "replication_pad2d", "replication_pad3d", "reshape", "rms_norm", "roll", "round", "rsqrt", "rsub", "scalar_tensor",
+    "scaled_dot_product_attention", "scatter", "scatter_add", "scatter_reduce", "select", "select_scatter", "selu",
+    "sgn", "sigmoid", "sign", "signbit", "silu", "sin", "sinc", "sinh", "slice", "slice_scatter", "softmax", "softplus",
+    "softshrink", "sort", "split", "split_with_sizes", "sqrt", "square", "squeeze", "stack", "std", "std_mean", "sub",
+    "sum", "swapaxes", "swapdims", "t", "tan", "tanh", "tensor_split", "threshold", "tile", "topk", "transpose",
+    "true_divide", "trunc", "type_as", "unbind", "unflatten", "unfold", "unsqueeze", "upsample_bicubic2d",
+    "upsample_bilinear2d", "upsample_nearest2d", "var", "var_mean", "view", "view_as", "vstack", "where", "xlogy",
+    "zeros", "zeros_like",
+}  # fmt: skip
+_SIZES = ("aten.sym_size.int", "aten.sym_numel.default")  # the only ones that give numbers
+_NOT_KNOWN = ("aten.view.dtype",)
+_FUNCTION = re.compile(r"[a-z]\w*\.\w+\.\w+", re.ASCII)
+_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+_TYPES: Mapping[str, Mapping[str, Any]] = {
+    "dtype": {
+        str(t).removeprefix("torch."): t
+        for t in (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16,
+                  torch.bfloat16, torch.float32, torch.float64)
+    },
+    "memory_format": {
+        str(f).removeprefix("torch."): f
+        for f in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
+    },
+    "layout": {"strided": torch.strided},
 }  # fmt: skip
 
 
 def is_known(function: Any) -> bool:
     """Whether a graph may call it: it computes tensors from tensors, the same ones each time, and nothing else."""
-    if function in _PYTHON.values():
+    if function in PYTHON.values():
         return True
     if not isinstance(function, torch._ops.OpOverload) or function._schema.is_mutable:
         return False
     if function.namespace == "bonn_qat":
         return True
-    if function.namespace != "aten":
+    if function.namespace != "aten" or str(function) in _NOT_KNOWN:
         return False
-    if function._schema.name.removeprefix("aten::") in _MORE:
+    if str(function) in _SIZES:
         return True
-    is_random = torch.Tag.nondeterministic_seeded in function.tags
-    return not is_random and bool({torch.Tag.core, torch.Tag.pointwise} & set(function.tags))
+    if any(str(result.type) not in ("Tensor", "List[Tensor]") for result in function._schema.returns):
+        return False
+    return function._opname in _KNOWN
 
 
 def name_of(function: Any) -> str:
     """The name of a function in a file."""
-    return next((name for name, f in _PYTHON.items() if f is function), str(function))
+    return next((name for name, f in PYTHON.items() if f is function), str(function))
 
 
 def _function(name: object) -> Any:
-    if isinstance(name, str) and name in _PYTHON:
-        return _PYTHON[name]
-    parts = name.split(".") if isinstance(name, str) else []
-    if len(parts) == 3 and parts[0] in ("aten", "bonn_qat"):
-        packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
-        function = getattr(packet, parts[2], None)
-        if function is not None and is_known(function):
-            return function
-    raise InvalidData(f"a packed network does not call {name!r}")
+    if isinstance(name, str) and name in PYTHON:
+        return PYTHON[name]
+    if isinstance(name, str) and _FUNCTION.fullmatch(name):
+        namespace, operation, overload = name.split(".")
+        if namespace in ("aten", "bonn_qat"):
+            function = getattr(getattr(getattr(torch.ops, namespace), operation, None), overload, None)
+            if function is not None and is_known(function):
+                return function
+    raise InvalidData(f"a packed network does not call {shown(name)}")
 
 
 def describe(graph: fx.Graph, weights: Mapping[str, Geometry]) -> list[dict[str, Any]]:
@@ -116,66 +155,92 @@ def _decode(value: Any, known: Mapping[str, fx.Node]) -> Any:
         return value
     if len(value) == 1:
         ((kind, content),) = value.items()
-        if kind == "node" and content in known:
-            return known[content]
-        if kind == "number" and content in ("inf", "-inf", "nan"):
-            return float(content)
-        if kind == "device":
-            return torch.device("cpu")
-        types = {"dtype": torch.dtype, "memory_format": torch.memory_format, "layout": torch.layout}
-        found = getattr(torch, content, None) if isinstance(content, str) else None
-        if kind in types and isinstance(found, types[kind]):
-            return found
-    raise InvalidData(f"a packed network has no argument {value!r}")
+        if isinstance(content, str):
+            if kind == "node" and content in known:
+                return known[content]
+            if kind == "number" and content in ("inf", "-inf", "nan"):
+                return float(content)
+            if kind == "device":
+                return torch.device("cpu")
+            if kind in _TYPES and content in _TYPES[kind]:
+                return _TYPES[kind][content]
+    raise InvalidData(f"a packed network has no argument {shown(value)}")
 
 
 def rebuild(nodes: object) -> tuple[fx.Graph, dict[str, Geometry]]:
-    """The inverse of :func:`describe`. Raises InvalidData for what is no such list."""
-    if not isinstance(nodes, list) or not all(isinstance(node, dict) for node in nodes):
-        raise InvalidData("the nodes of a packed network are a list of tables")
+    """The inverse of :func:`describe`. Raises InvalidData for what is no such list.
+
+    ``nodes`` is plain data, as :func:`bonn_qat.plain.check` has it.
+    """
+    if not isinstance(nodes, list) or not all(
+        isinstance(node, dict) and isinstance(node.get("op"), str) for node in nodes
+    ):
+        raise InvalidData("the nodes of a packed network are a list of tables, each with an op")
+    if len(nodes) > NODES:
+        raise InvalidData(f"a packed network has {len(nodes):,} nodes; at most {NODES:,} are read")
     graph, known, weights = fx.Graph(), dict[str, fx.Node](), dict[str, Geometry]()
     ops = [node.get("op") for node in nodes]
     if ops.count("input") != 1 or ops.count("output") != 1 or ops[-1] != "output":
         raise InvalidData("a packed network has one input, and one output at its end")
     for entry in nodes:
-        op, name = entry.get("op"), entry.get("name")
-        if not isinstance(name, str) or not name.isidentifier() or name in known:
-            raise InvalidData(f"{name!r} is no name of a node, or there are two of it")
-        if op == "input":
-            known[name] = graph.placeholder(name)
-        elif op == "tensor":
-            known[name] = graph.create_node("get_attr", _text(entry.get("tensor")), name=name)
-            if "geometry" in entry:
-                weights[_text(entry["tensor"])] = _geometry(entry["geometry"])
-        elif op == "output":
-            graph.output(_decode(_listed(entry.get("args"))[0], known))
-        else:
-            args, kwargs = _decode(_listed(entry.get("args")), known), entry.get("kwargs")
-            if not isinstance(kwargs, dict):
-                raise InvalidData(f"the kwargs of {name} are no table")
-            decoded = {key: _decode(value, known) for key, value in kwargs.items()}
-            known[name] = graph.create_node("call_function", _function(op), tuple(args), decoded, name=name)
+        if entry["op"] == "output":
+            _expect_keys(entry, "name", "args")
+            graph.output(_decode(_listed(entry["args"])[0], known))
+            continue
+        node = _node(graph, entry, known)
+        # Names become Python's: torch.fx writes the network as its code.
+        if node.name != entry["name"] or node.name == "self" or node.name in known:
+            raise InvalidData(f"{shown(entry['name'])} is no name of a node, or there are two of it")
+        known[node.name] = node
+        if "geometry" in entry:
+            weights[node.target] = _geometry(entry["geometry"])  # type: ignore[index]
     return graph, weights
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise InvalidData(f"{value!r} is no name of a tensor")
-    return value
+def _node(graph: fx.Graph, entry: Mapping[str, Any], known: Mapping[str, fx.Node]) -> fx.Node:
+    op, name = entry["op"], entry.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or keyword.iskeyword(name):
+        raise InvalidData(f"{shown(name)} is no name of a node, or there are two of it")
+    if op == "input":
+        _expect_keys(entry, "name")
+        return graph.placeholder(name)
+    if op == "tensor":
+        _expect_keys(entry, "name", "tensor", *(["geometry"] if "geometry" in entry else []))
+        if not isinstance(entry["tensor"], str):
+            raise InvalidData(f"{shown(entry['tensor'])} is no name of a tensor")
+        return graph.create_node("get_attr", entry["tensor"], name=name)
+    _expect_keys(entry, "name", "args", "kwargs")
+    function, args = _function(op), _decode(_listed(entry["args"]), known)
+    if not isinstance(entry["kwargs"], dict):
+        raise InvalidData(f"the kwargs of {name} are no table")
+    kwargs = {key: _decode(value, known) for key, value in entry["kwargs"].items()}
+    # As torch writes them: names stand with what has no place. They become Python's code too.
+    arguments = [] if op in PYTHON else function._schema.arguments
+    if unknown := sorted(kwargs.keys() - {argument.name for argument in arguments if argument.kwarg_only}):
+        raise InvalidData(f"{op} has no argument {shown(unknown[0])}")
+    needed = [argument for argument in arguments if not argument.kwarg_only and not argument.has_default_value()]
+    if len(args) < len(needed):
+        raise InvalidData(f"{op} takes {len(needed)} arguments; got {len(args)}")
+    return graph.create_node("call_function", function, tuple(args), kwargs, name=name)
+
+
+def _expect_keys(entry: Mapping[str, Any], *keys: str) -> None:
+    if odd := sorted(entry.keys() ^ {"op", *keys}):
+        raise InvalidData(f"the node {shown(entry.get('name'))} of a packed network: look at its {shown(odd[0])}")
 
 
 def _listed(value: object) -> list[Any]:
     if not isinstance(value, list) or not value:
-        raise InvalidData(f"{value!r} is no list of arguments")
+        raise InvalidData(f"{shown(value)} is no list of arguments")
     return value
 
 
 def _geometry(numbers: object) -> Geometry:
     try:
         if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
-            raise ValueError(f"{numbers!r} are no whole numbers")
-        return Geometry.of(numbers)
-    except ValueError as error:
+            raise ValueError(f"{shown(numbers)} are no whole numbers")
+        return operators.geometry_of(numbers)
+    except (ValueError, RuntimeError) as error:
         raise InvalidData(str(error)) from error
 
 
@@ -184,11 +249,26 @@ def to_words(octets: Tensor, geometry: Geometry) -> Tensor:
     return pack_words(decode_weight(octets, geometry))
 
 
+def check_words(words: Mapping[str, Tensor], weights: Mapping[str, Geometry]) -> None:
+    """Raise InvalidData for words that are not the bits of ``weights``, by name, or that need far more room in memory.
+
+    A group's channels are filled up to eight and its filters to 32, so that a file may claim 256 times its size.
+    """
+    for name, geometry in weights.items():
+        expected = -(-math.prod(geometry.weight_shape) // 64)
+        if words[name].dtype != torch.int64 or words[name].shape != (expected,):
+            raise InvalidData(
+                f"the bits of {geometry} are {expected} words; got {tuple(words[name].shape)} of {words[name].dtype}"
+            )
+    needed = sum(geometry.weight_bytes for geometry in weights.values())
+    if needed > _ROOM + _GROWTH * sum(8 * len(words[name]) for name in weights):
+        raise InvalidData(f"its bits would need {needed:,} bytes in memory: too many small groups")
+    if (groups := sum(geometry.groups for geometry in weights.values())) > _GROUPS:
+        raise InvalidData(f"its convolutions have {groups:,} groups; at most {_GROUPS:,} are read")
+
+
 def from_words(words: Tensor, geometry: Geometry) -> Tensor:
-    """The inverse of :func:`to_words`. Raises InvalidData for words that do not fit."""
-    expected = math.ceil(math.prod(geometry.weight_shape) / 64)
-    if words.dtype != torch.int64 or words.shape != (expected,):
-        raise InvalidData(f"the bits of {geometry} are {expected} words; got {tuple(words.shape)} of {words.dtype}")
+    """The inverse of :func:`to_words`, for words that :func:`check_words` has nothing against."""
     return encode_weight(unpack_words(words, geometry.weight_shape), geometry.groups)
 
 
@@ -208,20 +288,35 @@ def takes_planes(graph: fx.Graph) -> bool:
     return bool(graph.find_nodes(op="call_function", target=torch.ops.bonn_qat.max_pool2d.default))
 
 
-def module(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> tuple[fx.GraphModule, dict[str, str]]:
-    """``graph`` as a module whose buffers are ``tensors``, and the names of these buffers, which have no dots."""
-    root = nn.Module()
-    names = {name: f"t{i}_{''.join(c if c.isalnum() else '_' for c in name)}" for i, name in enumerate(tensors)}
+def image_layout(graph: fx.Graph) -> torch.memory_format:
+    """How the images are to lie in memory."""
+    return torch.contiguous_format if takes_planes(graph) else torch.channels_last
+
+
+def laid_out(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` by name, the kernels of float convolutions in ``torch.channels_last``.
+
+    The images are, and such a convolution would bring its kernels there at each call.
+    """
     planes = takes_planes(graph)
     kernels = {
         node.args[1].target
         for node in graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default)
-        if not (planes and node.args[0].op == "placeholder")
+        if len(node.args) > 1 and isinstance(node.args[1], fx.Node)
+        and not (planes and isinstance(node.args[0], fx.Node) and node.args[0].op == "placeholder")
+    }  # fmt: skip
+    return {
+        name: tensor.contiguous(memory_format=torch.channels_last) if name in kernels and tensor.ndim == 4 else tensor
+        for name, tensor in tensors.items()
     }
-    for name, tensor in tensors.items():
-        # The images are channels_last, and a float convolution would bring its kernels there at each call.
-        is_kernel = name in kernels and tensor.ndim == 4
-        root.register_buffer(names[name], tensor.contiguous(memory_format=torch.channels_last) if is_kernel else tensor)
+
+
+def module(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> tuple[fx.GraphModule, dict[str, str]]:
+    """``graph`` as a module whose buffers are ``tensors``, and the names of these buffers, which have no dots."""
+    root = nn.Module()
+    names = {name: f"t{i}_{''.join(c if c.isalnum() else '_' for c in name)}" for i, name in enumerate(tensors)}
+    for name, tensor in laid_out(graph, tensors).items():
+        root.register_buffer(names[name], tensor)
     copy = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:

@@ -18,6 +18,7 @@ RuntimeError, for nothing is checked in the kernels.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -28,6 +29,8 @@ from bonn_qat.runtime import epilogue, fallback
 from bonn_qat.runtime.layout import Geometry, unpack_words
 
 _KEPT = 64  # shapes of images that a layer keeps its calls for
+_LARGEST = 2**20  # number of a geometry or a window
+_INPUTS = 2**16 - 1  # of a filter: kernels count in 16 bits which of them differ
 _LIBRARY = torch.library.Library("bonn_qat", "DEF")
 _CONVOLUTION = "Tensor codes, Tensor weight, int[] geometry, int[] program, Tensor vectors, Tensor? residual"
 _SIGN = f"{_CONVOLUTION}, Tensor thresholds, int[] following"
@@ -50,9 +53,19 @@ def compiled() -> Any:
     return cpu
 
 
+def geometry_of(numbers: Sequence[int]) -> Geometry:
+    """The geometry that operators take as ``numbers``. Raises ValueError for one that no kernel computes."""
+    return _geometry(tuple(numbers))
+
+
 @functools.lru_cache(maxsize=4096)
 def _geometry(numbers: tuple[int, ...]) -> Geometry:
-    return Geometry.of(list(numbers))
+    geometry = Geometry.of(list(numbers))
+    if max(numbers) > _LARGEST:
+        raise ValueError(f"the geometry {list(numbers)} has a number above {_LARGEST:,}")
+    if (inputs := math.prod(geometry.weight_shape[1:])) > _INPUTS:
+        raise ValueError(f"a filter of {inputs:,} inputs; binary kernels take at most {_INPUTS:,}")
+    return geometry
 
 
 @functools.lru_cache(maxsize=4096)
@@ -64,6 +77,24 @@ def _program(numbers: tuple[int, ...], rows: int, has_residual: bool) -> Any:
 def _expect(what: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tensor.shape != shape or tensor.dtype != dtype:
         raise RuntimeError(f"{what}: expected {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+
+
+def _expect_images(x: Tensor) -> None:
+    if x.ndim != 4 or x.dtype != torch.float32:
+        raise RuntimeError(f"expected float32 (B, C, H, W), got {x.dtype} {tuple(x.shape)}")
+
+
+def _check_vectors(vectors: Tensor, channels: int) -> None:
+    if vectors.ndim != 2:
+        raise RuntimeError(f"the vectors: expected (rows, {channels}), got {tuple(vectors.shape)}")
+    _expect("the vectors", vectors, (vectors.shape[0], channels), torch.float32)
+
+
+def _check_sign(x: Tensor, thresholds: Tensor, geometry: Geometry) -> tuple[int, int, int, int]:
+    """The shape of the codes."""
+    _expect_images(x)
+    _expect("the thresholds", thresholds, (geometry.in_channels,), torch.float32)
+    return _codes_shape(tuple(x.shape), geometry)
 
 
 def _codes_shape(x_shape: tuple[int, ...], geometry: Geometry) -> tuple[int, int, int, int]:
@@ -80,17 +111,19 @@ def _result_shape(codes: Tensor, geometry: Geometry) -> tuple[int, int, int, int
 
 
 def _check(
-    codes: Tensor, weight: Tensor, geometry: Geometry, vectors: Tensor, residual: Tensor | None
-) -> tuple[int, ...]:
+    codes: Tensor, weight: Tensor, geometry: Geometry, program: list[int], vectors: Tensor, residual: Tensor | None
+) -> tuple[int, int, int, int]:
+    """The shape of the values."""
     shape = _result_shape(codes, geometry)
     if min(shape[2:]) < 1:
         raise RuntimeError(
             f"an image of {tuple(codes.shape[1:3])}, padding included, is smaller than the kernel of {geometry}"
         )
     _expect("the weights", weight, (geometry.weight_bytes,), torch.uint8)
-    _expect("the vectors", vectors, (vectors.shape[0], geometry.out_channels), torch.float32)
+    _check_vectors(vectors, geometry.out_channels)
     if residual is not None:
         _expect("the residual", residual, shape, torch.float32)
+    _program(tuple(program), vectors.shape[0], residual is not None)
     return shape
 
 
@@ -98,6 +131,20 @@ def _check_following(geometry: Geometry, following: Geometry, thresholds: Tensor
     _expect("the thresholds", thresholds, (geometry.out_channels,), torch.float32)
     if following.in_channels != geometry.out_channels or not can_follow(geometry, following):
         raise RuntimeError(f"codes of {geometry} are not those that {following} takes")
+
+
+def _check_elementwise(x: Tensor, program: list[int], vectors: Tensor, residual: Tensor | None) -> None:
+    _expect_images(x)
+    _check_vectors(vectors, x.shape[1])
+    if residual is not None:
+        _expect("the residual", residual, tuple(x.shape), torch.float32)
+    _program(tuple(program), vectors.shape[0], residual is not None)
+
+
+def _check_words(words: Tensor, shape: Sequence[int]) -> None:
+    count = math.prod(shape)
+    if words.dtype != torch.int64 or min(shape, default=1) < 1 or words.shape != (-(-count // 64),):
+        raise RuntimeError(f"{words.dtype} {tuple(words.shape)} do not hold one bit for each element of {list(shape)}")
 
 
 def can_follow(geometry: Geometry, following: Geometry) -> bool:
@@ -110,10 +157,7 @@ def can_follow(geometry: Geometry, following: Geometry) -> bool:
 def sign_codes(x: Tensor, thresholds: Tensor, geometry: list[int]) -> Tensor:
     """Float32 ``(B, C, H, W)``, thresholds ``(C,)`` -> codes."""
     shape_of = _geometry(tuple(geometry))
-    _codes_shape(tuple(x.shape), shape_of)
-    _expect("the thresholds", thresholds, (shape_of.in_channels,), torch.float32)
-    if x.dtype != torch.float32:
-        raise RuntimeError(f"expected float32, got {x.dtype}")
+    _check_sign(x, thresholds, shape_of)
     cpu = compiled() if x.device.type == "cpu" else None
     return (cpu or fallback).sign_codes(x, thresholds, shape_of)  # type: ignore[no-any-return]
 
@@ -139,7 +183,7 @@ def _convolve(
     kept: dict[Any, Any] = weight.__dict__.setdefault("_bonn_qat_calls", {})
     key = (
         codes.shape, codes.dtype, weight.shape, tuple(geometry), tuple(program), tuple(following or ()), wants_values,
-        None if residual is None else residual.shape, torch.get_num_threads(),
+        None if residual is None else (residual.shape, residual.dtype), torch.get_num_threads(),
     )  # fmt: skip
     call = kept.get(key)
     if call is None or call.vectors is not vectors or call.thresholds is not thresholds:
@@ -161,9 +205,10 @@ def _checked(
     following: list[int] | None,
 ) -> tuple[Geometry, Geometry | None, Any]:
     own, after = _geometry(tuple(geometry)), None if following is None else _geometry(tuple(following))
-    _check(codes, weight, own, vectors, residual)
+    _check(codes, weight, own, program, vectors, residual)
     if after is not None:
-        assert thresholds is not None
+        if thresholds is None:
+            raise RuntimeError("codes of a result need its thresholds")
         _check_following(own, after, thresholds)
     return own, after, _program(tuple(program), vectors.shape[0], residual is not None)
 
@@ -187,12 +232,7 @@ def binary_conv2d_and_sign(*args: Any) -> tuple[Tensor, Tensor]:
 
 def elementwise(x: Tensor, program: list[int], vectors: Tensor, residual: Tensor | None) -> Tensor:
     """Float32 ``(B, C, H, W)`` -> the same shape."""
-    if x.ndim != 4 or x.dtype != torch.float32:
-        raise RuntimeError(f"expected float32 (B, C, H, W), got {x.dtype} {tuple(x.shape)}")
-    channels = x.shape[1]
-    _expect("the vectors", vectors, (vectors.shape[0], channels), torch.float32)
-    if residual is not None:
-        _expect("the residual", residual, tuple(x.shape), torch.float32)
+    _check_elementwise(x, program, vectors, residual)
     steps = _program(tuple(program), vectors.shape[0], residual is not None)
     cpu = compiled() if x.device.type == "cpu" else None
     if cpu is not None:
@@ -201,23 +241,22 @@ def elementwise(x: Tensor, program: list[int], vectors: Tensor, residual: Tensor
 
 
 def _pooled_size(x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> tuple[Any, Any]:
-    for numbers in (kernel, stride, padding):
-        if len(numbers) != 2 or min(numbers) < (0 if numbers is padding else 1):
+    _expect_images(x)
+    for numbers, least in ((kernel, 1), (stride, 1), (padding, 0)):
+        if len(numbers) != 2 or min(numbers) < least or max(numbers) > _LARGEST:
             raise RuntimeError(f"{kernel}, {stride}, {padding} are no windows")
     if any(2 * p > k for p, k in zip(padding, kernel, strict=True)):
         raise RuntimeError(f"padding {padding} is more than half of the kernel {kernel}")
     sides = zip(x.shape[2:], kernel, stride, padding, strict=True)
     rows, columns = ((n + 2 * p - k) // s + 1 for n, k, s, p in sides)
+    if min(x.shape[1:]) < 1 or min(rows, columns) < 1:
+        raise RuntimeError(f"an image of {tuple(x.shape[1:])} is smaller than the window {kernel}")
     return rows, columns
 
 
 def max_pool2d(x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
     """Float32 ``(B, C, H, W)`` -> ``(B, C, H', W')``; the padding is never a maximum."""
-    if x.ndim != 4 or x.dtype != torch.float32:
-        raise RuntimeError(f"expected float32 (B, C, H, W), got {x.dtype} {tuple(x.shape)}")
     sizes = _pooled_size(x, kernel, stride, padding)
-    if min(sizes) < 1:
-        raise RuntimeError(f"an image of {tuple(x.shape[2:])} is smaller than the window {kernel}")
     cpu = compiled() if x.device.type == "cpu" else None
     if cpu is not None:
         return cast(Tensor, cpu.max_pool2d(x, sizes, kernel, stride, padding))
@@ -227,8 +266,7 @@ def max_pool2d(x: Tensor, kernel: list[int], stride: list[int], padding: list[in
 
 def unpack_signs(words: Tensor, shape: list[int]) -> Tensor:
     """Int64 words -> float32 of ``shape``."""
-    if words.dtype != torch.int64 or min(shape, default=1) < 1 or words.numel() != math.ceil(math.prod(shape) / 64):
-        raise RuntimeError(f"{words.dtype} {tuple(words.shape)} do not hold one bit for each element of {shape}")
+    _check_words(words, shape)
     return unpack_words(words, tuple(shape)).to(torch.float32) * 2 - 1
 
 
@@ -241,32 +279,33 @@ def _register() -> None:
 
     @fake("bonn_qat::sign_codes")
     def _(x: Tensor, thresholds: Tensor, geometry: list[int]) -> Tensor:
-        return x.new_empty(_codes_shape(tuple(x.shape), Geometry.of(geometry)), dtype=torch.uint8)
+        return x.new_empty(_check_sign(x, thresholds, geometry_of(geometry)), dtype=torch.uint8)
 
-    def values(codes: Tensor, vectors: Tensor, geometry: list[int]) -> Tensor:
-        batch, channels, height, columns = _result_shape(codes, Geometry.of(geometry))
-        return vectors.new_empty((batch, height, columns, channels)).permute(0, 3, 1, 2)
+    def values(codes: Tensor, weight: Tensor, geometry: list[int], *rest: Any) -> Tensor:
+        batch, channels, height, columns = _check(codes, weight, geometry_of(geometry), *rest)
+        return codes.new_empty((batch, height, columns, channels), dtype=torch.float32).permute(0, 3, 1, 2)
 
-    def signs(codes: Tensor, geometry: list[int], following: list[int]) -> Tensor:
-        shape = _result_shape(codes, Geometry.of(geometry))
-        return codes.new_empty(_codes_shape(shape, Geometry.of(following)))
+    def signs(y: Tensor, geometry: list[int], thresholds: Tensor, following: list[int]) -> Tensor:
+        own, after = geometry_of(geometry), geometry_of(following)
+        _check_following(own, after, thresholds)
+        return y.new_empty(_codes_shape(tuple(y.shape), after), dtype=torch.uint8)
 
     @fake("bonn_qat::binary_conv2d")
-    def _(codes: Tensor, weight: Tensor, geometry: list[int], program: Any, vectors: Tensor, residual: Any) -> Tensor:
-        return values(codes, vectors, geometry)
+    def _(*args: Any) -> Tensor:
+        return values(*args)
 
     @fake("bonn_qat::binary_conv2d_sign")
-    def _(codes: Tensor, weight: Tensor, geometry: list[int], *rest: Any) -> Tensor:
-        return signs(codes, geometry, rest[-1])
+    def _(*args: Any) -> Tensor:
+        return signs(values(*args[:6]), args[2], *args[6:])
 
     @fake("bonn_qat::binary_conv2d_and_sign")
-    def _(
-        codes: Tensor, weight: Tensor, geometry: list[int], program: Any, vectors: Tensor, *rest: Any
-    ) -> tuple[Tensor, Tensor]:
-        return values(codes, vectors, geometry), signs(codes, geometry, rest[-1])
+    def _(*args: Any) -> tuple[Tensor, Tensor]:
+        y = values(*args[:6])
+        return y, signs(y, args[2], *args[6:])
 
     @fake("bonn_qat::elementwise")
     def _(x: Tensor, program: list[int], vectors: Tensor, residual: Any) -> Tensor:
+        _check_elementwise(x, program, vectors, residual)
         batch, channels, height, columns = x.shape
         return x.new_empty((batch, height, columns, channels)).permute(0, 3, 1, 2)
 
@@ -277,6 +316,7 @@ def _register() -> None:
 
     @fake("bonn_qat::unpack_signs")
     def _(words: Tensor, shape: list[int]) -> Tensor:
+        _check_words(words, shape)
         return words.new_empty(shape, dtype=torch.float32)
 
 

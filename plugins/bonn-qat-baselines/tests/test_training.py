@@ -1,5 +1,6 @@
 """Every scheme, with the digits' default recipe: it learns, and an interruption, a save and a load change nothing."""
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ SCHEMES = sorted(plugins.schemes())
 
 @pytest.fixture(scope="module")
 def digits() -> data.Data:
-    return data.load("digits")
+    return data.load("digits", train_images=720)
 
 
 class _Stop:
@@ -44,19 +45,20 @@ def logits(model: nn.Module, of: data.Data) -> Tensor:
         return torch.cat([model.eval()(images) for images, _ in of.test_batches()])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEMES)
 def test_it_learns_the_digits_from_a_state_that_survives_save_load_and_resume(
     name: str, digits: data.Data, tmp_path: Path, record_property: Any
 ) -> None:
-    recipe = dataclasses.replace(Recipe.default("digits"), scheme=name, epochs=16)
+    # Half of the images, half of the batch. After four epochs seeds 0 and 1 of all schemes had 87 to 95 %, of networks
+    # whose binary layers do not learn 68 to 87 % and of those without such layers' gradients 43 to 77 %.
+    recipe = dataclasses.replace(Recipe.default("digits"), scheme=name, epochs=4, batch_size=32, train_images=720)
+    model = build(recipe, digits)
     unfinished = tmp_path / "unfinished.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        train(build(recipe, digits), recipe, digits, checkpoint=unfinished, pm=stopping(recipe.epochs // 2))
-    model = build(recipe, digits)
+        train(copy.deepcopy(model), recipe, digits, checkpoint=unfinished, pm=stopping(recipe.epochs // 2))
     result = train(model, recipe, digits, checkpoint=unfinished)
     record_property("top1", result.top1)
-    assert result.top1 >= 90, f"{name}: {result.top1:.2f}%"
+    assert result.top1 >= 80, f"{name}: {result.top1:.2f}%"
 
     path = write_tensors(tmp_path / "weights.safetensors", model.state_dict())
     again = build(dataclasses.replace(recipe, seed=1), digits)
@@ -66,21 +68,16 @@ def test_it_learns_the_digits_from_a_state_that_survives_save_load_and_resume(
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_an_interrupted_run_ends_with_the_very_weights_of_an_undisturbed_one(name: str, tmp_path: Path) -> None:
-    few = data.load("digits", train_images=96, test_images=64)
+    few = data.load("digits", train_images=64, test_images=32)
     recipe = dataclasses.replace(Recipe.default("digits"), scheme=name, epochs=5, batch_size=32)
-    whole, resumed = build(recipe, few), build(recipe, few)
-    torch.manual_seed(5)  # schemes with random numbers of their own draw the same ones
+    whole = build(recipe, few)
+    stopped, resumed = copy.deepcopy(whole), copy.deepcopy(whole)
+    torch.manual_seed(5)  # of which no scheme with random numbers of its own takes notice
     undisturbed = train(whole, recipe, few)
-    torch.manual_seed(5)
-    with pytest.raises(KeyboardInterrupt):
-        train(build_again(recipe, few), recipe, few, checkpoint=tmp_path / "run", pm=stopping(3))
     torch.manual_seed(6)
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, recipe, few, checkpoint=tmp_path / "run", pm=stopping(3))
+    torch.manual_seed(7)
     assert train(resumed, recipe, few, checkpoint=tmp_path / "run").epochs == undisturbed.epochs
     for key, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key]), key
-
-
-def build_again(recipe: Recipe, of: data.Data) -> nn.Module:
-    """The recipe's network, without a trace in the global generator."""
-    with torch.random.fork_rng():
-        return build(recipe, of)

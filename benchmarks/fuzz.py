@@ -1,0 +1,796 @@
+"""Files that anybody may have written: damaged and hostile ones of every kind, and what reading them gives.
+
+A file is changed as bytes, or as what it holds, with its checksum made anew so that the change is seen by more than the
+checksum. A BonnQatError, or nothing, is right; any other exception, a crash, a file that takes more than ten seconds,
+and memory far beyond the file's size are failures, listed with what makes them again. Each file depends on seed, kind
+and number alone, and is read in a process of its own sort: forked, with an address space of 768 MiB more than at its
+start. It prints a table and, with ``--output``, writes JSON. Examples::
+
+    python benchmarks/fuzz.py --files 100000 --output FILE.json
+    python benchmarks/fuzz.py --kinds packed --first 1234 --files 1 --seed 0 --keep FOLDER
+"""
+
+import argparse
+import contextlib
+import faulthandler
+import itertools
+import json
+import math
+import os
+import random
+import resource
+import select
+import signal
+import struct
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+import bonn_qat
+import bonn_qat.models  # registers the paper's networks with timm
+from bonn_qat import packed, plugins, report, run_state
+from bonn_qat.data import load
+from bonn_qat.environment import environment, processor
+from bonn_qat.recipe import Recipe
+from bonn_qat.results import Comparison, RunResult, read_comparison, write_manifest, write_run
+from bonn_qat.runtime.graph import PYTHON, is_known
+from bonn_qat.runtime.rehearsal import rehearse
+from bonn_qat.train import build, check, restore, weights_header
+from bonn_qat.trainer import Trainer
+
+SECONDS = 10.0  # that a file may take
+MEMORY = 768 * 2**20  # bytes of address space beyond those at the start
+TOO_LARGE = 2**24  # bytes of values beyond which a network that loads is not run
+Files = Mapping[str, bytes]  # by name; the first is the one to read
+Rewrite = Callable[[random.Random, Files], Files]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A kind of file: whole ones to begin with, how to change what they hold, and how to read one."""
+
+    samples: Sequence[Files]
+    rewrite: Rewrite
+    read: Callable[[Path], None]
+
+    def mutated(self, chance: random.Random) -> Files:
+        """A file that is damaged or hostile, most of the time."""
+        files = chance.choice(self.samples)
+        if chance.random() < 0.6:
+            return self.rewrite(chance, files)
+        name = chance.choice(list(files))
+        return {**files, name: damaged(chance, files[name])}
+
+
+# ------------------------------------------------------------------------------------------------------------- bytes
+
+
+def damaged(chance: random.Random, content: bytes) -> bytes:
+    """Bytes of which one to four parts are others, missing, twice, or somewhere else."""
+    for _ in range(chance.choice((1, 1, 1, 2, 4))):
+        content = chance.choice(DAMAGES)(chance, bytearray(content))
+    return content
+
+
+def _place(chance: random.Random, content: bytearray) -> int:
+    """Any place, and the beginning, where lengths and names are, more often."""
+    return int(len(content) * chance.random() ** chance.choice((1, 3, 8)))
+
+
+def _flip(chance: random.Random, content: bytearray) -> bytes:
+    for _ in range(chance.choice((1, 1, 8))):
+        if content:
+            content[_place(chance, content)] ^= 1 << chance.randrange(8)
+    return bytes(content)
+
+
+def _cut(chance: random.Random, content: bytearray) -> bytes:
+    return bytes(content[: _place(chance, content)])
+
+
+def _insert(chance: random.Random, content: bytearray) -> bytes:
+    at = _place(chance, content)
+    return bytes(content[:at]) + chance.randbytes(chance.choice((1, 2, 8, 100))) + bytes(content[at:])
+
+
+def _drop(chance: random.Random, content: bytearray) -> bytes:
+    at = _place(chance, content)
+    return bytes(content[:at] + content[at + chance.choice((1, 2, 8, 100)) :])
+
+
+def _repeat(chance: random.Random, content: bytearray) -> bytes:
+    at, length = _place(chance, content), chance.choice((1, 8, 64, 4096))
+    return bytes(content[:at] + content[at : at + length] * chance.choice((2, 3, 50)) + content[at + length :])
+
+
+def _swap(chance: random.Random, content: bytearray) -> bytes:
+    first, second = sorted((_place(chance, content), _place(chance, content)))
+    length = chance.choice((1, 8, 64))
+    a, b = content[first : first + length], content[second : second + length]
+    return bytes(content[:first] + b + content[first + length : second] + a + content[second + length :])
+
+
+def _length(chance: random.Random, content: bytearray) -> bytes:
+    (before,) = struct.unpack("<Q", bytes(content[:8]).ljust(8, b"\0"))
+    after = chance.choice((0, 1, before - 1, before + 1, before * 2, 2**31, 2**63, 2**64 - 1, len(content)))
+    return struct.pack("<Q", after % 2**64) + bytes(content[8:])
+
+
+def _number(chance: random.Random, content: bytearray) -> bytes:
+    places = [i for i, octet in enumerate(content[: 2**18]) if chr(octet).isdigit()]
+    at = chance.choice(places) if places else 0
+    return bytes(content[:at]) + str(chance.choice(NUMBERS)).encode() + bytes(content[at + 1 :])
+
+
+DAMAGES = (_flip, _cut, _insert, _drop, _repeat, _swap, _length, _number)
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+NUMBERS = (
+    0, -1, 1, 2, 3, 7, 64, 255, 2**16, 2**20, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, -(2**63),
+    -(2**63) - 1, 2**64, 10**30, 10**400, 0.0, -0.5, 0.5, 1e-320, 1e308, -1e308, math.nan, math.inf, -math.inf,
+)  # fmt: skip
+DEEP = "\x01deep"  # stands for lists or tables in one another, which json cannot write
+TEXTS = (
+    "", "x", "a" * 300, "\0", "\x1b[2J", "../../x", "/etc/passwd", "\u00e9", "\ud800", "nan", "1e999", "True", DEEP,
+    "<script>", "$\\frac{", "constructor", "__class__", "float", "bonn", "trunc", "file:///etc/passwd",
+)  # fmt: skip
+
+
+def hostile(chance: random.Random) -> Any:
+    """A value that does not belong where it will stand."""
+    return chance.choice((
+        lambda: chance.choice(NUMBERS), lambda: chance.choice(TEXTS), lambda: chance.choice((None, True, False)),
+        lambda: chance.choice(([], {}, [[]], {"": None}, [0] * 5000, {"a": {"b": {"c": [1]}}})),
+        lambda: [chance.choice(NUMBERS) for _ in range(chance.randrange(6))],
+    ))()  # fmt: skip
+
+
+def changed(chance: random.Random, value: Any, hostile: Callable[[random.Random], Any] = hostile) -> Any:
+    """A copy of nested data that differs in one to four places."""
+    value = json.loads(json.dumps(value))
+    for _ in range(chance.choice((1, 1, 1, 2, 4))):
+        places = list(_places(value))
+        if not places:
+            return hostile(chance)
+        within, key = chance.choice(places)
+        _change(chance, within, key, places, hostile)
+    return value
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every table or list with every key or place in it."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield value, key
+        yield from _places(value[key])
+
+
+def _change(
+    chance: random.Random, within: Any, key: Any, places: Sequence[Any], hostile: Callable[[random.Random], Any]
+) -> None:
+    way = chance.randrange(8)
+    if way == 0:
+        del within[key]
+    elif way == 1:
+        other, place = chance.choice(places)
+        with contextlib.suppress(KeyError, IndexError):  # it may be gone
+            within[key] = json.loads(json.dumps(other[place]))
+    elif way == 2 and isinstance(within, list):
+        within.insert(key, json.loads(json.dumps(within[key])))
+    elif way == 2:
+        within[chance.choice((*TEXTS, "name", "op", "args"))] = within.pop(key)
+    elif way == 3 and type(within[key]) in (int, float):
+        within[key] = chance.choice((-within[key], within[key] + 1, within[key] - 1, within[key] * 2, 1 / 3))
+    elif way == 4:
+        within[key] = [within[key]]
+    elif way == 5 and isinstance(within, dict):
+        within[chance.choice(TEXTS)] = hostile(chance)
+    else:
+        within[key] = hostile(chance)
+
+
+def as_json(value: Any, chance: random.Random) -> str:
+    """JSON, with depth where DEEP stands, and now and then a key twice."""
+    text = json.dumps(value)
+    depth = chance.choice((20, 30, 500, 2000, 100_000))
+    nested = chance.choice(("[" * depth + "]" * depth, '{"a":' * depth + "0" + "}" * depth, "[" * depth))
+    text = text.replace(json.dumps(DEEP), nested)
+    return text.replace("{", '{"format": 1, ', 1) if chance.random() < 0.01 else text
+
+
+def as_toml(table: Mapping[str, Any], chance: random.Random) -> str:
+    """TOML, with a table or a value in each line."""
+    return "".join(f"{_toml_key(key)} = {_toml(value, chance)}\n" for key, value in table.items())
+
+
+def _toml_key(key: str) -> str:
+    return key if key.isascii() and key.replace("_", "").isalnum() else json.dumps(key)
+
+
+def _toml(value: Any, chance: random.Random) -> str:
+    if value == DEEP:
+        depth = chance.choice((20, 30, 500, 5000))
+        return chance.choice(("[" * depth + "]" * depth, "{a = " * depth + "1" + "}" * depth))
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml_key(key)} = {_toml(item, chance)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item, chance) for item in value) + "]"
+    if value is None:
+        return chance.choice(("1979-05-27T07:32:00Z", "07:32:00", "1979-05-27", "0x1F", "0b1", "null"))
+    return json.dumps(value).replace("NaN", "nan").replace("Infinity", "inf")
+
+
+# ----------------------------------------------------------------------------------------------------------- tensors
+
+Tensors = dict[str, Tensor]
+Header = dict[str, Any]
+
+
+def split(content: bytes) -> tuple[Tensors, Header]:
+    """The tensors of a safetensors file and our header."""
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["bonn_qat"])
+    return safetensors.torch.load(content), header
+
+
+def joined(tensors: Tensors, header: str) -> bytes:
+    """A safetensors file."""
+    copies = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save(copies, {"bonn_qat": header})
+
+
+def changed_tensors(chance: random.Random, tensors: Tensors) -> Tensors:
+    """Tensors of which one or two are others."""
+    tensors = dict(tensors)
+    for _ in range(chance.choice((1, 1, 2))):
+        if tensors:
+            name = chance.choice(list(tensors))
+            chance.choice(TENSOR_CHANGES)(chance, tensors, name)
+    return tensors
+
+
+def _other_type(chance: random.Random, tensors: Tensors, name: str) -> None:
+    tensors[name] = tensors[name].to(
+        chance.choice((torch.float64, torch.float16, torch.int64, torch.uint8, torch.bool))
+    )
+
+
+def _other_shape(chance: random.Random, tensors: Tensors, name: str) -> None:
+    tensor = tensors[name]
+    ways: list[Callable[[], Tensor]] = [
+        tensor.flatten, lambda: tensor[None], lambda: tensor[..., None], lambda: tensor.flatten()[:0],
+        lambda: tensor.flatten()[:-1], lambda: torch.cat([tensor.flatten()] * 2),
+        lambda: tensor.movedim(0, -1) if tensor.ndim else tensor, lambda: torch.zeros(()).to(tensor.dtype),
+        lambda: torch.zeros(0, 2**40).to(tensor.dtype), lambda: tensor.reshape(*[1] * 20, *tensor.shape),
+    ]  # fmt: skip
+    tensors[name] = chance.choice(ways)()
+
+
+def _other_values(chance: random.Random, tensors: Tensors, name: str) -> None:
+    tensor = tensors[name].clone()
+    fill = chance.choice((0, -1, 1, math.nan, math.inf, -math.inf, 1e38, 1e-45, 2**62, -(2**63)))
+    if tensor.numel():
+        flat = tensor.flatten()
+        with contextlib.suppress(RuntimeError, ValueError, OverflowError):  # not every number is of every type
+            flat[chance.randrange(len(flat)) :] = fill
+        tensors[name] = flat.reshape(tensor.shape)
+
+
+def _swapped(chance: random.Random, tensors: Tensors, name: str) -> None:
+    other = chance.choice(list(tensors))
+    tensors[name], tensors[other] = tensors[other], tensors[name]
+
+
+def _gone(chance: random.Random, tensors: Tensors, name: str) -> None:
+    tensor = tensors.pop(name)
+    if chance.random() < 0.7:
+        tensors[chance.choice((f"{name}.x", "", "x", "a\0b", "optimizer.x.y", "objective", "random.torch.9"))] = tensor
+
+
+TENSOR_CHANGES = (_other_type, _other_shape, _other_values, _swapped, _gone)
+
+
+def rewrite_tensors(
+    sign: Callable[[Tensors, Header], Header], hostile: Callable[[random.Random], Any] = hostile
+) -> Rewrite:
+    """How to change the header or the tensors of a file whose checksum ``sign`` puts into its header."""
+
+    def rewrite(chance: random.Random, files: Files) -> Files:
+        ((name, content),) = files.items()
+        tensors, header = split(content)
+        if chance.random() < 0.7:
+            header = changed(chance, header, hostile)
+        if chance.random() < 0.4:
+            tensors = changed_tensors(chance, tensors)
+        if isinstance(header, dict) and chance.random() < 0.98:
+            with contextlib.suppress(TypeError, ValueError):
+                header = sign(tensors, header)
+        text = as_json(header, chance)
+        try:
+            return {name: joined(tensors, text)}
+        except (safetensors.SafetensorError, UnicodeEncodeError):  # what safetensors does not write
+            return {name: damaged(chance, content)}
+
+    return rewrite
+
+
+def unsigned(tensors: Tensors, header: Header) -> Header:
+    """For files without a checksum."""
+    return header
+
+
+# ------------------------------------------------------------------------------------------------------------ packed
+
+
+class Tiny(nn.Module):
+    """Convolutions with a shortcut, a pool before them, and tokens with attention after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.act = nn.Conv2d(3, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU()
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.conv1, self.conv2 = nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1, groups=2)
+        self.norm1, self.norm2 = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        self.qkv, self.head, self.last = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.layer_norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``(B, 3, 8, 8)`` -> ``(B, 4)``."""
+        x = self.pool(self.act(self.norm(self.stem(x))))
+        x = self.act(self.norm1(self.conv1(x))) + x
+        x = torch.cat([self.norm2(self.conv2(x)), x], 1)[:, :8]
+        tokens = self.layer_norm(x.flatten(2).transpose(1, 2))
+        query, key, value = self.qkv(tokens).reshape(x.shape[0], -1, 3, 8).unbind(2)
+        tokens = tokens + nn.functional.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
+        result: Tensor = self.last(nn.functional.gelu(self.head(tokens)).mean(1))
+        return result
+
+
+def known_functions() -> list[str]:
+    """Names of what a graph may call."""
+    found = []
+    for schema in torch._C._jit_get_all_schemas():
+        namespace, _, name = schema.name.partition("::")
+        packet = getattr(torch.ops.aten, name, None) if namespace == "aten" else None
+        function = getattr(packet, schema.overload_name or "default", None)
+        if function is not None and is_known(function):
+            found.append(str(function))
+    return sorted({*found, *PYTHON, *(f"bonn_qat.{name}.default" for name in OPERATORS)})
+
+
+OPERATORS = (
+    "sign_codes", "binary_conv2d", "binary_conv2d_sign", "binary_conv2d_and_sign", "elementwise", "max_pool2d",
+    "unpack_signs",
+)  # fmt: skip
+SPECIAL = ({"dtype": "int64"}, {"dtype": "complex64"}, {"number": "nan"}, {"device": "cuda"}, {"layout": "sparse_coo"})
+REFUSED = (
+    "aten.empty.memory_format", "aten.as_strided.default", "aten.from_file.default", "aten.rand.default",
+    "aten.gelu_backward.default", "aten.set_.source_Tensor", "aten.view.dtype", "aten.add_.Tensor", "os.system",
+    "aten.resize.default", "bonn_qat.__init__.default", "prim.device.default", "python.eval", "aten.add", "..",
+)  # fmt: skip
+
+
+def call(chance: random.Random, name: str, nodes: Sequence[str]) -> dict[str, Any]:
+    """A node that calls a function with arguments of its types, tensors being those of other nodes."""
+    if name in PYTHON:
+        return {
+            "op": name,
+            "args": [_argument(chance, chance.choice(("Tensor", "int")), nodes) for _ in "ab"],
+            "kwargs": {},
+        }
+    namespace, operation, overload = name.split(".")
+    schema = getattr(getattr(getattr(torch.ops, namespace), operation), overload)._schema
+    args, kwargs = list[Any](), dict[str, Any]()
+    for argument in schema.arguments:
+        if argument.has_default_value() and chance.random() < 0.5:
+            if not argument.kwarg_only:
+                break
+        elif argument.kwarg_only:
+            kwargs[argument.name] = _argument(chance, str(argument.type), nodes, argument.name)
+        else:
+            args.append(_argument(chance, str(argument.type), nodes, argument.name))
+    return {"op": name, "args": args, "kwargs": kwargs}
+
+
+def _argument(chance: random.Random, kind: str, nodes: Sequence[str], name: str = "") -> Any:
+    if kind.startswith("Optional["):
+        return None if chance.random() < 0.4 else _argument(chance, kind[len("Optional[") : -1], nodes, name)
+    if kind.startswith("List["):
+        inner = kind[len("List[") : -1]
+        return [_argument(chance, inner, nodes) for _ in range(chance.choice((0, 1, 1, 2, 2, 2, 3, 4)))]
+    if name in ("dtype", "memory_format", "layout"):
+        known = {"dtype": ("int64", "float32", "bool", "uint8", "float16"), "layout": ("strided",),
+                 "memory_format": ("contiguous_format", "channels_last", "preserve_format")}  # fmt: skip
+        return {name: chance.choice(known[name])}
+    if kind == "Tensor":
+        return {"node": chance.choice(nodes)}
+    if kind in ("int", "number") and chance.random() < 0.8:
+        return chance.choice((0, 1, 2, 3, 4, 8, -1, -2))
+    if kind == "bool":
+        return chance.random() < 0.5
+    if kind == "str":
+        return chance.choice(("none", "tanh", "mean", "trunc", "floor", "constant", "reflect", "i,j->ij", "...", "x"))
+    if kind == "float":
+        return chance.choice((0.0, 0.5, 1.0, -1.0, 1e-5, 1e308))
+    return chance.choice((2**16, 2**31 - 1, 2**31, 2**62, 2**63 - 1, -(2**63), 2**20, 1000))
+
+
+def packed_kind() -> Kind:
+    """Packed networks: loaded, and run on an image unless they need much memory."""
+    torch.manual_seed(0)
+    samples = []
+    for scheme in ("bonn", *(name for name in ("bwn",) if name in plugins.schemes())):
+        model = bonn_qat.binarize(Tiny(), scheme, input_size=(3, 8, 8), include=["head"]).eval()
+        samples.append({"packed.safetensors": bonn_qat.pack(model).dump()})
+    functions = known_functions()
+    every = [node["name"] for content in samples for node in split(content["packed.safetensors"])[1]["nodes"]]
+
+    def value(chance: random.Random) -> Any:
+        return chance.choice((
+            lambda: chance.choice(functions), lambda: chance.choice(REFUSED), lambda: {"node": chance.choice(every)},
+            lambda: hostile(chance), lambda: hostile(chance),
+            lambda: chance.choice(SPECIAL),
+        ))()  # fmt: skip
+
+    anywhere = rewrite_tensors(_sign_packed, value)
+
+    def rewrite(chance: random.Random, files: Files) -> Files:
+        if chance.random() < 0.4:
+            return anywhere(chance, files)
+        # One call alone: more of these load.
+        ((name, content),) = files.items()
+        tensors, header = split(content)
+        nodes = header["nodes"]
+        places = [place for place, node in enumerate(nodes) if "args" in node]
+        place = chance.choice(places)
+        node, before = nodes[place], [node["name"] for node in nodes[:place]]
+        if chance.random() < 0.6:
+            new = call(chance, chance.choice(functions), before) | {"name": "fuzzed"}
+            header["nodes"] = [*nodes[:place], new, {"op": "output", "name": "output", "args": [{"node": "fuzzed"}]}]
+            used = {node["tensor"] for node in nodes[:place] if node["op"] == "tensor"}
+            tensors = {key: tensor for key, tensor in tensors.items() if key in used}
+        elif chance.random() < 0.2:
+            node["kwargs"] = changed(chance, {**node.get("kwargs", {}), "dim": 1}, value)
+        else:
+            node["args"] = changed(chance, node["args"], value)
+        if chance.random() < 0.2:
+            tensors = changed_tensors(chance, tensors)
+        try:
+            return {name: joined(tensors, as_json(_sign_packed(tensors, header), chance))}
+        except (safetensors.SafetensorError, UnicodeEncodeError, TypeError, ValueError):
+            return {name: damaged(chance, content)}
+
+    return Kind(samples=samples, rewrite=rewrite, read=read_packed)
+
+
+def _sign_packed(tensors: Tensors, header: Header) -> Header:
+    header.pop("sha256", None)
+    return header | {"sha256": packed._digest(tensors, header)}
+
+
+def read_packed(path: Path) -> None:
+    """Load a packed network, and run it on an image unless that needs much memory."""
+    model = bonn_qat.PackedModel.load(path)
+    buffers = dict(model.network.named_buffers())
+    if (
+        math.prod(model.input_size) < TOO_LARGE
+        and rehearse(model.network.graph, buffers, model.input_size, 1) < TOO_LARGE
+    ):
+        model(torch.zeros(1, *model.input_size))
+    bonn_qat.summary(model)
+
+
+# ---------------------------------------------------------------------------------------------------- training's files
+
+
+class Small(nn.Module):
+    """A network that is made and binarized in no time."""
+
+    def __init__(self, num_classes: int = 10, in_chans: int = 3, drop_rate: float = 0.0) -> None:
+        super().__init__()
+        self.stem, self.conv, self.norm = nn.Conv2d(in_chans, 4, 3), nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)
+        self.act, self.drop, self.fc = nn.ReLU(), nn.Dropout(drop_rate), nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``(B, C, H, W)`` -> ``(B, num_classes)``."""
+        x = self.act(self.norm(self.conv(self.stem(x))))
+        result: Tensor = self.fc(self.drop(x.mean((2, 3))))
+        return result
+
+
+@timm.models.register_model  # type: ignore[untyped-decorator]
+def fuzz_small(pretrained: bool = False, **options: Any) -> Small:
+    """:class:`Small`, by a name of timm's."""
+    own = {key: value for key, value in options.items() if not key.startswith("pretrained_") and key != "cache_dir"}
+    return Small(**own)
+
+
+OPTIONS = Recipe(
+    model="fuzz_small", data="digits", epochs=3, batch_size=8, train_images=16, test_images=8, seed=3,
+    scheme_options={"clip": 1.5}, regularizer_options={"kernel": {"nu": 1e-3}}, model_options={"drop_rate": 0.1},
+    milestones=(1, 2), factors=(0.1, 0.5), schedule="step", skip=("stem",),
+)  # fmt: skip
+
+
+def make_trainer() -> Trainer:
+    """A run that has done nothing yet."""
+    recipe = Recipe(model="fuzz_small", epochs=3, batch_size=8, train_images=16, test_images=8)
+    data = load("digits", train_images=16, test_images=8)
+    return Trainer(build(recipe, data), recipe, data, torch.device("cpu"), task=nn.CrossEntropyLoss())
+
+
+def checkpoint_kind() -> Kind:
+    """Runs in the middle: taken up by a run that has done nothing yet."""
+    run = make_trainer()
+    samples = []
+    for _ in range(2):
+        with tempfile.TemporaryDirectory() as folder:
+            path = run_state.write_state(Path(folder, "x"), run.state())
+            samples.append({"checkpoint.safetensors": path.read_bytes()})
+        run.epoch(1)
+    fresh = make_trainer()
+
+    def read(path: Path) -> None:
+        fresh.resume(path)
+
+    return Kind(samples=samples, rewrite=rewrite_tensors(_sign_state), read=read)
+
+
+def _sign_state(tensors: Tensors, header: Header) -> Header:
+    header.pop("sha256", None)
+    return header | {"sha256": run_state._digest(tensors, header)}
+
+
+def weights_kind() -> Kind:
+    """Trained weights: restored."""
+    data = load("digits", train_images=16, test_images=8)
+    samples: list[Files] = []
+    for scheme in ("bonn", "float", "float", "float"):  # a binary network takes longer to make
+        recipe = Recipe(model="fuzz_small", scheme=scheme, epochs=3, batch_size=8)
+        tensors = {name: tensor.clone() for name, tensor in build(recipe, data).state_dict().items()}
+        samples.append({"weights.safetensors": joined(tensors, json.dumps(weights_header(recipe, data)))})
+
+    def read(path: Path) -> None:
+        restore(path)
+
+    return Kind(samples=samples, rewrite=rewrite_tensors(unsigned), read=read)
+
+
+def recipe_kind() -> Kind:
+    """Recipes: read and checked."""
+    recipes = sorted((Path(bonn_qat.__file__).parent / "recipes").glob("*.toml"))
+    samples: list[Files] = [{"recipe.toml": path.read_bytes()} for path in recipes]
+    staged = {**OPTIONS.to_dict(), "stages": [{"share": 1.0, "regularizers": {"kernel": 1e-4}, "weights": "binary"}]}
+    tables = [OPTIONS.to_dict(), staged]
+    samples += [{"recipe.toml": as_toml(table, random.Random(0)).encode()} for table in tables]
+
+    def rewrite(chance: random.Random, files: Files) -> Files:
+        table = changed(chance, chance.choice(tables))
+        text = as_toml(table if isinstance(table, dict) else {"x": table}, chance)
+        return {"recipe.toml": text.encode(errors="replace")}
+
+    def read(path: Path) -> None:
+        check(Recipe.from_toml(path))
+
+    return Kind(samples=samples, rewrite=rewrite, read=read)
+
+
+def results_kind() -> Kind:
+    """Results of a comparison: read, and taken together in a table."""
+    epochs = [{"epoch": float(e), "lr": 0.1, "test/top1": 50.0 + e, "scale/conv": 0.1, "flips": 0.01} for e in (1, 2)]
+    histogram = {"edges": [-1.0, 0.0, 1.0], "counts": [3.0, 4.0]}
+    size = dict.fromkeys(("parameters", "mbit", "float_mbit", "compression", "macs", "binary_macs"), 2.5)
+    runs = [
+        RunResult(
+            name=f"bonn-0.01-seed{seed}", scheme="bonn", title="BONN", bits="1/1", latents="0.01", seed=seed,
+            recipe=OPTIONS.to_dict(), environment={"python": "3"}, seconds=1.5, epochs=epochs, size=size,
+            histograms={"conv": {"0": histogram, "2": histogram}},
+        )
+        for seed in (0, 1)
+    ]  # fmt: skip
+    data = {"name": "digits", "classes": 10, "train": 16, "test": 8, "image": [1, 8, 8]}
+    with tempfile.TemporaryDirectory() as folder:
+        plan = Comparison(directory=Path(folder), data=data, planned=[run.name for run in runs], results=runs,
+                          recipes={run.name: run.recipe for run in runs})  # fmt: skip
+        write_manifest(plan)
+        for run in runs:
+            write_run(plan.directory, run)
+        paths = [path for path in sorted(plan.directory.rglob("*.json")) if path.is_file()]
+        files = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+    def rewrite(chance: random.Random, files: Files) -> Files:
+        name = chance.choice(list(files))
+        return {**files, name: as_json(changed(chance, json.loads(files[name])), chance).encode()}
+
+    def read(path: Path) -> None:
+        report.statistics(read_comparison(path.parent))
+
+    return Kind(samples=[files], rewrite=rewrite, read=read)
+
+
+KINDS: Mapping[str, Callable[[], Kind]] = {
+    "packed": packed_kind, "checkpoint": checkpoint_kind, "weights": weights_kind, "recipe": recipe_kind,
+    "results": results_kind,
+}  # fmt: skip
+SHARES = {"packed": 8, "checkpoint": 4, "weights": 2, "recipe": 5, "results": 5}  # the costlier, the fewer
+
+
+def number_of(name: str, seed: int, index: int) -> random.Random:
+    """What draws the changes of a file."""
+    return random.Random(f"{name} {seed} {index}")
+
+
+def write(folder: Path, files: Files) -> Path:
+    """Write the files of one case below ``folder``; returns the path of the first."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder / next(iter(files))
+
+
+def outcome(kind: Kind, path: Path) -> str:
+    """What reading gave: ``read``, or the name of the exception, after ``failed: `` for none of ours."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            kind.read(path)
+    except bonn_qat.BonnQatError as error:
+        return type(error).__name__ if "\n" not in str(error) and len(str(error)) < 5000 else "failed: not a line"
+    except BaseException as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return f"failed: {words} ({Path(last.filename).name}:{last.lineno})"
+    return "read"
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A file that was not read as it should be; ``seed``, ``kind`` and ``index`` make it again."""
+
+    kind: str
+    seed: int
+    index: int
+    what: str
+
+
+class Reader:
+    """Reads files of one kind in a forked process, which is started anew after a crash."""
+
+    def __init__(self, name: str, seed: int, folder: Path) -> None:
+        self.name, self.seed, self.folder = name, seed, folder
+        self.kind = KINDS[name]()
+
+    def run(self, indices: range) -> Iterator[tuple[int, str]]:
+        """Each file's number and outcome."""
+        first = indices.start
+        while first < indices.stop:
+            for index, what in self._run(range(first, indices.stop)):
+                yield index, what
+                first = index + 1
+
+    def _run(self, indices: range) -> Iterator[tuple[int, str]]:
+        receiver, sender = os.pipe()
+        sys.stdout.flush()
+        child = os.fork()
+        if not child:
+            os.close(receiver)
+            self._child(indices, sender)
+        os.close(sender)
+        waiting, buffer = indices.start, b""
+        try:
+            while waiting < indices.stop:
+                if not select.select([receiver], [], [], SECONDS)[0]:
+                    yield waiting, f"failed: more than {SECONDS:g} seconds"
+                    return
+                if not (part := os.read(receiver, 2**16)):
+                    _, status = os.waitpid(child, 0)
+                    child = 0
+                    told = (self.folder / "fault").read_text(errors="replace").split("\n")
+                    where = next((line.strip() for line in told if "/bonn_qat/" in line), "")
+                    number = os.waitstatus_to_exitcode(status)
+                    name = signal.Signals(-number).name if number < 0 else f"exit {number}"
+                    yield waiting, f"failed: the process ended, {name} {where}"
+                    return
+                *lines, buffer = (buffer + part).split(b"\n")
+                for line in lines:
+                    yield waiting, line.decode()
+                    waiting += 1
+        finally:
+            os.close(receiver)
+            if child:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+
+    def _child(self, indices: range, sender: int) -> None:
+        try:
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            with (self.folder / "fault").open("w") as file:
+                faulthandler.enable(file)
+                for index in indices:
+                    files = self.kind.mutated(number_of(self.name, self.seed, index))
+                    what = outcome(self.kind, write(self.folder / "case", files))
+                    os.write(sender, what.encode(errors="replace").replace(b"\n", b" ") + b"\n")
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+
+
+def examine(name: str, args: argparse.Namespace, indices: range) -> tuple[dict[str, Any], list[Failure]]:
+    """Read the files of a kind; how often what came of it, and the failures."""
+    counts: Counter[str] = Counter()
+    failures = []
+    with tempfile.TemporaryDirectory() as folder:
+        reader = Reader(name, args.seed, Path(folder))
+        start = time.perf_counter()
+        for index, what in reader.run(indices):
+            counts[what if not what.startswith("failed") else "failed"] += 1
+            if what.startswith("failed"):
+                failures.append(Failure(kind=name, seed=args.seed, index=index, what=what))
+                print(f"  {name} {index}: {what}", flush=True)
+                if args.keep:
+                    files = reader.kind.mutated(number_of(name, args.seed, index))
+                    write(args.keep / f"{name}-{args.seed}-{index}", files)
+        seconds = time.perf_counter() - start
+    return {"kind": name, "files": len(indices), "seconds": seconds, "outcomes": dict(counts)}, failures
+
+
+def main() -> None:
+    """Read the files of each kind and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", type=int, default=2000, help="of all kinds together")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="the number of the first file of each kind")
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--keep", type=Path, help="a folder for the files that failed")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    names = args.kinds.split(",")
+    rows, failures = [], list[Failure]()
+    for name in names:
+        share = round(args.files * SHARES[name] / sum(SHARES[name] for name in names))
+        row, failed = examine(name, args, range(args.first, args.first + share))
+        rows.append(row)
+        failures += failed
+    told(rows)
+    if args.output:
+        options = {"files": args.files, "seed": args.seed, "first": args.first, "kinds": names}
+        found = {"environment": dict(environment(torch.device("cpu"))), "machine": processor(), "options": options}
+        text = json.dumps(found | {"rows": rows, "failures": [asdict(failure) for failure in failures]}, indent=1)
+        args.output.write_text(text + "\n")
+    sys.exit(bool(failures))
+
+
+def told(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table."""
+    names = sorted(set(itertools.chain.from_iterable(row["outcomes"] for row in rows)) - {"failed"})
+    columns = ["kind", "files", *names, "failed", "ms a file"]
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for row in rows:
+        counts = [row["outcomes"].get(name, 0) for name in (*names, "failed")]
+        cells = [row["kind"], f"{row['files']:,}", *(f"{count:,}" for count in counts)]
+        print("| " + " | ".join([*cells, f"{1e3 * row['seconds'] / max(row['files'], 1):.1f}"]) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Rehearsal: a graph is run on tensors without memory, before anything of the size that it claims is made."""
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, final
+
+import torch
+from torch import Tensor, fx
+
+from bonn_qat.errors import InvalidData
+from bonn_qat.plain import shown
+from bonn_qat.runtime import graph as graphs
+from bonn_qat.runtime import shapes
+
+MEMORY = 2**32  # bytes of values that one image may need at once, beside the file's tensors
+_PIECES, _LONGEST = 2**18, 2**16  # tensors in lists, of all calls together; the axis that is cut, and numbers of pieces
+_AXES = 16
+
+
+def rehearse(graph: fx.Graph, tensors: Mapping[str, Tensor], size: tuple[int, int, int], batch: int) -> int:
+    """Bytes that ``batch`` float32 images of ``size`` ``(C, H, W)`` need at once, beside ``tensors``.
+
+    The graph runs on tensors without memory, in the place of ``tensors`` and of all that it makes. Raises InvalidData
+    where types, shapes or arguments do not fit, and for more than ``MEMORY`` bytes an image; values are not looked at.
+    """
+    images = torch.empty((batch, *size), device="meta")
+    return _Rehearsal(graph, {name: tensor.to("meta") for name, tensor in tensors.items()}, images).run()
+
+
+@final
+class _Rehearsal:
+    """Runs a graph on tensors without memory, and counts what a run would need."""
+
+    def __init__(self, graph: fx.Graph, tensors: Mapping[str, Tensor], images: Tensor) -> None:
+        self.graph, self.tensors, self.images = graph, tensors, images
+        self.values: dict[fx.Node, Any] = {}
+        self.done: dict[Any, Any] = {}  # what calls gave: blocks repeat them
+        self.held, self.most, self.limit = 0, 0, MEMORY * max(1, len(images))  # bytes
+        self.pieces = 0
+
+    def run(self) -> int:
+        """The bytes that are needed at once. Raises InvalidData for what does not fit."""
+        lasts = _last_uses(self.graph)
+        for node in self.graph.nodes:
+            if node.op == "output":
+                self._finish(node)
+                break
+            try:
+                self.values[node] = self._value(node)
+            except InvalidData:
+                raise
+            except Exception as error:  # whatever torch raises
+                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                raise InvalidData(f"{_told(node)} cannot be computed: {reason[:200]}") from error
+            self._count(node, self.values[node])
+            for used in lasts[node]:
+                self.held -= _bytes(used, self.values.pop(used))
+        return self.most
+
+    def _value(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return self.images
+        if node.op == "get_attr":
+            return self.tensors[str(node.target)]
+        function: Any = node.target
+        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._ready)
+        if function in graphs.PYTHON.values():
+            return _calculated(function, args)
+        call = function, _likeness(args), _likeness(kwargs)
+        if call not in self.done:
+            self.done[call] = _called(function, args, kwargs)
+        return self.done[call]
+
+    def _ready(self, argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            return self.values[argument]
+        return torch.device("meta") if isinstance(argument, torch.device) else argument
+
+    def _count(self, node: fx.Node, value: Any) -> None:
+        if not isinstance(value, int | float | Tensor | list | tuple):
+            raise InvalidData(f"{_told(node)} is neither a tensor nor a number")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise InvalidData(f"{_told(node)} is a number of more than 64 bits")
+        tensors = _tensors(value)
+        if max((tensor.ndim for tensor in tensors), default=0) > _AXES:
+            raise InvalidData(f"{_told(node)} is a tensor of more than {_AXES} axes")
+        self.pieces += len(tensors) - 1
+        self.held += _bytes(node, value)
+        self.most = max(self.most, self.held)
+        if self.held > self.limit or self.pieces > _PIECES:
+            raise InvalidData(f"{_told(node)} would need too much: for an image {MEMORY:,} bytes at most are taken")
+
+    def _finish(self, node: fx.Node) -> None:
+        found = fx.node.map_aggregate(node.args[0], self._ready)
+        flat = found if isinstance(found, list | tuple) else [found]
+        if not flat or not all(isinstance(tensor, Tensor) for tensor in flat):
+            raise InvalidData("a packed network gives a tensor, or a list or tuple of tensors")
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Node -> those whose values nobody needs after it."""
+    lasts: dict[fx.Node, list[fx.Node]] = {}
+    seen: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        unseen = [used for used in [*node.all_input_nodes, node] if used not in seen]
+        seen.update(unseen)
+        lasts[node] = unseen
+    return lasts
+
+
+def _called(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    schema = function._schema
+    if any(argument.name == "device" for argument in schema.arguments) and not _tensors((args, kwargs)):
+        kwargs = {**kwargs, "device": torch.device("meta")}
+    if any(str(result.type) == "List[Tensor]" for result in schema.returns):
+        numbers = [number for number in args if isinstance(number, int)]
+        if max(*args[0].shape, *numbers, 0) > _LONGEST:
+            raise InvalidData(f"{function} makes too many pieces of {tuple(args[0].shape)}")
+    if schema.name == "aten::div" and kwargs.get("rounding_mode") == "trunc":
+        if not any(tensor.is_floating_point() for tensor in _tensors((args, kwargs))):
+            raise InvalidData(f"{function} of whole numbers: the least of them by -1 ends the process")
+    elif schema.name.startswith("aten::conv") and len({tensor.dtype for tensor in _tensors(args)}) > 1:
+        raise InvalidData(f"{function} of tensors of several types")  # torch tells that when it runs
+    elif schema.name == "aten::view":
+        # How values lie in memory is not known for sure here; a view that cannot be is refused when it runs.
+        function = torch.ops.aten.reshape.default
+    return shapes.result_of(function, args, kwargs)
+
+
+def _calculated(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    if function is operator.getitem:
+        whole, place = args
+        if isinstance(whole, list | tuple) and type(place) is int:
+            return whole[place]
+    elif all(isinstance(argument, int | float | Tensor) for argument in args):
+        return function(*args)
+    raise InvalidData(f"{function.__name__} does not take {shown(args)}")
+
+
+def _likeness(value: Any) -> Any:
+    """What two arguments have in common that give results of the same types and shapes."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    if isinstance(value, list | tuple):
+        return tuple(map(_likeness, value))
+    if isinstance(value, dict):
+        return tuple((key, _likeness(item)) for key, item in value.items())
+    return type(value), value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return [value] if isinstance(value, Tensor) else []
+
+
+def _bytes(node: fx.Node, value: Any) -> int:
+    if node.op == "get_attr":
+        return 0  # they are there already
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(value))
+
+
+def _told(node: fx.Node) -> str:
+    return f"the node {node.name} ({graphs.name_of(node.target)})"
