@@ -18,6 +18,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import select
 import signal
@@ -51,7 +52,7 @@ from bonn_qat.runtime.rehearsal import rehearse
 from bonn_qat.train import build, check, restore, weights_header
 from bonn_qat.trainer import Trainer
 
-SECONDS = 10.0  # that a file may take
+SECONDS, PATIENCE = 10.0, 6  # of work that a file may take, and times that on the clock
 MEMORY = 768 * 2**20  # bytes of address space beyond those at the start
 TOO_LARGE = 2**24  # bytes of values beyond which a network that loads is not run
 Files = Mapping[str, bytes]  # by name; the first is the one to read
@@ -676,6 +677,9 @@ class Reader:
     def __init__(self, name: str, seed: int, folder: Path) -> None:
         self.name, self.seed, self.folder = name, seed, folder
         self.kind = KINDS[name]()
+        for sample in self.kind.samples:  # a process that is forked need not load again what this loads
+            if (what := outcome(self.kind, write(folder / "whole", sample))) != "read":
+                raise RuntimeError(f"a whole file of the kind {name} is not read: {what}")
 
     def run(self, indices: range) -> Iterator[tuple[int, str]]:
         """Each file's number and outcome."""
@@ -696,17 +700,16 @@ class Reader:
         waiting, buffer = indices.start, b""
         try:
             while waiting < indices.stop:
-                if not select.select([receiver], [], [], SECONDS)[0]:
-                    yield waiting, f"failed: more than {SECONDS:g} seconds"
+                if not select.select([receiver], [], [], PATIENCE * SECONDS)[0]:
+                    yield waiting, f"failed: no answer for {PATIENCE * SECONDS:g} seconds"
                     return
                 if not (part := os.read(receiver, 2**16)):
                     _, status = os.waitpid(child, 0)
                     child = 0
-                    told = (self.folder / "fault").read_text(errors="replace").split("\n")
-                    where = next((line.strip() for line in told if "/bonn_qat/" in line), "")
                     number = os.waitstatus_to_exitcode(status)
                     name = signal.Signals(-number).name if number < 0 else f"exit {number}"
-                    yield waiting, f"failed: the process ended, {name} {where}"
+                    why = f"more than {SECONDS:g} seconds" if name == "SIGPROF" else f"the process ended, {name}"
+                    yield waiting, f"failed: {why} {self._where()}".strip()
                     return
                 *lines, buffer = (buffer + part).split(b"\n")
                 for line in lines:
@@ -718,6 +721,12 @@ class Reader:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
 
+    def _where(self) -> str:
+        """The last lines of the package, or else of all, that a process was at."""
+        lines = [line.strip() for line in (self.folder / "fault").read_text(errors="replace").splitlines()]
+        found = [line for line in lines if "/bonn_qat/" in line] or [line for line in lines if line.startswith("File")]
+        return "; ".join(re.sub(r'".*/', '"', line) for line in found[:3])
+
     def _child(self, indices: range, sender: int) -> None:
         try:
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -725,9 +734,12 @@ class Reader:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             with (self.folder / "fault").open("w") as file:
                 faulthandler.enable(file)
+                faulthandler.register(signal.SIGPROF, file, chain=True)
                 for index in indices:
                     files = self.kind.mutated(number_of(self.name, self.seed, index))
-                    what = outcome(self.kind, write(self.folder / "case", files))
+                    path = write(self.folder / "case", files)
+                    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+                    what = outcome(self.kind, path)
                     os.write(sender, what.encode(errors="replace").replace(b"\n", b" ") + b"\n")
         except BaseException:
             traceback.print_exc()

@@ -16,6 +16,7 @@ from bonn_qat.checkpoint import read_tensors
 from bonn_qat.data import Data
 from bonn_qat.errors import BonnQatError, InvalidData, InvalidRecipe, UnknownName
 from bonn_qat.interrupts import held
+from bonn_qat.plain import shown
 from bonn_qat.precision import products
 from bonn_qat.recipe import Recipe
 from bonn_qat.results import RunResult
@@ -26,6 +27,7 @@ from bonn_qat.trainer import Trainer, lay_out
 
 WEIGHTS_FORMAT = 1
 CHECKPOINT_SECONDS = 600.0
+_WORDS = 1000  # characters of another library's that a message takes over
 _LARGEST = 2**20  # classes, or pixels along an edge
 
 
@@ -84,10 +86,10 @@ def _network(recipe: Recipe, classes: int, channels: int) -> nn.Module:
     except MemoryError:
         raise
     except Exception as error:  # whatever a network of timm makes of its arguments
-        words = " ".join(str(error).split())
+        words = " ".join(str(error).split())[:_WORDS]
         raise InvalidRecipe(
             f"timm cannot make {recipe.model!r} for {classes} classes with model_options "
-            f"{dict(recipe.model_options)}: {type(error).__name__}: {words}"
+            f"{shown(dict(recipe.model_options))}: {type(error).__name__}: {words}"
         ) from error
     return network
 
@@ -101,8 +103,9 @@ def _load(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         first, *rest = (line.strip() for line in str(error).splitlines() if line.strip())
+        words = " ".join(rest) or first
         raise InvalidData(
-            f"{path} is no checkpoint of this {type(model).__name__}: {' '.join(rest) or first}"
+            f"{path} is no checkpoint of this {type(model).__name__}: {words[:_WORDS]}{'...' * (len(words) > _WORDS)}"
         ) from error
 
 
@@ -168,12 +171,12 @@ def _check_header(header: Mapping[str, Any], path: Path) -> None:
         raise InvalidData(f"{path} is the checkpoint of a run that is not finished; the same command goes on from it")
     if header.get("format") != WEIGHTS_FORMAT:
         raise InvalidData(
-            f"{path} is of format {header.get('format')!r}; this version of bonn-qat reads {WEIGHTS_FORMAT}"
+            f"{path} is of format {shown(header.get('format'))}; this version of bonn-qat reads {WEIGHTS_FORMAT}"
         )
     known = {"format", "recipe", "classes", "image"}
     if header.keys() != known:
         raise InvalidData(
-            f"{path} is no weights file: the keys of its header differ in {sorted(header.keys() ^ known)}"
+            f"{path} is no weights file: the keys of its header differ in {shown(sorted(header.keys() ^ known))}"
         )
     recipe, image, classes = header["recipe"], header["image"], header["classes"]
     sizes = [classes, *image] if isinstance(image, list) else []

@@ -1,8 +1,10 @@
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -16,6 +18,9 @@ _installed = (entry.name for entry in importlib.metadata.entry_points(group="bon
 os.environ["BONN_QAT_PLUGINS"] = ",".join(name for name in _installed if name.startswith("baselines."))
 for variable in ("BONN_QAT_DATA", "MLFLOW_TRACKING_URI"):
     os.environ.pop(variable, None)
+# In the background of a shell Ctrl-C is ignored, and so it would be here.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import bonn_qat
-from bonn_qat import Regularizer, Step, binarize, hookimpl, hookspecs, plugins
+from bonn_qat import Regularizer, Step, binarize, cli, hookimpl, hookspecs, plugins
 from bonn_qat.bonn import BONN
 from bonn_qat.compare import compare
 from bonn_qat.data import TensorData
@@ -155,6 +155,19 @@ def test_the_timeline_is_in_order(events):
     finished = ["before run", "after epoch", "after epoch", "after run"]
     failed = ["before run", "after run"]
     assert [event[0] for event in events] == ["before comparison", *finished, *failed, "after comparison"]
+
+
+def test_bonn_qat_describe(tmp_path, capsys, monkeypatch):
+    class Scribe:
+        @hookimpl
+        def bonn_qat_describe(self, directory):
+            return f"writes to {directory.name}, [not] markup"
+
+    manager = plugins.create_manager()
+    manager.register(Scribe())
+    monkeypatch.setattr(plugins, "manager", lambda: manager)
+    cli._say_who_is_there(tmp_path)
+    assert f"writes to {tmp_path.name}, [not] markup\n" in capsys.readouterr().out
 
 
 def test_bonn_qat_before_comparison(events):

@@ -311,7 +311,7 @@ def test_a_setting_is_for_the_arms_that_it_has_a_meaning_for(tmp_path: Path) -> 
         ({"scale": 0.5, "search_scale": 2.0}, "the search's scale is 2; allowed: above 0, at most 1"),
         ({"seeds": 0}, "seeds is 0; allowed: at least 1"),
         ({"rates": (0.1, 0.0)}, "lr in the recipe is 0.0; allowed: a number above 0"),
-        ({"rates": (float("nan"),)}, "lr in the recipe is nan; allowed: a number above 0"),
+        ({"rates": (float("nan"),)}, "lr in the recipe is nan; allowed: numbers, and NaN is none"),
         ({"settings": ["scheme=xnor"]}, "'scheme=xnor' cannot be set: the study gives each of its runs a scheme"),
         ({"settings": ["seed=3"]}, "'seed=3' cannot be set: the study gives each of its runs a seed of its own"),
         ({"settings": ["lr=3"], "rates": (0.1,)}, "'lr=3' cannot be set: the study gives each of its runs a lr"),

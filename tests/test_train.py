@@ -232,7 +232,7 @@ def test_every_kind_of_scheme_is_restored(scheme: str, digits: data.Data, tmp_pa
 
 def test_restoring_downloads_no_pretrained_weights(digits: data.Data, tmp_path: Path) -> None:
     model = build(RECIPE, digits)
-    recipe = dataclasses.replace(RECIPE, model_options={"pretrained": True, "checkpoint_path": "gone.pth"})
+    recipe = dataclasses.replace(RECIPE, model_options={"pretrained": True})
     restore(write_tensors(tmp_path / "run.safetensors", model.state_dict(), weights_header(recipe, digits)))
 
 

@@ -89,7 +89,7 @@ def test_a_reader_that_crashes_hangs_or_raises_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(fuzz, "number_of", lambda *key: setattr(made := chance(), "name", str(key[2]).encode()) or made)
     found = dict(fuzz.Reader("numbered", 0, tmp_path).run(range(10)))
     assert found.pop(3).startswith("failed: the process ended, SIGSEGV")
-    assert found.pop(5) == "failed: more than 0.5 seconds"
+    assert found.pop(5).startswith("failed: more than 0.5 seconds")
     assert found.pop(7).startswith("failed: MemoryError")
     assert found.pop(8) == "failed: not a line"
     assert found == dict.fromkeys((0, 1, 2, 4, 6, 9), "read")

@@ -4,8 +4,10 @@ Taking an event again changes nothing. Only MLflow's client is used, never its a
 is left as it is; MLflow is imported when a store is opened.
 """
 
+import contextlib
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bonn_qat_mlflow.events import ComparisonBegan, ComparisonEnded, EpochEnded, Event, RunBegan, RunEnded
 from bonn_qat_mlflow.flat import allowed, flatten
-from bonn_qat_mlflow.where import ARTIFACTS, masked, own_uri
+from bonn_qat_mlflow.where import ARTIFACTS, DATABASE, masked, own_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -39,6 +41,8 @@ class Store:
     def __init__(self, directory: Path, uri: str | None) -> None:
         """``uri`` None is the database in ``directory``. Raises what MLflow does."""
         self._directory, self._own = directory, uri is None
+        if uri is None:
+            _make_database(directory / DATABASE)
         self._client = open_client(uri or own_uri(directory))
         self._comparisons: dict[str, _Place] = {}
         self._runs: dict[str, _Logged] = {}
@@ -234,6 +238,19 @@ class _Logged:
     params: set[str]
     is_new: bool
     steps: dict[str, set[int]] = field(default_factory=dict)  # by metric
+
+
+def _make_database(path: Path) -> None:
+    """Make the tables under another name: MLflow cannot go on from a half of them, which a kill would leave."""
+    if path.exists():
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        open_client(f"sqlite:///{temporary.as_posix()}").search_experiments(max_results=1)
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            os.link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def open_client(uri: str) -> "MlflowClient":
