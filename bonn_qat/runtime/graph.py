@@ -221,6 +221,9 @@ def _node(graph: fx.Graph, entry: Mapping[str, Any], known: Mapping[str, fx.Node
     needed = [argument for argument in arguments if not argument.kwarg_only and not argument.has_default_value()]
     if len(args) < len(needed):
         raise InvalidData(f"{op} takes {len(needed)} arguments; got {len(args)}")
+    lists = [argument for argument in args if isinstance(argument, list | tuple)]
+    if op.startswith("bonn_qat.") and any(isinstance(item, fx.Node) for numbers in lists for item in numbers):
+        raise InvalidData(f"{op} takes lists of whole numbers, not of what other nodes give")
     return graph.create_node("call_function", function, tuple(args), kwargs, name=name)
 
 
