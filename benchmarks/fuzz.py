@@ -182,15 +182,22 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 def _change(
     chance: random.Random, within: Any, key: Any, places: Sequence[Any], hostile: Callable[[random.Random], Any]
 ) -> None:
+    def other() -> Any:
+        around, place = chance.choice(places)
+        with contextlib.suppress(KeyError, IndexError):  # it may be gone
+            return json.loads(json.dumps(around[place]))
+        return None
+
+    def odd() -> Any:
+        return json.loads(json.dumps(hostile(chance)))
+
     way = chance.randrange(8)
     if way == 0:
         del within[key]
     elif way == 1:
-        other, place = chance.choice(places)
-        with contextlib.suppress(KeyError, IndexError):  # it may be gone
-            within[key] = json.loads(json.dumps(other[place]))
+        within[key] = other()
     elif way == 2 and isinstance(within, list):
-        within.insert(key, json.loads(json.dumps(within[key])))
+        within.insert(key, other())
     elif way == 2:
         within[chance.choice((*TEXTS, "name", "op", "args"))] = within.pop(key)
     elif way == 3 and type(within[key]) in (int, float):
@@ -198,9 +205,9 @@ def _change(
     elif way == 4:
         within[key] = [within[key]]
     elif way == 5 and isinstance(within, dict):
-        within[chance.choice(TEXTS)] = hostile(chance)
+        within[chance.choice(TEXTS)] = odd()
     else:
-        within[key] = hostile(chance)
+        within[key] = odd()
 
 
 def as_json(value: Any, chance: random.Random) -> str:
@@ -626,7 +633,7 @@ KINDS: Mapping[str, Callable[[], Kind]] = {
     "packed": packed_kind, "checkpoint": checkpoint_kind, "weights": weights_kind, "recipe": recipe_kind,
     "results": results_kind,
 }  # fmt: skip
-SHARES = {"packed": 8, "checkpoint": 4, "weights": 2, "recipe": 5, "results": 5}  # the costlier, the fewer
+SHARES = {"packed": 6, "checkpoint": 4, "weights": 2, "recipe": 6, "results": 6}  # the costlier, the fewer
 
 
 def number_of(name: str, seed: int, index: int) -> random.Random:
