@@ -633,7 +633,7 @@ KINDS: Mapping[str, Callable[[], Kind]] = {
     "packed": packed_kind, "checkpoint": checkpoint_kind, "weights": weights_kind, "recipe": recipe_kind,
     "results": results_kind,
 }  # fmt: skip
-SHARES = {"packed": 6, "checkpoint": 4, "weights": 2, "recipe": 6, "results": 6}  # the costlier, the fewer
+SHARES = {"packed": 4, "checkpoint": 3, "weights": 2, "recipe": 8, "results": 8}  # the costlier, the fewer
 
 
 def number_of(name: str, seed: int, index: int) -> random.Random:

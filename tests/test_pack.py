@@ -299,7 +299,7 @@ def test_bits_are_bits_on_disk_and_in_memory(packed, model, tmp_path):
     assert held < packed.save(tmp_path / "packed.safetensors").stat().st_size < held + header
 
 
-def test_a_file_needs_neither_timm_nor_brevitas_nor_mlflow_nor_numba(packed, tmp_path):
+def test_a_file_needs_neither_timm_nor_brevitas_nor_mlflow_nor_numba_nor_a_compiler(packed, tmp_path):
     path, x = packed.save(tmp_path / "packed.safetensors"), images(1)
     safetensors.torch.save_file({"x": x.contiguous(), "y": packed(x)}, tmp_path / "io.safetensors")
     code = f"""
@@ -310,6 +310,8 @@ import safetensors.torch, torch
 from bonn_qat import PackedModel
 io = safetensors.torch.load_file({str(tmp_path / "io.safetensors")!r})
 ours = PackedModel.load({str(path)!r})(io["x"])
+# Nor does it load torch's compiler, which takes seconds.
+assert not {{"sympy", "torch._dynamo", "torch._inductor"}} & set(sys.modules)
 # The last, float layer rounds by where its memory lies.
 assert (ours - io["y"]).abs().max() <= 1e-6 * io["y"].abs().max()
 """
