@@ -42,7 +42,8 @@ from torch import Tensor, nn
 
 import bonn_qat
 import bonn_qat.models  # registers the paper's networks with timm
-from bonn_qat import packed, plugins, report, run_state
+from bonn_qat import plugins, report, run_state
+from bonn_qat.checkpoint import digest
 from bonn_qat.data import load
 from bonn_qat.environment import environment, processor
 from bonn_qat.recipe import Recipe
@@ -453,7 +454,7 @@ def packed_kind() -> Kind:
             lambda: chance.choice(SPECIAL),
         ))()  # fmt: skip
 
-    anywhere = rewrite_tensors(_sign_packed, value)
+    anywhere = rewrite_tensors(_signed, value)
 
     def rewrite(chance: random.Random, files: Files) -> Files:
         if chance.random() < 0.4:
@@ -477,16 +478,16 @@ def packed_kind() -> Kind:
         if chance.random() < 0.2:
             tensors = changed_tensors(chance, tensors)
         try:
-            return {name: joined(tensors, as_json(_sign_packed(tensors, header), chance))}
+            return {name: joined(tensors, as_json(_signed(tensors, header), chance))}
         except (safetensors.SafetensorError, UnicodeEncodeError, TypeError, ValueError):
             return {name: damaged(chance, content)}
 
     return Kind(samples=samples, rewrite=rewrite, read=read_packed)
 
 
-def _sign_packed(tensors: Tensors, header: Header) -> Header:
+def _signed(tensors: Tensors, header: Header) -> Header:
     header.pop("sha256", None)
-    return header | {"sha256": packed._digest(tensors, header)}
+    return header | {"sha256": digest(tensors, header)}
 
 
 def read_packed(path: Path) -> None:
@@ -554,12 +555,7 @@ def checkpoint_kind() -> Kind:
     def read(path: Path) -> None:
         fresh.resume(path)
 
-    return Kind(samples=samples, rewrite=rewrite_tensors(_sign_state), read=read)
-
-
-def _sign_state(tensors: Tensors, header: Header) -> Header:
-    header.pop("sha256", None)
-    return header | {"sha256": run_state._digest(tensors, header)}
+    return Kind(samples=samples, rewrite=rewrite_tensors(_signed), read=read)
 
 
 def weights_kind() -> Kind:

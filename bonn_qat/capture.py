@@ -90,6 +90,14 @@ def _network(program: Any, is_functional: bool) -> Network | None:
         **signature.inputs_to_buffers,
         **signature.inputs_to_lifted_tensor_constants,
     }
+    parts = [node.target for node in program.graph.find_nodes(op="get_attr") if node.target not in held]
+    if parts and not is_functional:
+        return None
+    if parts:
+        raise InvalidModel(
+            f"torch.export leaves {parts[0]} a graph of its own, as for a part under torch.autocast, which a packed "
+            "network does not hold"
+        )
     graph, tensors, weights = fx.Graph(), dict[str, Tensor](), dict[str, Geometry]()  # a graph that no module owns
     copies: dict[fx.Node, fx.Node] = {}
     for node in program.graph.nodes:

@@ -4,6 +4,7 @@ What a file claims is held against its size before anything of that size is made
 types, shapes and places.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,6 +42,16 @@ def dump_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None
     metadata = {_KEY: json.dumps(header, separators=(",", ":"))} if header is not None else None
     content: bytes = safetensors.torch.save(copies, metadata)
     return content
+
+
+def digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """The SHA-256 of names, types, shapes and values of ``tensors``, and of ``header``, in hexadecimal digits."""
+    found = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return found.hexdigest()
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,7 +1,5 @@
 """Packed: a network of bits, as a module and as a file, without the model's class and the library it came from."""
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bonn_qat import plain
-from bonn_qat.checkpoint import dump_tensors, read_tensors
+from bonn_qat.checkpoint import digest, dump_tensors, read_tensors
 from bonn_qat.errors import InvalidData
 from bonn_qat.files import write_whole
 from bonn_qat.runtime import graph as graphs
@@ -136,7 +134,7 @@ class PackedModel(nn.Module):
             "layers": [asdict(layer) for layer in self.layers],
             "nodes": graphs.describe(self._nodes, self._weights),
         }  # fmt: skip
-        return tensors, header | {"sha256": _digest(tensors, header)}
+        return tensors, header | {"sha256": digest(tensors, header)}
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Pickled as it is saved: a graph holds functions of torch that cannot be pickled.
@@ -172,7 +170,7 @@ class PackedModel(nn.Module):
                 f"a packed network of format {plain.shown(header.get('format'))}; this version of bonn-qat reads "
                 f"{FORMAT}"
             )
-        if header.pop("sha256", None) != _digest(tensors, header):
+        if header.pop("sha256", None) != digest(tensors, header):
             raise InvalidData("the file was altered after it was written: its checksum is another")
         given = _header(header)
         graph, weights = graphs.rebuild(header["nodes"])
@@ -357,12 +355,3 @@ def _joined(parts: list[Any]) -> Any:
     if isinstance(parts[0], Tensor):
         return torch.cat(parts)
     return type(parts[0])(map(torch.cat, zip(*parts, strict=True)))
-
-
-def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return digest.hexdigest()

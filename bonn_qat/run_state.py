@@ -1,7 +1,5 @@
 """Run state: a training run in the middle, as a file that another process goes on from."""
 
-import hashlib
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bonn_qat import distributed
-from bonn_qat.checkpoint import read_tensors, write_tensors
+from bonn_qat.checkpoint import digest, read_tensors, write_tensors
 from bonn_qat.errors import InvalidData
 from bonn_qat.interrupts import TERMINATED, Interrupts
 from bonn_qat.plain import shown
@@ -56,7 +54,7 @@ class RunState(NamedTuple):
 def write_state(path: Path, state: RunState) -> Path:
     """Write ``state`` whole or not at all. Raises OSError where the system refuses to write."""
     header = {"kind": "unfinished run", "format": FORMAT, **asdict(state.progress)}
-    return write_tensors(path, state.tensors, header | {"sha256": _digest(state.tensors, header)})
+    return write_tensors(path, state.tensors, header | {"sha256": digest(state.tensors, header)})
 
 
 def read_state(path: Path) -> RunState:
@@ -73,7 +71,7 @@ def read_state(path: Path) -> RunState:
             f"{FORMAT}; delete it to begin the run anew"
         )
     checksum = header.pop("sha256", None)
-    if checksum != _digest(tensors, {"kind": "unfinished run", **header}):
+    if checksum != digest(tensors, {"kind": "unfinished run", **header}):
         raise InvalidData(f"{path} was altered after it was written: its checksum is another; delete it")
     del header["format"]
     known = {field.name for field in fields(Progress)}
@@ -115,15 +113,6 @@ _SHAPES: Mapping[str, Callable[[Any], bool]] = {
     "seconds": lambda value: _is_number(value) and value >= 0,
     "scaler": lambda value: _is_table(value, _is_number),
 }
-
-
-def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return digest.hexdigest()
 
 
 def fits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:

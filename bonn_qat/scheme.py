@@ -177,6 +177,11 @@ class Scheme:
             if nonlinearity not in NONLINEARITIES:
                 raise UnknownName(f"nonlinearity of the scheme {self.name!r}", nonlinearity, NONLINEARITIES)
             changed["nonlinearity"] = NONLINEARITIES[nonlinearity]
+        elif nonlinearity is not None and not callable(nonlinearity):
+            raise InvalidRecipe(
+                f"the nonlinearity of the scheme {self.name!r} is {', '.join(map(repr, NONLINEARITIES))}; "
+                f"got {nonlinearity!r}"
+            )
         changed["stages"] = tuple(reweighed(stage, options) for stage in self.stages)
         for part in _PARTS:
             make = getattr(self, part)

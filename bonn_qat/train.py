@@ -9,6 +9,7 @@ from typing import Any
 import pluggy
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from bonn_qat import distributed, plugins
 from bonn_qat.binarize import binarize, binary_layers
@@ -83,7 +84,7 @@ def _network(recipe: Recipe, classes: int, channels: int) -> nn.Module:
         network: nn.Module = timm.create_model(
             recipe.model, num_classes=classes, in_chans=channels, **recipe.model_options
         )
-    except MemoryError:
+    except (MemoryError, BonnQatError):
         raise
     except Exception as error:  # whatever a network of timm makes of its arguments
         words = " ".join(str(error).split())[:_WORDS]
@@ -153,12 +154,22 @@ def restore(path: Path, pm: pluggy.PluginManager | None = None) -> tuple[nn.Modu
 
 def _check_size(recipe: Recipe, classes: int, channels: int, tensors: Mapping[str, Tensor]) -> None:
     """Before anything of the network's size is allocated: it must be what the file holds, give or take its scheme."""
-    with torch.device("meta"):
-        network = _network(recipe, classes, channels)
-    claimed = sum(parameter.numel() for parameter in network.parameters())
     held = sum(tensor.numel() for tensor in tensors.values())
-    if claimed > 2 * held + 1024:
-        raise InvalidData(f"it holds {held:,} numbers, and says to be a network of {claimed:,}")
+    claimed = 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal claimed
+        claimed += 0 if parameter is None else parameter.numel()
+        # At once, for the making of a network of many layers takes long without any memory.
+        if claimed > 2 * held + 1024:
+            raise InvalidData(f"it holds {held:,} numbers, and says to be a network of more than {claimed:,}")
+
+    counting = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            _network(recipe, classes, channels)
+    finally:
+        counting.remove()
 
 
 def _check_header(header: Mapping[str, Any], path: Path) -> None:

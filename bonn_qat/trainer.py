@@ -33,6 +33,7 @@ from bonn_qat.sync_norms import SynchronisedNorms, average_statistics
 _BINS = 61
 _CHECK_EVERY = 50  # steps between looks for NaN on a GPU, where each look is a synchronisation
 _TOP = 5
+_EVERY_EPOCH = {"epoch", "stage", "lr", "train/loss", "train/task", "train/top1", "test/loss", "test/top1"}
 
 
 class Trainer:
@@ -207,6 +208,9 @@ class Trainer:
         done = len(progress.epochs)
         if done > recipe.epochs or progress.step > self.steps_in_epoch or (progress.step and done == recipe.epochs):
             return f"it stands at epoch {done}, step {progress.step}"
+        for epoch, metrics in enumerate(progress.epochs, 1):
+            if metrics.get("epoch") != epoch or not metrics.keys() >= _EVERY_EPOCH:
+                return f"what it says of epoch {epoch} is not whole"
         last = done + bool(progress.step)
         stage = stage_of(self.stages, last, recipe.epochs) if last else -1
         if progress.stage != stage:

@@ -315,6 +315,9 @@ MISFITS: dict[str, tuple[Callable[[RunState], RunState], str]] = {
     "other data": (
         lambda s: s._replace(progress=replace(s.progress, data={**s.progress.data, "train": 36})), "was trained on"
     ),
+    "an epoch without its number": (
+        lambda s: s._replace(progress=replace(s.progress, epochs=[{}, *s.progress.epochs[1:]])), "epoch 1 is not whole"
+    ),
     "another recipe": (
         lambda s: s._replace(progress=replace(s.progress, recipe={**s.progress.recipe, "lr": 0.06})), "another recipe"
     ),

@@ -329,10 +329,10 @@ def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], 
 
 
 def signed(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    from bonn_qat.packed import _digest
+    from bonn_qat.checkpoint import digest
 
     header.pop("sha256")
-    header["sha256"] = _digest(tensors, header)
+    header["sha256"] = digest(tensors, header)
 
 
 def drop(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -458,3 +458,20 @@ class Random(Small):
 def test_a_model_that_draws_random_numbers_is_refused():
     with pytest.raises(InvalidModel, match=r"does not call aten.rand_like.default, as Random does"):
         pack(bonn_qat.binarize(Random(), input_size=(3, 9, 9)))
+
+
+def test_a_part_without_autocast_is_packed_too():
+    class Careful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x):
+            x = self.first(x)
+            with torch.autocast("cpu", enabled=False):
+                return self.second(x.float()).mean((2, 3))
+
+    careful = bonn_qat.binarize(Careful()).eval()
+    x = images(2)
+    with torch.no_grad():
+        assert torch.equal(pack(careful, tuple(x.shape[1:]))(x), careful(x))

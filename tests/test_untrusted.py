@@ -111,7 +111,7 @@ def loaded(tmp_path: Path, whole: tuple[Tensors, Header], change: Callable[[Head
     tensors, header = dict(whole[0]), copy.deepcopy(whole[1])
     change(header, tensors)
     path = tmp_path / "packed.safetensors"
-    path.write_bytes(fuzz.joined(tensors, json.dumps(fuzz._sign_packed(tensors, header))))
+    path.write_bytes(fuzz.joined(tensors, json.dumps(fuzz._signed(tensors, header))))
     return PackedModel.load(path)
 
 
