@@ -18,6 +18,7 @@ from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from bonn_qat import plain
 from bonn_qat.errors import BonnQatError, InvalidRecipe
 from bonn_qat.interrupts import TERMINATED
 
@@ -217,11 +218,9 @@ def _compare(
         size=int(before.data["image"][1]) if before else img_size,
     )
     directory = _directory(output, loaded.name)
-    console.print(
+    _say(
         f"{loaded.name}: {loaded.train_size} training and {loaded.test_size} test images; {base.model}, "
-        f"{base.epochs} epochs; {len(planned)} runs; results in {directory}",
-        soft_wrap=True,
-        markup=False,
+        f"{base.epochs} epochs; {len(planned)} runs; results in {directory}"
     )
     _say_who_is_there(directory)
     left = {run.name for run in planned} - {result.name for result in (before.results if before else ())}
@@ -231,12 +230,12 @@ def _compare(
         comparison = comparing.compare(planned, loaded, directory, jobs=jobs, watch=watch)
     console.print(terminal_table(comparison))
     for difference in differences(comparison):
-        console.print(str(difference), soft_wrap=True, markup=False)
-    console.print(f"report: {directory / PAGE}", soft_wrap=True, markup=False)
+        _say(str(difference))
+    _say(f"report: {directory / PAGE}")
     for name in comparison.elsewhere:
-        console.print(f"under way in another process: {name}", soft_wrap=True, markup=False)
+        _say(f"under way in another process: {name}")
     for name, reason in comparison.failures.items():
-        console.print(f"failed: {name}: {reason}", soft_wrap=True, markup=False)
+        _say(f"failed: {name}: {reason}")
     if comparison.failures or set(comparison.missing) - set(comparison.elsewhere):
         raise typer.Exit(1)
 
@@ -245,9 +244,9 @@ def _say_who_is_there(directory: Path) -> None:
     """The plugins, and where what they observe goes to."""
     from bonn_qat import plugins
 
-    console.print(f"plugins: {', '.join(plugins.installed()) or 'none'}", soft_wrap=True, markup=False, highlight=False)
+    _say(f"plugins: {', '.join(plugins.installed()) or 'none'}")
     for line in plugins.manager().hook.bonn_qat_describe(directory=directory):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+        _say(line)
 
 
 @app.command()
@@ -285,9 +284,7 @@ def reproduce(
     directory = _directory(output, chosen.name)
     searched = [_rate(part) for part in _parts(rates)]
     count = reproducing.runs(chosen, seeds, searched)
-    console.print(
-        f"{chosen.title}; {count} runs, scale {scale:g}; results in {directory}", soft_wrap=True, markup=False
-    )
+    _say(f"{chosen.title}; {count} runs, scale {scale:g}; results in {directory}")
     _say_who_is_there(directory)
     with _stoppable(f"the same command with --output {shlex.quote(str(directory))}"), _progress(count) as watch:
         result = reproducing.reproduce(
@@ -297,12 +294,12 @@ def reproduce(
         )  # fmt: skip
     for table in study_report.terminal_tables(result):
         console.print(table)
-    console.print(f"report: {directory / f'{chosen.name}.html'}", soft_wrap=True, markup=False)
+    _say(f"report: {directory / f'{chosen.name}.html'}")
     comparisons = [setting.comparison for setting in result.settings]
     for name in (name for comparison in comparisons for name in comparison.elsewhere):
-        console.print(f"under way in another process: {name}", soft_wrap=True, markup=False)
+        _say(f"under way in another process: {name}")
     for name, reason in (failure for comparison in comparisons for failure in comparison.failures.items()):
-        console.print(f"failed: {name}: {reason}", soft_wrap=True, markup=False)
+        _say(f"failed: {name}: {reason}")
     if any(c.failures or set(c.missing) - set(c.elsewhere) for c in comparisons):
         raise typer.Exit(1)
 
@@ -316,7 +313,7 @@ def report(directory: Annotated[Path, typer.Argument(help="The results of a comp
     comparison = read_comparison(directory)
     page = write_report(comparison)
     console.print(terminal_table(comparison))
-    console.print(f"report: {page}", soft_wrap=True, markup=False)
+    _say(f"report: {page}")
 
 
 @app.command()
@@ -390,8 +387,8 @@ def bench(
             if chart := found.chart():
                 written.append(write_text(output / "bench.svg", chart))
         except MatplotlibMissing as error:
-            console.print(str(error), soft_wrap=True, markup=False)
-        console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True, markup=False)
+            _say(str(error))
+        _say(f"written: {', '.join(map(str, written))}")
     if found.failures:
         raise typer.Exit(1)
 
@@ -457,6 +454,11 @@ class _Stopped(Exception):
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+def _say(line: str) -> None:
+    """Print ``line`` as it is, but for what would be an order to the terminal: it may be of a file of somebody else."""
+    console.print(plain.printable(line), soft_wrap=True, markup=False, highlight=False)
 
 
 @contextmanager
@@ -588,5 +590,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _fail(code: int, message: str) -> int:
-    typer.echo(f"bonn-qat: {message}", err=True)
+    typer.echo(f"bonn-qat: {plain.printable(message)}", err=True)
     return code

@@ -96,6 +96,11 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
+def printable(text: str) -> str:
+    """``text`` with escapes for what a terminal would obey or could not show: control characters, half characters."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
 def _is(kind: type, value: object) -> bool:
     if isinstance(value, bool):
         return kind is bool

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from bonn_qat import figures
 from bonn_qat.errors import UnknownName
+from bonn_qat.plain import printable
 from bonn_qat.results import PAGE, Comparison, RunResult, write_text
 
 REFERENCE = "bonn"
@@ -167,12 +168,12 @@ def residual_spread(arms: Sequence[Mapping[int, float]]) -> tuple[float, int] | 
 
 def terminal_table(comparison: Comparison) -> Table:
     """The rows as a table for rich to print, in 80 characters: all columns but those of :data:`PAGE_ONLY`."""
-    table = Table(title=Text(_heading(comparison)), box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table = Table(title=Text(printable(_heading(comparison))), box=None, padding=(0, 2, 0, 0), pad_edge=False)
     columns = [column for column in COLUMNS if column[0] not in PAGE_ONLY]
     for heading, numeric, _ in columns:
         table.add_column(heading.replace(" ", "\n"), justify="right" if numeric else "left", no_wrap=True)
     for row in statistics(comparison):
-        table.add_row(*(Text(cell(row)) for _, _, cell in columns))
+        table.add_row(*(Text(printable(cell(row))) for _, _, cell in columns))
     return table
 
 

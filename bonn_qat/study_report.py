@@ -14,6 +14,7 @@ from rich.text import Text
 
 from bonn_qat import figures, report
 from bonn_qat.bonn import BONN
+from bonn_qat.plain import printable
 from bonn_qat.results import PAGE, Comparison, RunResult, write_text
 from bonn_qat.study import Setting, Study, StudyArm
 
@@ -144,13 +145,13 @@ def terminal_tables(result: StudyResult) -> list[Table]:
     tables = []
     for setting in result.settings:
         head, body = _cells(setting, result.study)
-        table = Table(title=Text(setting.paper.title), box=None, padding=(0, 2, 0, 0), pad_edge=False)
+        table = Table(title=Text(printable(setting.paper.title)), box=None, padding=(0, 2, 0, 0), pad_edge=False)
         shown = [place for place, name in enumerate(head) if name not in PAGE_ONLY]
         for name in (head[place] for place in shown):
             lines = "\n".join(textwrap.wrap(name, 10, break_on_hyphens=False))
             table.add_column(lines, justify="right" if _is_number(name) else "left", no_wrap=name != ARM)
         for cells in body:
-            table.add_row(*(Text(cells[place]) for place in shown))
+            table.add_row(*(Text(printable(cells[place])) for place in shown))
         tables.append(table)
     return tables
 

@@ -6,6 +6,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bonn_qat import distributed
@@ -15,7 +16,7 @@ from bonn_qat import distributed
 class SynchronisedNorms:
     """Within :meth:`on` the batch norms of ``model`` take their statistics over all processes of the group.
 
-    On a GPU they are torch's ``SyncBatchNorm``, on a CPU, for which torch has none, the same in plain operations. The
+    On a GPU they are torch's ``SyncBatchNorm``, on a CPU, for which torch has none, the same with its CPU kernels. The
     parameters and buffers stay the same objects, and after the block the model has its own modules again. Without a
     group, without ``wanted``, and for a norm whose class has a forward pass of its own, nothing changes.
     """
@@ -31,7 +32,7 @@ class SynchronisedNorms:
             for name, norm in parent.named_children():
                 if isinstance(norm, _BatchNorm) and type(norm).forward in known:
                     synchronised = convert_sync_batchnorm(norm)
-                    if not next(model.parameters()).is_cuda:
+                    if not any(parameter.is_cuda for parameter in model.parameters()):
                         synchronised.__class__ = _OnCPU
                     self._pairs.append((parent, name, norm, synchronised))
 
@@ -77,21 +78,43 @@ def average_statistics(model: nn.Module) -> None:
                 distributed.add_up(statistic.mul_(own / total))
 
 
-class _Total(torch.autograd.Function):
-    """The sum over all processes; what it is in each of them has the same gradient."""
+class _Normalised(torch.autograd.Function):
+    """The batch normalization of the batch of all processes (Ioffe and Szegedy 2015, algorithm 1).
+
+    Returns also its mean, its biased variance, and the number of values of each channel. The passes over the values are
+    torch's own, fused; the processes wait for each other once forward and once backward, as in ``SyncBatchNorm``.
+    """
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return distributed.add_up(tensor.clone())
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        values = input.float() if input.element_size() < 4 else input  # of few bits under autocast
+        mean, variance = torch.batch_norm_update_stats(values, None, None, 0.0)
+        own = torch.stack([mean, variance, torch.full_like(mean, input.numel() // input.shape[1])])
+        means, variances, counts = torch.stack(distributed.gathered(own)).unbind(1)
+        count = counts.sum(0)
+        mean = (means * counts).sum(0) / count
+        variance = ((variances + (means - mean).square()) * counts).sum(0) / count
+        ctx.save_for_backward(input, weight, mean, variance, count)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, variance, count)
+        return torch.batch_norm(input, weight, bias, mean, variance, False, 0.0, eps, False), mean, variance, count
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return distributed.add_up(grads[0].clone())
-
-
-def _total(tensor: Tensor) -> Tensor:
-    total: Tensor = _Total.apply(tensor)
-    return total
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        input, weight, mean, variance, count = ctx.saved_tensors
+        # As if mean and variance were constants; of weight and bias these are the gradients.
+        of_input, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            grads[0], input, weight, mean, variance, None, None, False, ctx.eps, [True] * 3
+        )
+        through_variance, through_mean = distributed.add_up(torch.stack([of_weight, of_bias])) / -count
+        scale = torch.rsqrt(variance + ctx.eps) * (1 if weight is None else weight)
+        of_input += torch.batch_norm(
+            input, scale * through_variance, scale * through_mean, mean, variance, False, 0.0, ctx.eps, False
+        )
+        return (of_input, None, None, None) if weight is None else (of_input, of_weight, of_bias, None)
 
 
 class _OnCPU(_BatchNorm):
@@ -107,16 +130,10 @@ class _OnCPU(_BatchNorm):
         return result
 
     def _normalise(self, input: Tensor) -> Tensor:
-        axes = [axis for axis in range(input.ndim) if axis != 1]
-        shape = [-1 if axis == 1 else 1 for axis in range(input.ndim)]
-        count = distributed.add_up(input.new_tensor(input.numel() / input.shape[1]))
-        mean = _total(input.sum(axes)) / count
-        centred = input - mean.view(shape)
-        # In two passes: the difference of two large sums would have no digits left.
-        variance = _total(centred.square().sum(axes)) / count
-        self._track(mean.detach(), variance.detach() * count / (count - 1))
-        result = centred * torch.rsqrt(variance + self.eps).view(shape)
-        return torch.addcmul(self.bias.view(shape), result, self.weight.view(shape)) if self.affine else result
+        result: Tensor
+        result, mean, variance, count = _Normalised.apply(input, self.weight, self.bias, self.eps)
+        self._track(mean, variance * count / (count - 1))
+        return result
 
     def _track(self, mean: Tensor, variance: Tensor) -> None:
         if self.running_mean is None or self.running_var is None:

@@ -308,8 +308,10 @@ class Trainer:
         forward: nn.Module = self.objective
         if self.share[1] > 1:
             devices = [self.device.index] if self.device.type == "cuda" else None
-            # Where norms are synchronised all buffers are, and need not be sent at each step.
-            forward = DistributedDataParallel(forward, devices, broadcast_buffers=not self.recipe.sync_norms)
+            forward = DistributedDataParallel(forward, devices)
+            # Where norms are synchronised all buffers are, and need not be sent at each step. Not as an argument, which
+            # has another name from torch 2.15 on, and warns under this one.
+            forward.broadcast_buffers = not self.recipe.sync_norms
         return torch.compile(forward, mode=self.recipe.compile) if self.recipe.compile else forward
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:

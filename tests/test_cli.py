@@ -91,6 +91,7 @@ def test_compare_prints_the_table_and_writes_the_page(tmp_path: Path, capsys: py
             2,
             "run.safetensors says itself of which scheme and how many classes it is; leave them out",
         ),
+        (["report", "\x1b[2J\udcff"], 2, r"cannot read \x1b[2J\udcff"),
     ],
 )
 def test_bad_input_gives_one_line_and_an_exit_code(
@@ -122,6 +123,21 @@ def test_an_image_folder_is_compared(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_a_failed_run_gives_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["compare", "--schemes", "bonn", *TINY, "--lr", "1e30", "--output", str(tmp_path)]) == 1
     assert "failed: bonn-0.01-seed0: the loss term" in capsys.readouterr().out
+
+
+def test_what_a_file_says_gives_the_terminal_no_orders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", *TINY, "--output", str(tmp_path)]) == 0
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    manifest["failures"] = {"\x1b[2Jother": "ends\x07 in\x9b31m \u202ered"}
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    assert cli.main(["train", "--resume", str(tmp_path)]) == 1
+    assert r"failed: \x1b[2Jother: ends\x07 in\x9b31m \u202ered" in capsys.readouterr().out.splitlines()
+    manifest["data"]["name"] = "\x1b]0;title\x07"
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    assert cli.main(["report", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert r"compared on \x1b]0;title\x07" in printed
+    assert printed.replace("\n", "").isprintable()
 
 
 def test_settings_and_jobs_reach_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """What two processes find when they train together, and the first of them alone; torchrun starts it, in float64."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -13,14 +14,17 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from bonn_qat import Objective, binarize, data, distributed, parameter_groups, plugins
+from bonn_qat.environment import environment, processor
 from bonn_qat.errors import TrainingDiverged
 from bonn_qat.recipe import Recipe
 from bonn_qat.results import RunResult
 from bonn_qat.scheme import Stage
+from bonn_qat.sync_norms import SynchronisedNorms
 from bonn_qat.train import build, train
 
 IMAGES, BATCH = 32, 16
@@ -113,6 +117,40 @@ def resumed(folder: Path, digits: data.Data, whole: dict[str, Tensor]) -> dict[s
     }
 
 
+def batch_norm(norm: nn.Module, size: tuple[int, ...]) -> float:
+    """A norm on 3 and 5 images, one part in each process, against the same norm on all 8: the largest difference."""
+    torch.manual_seed(0)
+    images, grad = torch.randn(8, *size) * 3 + 2, torch.randn(8, *size)
+    model = nn.Sequential(norm)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    found = []
+    for one, part in (
+        (copy.deepcopy(model), slice(None)), (model, slice(3) if distributed.rank() == 0 else slice(3, None))
+    ):  # fmt: skip
+        own = images[part].requires_grad_()
+        with SynchronisedNorms(one, wanted=one is model).on():
+            output = one(own)
+        of_images, *rest = torch.autograd.grad(output, [own, *one.parameters()], grad[part])
+        rest = [distributed.add_up(gradient) if one is model else gradient for gradient in rest]
+        found.append(
+            {"output": output.detach(), "images": of_images, **dict(enumerate(rest)), **dict(one.named_buffers())}
+        )
+    whole, mine = found
+    whole |= {key: whole[key][part] for key in ("output", "images")}
+    return difference(whole, mine)
+
+
+NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "1d": (lambda: nn.BatchNorm1d(5), (5,)),
+    "2d": (lambda: nn.BatchNorm2d(5), (5, 6, 7)),
+    "3d": (lambda: nn.BatchNorm3d(5, momentum=None), (5, 2, 3, 4)),
+    "without weights": (lambda: nn.BatchNorm2d(5, affine=False), (5, 6, 7)),
+    "without a memory": (lambda: nn.BatchNorm2d(5, track_running_stats=False), (5, 6, 7)),
+    "of timm": (lambda: BatchNormAct2d(5), (5, 6, 7)),
+}
+
+
 def norms(digits: data.Data, statistics: dict[str, Tensor] | None) -> dict[str, Any]:
     """The statistics of three batches, which two processes share."""
     stages = (Stage(recompute_norms=True),)
@@ -192,6 +230,7 @@ def main(found: Path) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     warnings.simplefilter("ignore")
+    warnings.filterwarnings("error", module=r"bonn_qat\.")
     digits, names = images(), sorted(plugins.schemes())
     with tempfile.TemporaryDirectory() as temporary, distributed.process_group():
         folder = Path(distributed.agreed(temporary))
@@ -199,7 +238,11 @@ def main(found: Path) -> None:
             alone = {name: trained(recipe(name), digits) for name in names} if os.environ["RANK"] == "0" else {}
             statistics = norms(InThree(digits), None)["found"]
         distributed.wait()
-        content: dict[str, Any] = {"schemes": {}}
+        content: dict[str, Any] = {
+            "environment": environment(distributed.device()),
+            "machine": processor(),
+            "schemes": {},
+        }
         for name in names:
             together = trained(recipe(name), digits)
             first, second = distributed.gathered(flat(together[0]))
@@ -212,6 +255,10 @@ def main(found: Path) -> None:
                 whole = together[0]
         three = InThree(digits)
         content["norms"] = norms(three, statistics)
+        differences = {name: batch_norm(make(), size) for name, (make, size) in NORMS.items()}
+        content["batch_norms"] = {
+            name: max(map(float, distributed.gathered(torch.tensor(most)))) for name, most in differences.items()
+        }
         content["norms"]["batches"] = [int(n) for n in distributed.gathered(torch.tensor([len(three.dealt)]))]
         content["resumed"] = resumed(folder, digits, whole)
         words = distributed.gathered(torch.tensor(list(diverged(digits).encode())))
@@ -221,7 +268,7 @@ def main(found: Path) -> None:
         content["own_norms"] = difference(whole, own)
         content["sharded"] = difference(sharded(False), sharded(True))
         if distributed.rank() == 0:
-            found.write_text(json.dumps(content))
+            found.write_text(json.dumps(content, indent=1))
         distributed.wait()
 
 
