@@ -10,7 +10,7 @@ import os
 import shlex
 import threading
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,7 +202,7 @@ class _Session:
     begun: dict[str, Event] = field(default_factory=dict)  # the beginnings of what has not ended
     kept_until: int = 0  # bytes of the file when this session appended last
     known: dict[str, Event] = field(default_factory=dict)  # the beginnings, of those, that are in the file
-    is_alone: bool = True  # nobody else appended to it
+    lines: Counter[bytes] = field(default_factory=Counter)  # that this session appended
     unwritten: list[Event] = field(default_factory=list)  # what the file did not take yet
 
     def __post_init__(self) -> None:
@@ -226,19 +226,20 @@ class _Session:
             known = self.known if start == self.kept_until > 0 else {}
             return [*(event for key, event in context.items() if known.get(key) is not event), *self.unwritten]
 
-        span = unsent.append(self.path, events_at)
-        self.is_alone = span.start == 0 or (self.is_alone and span.start == self.kept_until)
-        self.kept_until, self.known = span.end, dict(context)
+        appended = unsent.append(self.path, events_at)
+        self.lines.update(appended.lines)
+        self.kept_until, self.known = appended.end, dict(context)
         for event in self.unwritten:
             _follow(self.known, event)
         self.unwritten.clear()
 
     def forget_kept(self) -> None:
-        """Remove the file if all that is in it was sent meanwhile."""
+        """Take what is in the file out again, for all of it was sent meanwhile; what others wrote there stays."""
         self.unwritten.clear()
-        if self.kept_until and self.is_alone:
-            with contextlib.suppress(OSError):
-                unsent.remove(self.path, self.kept_until)
+        if self.lines:
+            with contextlib.suppress(OSError):  # then it is sent once more, which changes nothing
+                unsent.take_out(self.path, self.lines)
+                self.lines.clear()
             self.kept_until = 0
 
 

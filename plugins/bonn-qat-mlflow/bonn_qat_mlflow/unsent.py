@@ -5,11 +5,13 @@ Several processes may append to it, and one send it, at the same time, where the
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from bonn_qat.files import write_whole
 from bonn_qat_mlflow.events import (
     LONGEST_LINE,
     ComparisonBegan,
@@ -34,11 +36,12 @@ class Busy(OSError):
     """Another process is sending the file."""
 
 
-class Span(NamedTuple):
-    """The bytes that were appended."""
+class Appended(NamedTuple):
+    """What was appended: its lines, and the bytes of the file before and after."""
 
     start: int
     end: int
+    lines: list[bytes]
 
 
 @dataclass
@@ -50,7 +53,7 @@ class Content:
     stores: set[str] = field(default_factory=set)  # that MLflow was told to use, without secrets
 
 
-def append(path: Path, events_at: Callable[[int], Iterable[Event]]) -> Span:
+def append(path: Path, events_at: Callable[[int], Iterable[Event]]) -> Appended:
     """Append ``events_at(start)``, for a file of ``start`` bytes, so that they outlive process and power.
 
     What a killed process left of a line is cut off. Raises OSError where the system refuses to write; the file is then
@@ -64,7 +67,8 @@ def append(path: Path, events_at: Callable[[int], Iterable[Event]]) -> Span:
             start = _whole_lines(file)
             file.truncate(start)
             try:
-                left = memoryview(b"".join(map(to_line, events_at(start))))
+                lines = list(map(to_line, events_at(start)))
+                left = memoryview(b"".join(lines))
                 while left:
                     left = left[file.write(left) :]
                 os.fsync(file.fileno())
@@ -72,7 +76,7 @@ def append(path: Path, events_at: Callable[[int], Iterable[Event]]) -> Span:
                 with contextlib.suppress(OSError):
                     file.truncate(start)
                 raise
-            return Span(start, file.seek(0, os.SEEK_END))
+            return Appended(start, file.seek(0, os.SEEK_END), lines)
 
 
 def check(path: Path) -> Content:
@@ -118,6 +122,38 @@ def remove(path: Path, size: int) -> bool:
     except FileNotFoundError:
         return True
     return as_before
+
+
+def take_out(path: Path, lines: Counter[bytes]) -> None:
+    """Remove ``lines``, each as often as it is counted, and the file if no other is left. Raises Busy, OSError.
+
+    Of equal lines the first stay, so that those of others still stand before what needs them.
+    """
+    if not path.exists():
+        return
+    with _alone(path):
+        with path.open("rb") as file:
+            _lock(file.fileno())
+            end = _whole_lines(file)
+            file.seek(0)
+            whole, left, known = file.read(end).splitlines(keepends=True), [], lines.copy()
+            for line in reversed(whole):
+                known[line] -= 1
+                if known[line] < 0:
+                    left.append(line)
+            if len(left) == len(whole) > 0:
+                return
+            if _REMOVED_WHILE_OPEN:
+                _replace(path, left[::-1])
+        if not _REMOVED_WHILE_OPEN:
+            _replace(path, left[::-1])
+
+
+def _replace(path: Path, lines: list[bytes]) -> None:
+    if lines:
+        write_whole(path, b"".join(lines))
+    else:
+        path.unlink()
 
 
 class _Line(NamedTuple):

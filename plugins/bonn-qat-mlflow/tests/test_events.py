@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 
 import pytest
 from bonn_qat_mlflow import events, unsent
@@ -118,6 +119,20 @@ def test_what_is_appended_is_sent_in_order_and_the_file_removed(tmp_path):
     content = unsent.check(path)
     assert (content.events, content.runs, content.stores) == (5, {"r-1"}, {"http://u:***@h"})
     assert sent(path) == EVENTS[:5]
+
+
+def test_what_is_taken_out_is_ones_own_and_as_often_as_it_is_there(tmp_path):
+    path = tmp_path / unsent.NAME
+    mine, theirs, rest = EVENTS[:2], [EVENTS[1], EVENTS[2]], b'{"format": 1, "ev'
+    lines = Counter(unsent.append(path, lambda start: mine).lines)
+    others = unsent.append(path, lambda start: theirs).lines
+    lines.update(unsent.append(path, lambda start: mine).lines)
+    path.write_bytes(path.read_bytes() + rest)
+    unsent.take_out(path, lines)
+    assert path.read_bytes() == b"".join(others)
+    unsent.take_out(path, Counter(others))
+    assert not path.exists()
+    unsent.take_out(path, Counter(others))
 
 
 @pytest.mark.parametrize("rest", [b'{"format": 1, "ev', b"x" * 200_000], ids=["short", "long"])

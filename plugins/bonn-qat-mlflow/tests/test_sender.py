@@ -337,6 +337,23 @@ def test_two_programs_may_write_to_one_file(observe, path):
     assert content["id-a"].keys() == content["id-b"].keys() == {"name", "times", 1, 2, "status"}
 
 
+def test_of_programs_whose_store_is_slow_nothing_is_left_once_it_took_all(observe, path):
+    programs = {}
+    for name in "abc":
+        gate = Gate(Ledger())
+        hook, tracker = observe(connects(gate))
+        hook.bonn_qat_before_comparison(directory=path.parent, recipes=[])
+        programs[name] = hook, gate, tracker
+    for name, (hook, _, _) in programs.items():
+        one_run(hook, name)
+    for name, left in zip("abc", ({"id-a", "id-b", "id-c"}, {"id-b", "id-c"}, {"id-c"}), strict=True):
+        assert unsent.check(path).runs == left
+        _, gate, tracker = programs[name]
+        gate.open.set()
+        tracker.flush(LONG)
+    assert not path.exists()
+
+
 def test_what_is_written_after_somebody_sent_the_file_can_be_sent_too(observe, tmp_path, path):
     hook, tracker = observe(away)
     with warnings.catch_warnings():
