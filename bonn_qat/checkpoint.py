@@ -76,7 +76,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         reason = error.strerror or ("no such file" if not path.is_file() else str(error))
         raise InvalidData(f"cannot read {path}: {reason}") from error
     except (safetensors.SafetensorError, ValueError) as error:
-        raise InvalidData(f"{path} is not a whole safetensors file: {error}") from error
+        raise InvalidData(f"{path} is not a whole safetensors file: {plain.words_of(error)}") from error
     except MemoryError as error:
         raise InvalidData(f"{path} does not fit into memory") from error
     if not isinstance(header, dict):

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin
 
 DEPTH = 24  # of tables and lists in one another
 _SHOWN = 120  # characters of a value in a message
+_WORDS = 1000  # of another library's words
 _TOO_DEEP = f"more than {DEPTH} tables and lists lie in one another"
 
 
@@ -94,6 +95,12 @@ def shown(value: object) -> str:
     """``value`` as a message shows it: no longer than a line."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def words_of(error: BaseException | str) -> str:
+    """What another library says, as a message takes it over: one line, no longer than some lines of a terminal."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= _WORDS else f"{text[: _WORDS - 3]}..."
 
 
 def printable(text: str) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 
 from bonn_qat.dry_run import DryRun, dry_run
 from bonn_qat.errors import InvalidModel, UnknownName
+from bonn_qat.plain import words_of
 from bonn_qat.variants import variant
 
 Predicate = Callable[[str, nn.Module], bool | None]
@@ -276,7 +277,7 @@ def _observe(
             return dry_run(model, layers, input_size), tuple(input_size)
         except Exception as error:
             raise InvalidModel(
-                f"{type(model).__name__} does not take an image of {tuple(input_size)}: {error}; "
+                f"{type(model).__name__} does not take an image of {tuple(input_size)}: {words_of(error)}; "
                 "give input_size=(C, H, W)"
             ) from error
     for size in dict.fromkeys(_sizes(model)):

@@ -22,6 +22,7 @@ from bonn_qat.binarize import Binarization
 from bonn_qat.errors import InvalidModel
 from bonn_qat.layers import BinaryLayer
 from bonn_qat.modes import modes
+from bonn_qat.plain import words_of
 from bonn_qat.quantizers import ActivationQuantizer, WeightQuantizer
 from bonn_qat.regularizers import binary_weight_layers
 
@@ -262,7 +263,7 @@ def _calls(model: nn.Module, layers: list[nn.Module], size: tuple[int, ...]) -> 
             model(torch.zeros(1, *size, device=reference.device, dtype=reference.dtype))
     except Exception as error:  # whatever a model raises
         raise InvalidModel(
-            f"{type(model).__name__} does not take an image of {size}: {error}; give input_size=(C, H, W)"
+            f"{type(model).__name__} does not take an image of {size}: {words_of(error)}; give input_size=(C, H, W)"
         ) from error
     finally:
         for hook in hooks:

@@ -17,7 +17,7 @@ from bonn_qat.checkpoint import read_tensors
 from bonn_qat.data import Data
 from bonn_qat.errors import BonnQatError, InvalidData, InvalidRecipe, UnknownName
 from bonn_qat.interrupts import held
-from bonn_qat.plain import shown
+from bonn_qat.plain import shown, words_of
 from bonn_qat.precision import products
 from bonn_qat.recipe import Recipe
 from bonn_qat.results import RunResult
@@ -28,7 +28,6 @@ from bonn_qat.trainer import Trainer, lay_out
 
 WEIGHTS_FORMAT = 1
 CHECKPOINT_SECONDS = 600.0
-_WORDS = 1000  # characters of another library's that a message takes over
 _LARGEST = 2**20  # classes, or pixels along an edge
 
 
@@ -87,10 +86,9 @@ def _network(recipe: Recipe, classes: int, channels: int) -> nn.Module:
     except (MemoryError, BonnQatError):
         raise
     except Exception as error:  # whatever a network of timm makes of its arguments
-        words = " ".join(str(error).split())[:_WORDS]
         raise InvalidRecipe(
             f"timm cannot make {recipe.model!r} for {classes} classes with model_options "
-            f"{shown(dict(recipe.model_options))}: {type(error).__name__}: {words}"
+            f"{shown(dict(recipe.model_options))}: {type(error).__name__}: {words_of(error)}"
         ) from error
     return network
 
@@ -104,9 +102,8 @@ def _load(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         first, *rest = (line.strip() for line in str(error).splitlines() if line.strip())
-        words = " ".join(rest) or first
         raise InvalidData(
-            f"{path} is no checkpoint of this {type(model).__name__}: {words[:_WORDS]}{'...' * (len(words) > _WORDS)}"
+            f"{path} is no checkpoint of this {type(model).__name__}: {words_of(' '.join(rest) or first)}"
         ) from error
 
 

@@ -159,6 +159,14 @@ def test_a_file_of_something_else_is_told(content, path):
     assert "not a whole safetensors file" in told(path)
 
 
+def test_of_what_safetensors_quotes_of_a_file_a_message_takes_over_little(path):
+    header = b'{"x":{"dtype":"F32\\n' + b"a" * 5000 + b'","shape":[],"data_offsets":[0,0]}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    words = told(path).partition(str(path))[2]
+    assert "unknown variant `F32 aaaa" in words
+    assert len(words) < 1100
+
+
 def test_a_pickle_is_told_and_not_run(path):
     class Trap:
         def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
