@@ -175,7 +175,7 @@ def binary_values(comparison: Comparison) -> str | None:
                 for arm in group:
                     tint, style = colour[arm[0].scheme], stroke[arm[0].scheme]
                     _curve(axis, arm, f"scale/{layer}", tint, linewidth=2.0, linestyle=style, band=not crowded)
-                axis.set_yscale("log")
+                _logarithmic(axis)
                 _epochs_axis(axis)
             start = _panel_title(latents, facets)
             axes[0].set_ylabel("binary value |x̂|" + (f"\n{start}" if start else ""))
@@ -200,7 +200,7 @@ def flip_ratios(comparison: Comparison) -> str | None:
             for arm in group:
                 scheme = arm[0].scheme
                 _curve(axis, arm, "flips", colour[scheme], linewidth=2.0, linestyle=stroke[scheme])
-            axis.set_yscale("log")
+            _logarithmic(axis)
             _epochs_axis(axis)
             axis.set_title(_panel_title(latents, facets))
         figure.axes[0].set_ylabel("flips / weights, per epoch")
@@ -491,6 +491,19 @@ def _tint(colour: str, strength: float) -> str:
 
 def _row(figure: "Figure", panels: int) -> list["Axes"]:
     return list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
+
+
+def _logarithmic(axis: "Axes") -> None:
+    """A logarithmic axis with labels of plain text: with mathematical ones matplotlib keeps memory of each figure."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(Plain())
+    axis.yaxis.set_minor_formatter(Plain(labelOnlyBase=False))
 
 
 def _epochs_axis(axis: "Axes") -> None:
