@@ -106,6 +106,16 @@ def test_every_picture_is_one_xml_element_with_ids_of_its_own(case: str) -> None
     assert len(ids) == len(set(ids))
 
 
+def test_no_picture_has_mathematical_text_of_which_matplotlib_keeps_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.mathtext import MathTextParser
+
+    def parse(self: Any, text: str, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError(text)
+
+    monkeypatch.setattr(MathTextParser, "parse", parse)
+    assert all(draw(CASES["two starts"]) for draw in figures.DRAWINGS.values())
+
+
 def test_the_same_comparison_gives_the_same_bytes() -> None:
     assert figures.pictures(CASES["float alone"]) == drawn("float alone")
 

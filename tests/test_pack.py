@@ -1,7 +1,9 @@
 """Packed networks: the function of the binarized model, bit for bit in the binary layers; and their files."""
 
 import copy
+import gc
 import json
+import linecache
 import pickle
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import bonn_qat
 import bonn_qat.models  # registers wrn10_16
@@ -297,6 +299,17 @@ def test_bits_are_bits_on_disk_and_in_memory(packed, model, tmp_path):
     assert report.macs == bonn_qat.summary(model).macs
     header = 250 * len(packed.network.graph.nodes)
     assert held < packed.save(tmp_path / "packed.safetensors").stat().st_size < held + header
+
+
+def test_torch_keeps_no_source_of_networks_that_are_gone(packed, tmp_path):
+    path, sources = packed.save(tmp_path / "packed.safetensors"), fx.graph_module._loader.eval_cache
+    before = set(sources)
+    loaded = [PackedModel.load(path) for _ in range(3)]
+    assert len(sources.keys() - before) == 6  # with and without the dispatcher
+    del loaded
+    gc.collect()
+    assert sources.keys() <= before
+    assert not any(name.startswith("<eval_with_key>") and name not in before for name in linecache.cache)
 
 
 def test_a_file_needs_neither_timm_nor_brevitas_nor_mlflow_nor_numba_nor_a_compiler(packed, tmp_path):

@@ -7,9 +7,11 @@ the words of a convolution's weights), ``output``, or a function such as ``aten.
 """
 
 import keyword
+import linecache
 import math
 import operator
 import re
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -283,7 +285,7 @@ def without_dispatcher(network: fx.GraphModule) -> fx.GraphModule:
         values[node] = graph.node_copy(node, values.__getitem__)
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "bonn_qat":
             values[node].target = getattr(operators, node.target._opname)
-    return fx.GraphModule(network, graph, "DirectGraph")
+    return _forgotten(fx.GraphModule(network, graph, "DirectGraph"))
 
 
 def takes_planes(graph: fx.Graph) -> bool:
@@ -326,4 +328,18 @@ def module(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> tuple[fx.GraphModu
         values[node] = copy.node_copy(node, values.__getitem__)
         if node.op == "get_attr":
             values[node].target = names[node.target]
-    return fx.GraphModule(root, copy, "PackedGraph"), names
+    return _forgotten(fx.GraphModule(root, copy, "PackedGraph")), names
+
+
+def _forgotten(network: fx.GraphModule) -> fx.GraphModule:
+    """``network``, whose source torch.fx will not keep for longer than it; it would for good, 5 KiB for each."""
+    sources = getattr(getattr(fx.graph_module, "_loader", None), "eval_cache", {})
+    name = getattr(getattr(type(network).forward, "__code__", None), "co_filename", "")
+    if name in sources:
+
+        def forget() -> None:
+            sources.pop(name, None)
+            linecache.cache.pop(name, None)
+
+        weakref.finalize(network, forget).atexit = False
+    return network
