@@ -8,6 +8,7 @@ import contextlib
 import functools
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ PARENT_TAG, DIRECTORY_TAG, RUN_TAG = "mlflow.parentRunId", "bonn_qat.directory",
 EPOCH = "epoch"  # the metric that is logged last
 _DEFAULT_ARTIFACTS = "mlruns"  # MLflow's own choice, for what it did not get a directory for
 _PARAMS_PER_BATCH, _METRICS_PER_BATCH = 100, 1000
+_STALE = 600.0  # seconds after which nobody makes a database any more
 # What is wrong with an event; any other code is the store's, the network's or the permission's trouble.
 _REFUSALS = (
     "BAD_REQUEST", "INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST",
@@ -243,6 +245,7 @@ class _Logged:
 def _make_database(path: Path) -> None:
     """Make the tables under another name: MLflow cannot go on from a half of them, which a kill would leave."""
     if path.exists():
+        _sweep(path)
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -251,6 +254,14 @@ def _make_database(path: Path) -> None:
             os.link(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what processes that were killed while they made the database left."""
+    for file in path.parent.glob(f".{path.name}.*"):
+        with contextlib.suppress(OSError):  # it costs room, nothing else
+            if time.time() - file.stat().st_mtime > _STALE:
+                file.unlink()
 
 
 def open_client(uri: str) -> "MlflowClient":

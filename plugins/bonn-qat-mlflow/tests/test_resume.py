@@ -1,6 +1,7 @@
 """The store after events that are told again: by a run that goes on, from a file, or all of them."""
 
 import math
+import os
 import sqlite3
 from contextlib import closing
 from types import SimpleNamespace
@@ -38,6 +39,17 @@ class Recording(Store):
     def take(self, event):
         self.events.append(event)
         super().take(event)
+
+
+def test_what_a_killed_process_left_of_a_database_is_removed_once_it_is_old(tmp_path):
+    (tmp_path / "mlflow.db").touch()
+    files = [tmp_path / name for name in (".mlflow.db.17", ".mlflow.db.17-journal", ".mlflow.db.18", "mlflow.db.17")]
+    for file in files:
+        file.touch()
+    for file in [*files[:2], files[3]]:
+        os.utime(file, (0, 0))
+    store._make_database(tmp_path / "mlflow.db")
+    assert {file.name for file in tmp_path.iterdir()} == {"mlflow.db", ".mlflow.db.18", "mlflow.db.17"}
 
 
 def observed(connect=Store):
