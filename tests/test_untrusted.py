@@ -171,6 +171,18 @@ def test_texts_among_the_arguments_stay_texts(tmp_path, whole):
     assert torch.equal(model(x), torch.nn.functional.gelu(x, approximate="tanh"))
 
 
+def test_whatever_torch_takes_as_a_number_and_reads_as_something_else_is_known():
+    found = set()
+    for name in graphs._KNOWN:
+        for overload in getattr(torch.ops.aten, name).overloads():
+            function = getattr(getattr(torch.ops.aten, name), overload)
+            if graphs.is_known(function):
+                arguments = [a for a in function._schema.arguments if str(a.type) != str(a.real_type)]
+                found |= {str(a.real_type).removeprefix("Optional[").removesuffix("]") for a in arguments}
+    assert found == {"ScalarType", "Layout", "MemoryFormat"}
+    assert found < graphs._KINDS.keys()
+
+
 def deep(value: Any, depth: int) -> Any:
     for _ in range(depth):
         value = [value]
@@ -193,6 +205,16 @@ HOSTILE: Mapping[str, tuple[Callable[[Header, Tensors], Any], str]] = {
     "no operator": (ending(("bonn_qat.__init__.default", ["x"])), "does not call"),
     "half a name": (ending(("aten.\ud83d\ude00.default", ["x"])), "does not call"),
     "python": (ending(("python.eval", ["x"])), "does not call"),
+    "a number for a type": (ending(("aten.full.default", [[1], 1.0]), dtype=1000), "takes no 1000 for dtype"),
+    "a number for a type, at its place": (ending(("aten.softmax.int", ["x", 0, 200])), "takes no 200 for dtype"),
+    "a size for a type": (
+        ending(("aten.sym_numel.default", ["x"]), ("aten.softmax.int", ["x", 0, "#0"])), "takes no call0 for dtype"
+    ),
+    "a number for a layout": (ending(("aten.zeros_like.default", ["x"]), layout=77), "takes no 77 for layout"),
+    "a number for a memory format": (
+        ending(("aten.zeros_like.default", ["x"]), memory_format=77), "takes no 77 for memory_format"
+    ),
+    "a number for a device": (ending(("aten.zeros_like.default", ["x"]), device=3), "takes no 3 for device"),
     # how much
     "zeros": (ending(("aten.zeros.default", [[2**40]])), "would need too much"),
     "expanded": (ending(("aten.expand.default", ["x", [2**40, -1, -1, -1]])), "would need too much"),

@@ -64,6 +64,9 @@ _KNOWN = {
 }  # fmt: skip
 _SIZES = ("aten.sym_size.int", "aten.sym_numel.default")  # the only ones that give numbers
 _NOT_KNOWN = ("aten.view.dtype",)
+_KINDS: Mapping[str, type] = {
+    "ScalarType": torch.dtype, "Layout": torch.layout, "MemoryFormat": torch.memory_format, "Device": torch.device,
+}  # fmt: skip
 _FUNCTION = re.compile(r"[a-z]\w*\.\w+\.\w+", re.ASCII)
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _TYPES: Mapping[str, Mapping[str, Any]] = {
@@ -223,6 +226,12 @@ def _node(graph: fx.Graph, entry: Mapping[str, Any], known: Mapping[str, fx.Node
     needed = [argument for argument in arguments if not argument.kwarg_only and not argument.has_default_value()]
     if len(args) < len(needed):
         raise InvalidData(f"{op} takes {len(needed)} arguments; got {len(args)}")
+    given = [*zip(arguments, args, strict=False), *((a, kwargs[a.name]) for a in arguments if a.name in kwargs)]
+    for argument, value in given:
+        kind = re.sub(r"Optional\[(\w+)\]", r"\1", str(argument.real_type))
+        # torch takes a number for one too, and looks it up in a table without looking at its length.
+        if kind in _KINDS and value is not None and not isinstance(value, _KINDS[kind]):
+            raise InvalidData(f"{op} takes no {shown(value)} for {argument.name}")
     lists = [argument for argument in args if isinstance(argument, list | tuple)]
     if op.startswith("bonn_qat.") and any(isinstance(item, fx.Node) for numbers in lists for item in numbers):
         raise InvalidData(f"{op} takes lists of whole numbers, not of what other nodes give")
