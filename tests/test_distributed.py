@@ -99,11 +99,17 @@ def test_alone_there_is_one_process() -> None:
         assert [part.tolist() for part in distributed.gathered(torch.ones(2))] == [[1, 1]]
 
 
-def _launch(arguments: list[str], processes: int) -> str:
+def _launch(arguments: list[str], processes: int, folder: Path) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MLFLOW_DISABLE_TELEMETRY": "true"}
     done = subprocess.run(
-        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=600, check=False
+        [*command, *arguments],
+        cwd=folder,  # where MLflow's database comes to lie
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -113,7 +119,7 @@ def _launch(arguments: list[str], processes: int) -> str:
 def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What ``two_processes.py`` found; one launch for all, for each costs the imports."""
     found = tmp_path_factory.mktemp("two") / "found.json"
-    _launch([str(Path(__file__).with_name("two_processes.py")), str(found)], 2)
+    _launch([str(Path(__file__).with_name("two_processes.py")), str(found)], 2, found.parent)
     content: dict[str, Any] = json.loads(found.read_text())
     return content
 
@@ -168,7 +174,7 @@ def test_table4_reads_a_folder_under_torchrun(tmp_path: Path) -> None:
     command = ["-m", "bonn_qat", "reproduce", "table4", "--data", str(folder), "--img-size", "32", "--workers", "0"]
     settings = ["epochs=1", "batch_size=8", "lr=0.01", "model=wrn10_16"]
     output = tmp_path / "results"
-    _launch([*command, *(part for s in settings for part in ("--set", s)), "--output", str(output)], 2)
+    _launch([*command, *(part for s in settings for part in ("--set", s)), "--output", str(output)], 2, tmp_path)
     comparison = read_comparison(output / "imagenet-birealnet18")
     assert not comparison.missing
     assert not comparison.failures

@@ -262,6 +262,12 @@ DATA = data.TensorData(
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of :func:`at_once` leave their locks in the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
 def at_once(
     count: int, pm: pluggy.PluginManager, *, watch: Any = None, data: Any = DATA
 ) -> Iterator[tuple[Recipe, worker.Outcome]]:
