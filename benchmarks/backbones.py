@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 import bonn_qat
-from bonn_qat import policy
-from bonn_qat.binarize import BypassedLayers, binary_layers
+from bonn_qat.binarization import policy
+from bonn_qat.binarization.binarize import BypassedLayers, binary_layers
 from bonn_qat.bonn import BONN
 from bonn_qat.environment import environment
-from bonn_qat.files import write_whole
+from bonn_qat.files.atomic import write_whole
 
 SIDE, IMAGES = 64, 4
 MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {

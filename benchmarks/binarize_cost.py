@@ -21,7 +21,7 @@ import timm
 import torch
 
 import bonn_qat
-from bonn_qat.binarize import BypassedLayers, binary_layers
+from bonn_qat.binarization.binarize import BypassedLayers, binary_layers
 from bonn_qat.environment import environment
 
 MODELS = ("resnet18", "vit_base_patch16_224", "convnext_xxlarge", "vit_gigantic_patch14_224")

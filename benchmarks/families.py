@@ -30,10 +30,10 @@ from timm.models.vgg import VGG
 from torch import nn
 
 import bonn_qat
-from bonn_qat.data import Data, load
-from bonn_qat.diagnose import DeadLayers
 from bonn_qat.environment import environment
-from bonn_qat.files import write_whole
+from bonn_qat.files.atomic import write_whole
+from bonn_qat.inspection.diagnose import DeadLayers
+from bonn_qat.training.data import Data, load
 
 RESULTS = Path(__file__).parent / "results"
 ARMS = ("float", "bonn")

@@ -42,16 +42,19 @@ from torch import Tensor, nn
 
 import bonn_qat
 import bonn_qat.models  # registers the paper's networks with timm
-from bonn_qat import plugins, report, run_state
-from bonn_qat.checkpoint import digest
-from bonn_qat.data import load
+from bonn_qat import plugins
 from bonn_qat.environment import environment, processor
-from bonn_qat.recipe import Recipe
-from bonn_qat.results import Comparison, RunResult, read_comparison, write_manifest, write_run
+from bonn_qat.files.tensors import digest
 from bonn_qat.runtime.graph import PYTHON, is_known
 from bonn_qat.runtime.rehearsal import rehearse
-from bonn_qat.train import build, check, restore, weights_header
-from bonn_qat.trainer import Trainer
+from bonn_qat.studies import statistics
+from bonn_qat.studies.comparison import Comparison, read_comparison, write_manifest
+from bonn_qat.training import checkpoint
+from bonn_qat.training.data import load
+from bonn_qat.training.network import build, check, restore, weights_header
+from bonn_qat.training.recipe import Recipe
+from bonn_qat.training.results import RunResult, write_run
+from bonn_qat.training.trainer import Trainer
 
 SECONDS, PATIENCE = 10.0, 6  # of work that a file may take, and times that on the clock
 MEMORY = 768 * 2**20  # bytes of address space beyond those at the start
@@ -547,7 +550,7 @@ def checkpoint_kind() -> Kind:
     samples = []
     for _ in range(2):
         with tempfile.TemporaryDirectory() as folder:
-            path = run_state.write_state(Path(folder, "x"), run.state())
+            path = checkpoint.write_state(Path(folder, "x"), run.state())
             samples.append({"checkpoint.safetensors": path.read_bytes()})
         run.epoch(1)
     fresh = make_trainer()
@@ -620,7 +623,7 @@ def results_kind() -> Kind:
         return {**files, name: as_json(changed(chance, json.loads(files[name])), chance).encode()}
 
     def read(path: Path) -> None:
-        report.statistics(read_comparison(path.parent))
+        statistics.rows(read_comparison(path.parent))
 
     return Kind(samples=[files], rewrite=rewrite, read=read)
 

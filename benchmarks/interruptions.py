@@ -57,13 +57,15 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from training_step import machine  # type: ignore[import-not-found] # the script beside this
 
-from bonn_qat import cli, data, layers, plugins, regularizers, trainer
-from bonn_qat.checkpoint import read_tensors
+from bonn_qat import cli, layers, plugins, regularizers
 from bonn_qat.environment import environment
 from bonn_qat.errors import BonnQatError
-from bonn_qat.results import RUNS, read_comparison
-from bonn_qat.run_state import read_state
-from bonn_qat.train import train
+from bonn_qat.files.tensors import read_tensors
+from bonn_qat.studies.comparison import read_comparison
+from bonn_qat.training import data, trainer
+from bonn_qat.training.checkpoint import read_state
+from bonn_qat.training.results import RUNS
+from bonn_qat.training.train import train
 
 JOB = (
     "--schemes", "bireal-staged,bonn", "--data", "digits", "--model", "wrn10_16", "--epochs", "6", "-b", "16",
@@ -499,10 +501,10 @@ def _import_everything() -> None:
     import sklearn.datasets  # noqa: F401
     import timm
 
-    import bonn_qat.compare
-    import bonn_qat.figures
     import bonn_qat.models
-    import bonn_qat.report
+    import bonn_qat.studies.compare
+    import bonn_qat.studies.figures
+    import bonn_qat.studies.report
 
     plugins.schemes()
     bonn_qat.binarize(timm.create_model("wrn10_16"), inplace=True)  # imports a good part of torch

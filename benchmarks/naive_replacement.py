@@ -20,9 +20,9 @@ from torch import nn
 
 import bonn_qat
 from bonn_qat import plugins
-from bonn_qat.data import Data, load
-from bonn_qat.diagnose import DeadLayers
 from bonn_qat.environment import environment
+from bonn_qat.inspection.diagnose import DeadLayers
+from bonn_qat.training.data import Data, load
 
 
 def main() -> None:

@@ -27,12 +27,12 @@ from torch import Tensor, fx, nn
 
 import bonn_qat
 import bonn_qat.models
-from bonn_qat.checkpoint import read_tensors
-from bonn_qat.data import load
 from bonn_qat.environment import environment, processor
+from bonn_qat.files.tensors import read_tensors
 from bonn_qat.runtime import kernels, layout
 from bonn_qat.runtime.epilogue import SCALE
 from bonn_qat.runtime.layout import Geometry
+from bonn_qat.training.data import load
 
 SHAPES = ((64, 56), (128, 28), (256, 14), (512, 7))  # channels, height and width: ResNet-18's
 # Small members, with images that they take.
@@ -163,7 +163,7 @@ def parts(args: argparse.Namespace) -> dict[str, Any]:
     """Where the time of a network goes, and how near its binary convolutions come to what the processor can do."""
     model = made(args.model, args.scheme, args.size)
     packed = bonn_qat.pack(model, (3, args.size, args.size))
-    x = torch.randn(args.batch, 3, args.size, args.size).contiguous(memory_format=packed._layout)
+    x = torch.randn(args.batch, 3, args.size, args.size).contiguous(memory_format=packed.layout)
     whole, by_group = [], defaultdict(list)
     for _ in range(args.rounds):
         start = time.perf_counter()

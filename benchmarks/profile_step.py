@@ -31,11 +31,11 @@ from training_step import alternate, machine, synchronize  # type: ignore[import
 import bonn_qat
 import bonn_qat.models
 from bonn_qat import functional
-from bonn_qat.data import TensorData
 from bonn_qat.environment import environment
 from bonn_qat.layers import BinaryConv2d
 from bonn_qat.regularizers import FeatureLoss, KernelLoss
-from bonn_qat.trainer import lay_out
+from bonn_qat.training.data import TensorData
+from bonn_qat.training.trainer import lay_out
 
 PAGE = Path(__file__).parents[1] / "docs" / "training_speed.md"
 START, END = "<!-- made by benchmarks/profile_step.py -->\n", "<!-- end -->\n"

@@ -11,8 +11,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from bonn_qat import report
-from bonn_qat.results import Comparison, read_comparison
+from bonn_qat.studies import statistics
+from bonn_qat.studies.comparison import Comparison, read_comparison
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -50,9 +50,9 @@ def _page(comparison: Comparison) -> str:
     lines += [
         f"| {row.title} | {row.bits} | {row.latents} | {len(row.seeds)} | {row.accuracy} | {row.mbit:.2f} "
         f"| {row.compression:.1f} | {'-' if row.flips is None else f'{row.flips:.2f}'} |"
-        for row in report.statistics(comparison)
+        for row in statistics.rows(comparison)
     ]
-    lines += ["", *(f"- {difference}" for difference in report.differences(comparison))]
+    lines += ["", *(f"- {difference}" for difference in statistics.differences(comparison))]
     lines += [f"- failed: {name}: {reason}" for name, reason in comparison.failures.items()]
     lines += [f"- missing: {name}" for name in comparison.missing]
     return "\n".join(lines) + "\n"

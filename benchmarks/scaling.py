@@ -1,6 +1,6 @@
 """How training scales with processes: measured on this machine, and on paper for clusters of GPUs.
 
-Measured are steps of :class:`bonn_qat.trainer.Trainer`, float and BONN, in processes that this script starts itself.
+Measured are steps of the trainer's, float and BONN, in processes that this script starts itself.
 The ways take turns, each round in another order, so that noise of the machine hits all alike:
 
 - ``alone``: one process with the whole batch;
@@ -56,12 +56,12 @@ from training_step import machine, synchronize  # type: ignore[import-not-found]
 import bonn_qat
 import bonn_qat.models
 from bonn_qat import distributed
-from bonn_qat.data import TensorData
 from bonn_qat.environment import environment
-from bonn_qat.precision import products
-from bonn_qat.recipe import Recipe
 from bonn_qat.scheme import Stage
-from bonn_qat.trainer import Trainer
+from bonn_qat.training.data import TensorData
+from bonn_qat.training.precision import products
+from bonn_qat.training.recipe import Recipe
+from bonn_qat.training.trainer import Trainer
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 MARKS = ("<!-- {}, made by benchmarks/scaling.py -->\n", "<!-- end -->\n")
@@ -491,7 +491,7 @@ class _Training:
             forward.require_forward_param_sync = True  # also after a turn without reduction
         unreduced = forward.no_sync() if silent else contextlib.nullcontext()  # type: ignore[attr-defined]
         with unreduced, self.trainer.norms.on():
-            distributed.wait()
+            distributed.barrier()
             synchronize(self.images.device.type)
             start = time.perf_counter()
             for _ in range(repeat):

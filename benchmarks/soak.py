@@ -39,13 +39,15 @@ from training_step import machine  # type: ignore[import-not-found] # the script
 
 import bonn_qat
 from bonn_qat import plugins
-from bonn_qat.compare import compare, plan
-from bonn_qat.data import Data, load
 from bonn_qat.environment import environment
-from bonn_qat.recipe import Recipe
-from bonn_qat.report import write_report
-from bonn_qat.results import RUNS, read_comparison, write_text
-from bonn_qat.train import restore
+from bonn_qat.files.atomic import write_text
+from bonn_qat.studies.compare import compare, plan
+from bonn_qat.studies.comparison import read_comparison
+from bonn_qat.studies.report import write_report
+from bonn_qat.training.data import Data, load
+from bonn_qat.training.network import restore
+from bonn_qat.training.recipe import Recipe
+from bonn_qat.training.results import RUNS
 
 SCHEMES = ("bonn", "float", "xnor", "bireal-staged")
 RECIPE = Recipe(model="wrn10_16", epochs=3, batch_size=16, train_images=64, test_images=50, lr=0.05, latents="scheme")

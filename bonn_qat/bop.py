@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from bonn_qat.binarize import binary_layers
+from bonn_qat.binarization.binarize import binary_layers
 from bonn_qat.errors import InvalidModel
 from bonn_qat.functional import sign
 

@@ -18,15 +18,15 @@ from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from bonn_qat import plain
 from bonn_qat.errors import BonnQatError, InvalidRecipe
-from bonn_qat.interrupts import TERMINATED
+from bonn_qat.files import plain
+from bonn_qat.training.interrupts import TERMINATED
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from bonn_qat.recipe import Recipe
     from bonn_qat.scheme import Scheme
+    from bonn_qat.training.recipe import Recipe
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Train and compare 1-bit networks.")
 console = Console(quiet=os.environ.get("RANK", "0") != "0")  # under a launcher the first process speaks
@@ -106,7 +106,7 @@ def train(
 
     Under torchrun or accelerate launch it is spread over the processes.
     """
-    from bonn_qat import compare as comparing
+    from bonn_qat.studies import compare as comparing
 
     if resume:
         base, planned = _planned(context, resume)
@@ -151,8 +151,8 @@ def compare(
     Several processes, on one machine or on many, may be given the same command and output directory: each takes the
     next run that nobody is at.
     """
-    from bonn_qat import compare as comparing
     from bonn_qat import plugins
+    from bonn_qat.studies import compare as comparing
 
     if resume:
         base, planned = _planned(context, resume)
@@ -167,8 +167,8 @@ def compare(
 
 def _base(recipe: Path | None, flags: dict[str, Any], settings: list[str] | None, own: dict[str, str]) -> "Recipe":
     """The recipe that the runs have in common; ``own`` are keys that each has for itself, and options for them."""
-    from bonn_qat.recipe import Recipe
-    from bonn_qat.settings import with_settings
+    from bonn_qat.training.recipe import Recipe
+    from bonn_qat.training.settings import with_settings
 
     base = Recipe.from_toml(recipe) if recipe else Recipe.default(flags["data"] or "digits")
     base = replace(base, **{key: value for key, value in flags.items() if value is not None})
@@ -180,8 +180,8 @@ def _base(recipe: Path | None, flags: dict[str, Any], settings: list[str] | None
 
 def _planned(context: typer.Context, directory: Path) -> tuple["Recipe", list["Recipe"]]:
     """What was planned in the directory of a comparison."""
-    from bonn_qat.recipe import Recipe
-    from bonn_qat.results import read_comparison
+    from bonn_qat.studies.comparison import read_comparison
+    from bonn_qat.training.recipe import Recipe
 
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
@@ -203,10 +203,11 @@ def _planned(context: typer.Context, directory: Path) -> tuple["Recipe", list["R
 def _compare(
     base: "Recipe", planned: list["Recipe"], output: Path | None, data_dir: Path | None, img_size: int, *, jobs: int
 ) -> None:
-    from bonn_qat import compare as comparing
-    from bonn_qat.data import load
-    from bonn_qat.report import differences, terminal_table
-    from bonn_qat.results import MANIFEST, PAGE, read_comparison
+    from bonn_qat.studies import compare as comparing
+    from bonn_qat.studies.comparison import MANIFEST, PAGE, read_comparison
+    from bonn_qat.studies.report import terminal_table
+    from bonn_qat.studies.statistics import differences
+    from bonn_qat.training.data import load
 
     before = read_comparison(output) if output and (output / MANIFEST).exists() else None
     loaded = load(
@@ -276,9 +277,9 @@ def reproduce(
 
     Under torchrun or accelerate launch every run is spread over the processes.
     """
-    from bonn_qat import reproduce as reproducing
-    from bonn_qat import study as studies
-    from bonn_qat import study_report
+    from bonn_qat.studies import reproduce as reproducing
+    from bonn_qat.studies import study as studies
+    from bonn_qat.studies import study_report
 
     chosen = studies.load(study).only(_parts(only))
     directory = _directory(output, chosen.name)
@@ -307,8 +308,8 @@ def reproduce(
 @app.command()
 def report(directory: Annotated[Path, typer.Argument(help="The results of a comparison.")]) -> None:
     """Write the report of a comparison again from its results."""
-    from bonn_qat.report import terminal_table, write_report
-    from bonn_qat.results import read_comparison
+    from bonn_qat.studies.comparison import read_comparison
+    from bonn_qat.studies.report import terminal_table, write_report
 
     comparison = read_comparison(directory)
     page = write_report(comparison)
@@ -328,9 +329,9 @@ def summary(
     import timm
 
     import bonn_qat.models  # noqa: F401 (registers the paper's networks with timm)
-    from bonn_qat.binarize import binarize
+    from bonn_qat.binarization.binarize import binarize
     from bonn_qat.errors import UnknownName
-    from bonn_qat.summary import summary as summarise
+    from bonn_qat.inspection.summary import summary as summarise
 
     if not timm.is_model(model):
         raise UnknownName("model", model, timm.list_models())
@@ -364,10 +365,10 @@ def bench(
 
     import bonn_qat.models  # noqa: F401 (registers the paper's networks with timm)
     from bonn_qat.bench import bench as measure
-    from bonn_qat.binarize import binarize
+    from bonn_qat.binarization.binarize import binarize
     from bonn_qat.errors import UnknownName
-    from bonn_qat.figures import MatplotlibMissing
-    from bonn_qat.results import write_json, write_text
+    from bonn_qat.files.atomic import write_json, write_text
+    from bonn_qat.plotting import MatplotlibMissing
 
     counts, batches = _numbers(threads, "--threads"), _numbers(batch_sizes, "--batch-sizes")
     if not timm.is_model(model):
@@ -411,8 +412,8 @@ def export(
 
     A timm model is as it starts, with random weights.
     """
-    from bonn_qat.export import PackageMissing, verify
-    from bonn_qat.export import export as write
+    from bonn_qat.exporting.export import PackageMissing, verify
+    from bonn_qat.exporting.export import export as write
 
     network, size = _source(source, scheme, img_size, num_classes)
     with console.status(f"writing {output}"):
@@ -513,9 +514,9 @@ def _source(
     import timm
 
     import bonn_qat.models  # noqa: F401 (registers the paper's networks with timm)
-    from bonn_qat.binarize import binarize
+    from bonn_qat.binarization.binarize import binarize
     from bonn_qat.errors import UnknownName
-    from bonn_qat.train import restore
+    from bonn_qat.training.network import restore
 
     if source.endswith(".safetensors") or Path(source).is_file():
         if scheme is not None or num_classes is not None:
@@ -530,8 +531,8 @@ def _source(
 
 
 def _scheme(variant: str) -> "Scheme":
-    from bonn_qat.recipe import Recipe
-    from bonn_qat.train import recipe_scheme
+    from bonn_qat.training.network import recipe_scheme
+    from bonn_qat.training.recipe import Recipe
 
     return recipe_scheme(Recipe().with_variant(variant))
 
@@ -540,7 +541,7 @@ def _directory(output: Path | None, name: str) -> Path:
     from bonn_qat import distributed
 
     # Of several processes each has a clock of its own.
-    return output or Path("results") / f"{name}-{distributed.agreed(f'{datetime.now():%Y%m%d-%H%M%S}')}"
+    return output or Path("results") / f"{name}-{distributed.broadcast(f'{datetime.now():%Y%m%d-%H%M%S}')}"
 
 
 def _rate(text: str) -> float:

@@ -30,7 +30,7 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def add_up(tensor: Tensor) -> Tensor:
+def all_reduce(tensor: Tensor) -> Tensor:
     """The sum of ``tensor`` over all processes, in place."""
     if _grouped():
         dist.all_reduce(tensor)
@@ -42,7 +42,7 @@ def average(tensor: Tensor) -> Tensor:
 
     For quantizers whose statistics are those of a batch. No gradient goes through it.
     """
-    return add_up(tensor.detach().clone()) / world() if _grouped() else tensor
+    return all_reduce(tensor.detach().clone()) / world() if _grouped() else tensor
 
 
 @contextlib.contextmanager
@@ -56,7 +56,7 @@ def alone() -> Iterator[None]:
         _is_alone = before
 
 
-def gathered(tensor: Tensor) -> list[Tensor]:
+def all_gather(tensor: Tensor) -> list[Tensor]:
     """The tensors of all processes, in their order; all of one shape and on the device of the group."""
     if not _grouped():
         return [tensor]
@@ -65,16 +65,16 @@ def gathered(tensor: Tensor) -> list[Tensor]:
     return found
 
 
-def agreed(text: str) -> str:
-    """What the first process calls it."""
+def broadcast(text: str) -> str:
+    """Broadcast ``text`` from rank 0 to every process, and return it."""
     texts = [text]
     if _grouped():
         dist.broadcast_object_list(texts)
     return texts[0]
 
 
-def wait() -> None:
-    """Go on when every process has come here."""
+def barrier() -> None:
+    """Wait until every process of the group has reached this point."""
     if _grouped():
         dist.barrier()
 

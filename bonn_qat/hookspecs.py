@@ -10,9 +10,9 @@ import pluggy
 from torch import nn
 
 if TYPE_CHECKING:
-    from bonn_qat.recipe import Recipe
     from bonn_qat.regularizers import Regularizer
     from bonn_qat.scheme import Scheme
+    from bonn_qat.training.recipe import Recipe
 
 PROJECT = "bonn_qat"
 hookspec = pluggy.HookspecMarker(PROJECT)

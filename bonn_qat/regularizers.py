@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from bonn_qat import distributed, functional
 from bonn_qat.errors import InvalidData, InvalidModel, InvalidRecipe
+from bonn_qat.heads import classifier as find_classifier
 from bonn_qat.modes import modes
-from bonn_qat.policy import classifier as find_classifier
 from bonn_qat.quantizers import ParameterRule, WeightQuantizer, number
 
 _STACKED = 2**17  # elements
@@ -198,7 +198,7 @@ class _ClassCentres(Regularizer):
     @torch.no_grad()
     def _move_centres(self, features: Tensor, targets: Tensor) -> None:
         numerator, counts = functional.centre_update(features, targets, self.centres)
-        self.centres -= self.alpha * distributed.add_up(numerator) / (1 + distributed.add_up(counts))
+        self.centres -= self.alpha * distributed.all_reduce(numerator) / (1 + distributed.all_reduce(counts))
 
     @torch.no_grad()
     def measure(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -217,7 +217,7 @@ class _ClassCentres(Regularizer):
                 count.index_add_(0, targets, torch.ones_like(features[:, :1]))
                 total.index_add_(0, targets, features)
                 squares.index_add_(0, targets, features.square())
-        count, total, squares = map(distributed.add_up, (count, total, squares))
+        count, total, squares = map(distributed.all_reduce, (count, total, squares))
         means = total / count.clamp(min=1)
         self.centres.copy_(means)
         return (squares / count.clamp(min=1) - means.square()).clamp(min=0).sqrt().to(self.centres.dtype), count

@@ -13,8 +13,8 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, TensorDataset
 
 import bonn_qat
-import bonn_qat.data
 import bonn_qat.models  # registers wrn10_16 with timm
+import bonn_qat.training.data
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--epochs", type=int, default=10)
@@ -23,7 +23,7 @@ arguments = parser.parse_args()
 
 set_seed(arguments.seed)
 accelerator = Accelerator()
-digits = bonn_qat.data.load("digits")
+digits = bonn_qat.training.data.load("digits")
 train_set, test_set = (
     TensorDataset(*map(torch.cat, zip(*batches, strict=True)))
     for batches in (digits.measure_batches(), digits.test_batches())

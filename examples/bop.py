@@ -14,7 +14,7 @@ import torch
 
 import bonn_qat
 import bonn_qat.models  # registers wrn10_16 with timm
-from bonn_qat import data
+from bonn_qat.training import data
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--epochs", type=int, default=25)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bonn_qat
-import bonn_qat.data
 import bonn_qat.models  # registers wrn10_16 with timm
+import bonn_qat.training.data
 
 Batch = tuple[Tensor, Tensor]
 
@@ -58,7 +58,7 @@ arguments = parser.parse_args()
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="lightning")  # advice on the number of workers
 lightning.seed_everything(arguments.seed, verbose=False)
-digits = bonn_qat.data.load("digits")
+digits = bonn_qat.training.data.load("digits")
 train_set, test_set = (
     TensorDataset(*map(torch.cat, zip(*batches, strict=True)))
     for batches in (digits.measure_batches(), digits.test_batches())

@@ -10,8 +10,8 @@ import timm
 import torch
 
 import bonn_qat
-import bonn_qat.data
 import bonn_qat.models  # registers wrn10_16 with timm
+import bonn_qat.training.data
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--epochs", type=int, default=10)
@@ -20,7 +20,7 @@ arguments = parser.parse_args()
 
 torch.manual_seed(arguments.seed)
 generator = torch.Generator().manual_seed(arguments.seed)
-digits = bonn_qat.data.load("digits")
+digits = bonn_qat.training.data.load("digits")
 model = timm.create_model("wrn10_16", num_classes=digits.classes, in_chans=digits.image[0])
 model = bonn_qat.binarize(model)
 criterion = torch.nn.CrossEntropyLoss()

@@ -16,10 +16,12 @@ import mlflow
 import optuna
 import pluggy
 
-from bonn_qat import data, hookimpl, plugins
+from bonn_qat import hookimpl, plugins
 from bonn_qat.errors import TrainingDiverged
-from bonn_qat.recipe import Recipe
-from bonn_qat.train import build, train
+from bonn_qat.training import data
+from bonn_qat.training.network import build
+from bonn_qat.training.recipe import Recipe
+from bonn_qat.training.train import train
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--trials", type=int, default=12)

@@ -12,8 +12,8 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 
 import bonn_qat
-from bonn_qat import data
 from bonn_qat.adapters.timm import BonnTask
+from bonn_qat.training import data
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--epochs", type=int, default=10)

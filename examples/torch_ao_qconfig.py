@@ -11,8 +11,8 @@ import warnings
 import timm
 import torch
 
-import bonn_qat.data
 import bonn_qat.models  # registers wrn10_16 with timm
+import bonn_qat.training.data
 from bonn_qat.adapters.torch_ao import assign_qconfig, prepare_qat
 
 warnings.simplefilter("ignore")  # it is known that torch.ao is deprecated
@@ -23,7 +23,7 @@ arguments = parser.parse_args()
 
 torch.manual_seed(arguments.seed)
 generator = torch.Generator().manual_seed(arguments.seed)
-digits = bonn_qat.data.load("digits")
+digits = bonn_qat.training.data.load("digits")
 model = timm.create_model("wrn10_16", num_classes=digits.classes, in_chans=digits.image[0])
 assign_qconfig(model)
 model = prepare_qat(model.train())

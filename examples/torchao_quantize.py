@@ -14,8 +14,8 @@ import timm
 import torch
 from torchao import quantize_
 
-import bonn_qat.data
 import bonn_qat.models  # registers wrn10_16 with timm
+import bonn_qat.training.data
 from bonn_qat.adapters.torchao import BonnConfig, whole_model
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -25,7 +25,7 @@ arguments = parser.parse_args()
 
 torch.manual_seed(arguments.seed)
 generator = torch.Generator().manual_seed(arguments.seed)
-digits = bonn_qat.data.load("digits")
+digits = bonn_qat.training.data.load("digits")
 model = timm.create_model("wrn10_16", num_classes=digits.classes, in_chans=digits.image[0])
 
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 import bonn_qat
 from bonn_qat import Regularizer, Step, binarize, cli, hookimpl, hookspecs, plugins
 from bonn_qat.bonn import BONN
-from bonn_qat.compare import compare
-from bonn_qat.data import TensorData
 from bonn_qat.layers import BinaryConv2d
 from bonn_qat.objective import Objective
-from bonn_qat.recipe import Recipe
+from bonn_qat.studies.compare import compare
+from bonn_qat.training.data import TensorData
+from bonn_qat.training.recipe import Recipe
 
 HOOKS = sorted(name for name in vars(hookspecs) if name.startswith("bonn_qat_"))
 PACKAGE = Path(bonn_qat.__file__).parent

@@ -11,11 +11,11 @@ from torch import nn
 import bonn_qat.models  # noqa: F401 (registers the paper's networks with timm)
 from bonn_qat import binarize
 from bonn_qat.bonn import BONN
-from bonn_qat.compare import plan
 from bonn_qat.errors import InvalidRecipe, UnknownName
 from bonn_qat.objective import Objective
-from bonn_qat.recipe import Recipe
 from bonn_qat.scheme import NONLINEARITIES, Scheme, Stage
+from bonn_qat.studies.compare import plan
+from bonn_qat.training.recipe import Recipe
 
 STAGED = dataclasses.replace(
     BONN,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bonn_qat.results import PAGE, read_comparison
+from bonn_qat.studies.comparison import PAGE, read_comparison
 
 PYPROJECT = """\
 [build-system]

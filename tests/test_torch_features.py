@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import bonn_qat
 import bonn_qat.models  # registers wrn10_16
-from bonn_qat.binarize import binary_layers
+from bonn_qat.binarization.binarize import binary_layers
 
 SIZE = (3, 32, 32)
 NETS: dict[str, Callable[[], nn.Module]] = {

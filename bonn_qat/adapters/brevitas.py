@@ -26,7 +26,7 @@ from brevitas.loss.base_loss import SimpleBaseLoss
 from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
 from torch import Tensor, nn
 
-from bonn_qat.binarize import Binarization, binary_layers
+from bonn_qat.binarization.binarize import Binarization, binary_layers
 from bonn_qat.bonn import BONN
 from bonn_qat.errors import BonnQatError, InvalidModel
 from bonn_qat.layers import BinaryLayer, binary_form
@@ -138,7 +138,7 @@ def activation_quantizer(scheme: str | Scheme) -> type[ExtendedInjector]:
 def layer_map(scheme: str | Scheme) -> dict[type[nn.Module], tuple[Callable[..., nn.Module], dict[str, Any]]]:
     """The ``compute_layer_map`` of ``brevitas.graph.quantize.layerwise_quantize``: convolutions, linear layers, ReLUs.
 
-    >>> blacklist = list(bonn_qat.policy.float_layers(model))
+    >>> blacklist = list(bonn_qat.binarization.policy.float_layers(model))
     >>> model = layerwise_quantize(model, compute_layer_map=layer_map("bonn"), name_blacklist=blacklist)
 
     A ReLU becomes the scheme's nonlinearity. Brevitas matches exact classes: subclasses of ``nn.Conv2d``, such as

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from bonn_qat.binarize import binarize
+from bonn_qat.binarization.binarize import binarize
 from bonn_qat.errors import InvalidModel
 from bonn_qat.layers import binary_form
 from bonn_qat.plugins import find_scheme

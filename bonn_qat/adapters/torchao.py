@@ -19,7 +19,7 @@ from torch import nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 
-from bonn_qat.binarize import binarize
+from bonn_qat.binarization.binarize import binarize
 from bonn_qat.errors import InvalidModel, UnknownName
 from bonn_qat.layers import BinaryLayer, binary_form
 from bonn_qat.plugins import find_scheme

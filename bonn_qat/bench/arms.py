@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from bonn_qat.bench import engines
 from bonn_qat.bench.engines import Run
-from bonn_qat.binarize import binary_layers
-from bonn_qat.checkpoint import write_tensors
+from bonn_qat.binarization.binarize import binary_layers
 from bonn_qat.errors import BonnQatError
+from bonn_qat.files.tensors import write_tensors
 
 _CALIBRATION_IMAGES = 16
 
@@ -113,8 +113,8 @@ def onnxruntime_int8(networks: Networks) -> Arm:
 
 def packed(networks: Networks) -> Arm:
     """The binary network packed into bits, in our runtime."""
-    from bonn_qat.pack import pack
-    from bonn_qat.packed import PackedModel
+    from bonn_qat.packing.pack import pack
+    from bonn_qat.runtime.packed import PackedModel
 
     path = pack(networks.binary_model, networks.size).save(networks.directory / "packed.safetensors")
     model = PackedModel.load(path)

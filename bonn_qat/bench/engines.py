@@ -72,7 +72,7 @@ def _torch() -> Load:
 def _packed() -> Load:
     import torch
 
-    from bonn_qat.packed import PackedModel
+    from bonn_qat.runtime.packed import PackedModel
 
     def load(path: Path, threads: int, shape: Sequence[int]) -> Run:
         torch.set_num_threads(threads)

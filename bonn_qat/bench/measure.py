@@ -19,7 +19,7 @@ from bonn_qat.bench.arms import ARMS, Arm, ArmMissing, Networks
 from bonn_qat.bench.engines import Run
 from bonn_qat.bench.report import BenchReport, Latency
 from bonn_qat.bench.startup import first_line, startup
-from bonn_qat.binarize import Binarization
+from bonn_qat.binarization.binarize import Binarization
 from bonn_qat.environment import environment, processor
 from bonn_qat.errors import BonnQatError, UnknownName
 

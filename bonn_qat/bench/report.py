@@ -10,7 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bonn_qat import figures
+from bonn_qat import plotting
+from bonn_qat.bench import chart
 
 _TEXT = ("arm",)  # columns that are not numbers
 
@@ -111,7 +112,7 @@ class BenchReport:
     def chart(self) -> str | None:
         """The latencies as an SVG element, None without any. Raises MatplotlibMissing without matplotlib."""
         bars = [
-            figures.LatencyBar(
+            chart.LatencyBar(
                 arm=x.arm,
                 batch=x.batch,
                 threads=x.threads,
@@ -121,7 +122,7 @@ class BenchReport:
             )
             for x in self.latencies
         ]
-        return figures.latencies(bars, self.reference or "")
+        return chart.latencies(bars, self.reference or "")
 
     def __str__(self) -> str:
         size = " x ".join(map(str, self.input_size))
@@ -156,16 +157,16 @@ def _latency_columns(latencies: Sequence[Latency]) -> dict[str, list[str]]:
         "threads": [str(x.threads) for x in latencies],
         "batch": [str(x.batch) for x in latencies],
         "arm": [x.arm for x in latencies],
-        "ms": [figures.digits(x.median_milliseconds) for x in latencies],
+        "ms": [plotting.digits(x.median_milliseconds) for x in latencies],
         "(quartiles)": [_range(x.quartiles_milliseconds) for x in latencies],
-        "images/s": [figures.digits(x.images_per_second) for x in latencies],
-        "speed-up": ["" if x.median_speedup is None else figures.digits(x.median_speedup) for x in latencies],
+        "images/s": [plotting.digits(x.images_per_second) for x in latencies],
+        "speed-up": ["" if x.median_speedup is None else plotting.digits(x.median_speedup) for x in latencies],
         " (quartiles)": [_range(x.quartiles_speedup) for x in latencies],
     }
 
 
 def _range(quartiles: tuple[float, float] | None) -> str:
-    return f"({figures.digits(quartiles[0])} to {figures.digits(quartiles[1])})" if quartiles else ""
+    return f"({plotting.digits(quartiles[0])} to {plotting.digits(quartiles[1])})" if quartiles else ""
 
 
 def _size_columns(size_bytes: Mapping[str, int], reference: str) -> dict[str, list[str]]:
@@ -173,7 +174,7 @@ def _size_columns(size_bytes: Mapping[str, int], reference: str) -> dict[str, li
         "arm": list(size_bytes),
         "KiB": [f"{size / 2**10:,.1f}" for size in size_bytes.values()],
         f"times smaller than {reference}": [
-            figures.digits(size_bytes[reference] / size) for size in size_bytes.values()
+            plotting.digits(size_bytes[reference] / size) for size in size_bytes.values()
         ],
     }
 

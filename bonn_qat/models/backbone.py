@@ -70,6 +70,6 @@ def build(
     if scheme is None:
         return built
     # The verb stands above the models, which are one of the things that it is applied to.
-    from bonn_qat.binarize import binarize
+    from bonn_qat.binarization.binarize import binarize
 
     return binarize(built, scheme, inplace=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bonn_qat.errors import InvalidData
-from bonn_qat.plain import shown
+from bonn_qat.files.plain import shown
 from bonn_qat.runtime import operators
 from bonn_qat.runtime.layout import Geometry, decode_weight, encode_weight, pack_words, unpack_words
 
@@ -175,7 +175,7 @@ def _decode(value: Any, known: Mapping[str, fx.Node]) -> Any:
 def rebuild(nodes: object) -> tuple[fx.Graph, dict[str, Geometry]]:
     """The inverse of :func:`describe`. Raises InvalidData for what is no such list.
 
-    ``nodes`` is plain data, as :func:`bonn_qat.plain.check` has it.
+    ``nodes`` is plain data, as :func:`bonn_qat.files.plain.check` has it.
     """
     if not isinstance(nodes, list) or not all(
         isinstance(node, dict) and isinstance(node.get("op"), str) for node in nodes

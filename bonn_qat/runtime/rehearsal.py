@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from bonn_qat.errors import InvalidData
-from bonn_qat.plain import shown
+from bonn_qat.files.plain import shown
 from bonn_qat.runtime import graph as graphs
 from bonn_qat.runtime import shapes
 

@@ -8,8 +8,8 @@ import timm
 import torch
 from torch.ao.quantization import get_default_qat_qconfig, prepare_qat
 
-import bonn_qat.data
 import bonn_qat.models  # registers wrn10_16 with timm
+import bonn_qat.training.data
 
 warnings.simplefilter("ignore")  # it is known that torch.ao is deprecated
 parser = argparse.ArgumentParser(description=__doc__)
@@ -19,7 +19,7 @@ arguments = parser.parse_args()
 
 torch.manual_seed(arguments.seed)
 generator = torch.Generator().manual_seed(arguments.seed)
-digits = bonn_qat.data.load("digits")
+digits = bonn_qat.training.data.load("digits")
 model = timm.create_model("wrn10_16", num_classes=digits.classes, in_chans=digits.image[0])
 model.qconfig = get_default_qat_qconfig()
 model = prepare_qat(model.train())

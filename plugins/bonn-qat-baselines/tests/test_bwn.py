@@ -12,7 +12,7 @@ from torch import nn
 import bonn_qat
 import bonn_qat.models
 from bonn_qat import BonnQatError, plugins
-from bonn_qat.binarize import binary_layers
+from bonn_qat.binarization.binarize import binary_layers
 from bonn_qat.layers import BinaryConv2d
 
 GRADIENTS = ["exact", "printed", "plain", "straight"]

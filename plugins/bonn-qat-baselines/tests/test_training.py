@@ -10,10 +10,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from bonn_qat import Recipe, data, hookimpl, plugins
-from bonn_qat.binarize import binary_layers
-from bonn_qat.checkpoint import write_tensors
-from bonn_qat.train import build, train
+from bonn_qat import Recipe, hookimpl, plugins
+from bonn_qat.binarization.binarize import binary_layers
+from bonn_qat.files.tensors import write_tensors
+from bonn_qat.training import data
+from bonn_qat.training.network import build
+from bonn_qat.training.train import train
 
 SCHEMES = sorted(plugins.schemes())
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from bonn_qat.files import write_whole
+from bonn_qat.files.atomic import write_whole
 from bonn_qat_mlflow.events import (
     LONGEST_LINE,
     ComparisonBegan,

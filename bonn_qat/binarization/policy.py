@@ -1,0 +1,279 @@
+"""Policy: which layers of a model become binary, which stay float, and why. Data in, data out; nothing is changed."""
+
+import fnmatch
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bonn_qat.binarization.dry_run import DryRun, dry_run
+from bonn_qat.errors import InvalidModel, UnknownName
+from bonn_qat.files.plain import words_of
+from bonn_qat.heads import metadata
+from bonn_qat.variants import variant
+
+Predicate = Callable[[str, nn.Module], bool | None]
+
+FIRST, CLASSIFIER, LAST = "first layer", "classifier", "last layer"
+SHORTCUT, DEPTHWISE, SINGLE, GATE = "shortcut projection", "depthwise", "single input channel", "gate"
+NO_IMAGE, UNREACHED = "does not see the image", "not reached by a forward pass"
+_SHORTCUT = re.compile(r"downsample|shortcut|skip|project|proj_conv|residual|identity|c1x1_w", re.IGNORECASE)
+_GATE = re.compile(r"^SE$|^SE(Layer|Block)$|SEModule$|Excit|^Eca|ChannelAttn$|^GlobalContext$")
+_SIDES = (224, 64, 32)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """``binary``: names of the layers to binarize. ``kept``: the layers that stay float, each with the reason.
+
+    ``bypassed``: those among the kept whose weight another module reads, layer -> module. ``input_size``
+    ``(C, H, W)`` is that of the dry run, None where the model ran on none.
+    """
+
+    binary: tuple[str, ...]
+    kept: dict[str, str]
+    bypassed: dict[str, str]
+    input_size: tuple[int, ...] | None
+
+
+def plan(
+    model: nn.Module,
+    *,
+    skip: Iterable[str] = (),
+    include: Iterable[str] = (),
+    predicate: Predicate | None = None,
+    input_size: Sequence[int] | None = None,
+) -> Plan:
+    """Decide for every layer of ``model``; the first that has something to say decides.
+
+    1. What cannot be binary: other classes than Conv2d, Linear and timm's variants of them, and layers whose weight
+       another module reads or shares.
+    2. ``skip``, names of modules or globs, each for everything below it; then ``predicate(name, layer)``, True for
+       binary, False for float, None for no opinion; then ``include``, written as ``skip``.
+    3. Float stay the first layer, the classifier (timm's metadata, else the last layer if it gives ``(B, classes)`` or
+       is a 1x1 convolution with a bias), 1x1 shortcut projections, depthwise convolutions, layers of one input
+       channel, gates (squeeze-and-excite:
+       layers on pooled features that come before others on unpooled ones) and layers that no image reaches.
+
+    Part of that is seen in a dry run at ``input_size`` ``(C, H, W)``, which is guessed if None; a model that takes no
+    such size is decided by names and classes alone. Raises UnknownName for a pattern that matches no module, and
+    InvalidModel for an ``input_size`` that the model refuses, or an ``include`` of nothing that can be binary.
+    """
+    include = [include] if isinstance(include, str) else list(include)
+    layers = {name: module for name, module in model.named_modules() if name and _has_matrix(module)}
+    run, size = _observe(model, list(layers), input_size)
+    impossible = _impossible(model, layers, run)
+    kept = {**{n: r for n, r in named(model, skip, "skip").items() if n in layers}}
+    wanted = named(model, include, "include")
+    _check_include(model, include, layers, impossible)
+    soft = _rules(model, layers, run)
+    for name, layer in layers.items():
+        if name in impossible:
+            kept.setdefault(name, impossible[name])
+        elif name not in kept:
+            opinion = predicate(name, layer) if predicate else None
+            if opinion is False:
+                kept[name] = "predicate"
+            elif opinion is None and name not in wanted and name in soft:
+                kept[name] = soft[name]
+    readers = run.readers if run else {}
+    return Plan(
+        binary=tuple(name for name in layers if name not in kept),
+        kept={name: kept[name] for name in layers if name in kept},
+        bypassed={name: reader for name, reader in readers.items() if kept.get(name) == impossible.get(name)},
+        input_size=size,
+    )
+
+
+def float_layers(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, str]:
+    """Names of the layers of ``model`` that stay float, each with the reason (:func:`plan`)."""
+    return plan(model, skip=skip).kept
+
+
+def named(model: nn.Module, patterns: Iterable[str], argument: str) -> dict[str, str]:
+    """Names of all modules that ``patterns`` name, directly or by a parent, each with what named it.
+
+    A module that stands at several places has the name of its first. Raises UnknownName for a pattern that
+    matches no module of the model.
+    """
+    modules = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
+    first = {id(module): name for name, module in reversed(modules)}
+    found: dict[str, str] = {}
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        roots = set(fnmatch.filter((name for name, _ in modules), pattern))
+        if not roots:
+            raise UnknownName(f"module of {type(model).__name__} in {argument}", pattern, (name for name, _ in modules))
+        for name, module in modules:
+            if name in roots or any(name[:end] in roots for end in _ends(name)):
+                found.setdefault(first[id(module)], f"{argument} {pattern!r}")
+    return found
+
+
+def _ends(name: str) -> Iterator[int]:
+    return (match.start() for match in re.finditer(r"\.", name))
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        return True
+    if isinstance(module, (*_NORMS, nn.PReLU)):
+        return False
+    return any(p is not None and p.ndim > 1 and "weight" in name for name, p in module._parameters.items())
+
+
+def _impossible(model: nn.Module, layers: dict[str, nn.Module], run: DryRun | None) -> dict[str, str]:
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), []).append(name)
+    found = {}
+    for name, layer in layers.items():
+        try:
+            variant(layer)
+        except ValueError as error:
+            found[name] = str(error)
+            continue
+        others = [owner for owner in owners[id(layer.weight)] if owner != name]
+        if others:
+            found[name] = f"shares its weight with {others[0]}"
+        elif run and name in run.readers:
+            found[name] = f"{run.readers[name] or 'the model'} reads its weight itself"
+    return found
+
+
+def _check_include(
+    model: nn.Module, include: Iterable[str], layers: Collection[str], impossible: dict[str, str]
+) -> None:
+    for pattern in include:
+        asked = [name for name in named(model, [pattern], "include") if name in layers]
+        reasons = {name: impossible[name] for name in asked if name in impossible}
+        if len(reasons) == len(asked):
+            why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "there is no layer with weights"
+            raise InvalidModel(f"include {pattern!r} names nothing that can be binary: {why}")
+
+
+def _rules(model: nn.Module, layers: dict[str, nn.Module], run: DryRun | None) -> dict[str, str]:
+    """Layers that stay float unless somebody wants them binary, with the reason."""
+    found = dict.fromkeys(_first(model, layers, run), FIRST) | dict.fromkeys(_classifiers(model, layers), CLASSIFIER)
+    if not _knows_classifier(model):
+        found |= _last(layers, run)
+    gates = _gates(layers, run)
+    for name, layer in layers.items():
+        use = run.uses.get(name) if run else None
+        if run and use is None and name not in run.readers:
+            reason = UNREACHED
+        elif use and not use.sees_image:
+            reason = NO_IMAGE
+        elif name in gates or _is_in_gate(model, name):
+            reason = GATE
+        elif isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1:
+            reason = DEPTHWISE
+        elif 1 in (getattr(layer, "in_channels", None), getattr(layer, "in_features", None)):
+            reason = SINGLE
+        elif isinstance(layer, nn.Conv2d) and _is_shortcut(model, name, layer):
+            reason = SHORTCUT
+        else:
+            continue
+        found.setdefault(name, reason)
+    return found
+
+
+def _first(model: nn.Module, layers: dict[str, nn.Module], run: DryRun | None) -> list[str]:
+    named_first = [name for name in metadata(model, "first_conv") if name in layers]
+    if named_first:
+        return named_first
+    if run:
+        seeing = (name for name, use in run.uses.items() if use.sees_image)
+        return list(seeing)[:1]
+    return [name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)][:1] or list(layers)[:1]
+
+
+def _knows_classifier(model: nn.Module) -> bool:
+    # A backbone for features has none.
+    return bool(metadata(model, "classifier")) or hasattr(model, "get_classifier") or hasattr(model, "feature_info")
+
+
+def _classifiers(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
+    roots = metadata(model, "classifier")
+    get: Callable[[], Any] | None = getattr(model, "get_classifier", None)
+    heads = get() if get else ()
+    inside = {id(m) for head in (heads if isinstance(heads, tuple | list) else (heads,))
+              if isinstance(head, nn.Module) for m in head.modules()}  # fmt: skip
+    return [n for n, m in layers.items() if id(m) in inside or any(n == r or n.startswith(r + ".") for r in roots)]
+
+
+def _last(layers: dict[str, nn.Module], run: DryRun | None) -> dict[str, str]:
+    if run is None:
+        return dict.fromkeys([n for n, layer in layers.items() if isinstance(layer, nn.Linear)][-1:], CLASSIFIER)
+    found = {}
+    for name in list(run.uses)[-1:]:
+        layer = layers[name]
+        if len(run.uses[name].output) == 2:
+            found[name] = CLASSIFIER
+        elif isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.bias is not None:
+            found[name] = LAST
+    return found
+
+
+def _gates(layers: dict[str, nn.Module], run: DryRun | None) -> Collection[str]:
+    if run is None:
+        return ()
+    pooled = {name for name, use in run.uses.items() if _is_pooled(layers[name], use.input)}
+    last = max((use.order for name, use in run.uses.items() if name not in pooled), default=-1)
+    return {name for name in pooled if run.uses[name].order < last}
+
+
+def _is_pooled(layer: nn.Module, shape: torch.Size) -> bool:
+    return len(shape) == 2 if isinstance(layer, nn.Linear) else all(side == 1 for side in shape[2:])
+
+
+def _is_in_gate(model: nn.Module, name: str) -> bool:
+    return any(_GATE.search(type(model.get_submodule(name[:end])).__name__) for end in _ends(name))
+
+
+def _is_shortcut(model: nn.Module, name: str, conv: nn.Conv2d) -> bool:
+    if conv.kernel_size != (1, 1):
+        return False
+    parts = name.split(".")
+    for depth, part in enumerate(parts, start=1):
+        if _SHORTCUT.search(part):
+            # Some nets call a whole stage transition "downsample": a shortcut has one or two convolutions.
+            ancestor = model.get_submodule(".".join(parts[:depth]))
+            return sum(isinstance(m, nn.Conv2d) for m in ancestor.modules()) <= 2
+    return False
+
+
+def _observe(
+    model: nn.Module, layers: list[str], input_size: Sequence[int] | None
+) -> tuple[DryRun | None, tuple[int, ...] | None]:
+    if input_size is not None:
+        try:
+            return dry_run(model, layers, input_size), tuple(input_size)
+        except Exception as error:
+            raise InvalidModel(
+                f"{type(model).__name__} does not take an image of {tuple(input_size)}: {words_of(error)}; "
+                "give input_size=(C, H, W)"
+            ) from error
+    for size in dict.fromkeys(_sizes(model)):
+        try:
+            return dry_run(model, layers, size), size
+        except Exception:  # whatever a model raises that is not one for such images
+            continue
+    return None, None
+
+
+def _sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
+    """Sizes to try: what the model says of itself, then the usual ones."""
+    config = getattr(model, "pretrained_cfg", None)
+    known = config.get("input_size") if isinstance(config, dict) else None
+    first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+    fixed: Any = next((m.img_size for m in model.modules() if getattr(m, "img_size", None)), ())
+    sides = [(fixed, fixed) if isinstance(fixed, int) else tuple(fixed), tuple(known[1:]) if known else ()]
+    sides += [(side, side) for side in _SIDES]
+    # The metadata's channels are those of the pretrained weights; the first convolution may see the image unfolded.
+    for channels in (getattr(model, "in_chans", None), known[0] if known else None, first):
+        yield from ((channels, *side) for side in sides if channels and side)

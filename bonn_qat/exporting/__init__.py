@@ -1,0 +1,1 @@
+"""Exporting: a binary network becomes a file for another runtime."""

@@ -1,0 +1,161 @@
+"""export: a binary network as one file for another runtime; ``FORMATS`` says which there are.
+
+What is written computes in float32, on images ``(B, C, H, W)``, what the model does in evaluation mode. The product of
+signs stays one of its own, its scale comes after, so that its sums are the exact integers in every runtime; ``sign(0)``
+is +1. Sums of floats are rounded in another order elsewhere: where one is the input of a sign and within its rounding
+of the threshold, the sign may be another one.
+"""
+
+import copy
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bonn_qat.binarization.binarize import Binarization, binary_layers
+from bonn_qat.errors import BonnQatError, InvalidModel, UnknownName
+from bonn_qat.exporting.c_header import c_header
+from bonn_qat.exporting.onnx import beyond_bipolar, run_onnx, run_qonnx, write_onnx, write_qonnx
+from bonn_qat.exporting.trace import outputs_of, run_pt2, write_pt2
+from bonn_qat.files.atomic import write_whole
+from bonn_qat.inspection.summary import input_size_of
+from bonn_qat.layers import BinaryLayer
+from bonn_qat.modes import modes
+from bonn_qat.packing.pack import pack
+from bonn_qat.runtime.packed import PackedModel
+
+_SEED = 0  # of the random images and inputs
+
+
+class PackageMissing(BonnQatError, ImportError):
+    """A format is asked for, and what writes or runs it is not installed."""
+
+
+class Format(NamedTuple):
+    """A format: ``write(model, size)`` makes the file of a frozen copy, ``run(path, images)`` runs it elsewhere.
+
+    The copy is in evaluation mode, on the CPU, in float32, and ``write``'s own; ``size`` is ``(C, H, W)``. ``run``
+    gives a tensor for each output; it is None for what a compiler takes. ``needs`` are the packages that ``write``
+    imports, ``runs_in`` those of ``run``. ``refuses`` says what the format cannot hold of a layer, None if it can.
+    """
+
+    write: Callable[[nn.Module, tuple[int, ...]], bytes]
+    run: Callable[[Path, Tensor], list[Tensor]] | None
+    needs: tuple[str, ...] = ()
+    runs_in: tuple[str, ...] = ()
+    refuses: Callable[[BinaryLayer], str | None] = lambda layer: None
+
+
+class Agreement(NamedTuple):
+    """How far a file's outputs are from the model's, and the share (0 to 1) of images that get the same class.
+
+    ``difference`` is the largest of all, ``median`` that of the images' largest: far below it where a few images have
+    another sign somewhere.
+    """
+
+    difference: float
+    median: float
+    same: float
+
+
+def export(model: nn.Module, path: Path, format: str, *, input_size: Sequence[int] | None = None) -> Path:
+    """Write a binarized ``model`` to ``path``, whole or not at all; the model stays as it is.
+
+    ``format`` is a key of :data:`FORMATS`. ``input_size`` ``(C, H, W)`` is by default what the model was binarized for,
+    else timm's. The file takes batches of any size where the format and the model's own code allow it, else of one.
+
+    Raises UnknownName for another format; PackageMissing; InvalidModel for a model that is not binarized, that torch
+    cannot trace, or with a layer that the format cannot hold, or that a stage of the training left float; OSError where
+    the system refuses to write.
+    """
+    chosen = _find(format)
+    _require(format, chosen.needs)
+    size = input_size_of(model, input_size)
+    _check(model, format)
+    frozen = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    for _, layer in binary_layers(frozen):
+        layer.freeze()
+    return write_whole(path, chosen.write(frozen, size))
+
+
+def verify(
+    model: nn.Module, path: Path, format: str, *, input_size: Sequence[int] | None = None, images: int = 8
+) -> Agreement:
+    """Run ``model``, and its file in the format's own runtime, on the same ``images`` of normal random numbers.
+
+    Raises UnknownName for another format, PackageMissing where its runtime is not installed.
+    """
+    chosen = _find(format)
+    _require(format, chosen.runs_in)
+    if chosen.run is None:
+        raise PackageMissing(f"the format {format!r} has no runtime of its own; what is made of the file runs it")
+    batch = torch.randn(images, *input_size_of(model, input_size), generator=torch.Generator().manual_seed(_SEED))
+    reference = next((p for p in model.parameters() if p.is_floating_point()), batch)
+    with modes(model), torch.no_grad():
+        ours = [output.cpu().float() for output in outputs_of(model(batch.to(reference)))]
+    theirs = chosen.run(path, batch)
+    errors = [(own - other).abs().flatten(1).amax(1) for own, other in zip(ours, theirs, strict=True)]
+    differences, same = torch.stack(errors).amax(0), ours[-1].argmax(1) == theirs[-1].argmax(1)
+    return Agreement(float(differences.max()), float(differences.median()), float(same.float().mean()))
+
+
+def _find(format: str) -> Format:
+    if format not in FORMATS:
+        raise UnknownName("format", format, FORMATS)
+    return FORMATS[format]
+
+
+def _require(format: str, packages: Sequence[str]) -> None:
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise PackageMissing(f"the format {format!r} needs {' and '.join(missing)}: pip install 'bonn-qat[export]'")
+
+
+def _check(model: nn.Module, format: str) -> None:
+    layers, record = dict(binary_layers(model)), getattr(model, "binarization", None)
+    if not layers and not isinstance(record, Binarization):
+        raise InvalidModel(
+            f"{type(model).__name__} is not binarized; export(binarize(model), ...), or for Brevitas' layers "
+            "export(bonn_qat.adapters.brevitas.from_brevitas(model), ...)"
+        )
+    for name, layer in layers.items():
+        if not layer.binary_weight or layer.stand_in is not None:
+            raise InvalidModel(
+                f"{name} is in a stage of the training that leaves something float; "
+                "layer.enter(bonn_qat.Stage()) makes it binary"
+            )
+        reason = FORMATS[format].refuses(layer)
+        if reason is not None:
+            scheme = record.schemes.get(name, record.scheme).name if isinstance(record, Binarization) else "unknown"
+            others = [repr(other) for other, known in FORMATS.items() if known.refuses(layer) is None]
+            raise InvalidModel(
+                f"the format {format!r} cannot hold {name}, of the scheme {scheme!r}: {reason}; "
+                f"{', '.join(others)} can, and skip={name!r} in binarize leaves it float"
+            )
+
+
+# ------------------------------------------------------------------------------------------------------ packed bits
+
+
+def _write_packed(model: nn.Module, size: tuple[int, ...]) -> bytes:
+    return pack(model, size).dump()
+
+
+def _write_c(model: nn.Module, size: tuple[int, ...]) -> bytes:
+    return c_header(pack(model, size)).encode()
+
+
+def _run_packed(path: Path, images: Tensor) -> list[Tensor]:
+    return outputs_of(PackedModel.load(path)(images))
+
+
+FORMATS: Mapping[str, Format] = {
+    "onnx": Format(write_onnx, run_onnx, ("onnx", "onnxscript"), ("onnxruntime",)),
+    "qonnx": Format(write_qonnx, run_qonnx, ("onnx", "onnxscript", "qonnx"), ("qonnx",), beyond_bipolar),
+    "pt2": Format(write_pt2, run_pt2),
+    "packed": Format(_write_packed, _run_packed),
+    "c": Format(_write_c, None),
+}

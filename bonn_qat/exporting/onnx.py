@@ -1,0 +1,252 @@
+"""ONNX: signs as comparisons and weights as packed bits for onnxruntime; BipolarQuant nodes for QONNX."""
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bonn_qat.binarization.binarize import binary_layers
+from bonn_qat.errors import InvalidModel
+from bonn_qat.layers import BinaryLayer
+from bonn_qat.quantizers import WeightQuantizer
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+from bonn_qat.exporting.trace import first_line, in_batches, trace
+
+_OPSET = 18  # the first with BitwiseAnd
+_BOOL = 9  # onnx.TensorProto.BOOL
+_QONNX = "qonnx.custom_op.general"
+_MOVES = ("Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity")  # what changes a shape and no value
+
+
+# -------------------------------------------------------------------------------------------------------------- ONNX
+
+
+@final
+class _Signs(WeightQuantizer):
+    """Of a weight that is signs already: they and the scale ``(O, 1, 1, 1)`` enter the graph as they are.
+
+    One scale for each kernel, because a runtime takes a scalar into the product, where it is rounded with every sum.
+    """
+
+    def __init__(self, scale: Tensor, kernels: int) -> None:
+        super().__init__()
+        self.scale: Tensor
+        self.register_buffer("scale", scale.reshape(-1, 1, 1, 1).expand(kernels, 1, 1, 1).clone())
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, self.scale
+
+
+class _Dialect(NamedTuple):
+    """The nodes, the last with the result, for the sign of a value, and for a weight of two values in each filter."""
+
+    sign: "Callable[[ir.Graph, ir.Value], list[ir.Node]]"
+    weight: "Callable[[ir.Graph, ir.Value], list[ir.Node]]"
+
+
+def _onnx(model: nn.Module, size: tuple[int, ...], batch: int | None, dialect: _Dialect) -> bytes:
+    import onnx_ir as ir
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+    from onnxscript import optimizer
+
+    binary = _release(model)
+    program = trace(model, size, batch)
+    try:
+        converted: Any = torch.onnx.export(
+            program, dynamo=True, optimize=False, verbose=False, opset_version=_OPSET, input_names=["images"],
+            dynamic_shapes=({0: "batch"},) if program.range_constraints else None,
+        )  # fmt: skip
+    except Exception as error:  # whatever the converter raises
+        raise InvalidModel(f"torch.onnx cannot convert {type(model).__name__}: {first_line(error)}") from error
+    graph: ir.Graph = converted.model.graph
+    for node in list(graph):
+        _shorten(node, binary)
+        _rewrite_sign(graph, node, binary, dialect)
+    optimizer.optimize(converted.model)
+    for node in graph:
+        _scale_first(node, binary)
+    for name in sorted(binary & set(graph.initializers)):
+        value = graph.initializers[name]
+        _replace(graph, value, dialect.weight(graph, value), before=graph[0])
+    ClearMetadataAndDocStringPass()(converted.model)  # stack traces with this machine's paths
+    content: bytes = ir.to_proto(converted.model).SerializeToString()
+    return content
+
+
+def _release(model: nn.Module) -> set[str]:
+    """Make frozen signs float parameters; the names of all weights that have two values in each filter."""
+    names = set()
+    for name, layer in binary_layers(model):
+        if layer.weight_quant.scaled_sign:
+            _, scale = layer.weight_quant.quantize(layer.latent())
+            layer.weight_quant = _Signs(scale, len(layer.weight))
+            layer.weight = nn.Parameter(layer.weight.float(), requires_grad=False)
+        filters = layer.weight.flatten(1)
+        low, high = filters.aminmax(dim=1, keepdim=True)
+        if ((filters == low) | (filters == high)).all():
+            names.add(f"{name}.weight")
+    return names
+
+
+def _producer(value: "ir.Value | None", *operators: str) -> "ir.Node | None":
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type in operators else None
+
+
+def _shorten(node: "ir.Node", binary: set[str]) -> None:
+    """Give ``node`` a weight itself where it gets one that was reshaped, to its own shape in the end."""
+    for index, value in enumerate(node.inputs):
+        source = value
+        while (move := _producer(source, *_MOVES)) is not None:
+            source = move.inputs[0]
+        if value is not None and source is not None and source.name in binary and source.shape == value.shape:
+            node.replace_input_with(index, source)
+
+
+def _rewrite_sign(graph: "ir.Graph", node: "ir.Node", binary: set[str], dialect: _Dialect) -> None:
+    """Rewrite ``node`` if it ends a sign, which is traced as ``Sign(Sign(x) + 1/2)``; the sign of signs is these."""
+    add = _producer(node.inputs[0], "Add") if node.op_type == "Sign" else None
+    first = _producer(add.inputs[0], "Sign") if add is not None else None
+    if first is None:
+        return
+    x: Any = first.inputs[0]
+    if x.name in binary:
+        node.outputs[0].replace_all_uses_with(x)
+    else:
+        _replace(graph, node.outputs[0], dialect.sign(graph, x), before=node)
+
+
+def _scale_first(node: "ir.Node", binary: set[str]) -> None:
+    """Turn ``product * scale`` round: onnxruntime would take a scale on the right into the weights."""
+    product = _producer(node.inputs[0], "Conv", "Gemm", "MatMul") if node.op_type == "Mul" else None
+    if product is not None and any(value is not None and value.name in binary for value in product.inputs):
+        left, right = node.inputs
+        node.replace_input_with(0, right)
+        node.replace_input_with(1, left)
+
+
+def _replace(graph: "ir.Graph", value: "ir.Value", nodes: "list[ir.Node]", *, before: "ir.Node") -> None:
+    result = nodes[-1].outputs[0]
+    result.shape, result.dtype = value.shape, value.dtype  # type: ignore[assignment]
+    graph.insert_before(before, nodes)
+    for user, index in list(value.uses()):
+        if user not in nodes:
+            user.replace_input_with(index, result)
+
+
+def _node(operator: str, inputs: "Sequence[ir.Value]", to: int | None = None, domain: str = "") -> "ir.Node":
+    import onnx_ir as ir
+
+    return ir.node(operator, inputs, {} if to is None else {"to": to}, domain=domain)
+
+
+def _constant(graph: "ir.Graph", name: str, array: Any) -> "ir.Value":
+    import onnx_ir as ir
+
+    name = f"bonn_qat.{name}"
+    if name not in graph.initializers:
+        graph.register_initializer(ir.val(name, const_value=ir.tensor(np.asarray(array), name=name)))
+    return graph.initializers[name]
+
+
+def _compare(graph: "ir.Graph", x: "ir.Value") -> "list[ir.Node]":
+    """+1 where ``x >= 0``, else -1: in onnxruntime a quarter of the time of Sign, Add and Sign."""
+    zero, plus, minus = (_constant(graph, name, np.float32(x)) for name, x in (("zero", 0), ("plus", 1), ("minus", -1)))
+    reached = _node("GreaterOrEqual", [x, zero])
+    return [reached, _node("Where", [*reached.outputs, plus, minus])]
+
+
+def _unpack(graph: "ir.Graph", weight: "ir.Value") -> "list[ir.Node]":
+    """Bits in the place of ``weight``, eight to a byte, the first the lowest; a runtime unpacks them when it loads."""
+    assert weight.name is not None
+    assert weight.const_value is not None
+    values = weight.const_value.numpy()
+    axes = tuple(range(1, values.ndim))
+    low, high = values.min(axes, keepdims=True), values.max(axes, keepdims=True)
+    if (abs(values) == 1).all():
+        low, high = np.float32(-1), np.float32(1)
+    packed = np.packbits((values == high).flatten(), bitorder="little")[:, None]
+    nodes: list[ir.Node] = []
+
+    def then(operator: str, *others: "tuple[str, Any]", to: int | None = None) -> None:
+        inputs = [_constant(graph, name, array) for name, array in others]
+        nodes.append(_node(operator, [*(nodes[-1].outputs if nodes else ()), *inputs], to=to))
+
+    then("BitwiseAnd", (f"{weight.name}.bits", packed), ("places", 1 << np.arange(8, dtype=np.uint8)))
+    then("Cast", to=_BOOL)
+    if values.size % 8:
+        then("Reshape", ("flat", np.array([-1])))
+        then("Slice", ("start", np.array([0])), (f"{weight.name}.size", np.array([values.size])))
+    then("Reshape", (f"{weight.name}.shape", np.array(values.shape)))
+    kind = f"{weight.name}." if high.ndim else ""
+    then("Where", (f"{kind}plus", high), (f"{kind}minus", low))
+    del graph.initializers[weight.name]
+    return nodes
+
+
+def _bipolar(graph: "ir.Graph", x: "ir.Value") -> "list[ir.Node]":
+    """``BipolarQuant`` with a scale of 1, which is what qonnx counts as one bit."""
+    graph.opset_imports[_QONNX] = 1
+    return [_node("BipolarQuant", [x, _constant(graph, "plus", np.float32(1))], domain=_QONNX)]
+
+
+def write_onnx(model: nn.Module, size: tuple[int, ...]) -> bytes:
+    """The bytes of an ONNX file that keeps one bit for each binary weight."""
+    return _onnx(model, size, None, _Dialect(sign=_compare, weight=_unpack))
+
+
+def run_onnx(path: Path, images: Tensor) -> list[Tensor]:
+    """The outputs of an ONNX file in onnxruntime, on the CPU."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
+
+    def run(part: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(output) for output in session.run(None, {given.name: part.numpy()})]
+
+    return in_batches(run, images, given.shape[0] if isinstance(given.shape[0], int) else None)
+
+
+def write_qonnx(model: nn.Module, size: tuple[int, ...]) -> bytes:
+    """The bytes of a QONNX file, with BipolarQuant nodes, for one image."""
+    from qonnx.core.modelwrapper import ModelWrapper
+    from qonnx.util.cleanup import cleanup_model
+
+    raw = _onnx(model, size, 1, _Dialect(sign=_bipolar, weight=_bipolar))  # of one image, for qonnx wants every shape
+    content: bytes = cleanup_model(ModelWrapper(raw)).model.SerializeToString()
+    return content
+
+
+def run_qonnx(path: Path, images: Tensor) -> list[Tensor]:
+    """The outputs of a QONNX file in qonnx's own interpreter, image by image."""
+    from qonnx.core.modelwrapper import ModelWrapper
+    from qonnx.core.onnx_exec import execute_onnx
+
+    model = ModelWrapper(str(path))
+    (given,), outputs = model.graph.input, model.graph.output
+
+    def run(image: Tensor) -> list[Tensor]:
+        result = execute_onnx(model, {given.name: image.numpy()})
+        return [torch.from_numpy(result[output.name]) for output in outputs]
+
+    return in_batches(run, images, 1)
+
+
+def beyond_bipolar(layer: BinaryLayer) -> str | None:
+    """What keeps a layer from being a product of -1 and +1, or of floats with them."""
+    if not layer.weight_quant.scaled_sign:
+        return "its weights are no scale times a sign"
+    if layer.input_quant is None:
+        return None
+    inputs = torch.randn(16, getattr(layer, layer.channels[0]), 4, 4, generator=torch.Generator().manual_seed(0))
+    quantizer = copy.deepcopy(layer.input_quant).cpu().float().eval()
+    with torch.no_grad():
+        value, _ = quantizer.quantize(inputs)
+    return None if (value.abs() == 1).all() else "its inputs are not -1 and +1"

@@ -1,0 +1,63 @@
+"""Trace: a model as a graph of torch.export; what the writers of all formats share."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bonn_qat.errors import InvalidModel
+
+
+def outputs_of(result: Any) -> list[Tensor]:
+    """The tensors that a network returned, one or several, as a list."""
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def in_batches(run: Callable[[Tensor], list[Tensor]], images: Tensor, batch: int | None) -> list[Tensor]:
+    """``run`` on parts of ``batch`` images, None for all at once; the outputs of all."""
+    parts = [run(part) for part in torch.split(images, batch or len(images))]
+    return [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+# ------------------------------------------------------------------------------------------------------ torch.export
+
+
+def trace(model: nn.Module, size: tuple[int, ...], batch: int | None = None) -> torch.export.ExportedProgram:
+    """``model`` as a graph for ``batch`` images; None is any number, or one where the model's code fixes the number."""
+    images = torch.zeros(batch or 2, *size)
+    shapes = None if batch else ({0: torch.export.Dim("batch")},)
+    try:
+        with torch.no_grad():
+            return torch.export.export(model, (images,), dynamic_shapes=shapes)
+    except Exception as error:  # whatever torch and a model's code raise
+        if batch is None:
+            return trace(model, size, 1)
+        raise InvalidModel(
+            f"torch.export cannot trace {type(model).__name__} for an image of {size}: {first_line(error)}"
+        ) from error
+
+
+def write_pt2(model: nn.Module, size: tuple[int, ...]) -> bytes:
+    """The bytes of a ``torch.export`` program."""
+    program = trace(model, size)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # this machine's paths, once for each node
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    return buffer.getvalue()
+
+
+def run_pt2(path: Path, images: Tensor) -> list[Tensor]:
+    """The outputs of a ``torch.export`` program."""
+    program = torch.export.load(io.BytesIO(path.read_bytes()))  # of a path it wants a certain ending
+    module = program.module()
+    with torch.no_grad():
+        return in_batches(lambda part: outputs_of(module(part)), images, None if program.range_constraints else 1)

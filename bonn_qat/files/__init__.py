@@ -1,0 +1,1 @@
+"""Files: atomic writes, bounded JSON and TOML, tensors with a header, locks."""

@@ -1,0 +1,98 @@
+"""Files of tensors: safetensors with a header of JSON, written whole or not at all, and read without running code.
+
+What a file claims is held against its size before anything of that size is made; safetensors does so for the tensors'
+types, shapes and places.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from bonn_qat.errors import InvalidData
+from bonn_qat.files import plain
+from bonn_qat.files.atomic import write_whole
+
+_KEY = "bonn_qat"
+_TENSORS = 2**15  # in a file; the largest networks of timm have a few thousand
+_AXES = 16
+_HEADER = 2**25  # characters of ours
+_TYPES = ("BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> Path:
+    """Write tensors by name, with a header, to a file that is there whole or not at all.
+
+    Raises OSError where the system refuses to write.
+    """
+    # Not save_file, which turns a full disk into an error of its own.
+    return write_whole(path, dump_tensors(tensors, header))
+
+
+def dump_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> bytes:
+    """What :func:`write_tensors` writes."""
+    # A copy of each, because safetensors refuses tensors that share their memory.
+    copies = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+    metadata = {_KEY: json.dumps(header, separators=(",", ":"))} if header is not None else None
+    content: bytes = safetensors.torch.save(copies, metadata)
+    return content
+
+
+def digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """The SHA-256 of names, types, shapes and values of ``tensors``, and of ``header``, in hexadecimal digits."""
+    found = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return found.hexdigest()
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What :func:`write_tensors` wrote, on the CPU; the header is empty for a file without one.
+
+    The tensors are copies: they stay what they are when the file changes. Raises InvalidData naming the file if it
+    cannot be read, and for types, sizes and headers that this package does not write.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise InvalidData(f"cannot read {path}: it is no file")
+        with safetensors.safe_open(path, framework="pt") as file:
+            names = file.keys()
+            if len(names) > _TENSORS:
+                raise ValueError(f"it holds {len(names):,} tensors; at most {_TENSORS:,} are read")
+            tensors = {name: _tensor(name, file) for name in names}
+            text = (file.metadata() or {}).get(_KEY, "{}")
+        if len(text) > _HEADER:
+            raise ValueError(f"its header of bonn-qat has {len(text):,} characters; at most {_HEADER:,} are read")
+        header = plain.from_json(text)
+    except OSError as error:
+        reason = error.strerror or ("no such file" if not path.is_file() else str(error))
+        raise InvalidData(f"cannot read {path}: {reason}") from error
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise InvalidData(f"{path} is not a whole safetensors file: {plain.words_of(error)}") from error
+    except MemoryError as error:
+        raise InvalidData(f"{path} does not fit into memory") from error
+    if not isinstance(header, dict):
+        raise InvalidData(f"{path} has a header of bonn-qat that is no table")
+    return tensors, header
+
+
+def _tensor(name: str, file: Any) -> Tensor:
+    place = file.get_slice(name)
+    kind, shape = place.get_dtype(), place.get_shape()
+    if kind not in _TYPES:
+        raise ValueError(f"the tensor {plain.shown(name)} is of type {kind}; known: {', '.join(_TYPES)}")
+    if len(shape) > _AXES or max(shape, default=0) >= 2**48:
+        raise ValueError(f"the tensor {plain.shown(name)} has the shape {plain.shown(shape)}, which no tensor has")
+    tensor: Tensor = file.get_tensor(name)
+    if kind == "BOOL" and bool((tensor.view(torch.uint8) > 1).any()):
+        raise ValueError(f"the tensor {plain.shown(name)} holds bytes that are no truth values")
+    # The memory is the file's: another process may change or shorten it, and numbers lie anywhere.
+    return tensor.clone()

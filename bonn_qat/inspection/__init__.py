@@ -1,0 +1,1 @@
+"""Inspection: what a binary network costs, and whether its signs carry information."""

@@ -1,0 +1,118 @@
+"""diagnose: model, images -> Diagnosis, whether the signs of a binary network carry information."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from bonn_qat.binarization.binarize import binary_layers
+from bonn_qat.errors import InvalidModel
+from bonn_qat.layers import BinaryLayer
+from bonn_qat.modes import modes
+
+LOW, HIGH = 0.05, 0.95
+
+
+class DeadLayers(UserWarning):
+    """Binary layers whose inputs have nearly all the same sign, so that they see a constant and cannot learn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """The share of +1 among the inputs of each binary layer, 0 to 1, by the layer's name.
+
+    ``unreached`` are the binary layers that the images never came to.
+    """
+
+    shares: Mapping[str, float]
+    unreached: tuple[str, ...] = ()
+
+    @property
+    def dead(self) -> tuple[str, ...]:
+        """The layers with less than 5% or more than 95% of +1."""
+        return tuple(name for name, share in self.shares.items() if not LOW <= share <= HIGH)
+
+    def __str__(self) -> str:
+        width = max(map(len, [*self.shares, "layer"]))
+        rows = [f"{name:<{width}}  {s:6.1%}{'  dead' if name in self.dead else ''}" for name, s in self.shares.items()]
+        verdict = f"{len(self.dead)} of {len(self.shares)} binary layers are dead: below {LOW:.0%} or above {HIGH:.0%}"
+        never = [f"not reached: {', '.join(self.unreached)}"] if self.unreached else []
+        return "\n".join([f"{'layer':<{width}}  share of +1 inputs", *rows, verdict, *never])
+
+
+def diagnose(model: nn.Module, images: Tensor) -> Diagnosis:
+    """Measure the signs that each binary layer of ``model`` gets for ``images`` ``(B, C, H, W)``, B at least 2.
+
+    Norms use the statistics of the batch, as in training, for those of a fresh network normalise nothing;
+    dropout is off. The model is as before afterwards. Warns of DeadLayers, once, naming them all. Raises
+    InvalidModel for a model without binary activations.
+    """
+    layers = {name: layer for name, layer in binary_layers(model) if layer.input_quant is not None}
+    if not layers:
+        raise InvalidModel(f"{type(model).__name__} has no binary activations; binarize it with a scheme that has them")
+    counts: dict[str, list[int]] = {name: [0, 0] for name in layers}
+    hooks = [
+        layer.get_submodule("norm").register_forward_hook(_counter(layer, counts[name]))
+        for name, layer in layers.items()
+    ]
+    reference = next(iter(layers.values())).weight
+    # Clones, because batch statistics move the running ones.
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        with modes(model, training=lambda module: isinstance(module, _NormBase)), torch.no_grad():
+            torch.func.functional_call(model, buffers, (images.to(reference.device, reference.dtype),))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    diagnosis = Diagnosis(
+        shares={name: plus / seen for name, (plus, seen) in counts.items() if seen},
+        unreached=tuple(name for name, (_, seen) in counts.items() if not seen),
+    )
+    if diagnosis.dead:
+        named = ", ".join(f"{name} ({diagnosis.shares[name]:.1%})" for name in diagnosis.dead)
+        warnings.warn(
+            f"layers whose inputs have nearly all the same sign cannot learn; share of +1: {named}",
+            DeadLayers,
+            stacklevel=2,
+        )
+    return diagnosis
+
+
+def _counter(layer: BinaryLayer, count: list[int]) -> Any:
+    def measure(norm: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        assert layer.input_quant is not None
+        value, _ = layer.input_quant.quantize(output)
+        count[0] += int((value > 0).sum())
+        count[1] += value.numel()
+
+    return measure
+
+
+def first_non_finite(model: nn.Module, images: Tensor) -> str:
+    """Where NaN or infinity first shows: in a parameter, else in the output of a layer, named in words."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            return f"the parameter {name} is not finite"
+    found: list[str] = []
+
+    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not found and not bool(torch.isfinite(output).all()):
+                found.append(f"the first layer whose output is not finite is {name} ({type(module).__name__})")
+
+        return hook
+
+    handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if found:
+        return found[0]
+    return "no layer's output is" if bool(torch.isfinite(images).all()) else "the images hold NaN or infinity"

@@ -1,0 +1,71 @@
+"""Metrics of a binary network in training."""
+
+import torch
+from torch import Tensor, nn
+
+from bonn_qat.binarization.binarize import binary_layers
+from bonn_qat.errors import InvalidModel
+from bonn_qat.layers import BinaryLayer
+
+
+class FlipRatio:
+    """The share of binary weights whose sign changed from one :meth:`update` to the next, 0 to 1 (Larq's FlipRatio).
+
+    Call :meth:`update` after each step or each epoch; :meth:`compute` averages over the intervals since the last
+    :meth:`reset`. The sign is that of the quantized weight; where values are not ``+-scale``, as AdaBin's, that of its
+    difference from the middle of its filter's range. Raises InvalidModel for a model without binary layers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = dict(binary_layers(model))
+        if not self._layers:
+            raise InvalidModel(f"no binary weights in {type(model).__name__}; binarize it before making the metric")
+        self._signs = self._measure()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the intervals; the signs seen last stay."""
+        self._flips: dict[str, Tensor] = {}
+        self._updates = 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Compare the signs with those of the last call, or of the beginning."""
+        before, self._signs = self._signs, self._measure()
+        for name, signs in self._signs.items():
+            flips = (signs != before[name]).sum()
+            self._flips[name] = flips + self._flips[name] if name in self._flips else flips
+        self._updates += 1
+
+    def compute(self) -> dict[str, float]:
+        """The mean share for each binary layer by name, and for all of them together under ``""``.
+
+        Raises ValueError before the first update.
+        """
+        if not self._updates:
+            raise ValueError("FlipRatio.compute() comes after at least one update()")
+        sizes = {name: signs.numel() * self._updates for name, signs in self._signs.items()}
+        flips = {name: int(count) for name, count in self._flips.items()}
+        ratios = {name: flips[name] / sizes[name] for name in sizes}
+        return {"": sum(flips.values()) / sum(sizes.values()), **ratios}
+
+    @property
+    def signs(self) -> dict[str, Tensor]:
+        """The signs seen last by layer, bool as the weight; set them to go on from where another one was."""
+        return self._signs
+
+    @signs.setter
+    def signs(self, signs: dict[str, Tensor]) -> None:
+        self._signs = signs
+
+    @torch.no_grad()
+    def _measure(self) -> dict[str, Tensor]:
+        return {name: _signs(layer) for name, layer in self._layers.items()}
+
+
+def _signs(layer: BinaryLayer) -> Tensor:
+    value, _ = layer.weight_quant.quantize(layer.latent())
+    if layer.weight_quant.scaled_sign:
+        return value >= 0
+    kernels = value.flatten(1)
+    return kernels >= (kernels.amin(1, keepdim=True) + kernels.amax(1, keepdim=True)) / 2

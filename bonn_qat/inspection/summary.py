@@ -1,0 +1,189 @@
+"""summary: model -> Report, what a network costs when its binary weights are stored as bits.
+
+Counted are multiply-accumulates (MACs) of convolutions and linear layers, and parameters as deployed: weights at
+their bits, every scale and every other parameter at 32. A weight quantizer's own parameters, such as BONN's
+modulation, serve training only; buffers, such as running statistics, are not counted, nor is what has no weights, such
+as the products of attention.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bonn_qat.binarization.binarize import Binarization
+from bonn_qat.errors import InvalidModel
+from bonn_qat.files.plain import words_of
+from bonn_qat.inspection.packed_size import packed_report
+from bonn_qat.inspection.size_report import FLOAT_BITS, LayerReport, OtherReport, Report
+from bonn_qat.layers import BinaryLayer
+from bonn_qat.modes import modes
+from bonn_qat.quantizers import ActivationQuantizer, WeightQuantizer
+from bonn_qat.regularizers import binary_weight_layers
+from bonn_qat.runtime.packed import PackedModel
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+
+
+def summary(model: nn.Module, input_size: Sequence[int] | None = None) -> Report:
+    """Count the bits and MACs of ``model`` for one image of ``input_size`` ``(C, H, W)``.
+
+    None is the size that it was binarized for, else timm's default. One forward pass of zeros in evaluation mode, on
+    the model's device; the model is as before afterwards. Raises InvalidModel if the size is unknown, or the model does
+    not take it.
+    """
+    if isinstance(model, PackedModel):
+        return packed_report(model)
+    size = input_size_of(model, input_size)
+    record = getattr(model, "binarization", None)
+    done = record if isinstance(record, Binarization) else None
+    kept = dict(done.kept) if done else {}
+    rows = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (*_CONVOLUTIONS, nn.Linear)) or name in kept
+    }
+    calls = _calls(model, list(rows.values()), size)
+    binary = set(binary_weight_layers(model).values())
+    counted = {id(p) for layer in model.modules() for p in _training_only(layer)}
+    layers, others = [], []
+    for name, module in model.named_modules():
+        own = {key: p for key, p in module.named_parameters(recurse=False) if id(p) not in counted}
+        counted.update(map(id, own.values()))
+        if name in rows:
+            scheme = done.schemes.get(name) if done else None
+            bits, call = _weight_bits(module, binary), calls.get(module, _Call())
+            layers.append(_layer(name, module, own, bits, call, kept.get(name), scheme.name if scheme else None))
+        elif own:
+            others.append((type(module).__name__, sum(p.numel() for p in own.values())))
+    return Report(
+        model=type(model).__name__,
+        input_size=size,
+        layers=tuple(layers),
+        others=_by_type(others),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        scheme=done.scheme.name if done else None,
+        kept=kept,
+        revived=done.revived if done else (),
+    )
+
+
+def input_size_of(model: nn.Module, given: Sequence[int] | None) -> tuple[int, ...]:
+    """``given``, else the size that ``model`` was binarized for, else timm's. Raises InvalidModel without one."""
+    record, config = getattr(model, "binarization", None), getattr(model, "pretrained_cfg", None)
+    said = config.get("input_size") if isinstance(config, dict) else None
+    size = given or (record.input_size if isinstance(record, Binarization) else None) or said
+    if size is None:
+        raise InvalidModel(f"{type(model).__name__} does not say which images it takes; give input_size=(C, H, W)")
+    return tuple(size)
+
+
+@dataclass
+class _Call:
+    output: tuple[int, ...] | None = None
+    macs: int = 0
+
+
+def _calls(model: nn.Module, layers: list[nn.Module], size: tuple[int, ...]) -> dict[nn.Module, _Call]:
+    """What each of ``layers`` gives in one forward pass, and its MACs; a shared layer's add up."""
+    found: dict[nn.Module, _Call] = {}
+
+    def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        source, result = (_tensor(x) for x in (inputs[0] if inputs else None, output))
+        call = found.setdefault(module, _Call(output=tuple(result.shape[1:]) if isinstance(result, Tensor) else ()))
+        call.macs += _layer_macs(module, source, result)
+
+    hooks = [module.register_forward_hook(count) for module in layers]
+    reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    try:
+        with modes(model), torch.no_grad():
+            model(torch.zeros(1, *size, device=reference.device, dtype=reference.dtype))
+    except Exception as error:  # whatever a model raises
+        raise InvalidModel(
+            f"{type(model).__name__} does not take an image of {size}: {words_of(error)}; give input_size=(C, H, W)"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _tensor(x: Any) -> Any:
+    # Brevitas' QuantTensor is a tuple that starts with its value.
+    return x[0] if isinstance(x, tuple) else x
+
+
+def _layer_macs(module: nn.Module, source: Any, result: Any) -> int:
+    macs = 0
+    if isinstance(module, nn.Linear):
+        macs = result.numel() * module.in_features
+    elif isinstance(module, _TRANSPOSED):
+        macs = source.numel() * module.out_channels // module.groups * math.prod(module.kernel_size)
+    elif isinstance(module, _CONVOLUTIONS):
+        macs = result.numel() * module.in_channels // module.groups * math.prod(module.kernel_size)
+    return macs
+
+
+def _training_only(layer: nn.Module) -> list[nn.Parameter]:
+    quantizer = getattr(layer, "weight_quant", None)
+    return list(quantizer.parameters()) if isinstance(quantizer, nn.Module) else []
+
+
+def _weight_bits(layer: nn.Module, binary: set[nn.Module]) -> int:
+    quantizer = getattr(layer, "weight_quant", None)
+    if isinstance(quantizer, WeightQuantizer):
+        return quantizer.bits
+    return 1 if layer in binary else FLOAT_BITS
+
+
+def _layer(
+    name: str,
+    module: nn.Module,
+    own: Mapping[str, nn.Parameter],
+    weight_bits: int,
+    call: _Call,
+    kept: str | None,
+    scheme: str | None,
+) -> LayerReport:
+    # By name, because other parameters may have as many axes, as the gain of a scaled weight standardisation.
+    weights = sum(p.numel() for key, p in own.items() if "weight" in key)
+    return LayerReport(
+        name=name,
+        type=type(module).__name__,
+        output=call.output,
+        weight_bits=weight_bits,
+        input_bits=_input_bits(module),
+        weights=weights,
+        scales=_scales(module) if weight_bits < FLOAT_BITS and weights else 0,
+        biases=sum(p.numel() for p in own.values()) - weights,
+        macs=call.macs,
+        kept=kept,
+        scheme=scheme,
+    )
+
+
+@torch.no_grad()
+def _scales(layer: nn.Module) -> int:
+    proxy: Any = layer.weight_quant
+    quantizer: Any = getattr(proxy, "tensor_quant", proxy)
+    # A clone, because Brevitas' stock quantizer clamps the latent weights that it is given.
+    weight: Tensor = (layer.latent() if isinstance(layer, BinaryLayer) else layer.weight).clone()  # type: ignore[operator]
+    return quantizer.constants(weight) if isinstance(quantizer, WeightQuantizer) else quantizer(weight)[1].numel()
+
+
+def _input_bits(layer: nn.Module) -> int:
+    quantizer: Any = getattr(layer, "input_quant", None)
+    if isinstance(quantizer, ActivationQuantizer):
+        return quantizer.bits
+    return int(quantizer.bit_width()) if getattr(quantizer, "is_quant_enabled", False) else FLOAT_BITS
+
+
+def _by_type(others: list[tuple[str, int]]) -> tuple[OtherReport, ...]:
+    sizes: dict[str, list[int]] = {}
+    for kind, parameters in others:
+        sizes.setdefault(kind, []).append(parameters)
+    return tuple(OtherReport(type=kind, modules=len(n), parameters=sum(n)) for kind, n in sizes.items())

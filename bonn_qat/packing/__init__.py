@@ -1,0 +1,1 @@
+"""Packing: a trained binary network becomes bits."""

@@ -1,0 +1,234 @@
+"""Packed: a network of bits, as a module and as a file, without the model's class and the library it came from."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, fx, nn
+
+from bonn_qat.errors import InvalidData
+from bonn_qat.files import plain
+from bonn_qat.files.atomic import write_whole
+from bonn_qat.files.tensors import digest, dump_tensors, read_tensors
+from bonn_qat.runtime import graph as graphs
+from bonn_qat.runtime.layout import Geometry
+from bonn_qat.runtime.rehearsal import rehearse
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedLayer:
+    """What became of a binary layer.
+
+    ``kind`` ``"bits"``: weights and inputs are bits, the product counts them. ``"weights"``: weights are bits on disk
+    and in memory, and become floats for the product. ``"float"``: weights stay floats. ``reason`` says why it is not
+    the first.
+    """
+
+    name: str
+    kind: str
+    reason: str = ""
+
+
+@final
+class PackedModel(nn.Module):
+    """A packed network: images ``(B, C, H, W)``, float32 of ``input_size`` -> what the model gave. For inference only.
+
+    ``layers`` says what became of each binary layer. Made by :func:`pack` or :meth:`load`.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        tensors: Mapping[str, Tensor],
+        weights: Mapping[str, Geometry],
+        *,
+        name: str,
+        scheme: str,
+        input_size: tuple[int, int, int],
+        batch: int | None,
+        layers: Sequence[PackedLayer],
+    ) -> None:
+        super().__init__()
+        self.name, self.scheme, self.input_size, self.batch = name, scheme, input_size, batch
+        self.layers = tuple(layers)
+        self._nodes, self._weights = graph, dict(weights)
+        self.network, self.names = graphs.module(graph, tensors)
+        self.layout = graphs.image_layout(graph)
+        self._checked: set[int] = set()  # numbers of images that the network is known to take at once
+        self._direct: fx.GraphModule
+        self._bind()
+        self.requires_grad_(False).eval()
+
+    def forward(self, images: Tensor) -> Any:
+        """Raises InvalidData for images of another size or type, and for a network that cannot be computed on them."""
+        if images.ndim != 4 or tuple(images.shape[1:]) != self.input_size or images.dtype != torch.float32:
+            raise InvalidData(
+                f"this network was packed for float32 images (B, {', '.join(map(str, self.input_size))}); got "
+                f"{images.dtype} {tuple(images.shape)}; for another size pack it with input_size=(C, H, W)"
+            )
+        with torch.no_grad():
+            images = images.contiguous(memory_format=self.layout)
+            parts = [images] if self.batch is None else list(torch.split(images, self.batch))
+            if torch.compiler.is_compiling():
+                return _joined([self.network(part) for part in parts])
+            for count in {len(part) for part in parts} - self._checked:
+                self.check(count)
+            with self.computing():
+                return _joined([self._direct(part) for part in parts])
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Tell what the tensors of a file make impossible, such as places beyond the end of a table."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise InvalidData(f"{self.name} cannot be computed on these images: {reason}") from error
+
+    def check(self, count: int) -> None:
+        """Raise InvalidData if the network does not take ``count`` images at once."""
+        rehearse(self.network.graph, dict(self.network.named_buffers()), self.input_size, count)
+        self._checked.add(count)
+
+    def _bind(self) -> None:
+        # The same graph and buffers, for eager calls: torch's dispatcher takes longer than a small layer. Not a
+        # submodule, for its buffers are those of `network`.
+        object.__setattr__(self, "_direct", graphs.without_dispatcher(self.network))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PackedModel":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._bind()
+        return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is saved, by name: bits as int64 words, all else as it is."""
+        held = {name: self.network.get_buffer(buffer).contiguous() for name, buffer in self.names.items()}
+        return {
+            name: graphs.to_words(tensor, self._weights[name]) if name in self._weights else tensor
+            for name, tensor in held.items()
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file with a header of JSON, whole or not at all. Raises OSError where that fails."""
+        return write_whole(Path(path), self.dump())
+
+    def dump(self) -> bytes:
+        """What :meth:`save` writes."""
+        return dump_tensors(*self._as_data())
+
+    def _as_data(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors and the header of a file."""
+        tensors = self.tensors()
+        header = {
+            "kind": "packed", "format": FORMAT, "name": self.name, "scheme": self.scheme,
+            "input_size": list(self.input_size), "batch": self.batch,
+            "layers": [asdict(layer) for layer in self.layers],
+            "nodes": graphs.describe(self._nodes, self._weights),
+        }  # fmt: skip
+        return tensors, header | {"sha256": digest(tensors, header)}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickled as it is saved: a graph holds functions of torch that cannot be pickled.
+        return PackedModel._from_file, self._as_data()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedModel":
+        # Not by way of __reduce__, which would leave the device.
+        held = {name: self.network.get_buffer(buffer).clone() for name, buffer in self.names.items()}
+        return PackedModel(
+            self._nodes, held, self._weights, name=self.name, scheme=self.scheme, input_size=self.input_size,
+            batch=self.batch, layers=self.layers,
+        )  # fmt: skip
+
+    @classmethod
+    def load(cls, path: str | Path) -> "PackedModel":
+        """Read what :meth:`save` wrote; nothing in the file is run but known operators, and brevitas, timm and the
+        model's class are not needed.
+
+        Raises InvalidData naming the file for one that is missing, truncated, altered, or of another version.
+        """
+        tensors, header = read_tensors(Path(path))
+        try:
+            return cls._from_file(tensors, header)
+        except InvalidData as error:
+            raise InvalidData(f"{path}: {error}") from error
+
+    @classmethod
+    def _from_file(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> "PackedModel":
+        if header.get("kind") != "packed":
+            raise InvalidData("no packed network; bonn_qat.pack(model).save(path) writes one")
+        if header.get("format") != FORMAT:
+            raise InvalidData(
+                f"a packed network of format {plain.shown(header.get('format'))}; this version of bonn-qat reads "
+                f"{FORMAT}"
+            )
+        if header.pop("sha256", None) != digest(tensors, header):
+            raise InvalidData("the file was altered after it was written: its checksum is another")
+        given = _header(header)
+        graph, weights = graphs.rebuild(header["nodes"])
+        used = [node.target for node in graph.nodes if node.op == "get_attr"]
+        if missing := sorted(set(used) ^ set(tensors)):
+            raise InvalidData(f"its tensors are not those of its nodes; look at {plain.shown(missing[0])}")
+        graphs.check_words(tensors, weights)
+        shapes = {name: torch.empty(weights[name].weight_bytes, dtype=torch.uint8, device="meta")
+                  if name in weights else tensor.to("meta") for name, tensor in tensors.items()}  # fmt: skip
+        count = given["batch"] or 1
+        rehearse(graph, shapes, given["input_size"], count)
+        held = {
+            name: graphs.from_words(tensors[name], weights[name]) if name in weights else tensors[name]
+            for name in tensors
+        }
+        made = cls(graph, held, weights, **given)
+        made._checked.add(count)
+        return made
+
+    def extra_repr(self) -> str:
+        """For ``print(model)``."""
+        return f"{self.name}, scheme={self.scheme!r}, input_size={self.input_size}"
+
+
+_HINTS: Mapping[str, Any] = {
+    "kind": str, "format": int, "name": str, "scheme": str, "input_size": list[int], "batch": Any,
+    "layers": list[Mapping[str, str]], "nodes": Any,
+}  # fmt: skip
+_KINDS = ("bits", "weights", "float")
+_LONGEST = 2**16  # axis of an image
+
+
+def _header(header: Mapping[str, Any]) -> dict[str, Any]:
+    """What a PackedModel is made with, beside its graph. Raises InvalidData."""
+    if odd := sorted(header.keys() ^ _HINTS.keys()):
+        raise InvalidData(f"its header lacks something or has too much: look at {plain.shown(odd[0])}")
+    for key, hint in _HINTS.items():
+        if said := plain.misfit(key, header[key], hint):
+            raise InvalidData(f"its header has something wrong: {said}")
+    size, batch = header["input_size"], header["batch"]
+    if len(size) != 3 or not all(1 <= n <= _LONGEST for n in size):
+        raise InvalidData(f"its header has something wrong: images of {plain.shown(size)}")
+    if batch is not None and (type(batch) is not int or not 1 <= batch <= _LONGEST):
+        raise InvalidData(f"its header has something wrong: a batch of {plain.shown(batch)}")
+    layers = []
+    for layer in header["layers"]:
+        if layer.keys() != {"name", "kind", "reason"} or layer["kind"] not in _KINDS:
+            raise InvalidData(f"its header has something wrong: the layer {plain.shown(layer)}")
+        layers.append(PackedLayer(**layer))
+    for text in (header["name"], header["scheme"], *(t for layer in header["layers"] for t in layer.values())):
+        if not text.isprintable():
+            raise InvalidData(f"its header has something wrong: {plain.shown(text)} cannot be printed")
+    return {"name": header["name"], "scheme": header["scheme"], "input_size": tuple(size), "batch": batch,
+            "layers": layers}  # fmt: skip
+
+
+def _joined(parts: list[Any]) -> Any:
+    """The results for parts of a batch as one."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return type(parts[0])(map(torch.cat, zip(*parts, strict=True)))

@@ -1,0 +1,1 @@
+"""Studies: many runs side by side, as comparisons, the paper's tables, and reports."""

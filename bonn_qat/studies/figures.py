@@ -1,0 +1,378 @@
+"""Figures: the paper's pictures of a comparison, as SVG text. They need the extra ``compare`` (matplotlib)."""
+
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from bonn_qat.studies.comparison import Comparison
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+from bonn_qat.plotting import (
+    FLOAT_COLOUR,
+    HERO,
+    HERO_COLOUR,
+    LAPS,
+    PALETTE,
+    TRAIN,
+    Picture,
+    canvas,
+    logarithmic,
+    plain_text,
+    row,
+    tint,
+)
+from bonn_qat.studies.statistics import Arm, arms, binary_layers, label, labels
+
+SNAPSHOTS = 6  # epochs per histogram panel
+
+
+def pictures(comparison: Comparison) -> list[Picture]:
+    """Every figure that the finished runs have data for. Raises MatplotlibMissing without matplotlib."""
+    drawn = ((name, draw(comparison)) for name, draw in DRAWINGS.items())
+    return [Picture(name=name, title=TITLES[name], caption=CAPTIONS[name], svg=svg) for name, svg in drawn if svg]
+
+
+def colours(comparison: Comparison) -> dict[str, str]:
+    """One colour per scheme, the same in all figures; BONN's and float's are the same in all comparisons."""
+    result: dict[str, str] = {}
+    for run in (arm[0] for arm in arms(comparison)):
+        if run.scheme == HERO:
+            result[run.scheme] = HERO_COLOUR
+        elif not binary_layers(run):
+            result[run.scheme] = FLOAT_COLOUR
+        elif run.scheme not in result:
+            used = sum(colour in PALETTE for colour in result.values())
+            result[run.scheme] = PALETTE[used % len(PALETTE)]
+    return result
+
+
+def strokes(comparison: Comparison) -> dict[str, Any]:
+    """A line style per scheme: solid, and others for the schemes that repeat a colour."""
+    laps: dict[str, int] = {}
+    result = {}
+    for scheme, colour in colours(comparison).items():
+        laps[colour] = laps.get(colour, -1) + 1
+        result[scheme] = LAPS[laps[colour] % len(LAPS)]
+    return result
+
+
+def accuracy_curves(comparison: Comparison) -> str | None:
+    """Test and train (thin, dashed) top-1 over epochs: mean line and min-max band over seeds (Fig. 6).
+
+    Where there are more arms than colours, the training curves would bury the others and are left out.
+    """
+    facets, colour, stroke = _facets(comparison), colours(comparison), strokes(comparison)
+    if not facets:
+        return None
+    crowded = any(style != LAPS[0] for style in stroke.values())
+    with canvas("accuracy", height=4.6, title=TITLES["accuracy"]) as (figure, svg):
+        for axis, (latents, group) in zip(row(figure, len(facets)), facets.items(), strict=True):
+            for arm in group:
+                tint, style = colour[arm[0].scheme], stroke[arm[0].scheme]
+                if not crowded:
+                    _curve(axis, arm, "train/top1", tint, linewidth=0.9, linestyle=TRAIN, alpha=0.7)
+                _curve(axis, arm, "test/top1", tint, linewidth=2.0, linestyle=style, band=not crowded)
+            _epochs_axis(axis)
+            axis.set_title(_panel_title(latents, facets))
+        figure.axes[0].set_ylabel("top-1 accuracy (%)")
+        _legend(figure, comparison, {} if crowded else {"test": "-", "train": TRAIN})
+    return svg()
+
+
+def latent_histograms(comparison: Comparison) -> str | None:
+    """Histograms of the latent weights over epochs, of one seed: a row per arm, a column per layer (Figs. 3, 4)."""
+    layers = _chosen_layers(comparison)
+    shown = [arm for arm in arms(comparison) if any(_snapshots(arm, layer) for layer in layers)]
+    if not shown:
+        return None
+    colour, names = colours(comparison), labels(comparison)
+    height, letters = (1.8, 18) if len(shown) <= 6 else (1.3, 12)  # inches of a row, letters that fit beside it
+    with canvas("histograms", height=height * len(shown) + 0.7, title=TITLES["histograms"]) as (figure, svg):
+        grid = figure.subplots(len(shown), len(layers), squeeze=False)
+        for arm, axes in zip(shown, grid, strict=True):
+            for axis, layer in zip(axes, layers, strict=True):
+                _ridges(axis, _snapshots(arm, layer), colour[arm[0].scheme])
+            name = "\n".join(textwrap.wrap(names[arm[0].arm], letters, break_on_hyphens=False))
+            axes[0].set_ylabel(plain_text(name), color=colour[arm[0].scheme], fontweight="bold")
+        for axis, layer in zip(grid[0], layers, strict=True):
+            axis.set_title(plain_text(layer))
+        figure.supxlabel("latent weight", fontsize=11)
+    return svg()
+
+
+def binary_values(comparison: Comparison) -> str | None:
+    """The binary value ``|x^|`` of a weight over epochs: a panel per layer, a line per arm (Fig. 5)."""
+    layers, colour, stroke = _chosen_layers(comparison), colours(comparison), strokes(comparison)
+    crowded = any(style != LAPS[0] for style in stroke.values())
+    facets = {
+        latents: group
+        for latents, arms_ in _facets(comparison).items()
+        if (group := [arm for arm in arms_ if any(_series(arm, f"scale/{layer}") for layer in layers)])
+    }
+    if not facets:
+        return None
+    with canvas("values", height=2.9 * len(facets) + 0.6, title=TITLES["values"]) as (figure, svg):
+        grid = figure.subplots(len(facets), len(layers), squeeze=False, sharex=True, sharey=True)
+        for axes, (latents, group) in zip(grid, facets.items(), strict=True):
+            for axis, layer in zip(axes, layers, strict=True):
+                for arm in group:
+                    tint, style = colour[arm[0].scheme], stroke[arm[0].scheme]
+                    _curve(axis, arm, f"scale/{layer}", tint, linewidth=2.0, linestyle=style, band=not crowded)
+                logarithmic(axis)
+                _epochs_axis(axis)
+            start = _panel_title(latents, facets)
+            axes[0].set_ylabel("binary value |x̂|" + (f"\n{start}" if start else ""))
+        for axis, layer in zip(grid[0], layers, strict=True):
+            axis.set_title(plain_text(layer))
+        _legend(figure, comparison, {}, [arm for group in facets.values() for arm in group])
+    return svg()
+
+
+def flip_ratios(comparison: Comparison) -> str | None:
+    """The share of binary weights whose sign an epoch changed, over the epochs: a line per arm."""
+    colour, stroke = colours(comparison), strokes(comparison)
+    facets = {
+        latents: group
+        for latents, arms_ in _facets(comparison).items()
+        if (group := [arm for arm in arms_ if _series(arm, "flips")])
+    }
+    if not facets:
+        return None
+    with canvas("flips", height=4.2, title=TITLES["flips"]) as (figure, svg):
+        for axis, (latents, group) in zip(row(figure, len(facets)), facets.items(), strict=True):
+            for arm in group:
+                scheme = arm[0].scheme
+                _curve(axis, arm, "flips", colour[scheme], linewidth=2.0, linestyle=stroke[scheme])
+            logarithmic(axis)
+            _epochs_axis(axis)
+            axis.set_title(_panel_title(latents, facets))
+        figure.axes[0].set_ylabel("flips / weights, per epoch")
+        _legend(figure, comparison, {}, [arm for group in facets.values() for arm in group])
+    return svg()
+
+
+def final_accuracy(comparison: Comparison) -> str | None:
+    """Test top-1 after the last epoch: a point per seed, a bar at the mean, a line per arm."""
+    groups, colour, names = arms(comparison), colours(comparison), labels(comparison)
+    if not groups:
+        return None
+    with canvas("final", height=0.36 * len(groups) + 0.9, title=TITLES["final"]) as (figure, svg):
+        axis = figure.subplots()
+        for place, arm in enumerate(groups):
+            values, tint = [run.top1 for run in arm], colour[arm[0].scheme]
+            mean = sum(values) / len(values)
+            axis.plot(values, [place] * len(values), "o", color=tint, alpha=0.55, markeredgewidth=0)
+            axis.plot([mean], [place], "|", color=tint, markersize=16, markeredgewidth=2.5)
+            axis.text(1.02, place, f"{mean:.2f}", transform=axis.get_yaxis_transform(), va="center", color=tint)
+        axis.set_yticks(range(len(groups)), [plain_text(names[arm[0].arm]) for arm in groups])
+        axis.set_ylim(len(groups) - 0.5, -0.5)
+        axis.set_xlabel("test top-1 after the last epoch (%)")
+        axis.margins(x=0.08)
+    return svg()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepPoint:
+    """An arm of an ablation: the weights of the two losses, and what was reached with them, in percent."""
+
+    kernel: float  # lambda
+    feature: float  # theta
+    accuracies: tuple[float, ...]  # of the seeds
+    paper: float | None = None
+
+
+def sweeps(points: Sequence[SweepPoint]) -> str | None:
+    """Accuracy over lambda with theta = 0, and over theta with the lambda that has most points: ours and the paper's.
+
+    A panel that would have fewer than two points is left out.
+    """
+    counts: dict[float, int] = {}
+    for point in points:
+        counts[point.kernel] = counts.get(point.kernel, 0) + 1
+    best = max(counts, key=lambda kernel: counts[kernel], default=0.0)
+    panels = {
+        "lambda, the kernel loss's weight (theta = 0)": {p.kernel: p for p in points if p.feature == 0},
+        f"theta, the feature loss's weight (lambda = {best:g})": {p.feature: p for p in points if p.kernel == best},
+    }
+    panels = {name: dict(sorted(found.items())) for name, found in panels.items() if len(found) > 1}
+    if not panels:
+        return None
+    with canvas("sweep", height=3.8, title=TITLES["sweep"]) as (figure, svg):
+        for axis, (name, found) in zip(row(figure, len(panels)), panels.items(), strict=True):
+            for place, point in enumerate(found.values()):
+                axis.plot([place] * len(point.accuracies), point.accuracies, "o", color=HERO_COLOUR, alpha=0.5, mew=0)
+            means = [sum(point.accuracies) / len(point.accuracies) for point in found.values()]
+            axis.plot(means, color=HERO_COLOUR, linewidth=2.0, label="ours")
+            papers = [(place, point.paper) for place, point in enumerate(found.values()) if point.paper is not None]
+            if papers:
+                axis.plot(*zip(*papers, strict=True), "s--", color="#777777", markersize=5, label="paper")
+            axis.set_xticks(range(len(found)), [f"{value:g}" for value in found])
+            axis.set_xlabel(name)
+            axis.margins(x=0.08, y=0.12)
+        figure.axes[0].set_ylabel("test top-1 (%)")
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return svg()
+
+
+DRAWINGS: Mapping[str, Callable[[Comparison], str | None]] = {
+    "final": final_accuracy,
+    "accuracy": accuracy_curves,
+    "histograms": latent_histograms,
+    "values": binary_values,
+    "flips": flip_ratios,
+}
+TITLES = {
+    "final": "Final accuracy",
+    "accuracy": "Accuracy over the epochs",
+    "histograms": "Latent weights over the epochs",
+    "values": "Binary values over the epochs",
+    "flips": "Flips over the epochs",
+    "sweep": "Accuracy over the weights of the losses",
+}
+CAPTIONS = {
+    "final": "A point is a seed, the bar and the number are the mean. Look at whether the points of two schemes "
+    "overlap before looking at the means; the axis does not start at zero.",
+    "accuracy": "Thick: test; thin and dashed: training images (after one epoch: filled and hollow points), left out "
+    "where there are more arms than colours; the band reaches from the worst to the best seed. A wide gap between thin "
+    "and thick is overfitting; a jump is a step of the learning rate or a new stage of the scheme. Mirrors Fig. 6 of "
+    "the paper.",
+    "histograms": "The real-valued weights behind the signs, in the first, middle and last binary layer, for one "
+    "seed: time runs downwards and from light to dark, each ridge is scaled to its own peak, and each panel "
+    "has a horizontal axis of its own. BONN's prior should part one hump into two modes, one per sign. "
+    "Mirrors Figs. 3 and 4.",
+    "values": "The magnitude that every binary weight of a layer shares (its mean, where each filter has its own), "
+    "on a logarithmic axis. In the paper BONN's values grow by several times and settle high, while those of "
+    "XNOR-Net shrink. Mirrors Fig. 5.",
+    "sweep": "A point is a seed, the line goes through the means; squares are the paper's figures. The horizontal axis "
+    "has the values that were tried, one beside the other, and no scale.",
+    "flips": "The part of all binary weights whose sign at the end of an epoch is not that of its beginning, on a "
+    "logarithmic axis; the mean over the seeds. Signs that still change late have not settled; signs that never change "
+    "were decided by the start.",
+}
+
+
+def _panel_title(latents: str, facets: Mapping[str, Any]) -> str:
+    if len(facets) < 2:
+        return ""
+    return "latents start as float" if latents == "float" else plain_text(f"latents start at std {latents}")
+
+
+def _facets(comparison: Comparison) -> dict[str, list[Arm]]:
+    """Start of the latent weights -> its arms; float networks, which have none, stand in every panel."""
+    groups = arms(comparison)
+    starts = dict.fromkeys(arm[0].latents for arm in groups if binary_layers(arm[0]))
+    if not starts:
+        return {"": groups} if groups else {}
+    return {start: [arm for arm in groups if not binary_layers(arm[0]) or arm[0].latents == start] for start in starts}
+
+
+def _chosen_layers(comparison: Comparison) -> list[str]:
+    """First, middle and last binary layer of the first arm that has any, else of those with histograms."""
+    runs = [run for arm in arms(comparison) for run in arm]
+    layers = next(filter(None, map(binary_layers, runs)), None)
+    layers = layers or next((list(run.histograms) for run in runs if run.histograms), [])
+    places = sorted({0, len(layers) // 2, len(layers) - 1}) if layers else []
+    return [layers[place] for place in places]
+
+
+def _series(arm: Arm, key: str) -> dict[int, list[float]]:
+    """Epoch -> the values of the seeds that reached it, above zero for what is drawn on a log axis."""
+    above = 0.0 if key.startswith(("scale/", "flips")) else -math.inf
+    found: dict[int, list[float]] = {}
+    for run in arm:
+        for record in run.epochs:
+            if above < (value := record.get(key, math.nan)) < math.inf:
+                found.setdefault(int(record["epoch"]), []).append(value)
+    return dict(sorted(found.items()))
+
+
+def _snapshots(arm: Arm, layer: str) -> dict[int, Mapping[str, Sequence[float]]]:
+    """Up to SNAPSHOTS epochs, the first and the last among them -> histogram, of the first seed that has any."""
+    stored = next((run.histograms[layer] for run in arm if run.histograms.get(layer)), {})
+    filled = sorted(int(epoch) for epoch, histogram in stored.items() if sum(histogram["counts"]) > 0)
+    steps = min(SNAPSHOTS, len(filled)) - 1
+    chosen = {filled[round(i * (len(filled) - 1) / max(steps, 1))] for i in range(steps + 1)}
+    return {epoch: stored[str(epoch)] for epoch in sorted(chosen)}
+
+
+def _curve(axis: "Axes", arm: Arm, key: str, colour: str, *, band: bool = False, **style: Any) -> None:
+    series = _series(arm, key)
+    if not series:
+        return
+    means = [sum(values) / len(values) for values in series.values()]
+    # A line through one point is invisible.
+    mark: dict[str, Any] = {"marker": "o", "fillstyle": "full" if band else "none"} if len(series) == 1 else {}
+    axis.plot(list(series), means, color=colour, **style, **mark)
+    if band:
+        low, high = [min(v) for v in series.values()], [max(v) for v in series.values()]
+        axis.fill_between(list(series), low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def _ridges(axis: "Axes", snapshots: Mapping[int, Mapping[str, Sequence[float]]], colour: str) -> None:
+    """Histograms one below the other, time downwards, each overlapping the one before it."""
+    axis.grid(False)
+    axis.spines["left"].set_visible(False)
+    for place, histogram in enumerate(snapshots.values()):
+        density = _density(histogram)
+        peak = max(density) or 1.0
+        top = [1.7 * value / peak - place for value in density]
+        shade = tint(colour, 0.25 + 0.75 * (place + 1) / len(snapshots))
+        style: Any = {"facecolor": shade, "edgecolor": "white", "linewidth": 0.5, "zorder": place + 2}
+        axis.stairs(top, histogram["edges"], baseline=-place, fill=True, **style)
+    epochs = [f"epoch {epoch}" if place == 0 else str(epoch) for place, epoch in enumerate(snapshots)]
+    axis.set_yticks([-place for place in range(len(snapshots))], epochs, fontsize=9)
+    axis.tick_params(axis="y", length=0)
+    axis.tick_params(axis="x", labelsize=9)
+    if snapshots:
+        reach = max(map(_reach, snapshots.values()))
+        axis.set_xlim(-reach, reach)
+        axis.locator_params(axis="x", nbins=5)
+    else:
+        axis.set_xticks([])
+        axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", color="#777777")
+
+
+def _density(histogram: Mapping[str, Sequence[float]]) -> list[float]:
+    edges, counts = histogram["edges"], histogram["counts"]
+    return [n / (b - a) if b > a else 0.0 for n, a, b in zip(counts, edges[:-1], edges[1:], strict=True)]
+
+
+def _reach(histogram: Mapping[str, Sequence[float]]) -> float:
+    """The magnitude below which 99.5% of the weights are, so that a few outliers do not squeeze the rest."""
+    edges, counts = histogram["edges"], histogram["counts"]
+    outer = [max(abs(a), abs(b)) for a, b in pairwise(edges)]
+    seen, total = 0.0, sum(counts)
+    for magnitude, count in sorted(zip(outer, counts, strict=True)):
+        seen += count
+        if seen >= 0.995 * total:
+            return magnitude or 1.0
+    return max(outer) or 1.0
+
+
+def _epochs_axis(axis: "Axes") -> None:
+    axis.locator_params(axis="x", integer=True, min_n_ticks=1)
+    if len({*axis.dataLim.intervalx}) == 1:  # one epoch
+        axis.set_xlim(0, 2 * axis.dataLim.x0)
+    axis.set_xlabel("epoch")
+    axis.label_outer()
+
+
+def _legend(
+    figure: "Figure", comparison: Comparison, meanings: Mapping[str, Any], shown: Iterable[Arm] | None = None
+) -> None:
+    """A legend below the panels: a line per scheme, then what a stroke means."""
+    from matplotlib.lines import Line2D
+
+    colour, stroke = colours(comparison), strokes(comparison)
+    titles = {run.scheme: label(run, start=False) for run, *_ in (arms(comparison) if shown is None else shown)}
+    handles = [Line2D([], [], color=colour[name], linestyle=stroke[name], linewidth=2.5) for name in titles]
+    handles += [Line2D([], [], color="#777777", linestyle=meaning) for meaning in meanings.values()]
+    # matplotlib leaves out labels that start with an underscore; a space before it is not seen.
+    names = [plain_text(f" {title}" if title.startswith("_") else title) for title in (*titles.values(), *meanings)]
+    columns = max(1, min(5, 120 // (8 + max(map(len, names)))))  # about 120 letters fit the width
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(handles), columns))

@@ -1,0 +1,252 @@
+"""reproduce: run a study, at the paper's size or a smaller one, with a search for each arm's learning rate if asked."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pluggy
+
+from bonn_qat import distributed, plugins
+from bonn_qat.errors import InvalidData, InvalidRecipe, TrainingDiverged, UnknownName
+from bonn_qat.files.atomic import read_json, write_json
+from bonn_qat.studies import compare, study_report
+from bonn_qat.studies.comparison import MANIFEST, Comparison, read_comparison
+from bonn_qat.studies.study import FEWEST_TEST_IMAGES, Setting, Study, StudyArm, check_distinct, check_scale, scaled
+from bonn_qat.studies.study_report import SettingResult, StudyResult, runs_of
+from bonn_qat.studies.worker import Watch
+from bonn_qat.training.data import Data
+from bonn_qat.training.data import load as load_data
+from bonn_qat.training.network import check
+from bonn_qat.training.recipe import Recipe
+from bonn_qat.training.settings import with_settings
+
+FOLDER = "imagenet"  # the data of a study that reads a folder of the user's
+SEARCH = "search"
+SEARCH_SCALE = 0.25
+
+
+def reproduce(
+    study: Study,
+    directory: Path,
+    *,
+    scale: float = 1.0,
+    seeds: int | None = None,
+    rates: Sequence[float] = (),
+    search_scale: float = SEARCH_SCALE,
+    settings: Sequence[str] = (),
+    data: str | None = None,
+    data_directory: Path | None = None,
+    size: int = 224,
+    workers: int = 0,
+    jobs: int = 1,
+    watch: Watch | None = None,
+    pm: pluggy.PluginManager | None = None,
+) -> StudyResult:
+    """Run what ``directory`` has no result for, and write the study's page, table and figures there.
+
+    ``scale`` is the share of the paper's work (:func:`bonn_qat.studies.study.scaled`); ``seeds`` are counted from 0, by
+    default as many as the study says. With ``rates`` each arm is first trained with each learning rate, on
+    ``search_scale`` of the work and seed 0, with training images held out in place of the test set; it then takes the
+    one that was best there. ``settings`` are changes of every recipe, such as ``batch_size=64``, or of those whose
+    scheme has the option: ``scheme_options.reading=inverse``; ``data`` takes the place of the study's, and is what a
+    study of an image folder needs. Other arguments as for :func:`bonn_qat.training.data.load` and
+    :func:`bonn_qat.studies.compare.compare`.
+
+    Studies may share a directory: runs that another one left there are not run again. An interruption is raised again
+    after the page is written with what there is.
+
+    Raises InvalidRecipe and UnknownName, and InvalidData for data that is not there, before anything is written;
+    InvalidData for a directory that holds the study with another scale or other rates, TrainingDiverged if no rate of
+    an arm came to an end.
+    """
+
+    rates = sorted(set(rates))
+    seeds = study.seeds if seeds is None else seeds
+    if seeds < 1:
+        raise InvalidRecipe(f"seeds is {seeds}; allowed: at least 1")
+    check_scale("scale", scale)
+    check_scale("search's scale", search_scale)
+    load = _loader(study, data_directory, size, workers)
+
+    def run(recipes: Sequence[Recipe], place: Path, waits: bool = False) -> Comparison:
+        return compare.compare(recipes, load(recipes[0]), place, jobs=jobs, waits=waits, watch=watch, pm=pm)
+
+    plans = []
+    for paper in study.settings:
+        setting = _changed(paper, settings, data, rates, pm)
+        for arm in setting.arms:
+            check(arm.recipe, pm)
+        load(setting.arms[0].recipe)
+        arms = tuple(_scaled(arm, scale, load) for arm in setting.arms)
+        search = {rate: [_searched(arm, rate, scale * search_scale, load) for arm in setting.arms] for rate in rates}
+        plans.append(_Plan(paper, arms, search))
+    hook = (pm or plugins.manager()).hook
+    _note(study, directory, scale, rates, search_scale)
+    if distributed.rank() == 0:
+        hook.bonn_qat_before_comparison(directory=directory, recipes=[])
+    done: list[SettingResult] = []
+    try:
+        for plan in plans:
+            for found in _carried_out(plan, directory / plan.paper.name, seeds, run):
+                done.append(found)  # one by one, so that what comes before an interruption is kept
+    finally:
+        result = StudyResult(study=study, scale=scale, settings=tuple(done))
+        if distributed.rank() == 0:
+            page = directory / f"{study.name}.html"
+            try:
+                if done:
+                    page = study_report.write(result, directory)
+            finally:
+                hook.bonn_qat_after_comparison(directory=directory, report=page)
+    return result
+
+
+def best_rate(arm: StudyArm, searched: Mapping[float, Comparison]) -> float:
+    """The learning rate with the best accuracy on the images that the search held out; of equals the lowest.
+
+    Raises TrainingDiverged if the arm came to an end with none.
+    """
+    found = study_report.accuracies(arm, searched)
+    if not found:
+        raise TrainingDiverged(f"{arm.recipe.variant} came to an end with none of the learning rates {list(searched)}")
+    return max(sorted(found), key=lambda rate: found[rate])
+
+
+def runs(study: Study, seeds: int | None, rates: Sequence[float]) -> int:
+    """How many runs :func:`reproduce` makes in an empty directory."""
+    return sum(len(s.arms) for s in study.settings) * ((study.seeds if seeds is None else seeds) + len(set(rates)))
+
+
+class _Plan(NamedTuple):
+    """A setting as the study has it, its arms as they will be run, and the runs of the search, by learning rate."""
+
+    paper: Setting
+    arms: tuple[StudyArm, ...]
+    search: Mapping[float, Sequence[Recipe]]
+
+
+def _carried_out(plan: _Plan, place: Path, seeds: int, run: Callable[..., Comparison]) -> Iterator[SettingResult]:
+    """The plan's result; also what there is of it before an interruption goes on its way."""
+    # The choice needs all of them, also those that another process is at.
+    searched = {rate: run(recipes, place / SEARCH / f"lr{rate:g}", waits=True) for rate, recipes in plan.search.items()}
+    arms = plan.arms
+    if searched:
+        arms = tuple(replace(arm, recipe=replace(arm.recipe, lr=best_rate(arm, searched))) for arm in arms)
+    recipes = [replace(arm.recipe, seed=seed) for seed in range(seeds) for arm in arms]
+    result = functools.partial(SettingResult, paper=plan.paper, arms=arms, search=searched)
+    try:
+        comparison = run(recipes, place)
+    except (KeyboardInterrupt, SystemExit, OSError):
+        if (place / MANIFEST).exists():
+            yield result(comparison=_own(read_comparison(place), recipes, arms))
+        raise
+    yield result(comparison=_own(comparison, recipes, arms))
+
+
+def _loader(study: Study, directory: Path | None, size: int, workers: int) -> Callable[[Recipe], Data]:
+    @functools.cache
+    def loaded(name: str, train: int, test: int, validation: int) -> Data:
+        if name == FOLDER and not Path(name).is_dir():
+            raise InvalidData(f"{study.name} reads an image folder of yours; name it: --data DIR")
+        return load_data(
+            name, directory=directory, train_images=train, test_images=test, validation_images=validation,
+            size=size, workers=workers,
+        )  # fmt: skip
+
+    return lambda recipe: loaded(recipe.data, recipe.train_images, recipe.test_images, recipe.validation_images)
+
+
+def _scheme_option(given: str) -> str | None:
+    table, _, option = given.partition("=")[0].strip().partition(".")
+    return option or None if table == "scheme_options" else None
+
+
+def _changed(
+    setting: Setting,
+    settings: Sequence[str],
+    data: str | None,
+    rates: Sequence[float],
+    pm: pluggy.PluginManager | None,
+) -> Setting:
+    """The setting with changes of its recipes; a float network has no latents, and keeps its own.
+
+    An option of a scheme is one for the arms whose schemes have it.
+    """
+    for given in settings:
+        key = given.partition("=")[0].strip()
+        if key in ("scheme", "seed") or (key == "lr" and rates):
+            raise InvalidRecipe(f"{given!r} cannot be set: the study gives each of its runs a {key} of its own")
+
+    options = {given: name for given in settings if (name := _scheme_option(given))}
+    offered = {arm.recipe.scheme: plugins.find_scheme(arm.recipe.scheme, pm).takes for arm in setting.arms}
+    for option in options.values():
+        if not any(option in names for names in offered.values()):
+            raise UnknownName(f"option of a scheme in {setting.name!r}", option, set().union(*offered.values()))
+
+    def change(arm: StudyArm) -> StudyArm:
+        known = offered[arm.recipe.scheme]
+        recipe = with_settings(arm.recipe, [g for g in settings if options.get(g) is None or options[g] in known])
+        recipe = replace(recipe, data=data or recipe.data)
+        return replace(arm, recipe=replace(recipe, latents="float") if recipe.scheme == "float" else recipe)
+
+    arms = tuple(map(change, setting.arms))
+    check_distinct(setting.name, [arm.recipe for arm in arms])
+    return replace(setting, arms=arms)
+
+
+def _scaled(arm: StudyArm, scale: float, load: Callable[[Recipe], Data]) -> StudyArm:
+    if scale == 1:
+        return arm
+    whole = load(replace(arm.recipe, validation_images=0))
+    return replace(arm, recipe=scaled(arm.recipe, scale, train_images=whole.train_size, test_images=whole.test_size))
+
+
+def _searched(arm: StudyArm, rate: float, scale: float, load: Callable[[Recipe], Data]) -> Recipe:
+    """The arm's recipe for the search: smaller, with the rate, and with training images in place of the test set."""
+    if arm.recipe.validation_images:
+        raise InvalidRecipe(
+            f"validation_images in the recipe is {arm.recipe.validation_images}; a search for the rate holds images "
+            "out itself: leave it 0, or leave the rates out"
+        )
+    there = load(arm.recipe).train_size
+    held_out = max(1, min(FEWEST_TEST_IMAGES, there // 5))
+    recipe = _scaled(arm, scale, load).recipe
+    wanted = (recipe.train_images or there) + held_out
+    return replace(
+        recipe, lr=rate, seed=0, validation_images=held_out, test_images=0,
+        train_images=arm.recipe.train_images if wanted > there else wanted,
+    )  # fmt: skip
+
+
+def _own(comparison: Comparison, recipes: Sequence[Recipe], arms: Sequence[StudyArm]) -> Comparison:
+    """The comparison without what other studies have in its directory; of the arms all seeds that there are."""
+    names = [recipe.name for recipe in recipes]
+    kept = [run for arm in arms for run in runs_of(arm, comparison)]
+    return replace(
+        comparison,
+        planned=list(dict.fromkeys([*names, *(run.name for run in kept)])),
+        results=kept,
+        failures={name: why for name, why in comparison.failures.items() if name in names},
+    )
+
+
+def _note(study: Study, directory: Path, scale: float, rates: Sequence[float], search_scale: float) -> None:
+    """Write what the directory holds of this study, or check that it is the same."""
+    path = directory / f"{study.name}.json"
+    content = {
+        "study": study.name,
+        "scale": scale,
+        "rates": list(rates),
+        "search_scale": search_scale if rates else None,
+    }
+    if path.exists():
+        before = read_json(path)
+        if before != content:
+            raise InvalidData(f"{directory} holds {study.name} as {before}, not as {content}; choose another directory")
+    elif distributed.rank() == 0:
+        try:
+            write_json(path, content)
+        except OSError as error:
+            raise InvalidData(f"cannot write results to {directory}: {error.strerror}") from error

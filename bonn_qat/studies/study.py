@@ -1,0 +1,242 @@
+"""Study: a table or figure of a paper as data: which arms, in which settings, with the paper's numbers beside them."""
+
+import importlib.resources
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from bonn_qat.errors import InvalidRecipe, UnknownName
+from bonn_qat.files import plain
+from bonn_qat.quantizers import number
+from bonn_qat.studies import figures
+from bonn_qat.training.recipe import LARGEST_FILE, Recipe
+
+FEWEST_TEST_IMAGES = 2000  # of a scaled study: their noise is 1 point then
+_STUDY = ("title", "source", "note", "seeds", "chain", "figures", "recipe", "settings")
+_SETTING = ("name", "title", "recipe", "arms")
+_ARM = ("scheme", "label", "latents", "recipe", "paper")
+_MOST_SEEDS, _LONGEST_NAME = 1000, 100  # runs of an arm; characters of a setting's name
+_SHARED = ("model", "data", "train_images", "test_images", "validation_images")
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyArm:
+    """One row: a recipe, and what the paper has for it, ``top1`` and ``top5`` in percent; or nothing."""
+
+    label: str  # empty: the scheme's own title
+    recipe: Recipe
+    paper: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Arms that share network and data, and so a comparison."""
+
+    name: str  # also of its directory
+    title: str
+    arms: tuple[StudyArm, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A table or figure: its settings, and how it is to be read.
+
+    ``chain`` sets each arm against the row above it; ``figures`` are names of :data:`bonn_qat.studies.figures.TITLES`.
+    Raises InvalidRecipe for less than one seed, UnknownName for another figure.
+    """
+
+    name: str
+    title: str
+    source: str
+    note: str
+    seeds: int
+    chain: bool
+    figures: tuple[str, ...]
+    settings: tuple[Setting, ...]
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.seeds <= _MOST_SEEDS:
+            raise InvalidRecipe(
+                f"seeds of the study {self.name} is {self.seeds}; allowed: at least 1, at most {_MOST_SEEDS}"
+            )
+        for figure in self.figures:
+            if figure not in figures.TITLES:
+                raise UnknownName(f"figure of the study {self.name}", figure, figures.TITLES)
+
+    def only(self, names: Sequence[str]) -> "Study":
+        """The same study with the named settings alone; all for no name. Raises UnknownName."""
+        known = {setting.name: setting for setting in self.settings}
+        for name in names:
+            if name not in known:
+                raise UnknownName(f"setting of {self.name}", name, known)
+        return replace(self, settings=tuple(s for s in self.settings if not names or s.name in names))
+
+
+def names() -> list[str]:
+    """The studies that come with the package."""
+    files = (importlib.resources.files("bonn_qat.studies") / "tables").iterdir()
+    return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
+
+
+def load(name: str) -> Study:
+    """A study that comes with the package, or a TOML file by its path.
+
+    Raises UnknownName for a name that is neither, or a key that no study has; InvalidRecipe for impossible values.
+    """
+    if name.endswith(".toml"):
+        return _read(Path(name).stem, Path(name))
+    if name not in names():
+        raise UnknownName("study", name, [*names(), "the path of a .toml file"])
+    with importlib.resources.as_file(importlib.resources.files("bonn_qat.studies") / "tables") as folder:
+        return _read(name, folder / f"{name}.toml")
+
+
+def scaled(recipe: Recipe, scale: float, *, train_images: int, test_images: int) -> Recipe:
+    """The recipe with ``scale`` times the work: epochs and training images each times its square root.
+
+    ``train_images`` and ``test_images`` are what there is, nothing held out; the numbers of a recipe that takes a part
+    are scaled from there. At least 2,000 test images stay, or all there are, and so of validation images. Milestones
+    move with the epochs. A scale of 1 changes nothing. Raises InvalidRecipe for a scale that is not above 0 and at
+    most 1.
+    """
+    check_scale("scale", scale)
+    if scale == 1:
+        return recipe
+    share = math.sqrt(scale)
+    train, test = recipe.train_images or train_images, recipe.test_images or test_images
+    held_out = _tested(share, recipe.validation_images)
+    kept = _tested(share, test)
+    return replace(
+        recipe,
+        epochs=max(1, round(share * recipe.epochs)),
+        milestones=tuple(max(1, round(share * milestone)) for milestone in recipe.milestones),
+        train_images=max(1, round(share * (train - recipe.validation_images))) + held_out,
+        test_images=kept if kept < test else recipe.test_images,
+        validation_images=held_out,
+    )
+
+
+def check_scale(name: str, scale: float) -> None:
+    """Raise InvalidRecipe for a scale, called ``name``, that is not above 0 and at most 1."""
+    if not 0 < scale <= 1:
+        raise InvalidRecipe(f"the {name} is {scale:g}; allowed: above 0, at most 1 (all of the work)")
+
+
+def _tested(share: float, images: int) -> int:
+    return min(images, max(FEWEST_TEST_IMAGES, round(share * images)))
+
+
+def _read(name: str, path: Path) -> Study:
+    try:
+        content = plain.from_toml(plain.read_text(path, LARGEST_FILE))
+    except OSError as error:
+        raise InvalidRecipe(f"cannot read the study {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InvalidRecipe(f"{path} is not TOML: {error}") from error
+    _known("a study", content, _STUDY)
+    base = _base(path, content.get("recipe"))
+    found = tuple(_setting(base, setting) for setting in _tables("settings", content.get("settings")))
+    twice = {setting.name for setting in found if sum(other.name == setting.name for other in found) > 1}
+    if twice:
+        raise InvalidRecipe(f"two settings of {path.name} are named {' and '.join(sorted(twice))}")
+    drawn: list[Any] = _value("a study", content, "figures", [])
+    return Study(
+        name=name,
+        title=_value("a study", content, "title", name),
+        source=_value("a study", content, "source", ""),
+        note=_value("a study", content, "note", ""),
+        seeds=_value("a study", content, "seeds", 1),
+        chain=_value("a study", content, "chain", False),
+        figures=tuple(map(str, drawn)),
+        settings=found,
+    )
+
+
+def _base(path: Path, file: Any) -> Mapping[str, Any]:
+    """The recipe that a study's arms start from: a file beside the study's, by its relative path."""
+    if not isinstance(file, str):
+        raise InvalidRecipe(
+            f"the recipe of the study {path.name} is {file!r}; the path of a recipe beside it is needed"
+        )
+    return Recipe.from_toml(path.parent / file).to_dict()
+
+
+def _setting(base: Mapping[str, Any], content: Mapping[str, Any]) -> Setting:
+    _known("a setting", content, _SETTING)
+    name = _value("a setting", content, "name", "")
+    if len(name) > _LONGEST_NAME or not re.fullmatch(r"\w[\w.,=+-]*", name):
+        raise InvalidRecipe(
+            f"a setting of a study has the name {plain.shown(name)}; one that fits a directory is needed: letters, "
+            f"digits, _.,=+-, at most {_LONGEST_NAME} of them"
+        )
+    own = {**base, **_table("recipe of a setting", content.get("recipe", {}))}
+    arms = tuple(_arm(own, arm) for arm in _tables("arms", content.get("arms")))
+    check_distinct(name, [arm.recipe for arm in arms])
+    return Setting(name=name, title=_value("a setting", content, "title", name), arms=arms)
+
+
+def check_distinct(setting: str, recipes: Sequence[Recipe]) -> None:
+    """Raise InvalidRecipe if two arms of the setting are the same run."""
+    runs = [recipe.name for recipe in recipes]
+    if len(set(runs)) < len(runs):
+        twice = next(run for run in runs if runs.count(run) > 1)
+        raise InvalidRecipe(
+            f"two arms of the setting {setting!r} are both {twice!r}; arms of one setting differ in scheme, options or "
+            "latents"
+        )
+
+
+def _arm(base: Mapping[str, Any], content: Mapping[str, Any]) -> StudyArm:
+    _known("an arm", content, _ARM)
+    scheme = _value("an arm", content, "scheme", "")
+    if not scheme:
+        raise InvalidRecipe(f"the arm {dict(content)} of a study has no scheme")
+    changes = dict(_table("recipe of an arm", content.get("recipe", {})))
+    for key in _SHARED:
+        if key in changes:
+            raise InvalidRecipe(f"the arm {scheme!r} has a {key} of its own; arms share the one of their setting")
+    if "latents" in content:
+        changes["latents"] = content["latents"]
+    recipe = Recipe.from_dict({**base, **changes}).with_variant(scheme)
+    if recipe.scheme == "float":
+        recipe = replace(recipe, latents="float")
+    paper = _table("paper of an arm", content.get("paper", {}))
+    _known("the paper's numbers", paper, ("top1", "top5"))
+    for key, value in paper.items():
+        if not 0 <= number(value) <= 100:
+            raise InvalidRecipe(f"the paper's {key} of the arm {scheme!r} is {value!r}; a number of percent is needed")
+    return StudyArm(
+        label=_value("an arm", content, "label", ""),
+        recipe=recipe,
+        paper={key: float(value) for key, value in paper.items()},
+    )
+
+
+def _known(kind: str, content: Mapping[str, Any], keys: Sequence[str]) -> None:
+    for key in content:
+        if key not in keys:
+            raise UnknownName(f"key of {kind}", key, keys)
+
+
+def _value(kind: str, content: Mapping[str, Any], key: str, default: _Value) -> _Value:
+    """``content[key]``, of the type that ``default`` has."""
+    value = content.get(key, default)
+    if type(value) is not type(default):
+        raise InvalidRecipe(f"{key} of {kind} is {value!r}; a value of type {type(default).__name__} is needed")
+    return value
+
+
+def _table(kind: str, content: Any) -> Mapping[str, Any]:
+    if not isinstance(content, Mapping):
+        raise InvalidRecipe(f"the {kind} is {content!r}; a table is needed")
+    return content
+
+
+def _tables(kind: str, content: Any) -> list[Mapping[str, Any]]:
+    if not isinstance(content, list) or not content:
+        raise InvalidRecipe(f"a study needs at least one of its {kind}, as an array of tables")
+    return [_table(f"entry of {kind}", entry) for entry in content]

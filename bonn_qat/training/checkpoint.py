@@ -1,0 +1,187 @@
+"""Run state: a training run in the middle, as a file that another process goes on from."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from bonn_qat import distributed
+from bonn_qat.errors import InvalidData
+from bonn_qat.files.plain import shown
+from bonn_qat.files.tensors import digest, read_tensors, write_tensors
+from bonn_qat.training.interrupts import TERMINATED, Interrupts
+
+FORMAT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands: what its file holds beside tensors.
+
+    ``run_id`` is the run's own. ``epochs`` are the metrics of the finished ones, ``step`` the optimizer steps of the
+    one under way, ``stage`` the place of the stage in which the last step was made, -1 before the first. ``data``
+    describes the data, ``seconds`` were spent, ``histograms`` are those of the result, ``scaler`` is the state of the
+    loss scaler.
+    """
+
+    run_id: str
+    recipe: Mapping[str, Any]
+    data: Mapping[str, Any]
+    stage: int
+    step: int
+    epochs: list[dict[str, float]]
+    histograms: dict[str, dict[str, dict[str, list[float]]]]
+    seconds: float
+    scaler: Mapping[str, float]
+
+
+class RunState(NamedTuple):
+    """Everything that the rest of a run depends on; the names of tensors begin with the part that they belong to."""
+
+    progress: Progress
+    tensors: Mapping[str, Tensor]
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with ``name`` and a dot, without it."""
+        return {key.removeprefix(f"{name}."): t for key, t in self.tensors.items() if key.startswith(f"{name}.")}
+
+
+def write_state(path: Path, state: RunState) -> Path:
+    """Write ``state`` whole or not at all. Raises OSError where the system refuses to write."""
+    header = {"kind": "unfinished run", "format": FORMAT, **asdict(state.progress)}
+    return write_tensors(path, state.tensors, header | {"sha256": digest(state.tensors, header)})
+
+
+def read_state(path: Path) -> RunState:
+    """Read what :func:`write_state` wrote.
+
+    Raises InvalidData naming the file for one that cannot be read, was altered, or is no state of a run.
+    """
+    tensors, header = read_tensors(path)
+    if header.pop("kind", None) != "unfinished run" and "stage" not in header:
+        raise InvalidData(f"{path} is no checkpoint of a training run; delete it, or give another path")
+    if header.get("format") != FORMAT:
+        raise InvalidData(
+            f"{path} is a checkpoint of format {shown(header.get('format'))}; this version of bonn-qat goes on from "
+            f"{FORMAT}; delete it to begin the run anew"
+        )
+    checksum = header.pop("sha256", None)
+    if checksum != digest(tensors, {"kind": "unfinished run", **header}):
+        raise InvalidData(f"{path} was altered after it was written: its checksum is another; delete it")
+    del header["format"]
+    known = {field.name for field in fields(Progress)}
+    if header.keys() != known:
+        raise InvalidData(
+            f"{path} is no checkpoint: the keys of its header differ in {shown(sorted(header.keys() ^ known))}"
+        )
+    for name, holds in _SHAPES.items():
+        if not holds(header[name]):
+            raise InvalidData(f"{path} is no checkpoint: its {name} is {shown(header[name])}")
+    return RunState(Progress(**header), tensors)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_table(value: object, holds: Callable[[Any], bool] = lambda item: True) -> bool:
+    return isinstance(value, dict) and all(map(holds, value.values()))
+
+
+def _are_histograms(value: object) -> bool:
+    def is_histogram(found: object) -> bool:
+        return _is_table(found, lambda numbers: isinstance(numbers, list) and all(map(_is_number, numbers))) and (
+            isinstance(found, dict) and found.keys() == {"edges", "counts"}
+        )
+
+    return _is_table(value, lambda layer: _is_table(layer, is_histogram))
+
+
+_SHAPES: Mapping[str, Callable[[Any], bool]] = {
+    "run_id": lambda value: isinstance(value, str),
+    "recipe": _is_table,
+    "data": _is_table,
+    "stage": lambda value: type(value) is int and value >= -1,
+    "step": lambda value: type(value) is int and value >= 0,
+    "epochs": lambda value: isinstance(value, list) and all(_is_table(metrics, _is_number) for metrics in value),
+    "histograms": _are_histograms,
+    "seconds": lambda value: _is_number(value) and value >= 0,
+    "scaler": lambda value: _is_table(value, _is_number),
+}
+
+
+def fits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+    """How the tensors differ in name, type or shape from those that are expected; None if they do not."""
+    if odd := sorted(found.keys() ^ expected.keys()):
+        return f"{shown(odd[0])[1:-1]} is {'not there' if odd[0] in expected else 'unknown'}"
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape or found[name].dtype != tensor.dtype:
+            return f"{name} is {found[name].dtype} {tuple(found[name].shape)}, not {tensor.dtype} {tuple(tensor.shape)}"
+    return None
+
+
+@final
+class Keeper:
+    """Writes a run's state at the moments that are told to it, and stops the run there when it is to stop.
+
+    ``path`` None keeps nothing. A state is written by :meth:`save`, by :meth:`stepped` when ``seconds`` have passed
+    since the last one, and before a run stops: for Ctrl-C or SIGTERM, which ``interrupts`` holds back, and for
+    whatever ``tick`` raises. In a process group all processes tell the same moments, agree, and the first writes.
+    """
+
+    def __init__(
+        self,
+        state: Callable[[], RunState],
+        path: Path | None,
+        *,
+        seconds: float,
+        interrupts: Interrupts,
+        tick: Callable[[], None],
+    ) -> None:
+        self._state, self._path, self._seconds = state, path, seconds
+        self._interrupts, self._tick = interrupts, tick
+        self._saved = time.monotonic()
+
+    def save(self) -> None:
+        """Write the state. Raises OSError where the system refuses to; the one from before is there then still."""
+        if self._path is None:
+            return
+        state = self._state()
+        if distributed.rank() == 0:
+            write_state(self._path, state)
+        self._saved = time.monotonic()
+
+    def stepped(self, device: torch.device, *, looks: bool) -> None:
+        """A step was made; ``looks`` where one may wait for the device."""
+        try:
+            self._tick()
+        except BaseException as error:
+            if distributed.world() == 1:
+                try:
+                    self.save()
+                except OSError as second:
+                    error.add_note(f"the state of the run could not be written either: {second}")
+            raise
+        if not looks:
+            return
+        stops, is_due = bool(self._interrupts), time.monotonic() - self._saved >= self._seconds
+        if distributed.world() > 1:
+            counts = torch.tensor([stops, is_due and distributed.rank() == 0], dtype=torch.float32, device=device)
+            stops, is_due = (count > 0 for count in distributed.all_reduce(counts).tolist())
+        if stops or is_due:
+            self.save()
+        if stops:
+            self._interrupts.let_through()
+            sys.exit(TERMINATED)  # another process of the group is to stop
+
+    def between(self, *, whole: bool) -> None:
+        """Between two batches without a step; ``whole`` unless the state is one that nobody could go on from."""
+        if self._interrupts and distributed.world() == 1:
+            if whole:
+                self.save()
+            self._interrupts.let_through()

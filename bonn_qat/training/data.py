@@ -1,0 +1,413 @@
+"""Data: labelled images by name or path, in batches. The loaders are torchvision's, scikit-learn's and timm's."""
+
+import contextlib
+import copy
+import os
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bonn_qat.errors import InvalidData, UnknownName
+from bonn_qat.files.plain import words_of
+
+Batch = tuple[Tensor, Tensor]
+Share = tuple[int, int]
+WHOLE: Share = (0, 1)
+_TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion-mnist": "FashionMNIST"}
+NAMES = ("digits", *_TORCHVISION)
+_SPLIT_SEED = 0
+
+
+class Data(ABC):
+    """A training and a test set. Images come as ``(B, C, H, W)`` float32, standardised; targets as ``(B,)`` int64.
+
+    ``share`` is (rank, world): of each training batch the process ``rank`` of ``world`` gets its part, all of them
+    equal ones, so that up to ``world - 1`` images of the last are left out; of the batches of the other sets it gets
+    each ``world``-th.
+    """
+
+    name: str
+    classes: int
+    image: tuple[int, int, int]
+    train_size: int
+    test_size: int
+
+    def describe(self) -> dict[str, Any]:
+        """What tells data from others: ``name``, ``classes``, ``image`` ``[C, H, W]``, sizes ``train`` and ``test``."""
+        return {
+            "name": self.name,
+            "classes": self.classes,
+            "image": list(self.image),
+            "train": self.train_size,
+            "test": self.test_size,
+        }
+
+    def to(self, device: torch.device) -> "Data":
+        """The same data, in the memory of ``device`` if it can be held there; otherwise as it is."""
+        return self
+
+    @abstractmethod
+    def train_batches(
+        self, batch_size: int, generator: torch.Generator, *, augment: bool, share: Share = WHOLE, start: int = 0
+    ) -> Iterator[Batch]:
+        """One epoch in an order, and with augmentations, that the generator alone decides; without ``start`` batches.
+
+        The batches that are left out change nothing in those that come.
+        """
+
+    @abstractmethod
+    def test_batches(self, batch_size: int = 500, *, share: Share = WHOLE) -> Iterator[Batch]:
+        """The test set in its order, without augmentation."""
+
+    @abstractmethod
+    def measure_batches(self, batch_size: int = 500, *, share: Share = WHOLE) -> Iterator[Batch]:
+        """The training set in its order, without augmentation."""
+
+
+@final
+class TensorData(Data):
+    """Images held in memory as uint8 ``(N, C, H, W)``, augmented in whole batches: pad, crop at random, flip.
+
+    On a GPU they lie in its memory (:meth:`to`), and nothing crosses over but one epoch's random numbers.
+    """
+
+    def __init__(self, name: str, train: Batch, test: Batch, *, classes: int, pad: int, flip: bool) -> None:
+        self.name, self.classes = name, classes
+        self._train, self._test, self._pad, self._flip = train, test, pad, flip
+        self.image = tuple(train[0].shape[1:])  # type: ignore[assignment]
+        self.train_size, self.test_size = len(train[0]), len(test[0])
+        for part, (images, targets) in (("training", train), ("test", test)):
+            if not len(images):
+                raise InvalidData(f"the {part} set of {name!r} holds no images")
+            low, high = int(targets.min()), int(targets.max())
+            if low < 0 or high >= classes:
+                raise InvalidData(
+                    f"labels of the {part} set of {name!r} run from {low} to {high}, not 0 to {classes - 1}"
+                )
+        pixels = train[0].transpose(0, 1).flatten(1).float()
+        self._mean = pixels.mean(1).view(1, -1, 1, 1)
+        self._std = pixels.std(1).clamp(min=1e-3).view(1, -1, 1, 1)
+
+    def to(self, device: torch.device) -> "TensorData":
+        moved = copy.copy(self)
+        moved._train, moved._test = (
+            (images.to(device), targets.to(device)) for images, targets in (self._train, self._test)
+        )
+        moved._mean, moved._std = self._mean.to(device), self._std.to(device)
+        return moved
+
+    def _standardise(self, images: Tensor) -> Tensor:
+        return (images.float() - self._mean) / self._std
+
+    def train_batches(
+        self, batch_size: int, generator: torch.Generator, *, augment: bool, share: Share = WHOLE, start: int = 0
+    ) -> Iterator[Batch]:
+        images, targets = self._train
+        order = torch.randperm(len(images), generator=generator)
+        views = random_views(len(images), generator, pad=self._pad, flip=self._flip) if augment else None
+        # The whole epoch's at once: a GPU waits for a copy from ordinary memory.
+        order = order.to(images.device)
+        views = views and Views(*(part.to(images.device) for part in views))
+        for first in range(start * batch_size, len(images), batch_size):
+            end = min(first + batch_size, len(images))
+            own = slice(first + share[0], end - (end - first) % share[1], share[1])
+            chosen = order[own]
+            if len(chosen) < 2 <= len(images):
+                continue  # batch statistics of one image are no statistics
+            batch = images[chosen]
+            if views:
+                batch = augmented(batch, Views(*(part[own] for part in views)))
+            yield self._standardise(batch), targets[chosen]
+
+    def test_batches(self, batch_size: int = 500, *, share: Share = WHOLE) -> Iterator[Batch]:
+        return self._in_order(self._test, batch_size, share)
+
+    def measure_batches(self, batch_size: int = 500, *, share: Share = WHOLE) -> Iterator[Batch]:
+        return self._in_order(self._train, batch_size, share)
+
+    def _in_order(self, part: Batch, batch_size: int, share: Share) -> Iterator[Batch]:
+        for images, targets in _dealt(
+            list(zip(*(torch.split(tensor, batch_size) for tensor in part), strict=True)), share
+        ):
+            yield self._standardise(images), targets
+
+
+def _dealt(batches: list[Any], share: Share) -> list[Any]:
+    # Whole batches, so that their statistics do not depend on the number of processes.
+    rank, world = share
+    return batches[rank::world]
+
+
+class Views(NamedTuple):
+    """Where each image is cropped and whether it is mirrored: ``(B,)`` each; pixels, pixels, bool."""
+
+    down: Tensor
+    right: Tensor
+    mirrored: Tensor
+
+
+def random_views(count: int, generator: torch.Generator, *, pad: int, flip: bool) -> Views:
+    """Shifts between -pad and pad, and for half of the images a flip; zero and none without pad and flip."""
+    down, right = torch.randint(-pad, pad + 1, (2, count), generator=generator)
+    return Views(down, right, (torch.rand(count, generator=generator) < 0.5) & flip)
+
+
+def augmented(images: Tensor, views: Views) -> Tensor:
+    """Each image ``(B, C, H, W)`` shifted, with its own reflection where it left off, then mirrored."""
+    (count, channels, height, width), device = images.shape, images.device
+    columns = torch.arange(width, device=device)
+    columns = torch.where(views.mirrored[:, None], columns.flip(0), columns)
+    rows = _reflected(torch.arange(height, device=device) + views.down[:, None], height)
+    columns = _reflected(columns + views.right[:, None], width)
+    batch, channel = torch.arange(count, device=device), torch.arange(channels, device=device)
+    return images[batch[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None]]
+
+
+def _reflected(places: Tensor, length: int) -> Tensor:
+    return (length - 1) - ((length - 1) - places.abs()).abs()
+
+
+@final
+class FolderData(Data):
+    """An image folder read from disk batch by batch, with timm's transforms for training and evaluation."""
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        size: int,
+        train_images: int = 0,
+        test_images: int = 0,
+        validation_images: int = 0,
+        workers: int = 0,
+    ) -> None:
+        from timm.data import create_transform
+
+        self.name, self.image, self._workers = root.name, (3, size, size), workers
+        plain = create_transform((3, size, size), is_training=False)
+        train, test = _split_folder(root, train=create_transform((3, size, size), is_training=True), test=plain)
+        measure, _ = _split_folder(root, train=plain, test=plain)
+        self.classes = len(_classes(train))
+        self._train, self._test = _part(train, train_images), _part(test, test_images)
+        self._measure = _part(measure, train_images)
+        if validation_images:
+            kept, held_out = _held_out(len(self._train), validation_images)
+            self._test = torch.utils.data.Subset(self._measure, held_out.tolist())
+            self._train, self._measure = (
+                torch.utils.data.Subset(part, kept.tolist()) for part in (self._train, self._measure)
+            )
+        self.train_size, self.test_size = len(self._train), len(self._test)
+
+    def _loader(self, dataset: Any, batches: list[Any]) -> Iterator[Batch]:
+        # With a generator of its own, a loader leaves the global one alone.
+        loader = torch.utils.data.DataLoader(
+            dataset, batch_sampler=batches, num_workers=self._workers, generator=torch.Generator(), pin_memory=_pins()
+        )
+        return iter(loader)
+
+    def train_batches(
+        self, batch_size: int, generator: torch.Generator, *, augment: bool, share: Share = WHOLE, start: int = 0
+    ) -> Iterator[Batch]:
+        part = self._train if augment else self._measure
+        order = torch.randperm(self.train_size, generator=generator).tolist()
+        seeds = torch.randint(2**32, (self.train_size,), generator=generator).tolist()
+        images = list(zip(order, seeds, strict=True))
+        rank, world = share
+        # The batches of one image, and what does not divide, are left out; see TensorData.
+        whole = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
+        batches = [batch[: len(batch) - len(batch) % world][rank::world] for batch in whole]
+        own = [batch for batch in batches if len(batch) > 1 or self.train_size == 1]
+        return self._loader(_SeededImages(part), own[start:])
+
+    def test_batches(self, batch_size: int = 100, *, share: Share = WHOLE) -> Iterator[Batch]:
+        return self._in_order(self._test, batch_size, share)
+
+    def measure_batches(self, batch_size: int = 100, *, share: Share = WHOLE) -> Iterator[Batch]:
+        return self._in_order(self._measure, batch_size, share)
+
+    def _in_order(self, part: Any, batch_size: int, share: Share) -> Iterator[Batch]:
+        places = range(len(part))
+        batches = [places[i : i + batch_size] for i in range(0, len(part), batch_size)]
+        return self._loader(part, _dealt(batches, share))
+
+
+class _SeededImages(torch.utils.data.Dataset[Any]):
+    """Images by (place, seed): what an image's transforms draw depends on nothing but its seed.
+
+    Neither on the images before it, nor on the process that reads it.
+    """
+
+    def __init__(self, images: Any) -> None:
+        self._images = images
+
+    def __getitem__(self, item: tuple[int, int]) -> Any:
+        place, seed = item
+        with _seeded(seed):
+            return self._images[place]
+
+
+def _pins() -> bool:
+    return torch.cuda.is_available()
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """The global generators that timm's transforms draw from, seeded for the block."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def load(
+    name: str,
+    *,
+    directory: Path | None = None,
+    train_images: int = 0,
+    test_images: int = 0,
+    validation_images: int = 0,
+    size: int = 224,
+    workers: int = 0,
+) -> Data:
+    """Load data by name (``digits``, ``cifar10``, ``cifar100``, ``fashion-mnist``) or by the path of an image folder.
+
+    ``directory`` is where the named sets lie or are downloaded to, by default ``data`` or ``BONN_QAT_DATA``.
+    ``train_images`` and ``test_images`` take a random part that is the same in every call, 0 all. With
+    ``validation_images`` so many of these training images, always the same, are the test set and no longer trained on.
+    ``size`` is the height and width that an image folder's pictures are brought to, ``workers`` are the processes that
+    read them.
+
+    Raises UnknownName, or InvalidData for a path that does not exist or holds no images, or too many images asked for.
+    """
+    parts = train_images, test_images, validation_images
+    if name == "digits":
+        return _digits(parts)
+    if name in _TORCHVISION:
+        root = directory or Path(os.environ.get("BONN_QAT_DATA", "data"))
+        return _torchvision(name, root, parts)
+    path = Path(name)
+    if path.is_dir():
+        return FolderData(
+            path,
+            size=size,
+            train_images=train_images,
+            test_images=test_images,
+            validation_images=validation_images,
+            workers=workers,
+        )
+    if os.sep in name or path.exists():
+        raise InvalidData(f"the image folder {name} does not exist" if not path.exists() else f"{name} is no folder")
+    raise UnknownName("data set", name, [*NAMES, "the path of an image folder"])
+
+
+def _digits(parts: tuple[int, int, int]) -> Data:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise InvalidData("the digits come with scikit-learn: pip install 'bonn-qat[compare]'") from error
+    bunch = load_digits()
+    images = torch.tensor(bunch.images * (255 / 16), dtype=torch.float32).round().to(torch.uint8)[:, None]
+    targets = torch.tensor(bunch.target, dtype=torch.int64)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_SPLIT_SEED))
+    held_out = len(images) // 5
+    test, train = order[:held_out], order[held_out:]
+    chosen = _chosen_tensors((images[train], targets[train]), (images[test], targets[test]), parts)
+    return TensorData("digits", *chosen, classes=10, pad=1, flip=False)
+
+
+def _torchvision(name: str, root: Path, parts: tuple[int, int, int]) -> Data:
+    import torchvision
+
+    maker = getattr(torchvision.datasets, _TORCHVISION[name])
+    tensors = []
+    for train in (True, False):
+        dataset = _open_or_download(maker, name, root, train)
+        images = torch.as_tensor(dataset.data)
+        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+        tensors.append((images, torch.as_tensor(dataset.targets)))
+    chosen = _chosen_tensors(tensors[0], tensors[1], parts)
+    return TensorData(name, *chosen, classes=len(dataset.classes), pad=4, flip=True)
+
+
+def _open_or_download(maker: Any, name: str, root: Path, train: bool) -> Any:
+    with contextlib.suppress(RuntimeError):
+        return maker(root, train=train, download=False)
+    try:
+        return maker(root, train=train, download=True)
+    except (OSError, RuntimeError) as error:
+        raise InvalidData(
+            f"{name} is not in {root} and could not be downloaded ({words_of(error)}); name the folder that holds it"
+        ) from error
+
+
+def _chosen_tensors(train: Batch, test: Batch, parts: tuple[int, int, int]) -> tuple[Batch, Batch]:
+    train_images, test_images, validation_images = parts
+    train, test = (_part_of_tensors(part, count) for part, count in ((train, train_images), (test, test_images)))
+    if not validation_images:
+        return train, test
+    kept, held_out = _held_out(len(train[0]), validation_images)
+    return (train[0][kept], train[1][kept]), (train[0][held_out], train[1][held_out])
+
+
+def _held_out(total: int, count: int) -> tuple[Tensor, Tensor]:
+    """Places of what stays to train on, and of what is held out."""
+    if count >= total:
+        raise InvalidData(f"{count} images were to be held out for validation, of {total} training images")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(_SPLIT_SEED + 1))
+    return order[count:], order[:count]
+
+
+def _part_of_tensors(part: Batch, count: int) -> Batch:
+    images, targets = part
+    chosen = _chosen(len(images), count)
+    return (images, targets) if chosen is None else (images[chosen], targets[chosen])
+
+
+def _chosen(total: int, count: int) -> Tensor | None:
+    if not count:
+        return None
+    if count > total:
+        raise InvalidData(f"{count} images were asked for, there are {total}")
+    return torch.randperm(total, generator=torch.Generator().manual_seed(_SPLIT_SEED))[:count]
+
+
+def _part(dataset: Any, count: int) -> Any:
+    chosen = _chosen(len(dataset), count)
+    return dataset if chosen is None else torch.utils.data.Subset(dataset, chosen.tolist())
+
+
+def _split_folder(root: Path, *, train: Any, test: Any) -> tuple[Any, Any]:
+    """Training and test set of an image folder: its own ``train`` and ``val`` or ``test``, else a fixed fifth."""
+    held_out = next((root / part for part in ("val", "validation", "test") if (root / part).is_dir()), None)
+    if (root / "train").is_dir() and held_out is not None:
+        return _image_folder(root / "train", train), _image_folder(held_out, test)
+    first, second = _image_folder(root, train), _image_folder(root, test)
+    order = torch.randperm(len(first), generator=torch.Generator().manual_seed(_SPLIT_SEED)).tolist()
+    count = max(1, len(order) // 5)
+    return torch.utils.data.Subset(first, order[count:]), torch.utils.data.Subset(second, order[:count])
+
+
+def _image_folder(root: Path, transform: Any) -> Any:
+    from torchvision.datasets import ImageFolder
+
+    try:
+        return ImageFolder(root, transform=transform)
+    except FileNotFoundError as error:
+        raise InvalidData(f"{root} holds no images in one folder for each class: {words_of(error)}") from error
+
+
+def _classes(dataset: Any) -> list[str]:
+    classes: list[str] = getattr(dataset, "dataset", dataset).classes
+    return classes

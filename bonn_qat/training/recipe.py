@@ -1,0 +1,263 @@
+"""Recipe: everything that one training run depends on, as frozen data that is read from TOML."""
+
+import importlib.resources
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from bonn_qat.errors import InvalidRecipe, UnknownName
+from bonn_qat.files import plain
+from bonn_qat.scheme import Stage
+
+SCHEDULES = ("constant", "cosine", "one_cycle", "step")
+OPTIMIZERS = ("sgd", "adam")
+COMPILE = ("", "default", "reduce-overhead", "max-autotune")
+PRECISIONS = ("float32", "tf32", "float16")
+LARGEST_FILE = 2**16  # bytes of TOML
+_LONGEST_NAME = 200  # bytes; a file's name has 255, and others are made of it
+# Arguments of timm.create_model that name files, or where to find them.
+_FILES = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run: model, scheme, data, seed, optimizer, schedule and stages.
+
+    ``model`` is a timm name; ``data`` a name of :mod:`bonn_qat.training.data` or a path. ``train_images`` and
+    ``test_images`` take a fixed random part of the data, 0 all of it; ``validation_images`` of the
+    training images are held out and take the place of the test set, for a search that must not see it. ``latents`` is the start of the latent weights:
+    ``"scheme"`` as the scheme says, ``"float"`` as the float network's, or a standard deviation such as ``"0.01"``.
+
+    ``schedule`` shapes the learning rate over all epochs: ``one_cycle`` (up linearly during ``warmup`` of them, then
+    down along a cosine), ``cosine``, ``constant``, or ``step``: times ``gamma`` after each of the ``milestones``, in
+    epochs, or with ``factors`` that factor of the first rate from each milestone on, so that a later stage can start
+    higher again.
+
+    ``regularizer_options`` are keyword arguments of the regularizers, such as ``{"kernel": {"nu": 1e-3}}``.
+    ``stages`` empty takes the scheme's. ``checkpoint`` is a safetensors file to start from: the state dict of the
+    float network, or of a binary one, such as a comparison leaves beside each result. ``teacher`` is one of the float
+    network, whose logits at ``temperature`` then make the part ``distillation`` of the task's loss (timm's
+    ``LogitDistillationTask``).
+
+    How fast, not what: ``channels_last`` lays tensors out as convolutions like them, ``compile`` is a mode of
+    ``torch.compile`` for network and losses together (``"reduce-overhead"``: CUDA graphs; empty: none), and
+    ``precision`` is that of a GPU's products: ``"float32"``, ``"tf32"``, or ``"float16"`` under autocast with a
+    scaled loss. The integer sums of binary layers are exact in the first two, in the third up to 2,048.
+
+    ``sync_norms`` gives batch norms the statistics of the whole batch where a run has several processes; false leaves
+    each process its own, which is faster and makes the run depend on their number.
+
+    A recipe is data that anybody may have written: ``model_options`` name no files, and tables hold plain data.
+
+    Raises InvalidRecipe for an impossible value.
+    """
+
+    model: str = "wrn10_16"
+    scheme: str = "bonn"
+    data: str = "digits"
+    seed: int = 0
+    epochs: int = 30
+    batch_size: int = 64
+    optimizer: str = "sgd"
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    modulation_lr_scale: float = 0.1
+    modulation_decay_scale: float = 1.0
+    schedule: str = "one_cycle"
+    warmup: float = 0.3
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.2
+    factors: tuple[float, ...] = ()
+    label_smoothing: float = 0.0
+    augment: bool = True
+    train_images: int = 0
+    test_images: int = 0
+    validation_images: int = 0
+    latents: str = "scheme"
+    skip: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    scheme_options: Mapping[str, Any] = field(default_factory=dict)
+    regularizer_options: Mapping[str, Any] = field(default_factory=dict)
+    stages: tuple[Stage, ...] = ()
+    checkpoint: str = ""
+    teacher: str = ""
+    distillation: float = 0.5
+    temperature: float = 4.0
+    channels_last: bool = True
+    compile: str = ""
+    precision: str = "float32"
+    sync_norms: bool = True
+
+    def __post_init__(self) -> None:
+        self._check_plain()
+        for name in ("epochs", "batch_size"):
+            _check(1 <= getattr(self, name) < 2**31, name, getattr(self, name), "at least 1, below 2**31")
+        for name in ("train_images", "test_images", "validation_images"):
+            _check(0 <= getattr(self, name) < 2**31, name, getattr(self, name), "at least 0, below 2**31")
+        _check(0 <= self.seed < 2**63, "seed", self.seed, "at least 0, below 2**63")
+        for name in ("momentum", "weight_decay", "modulation_decay_scale", "warmup", "label_smoothing"):
+            _check(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "at least 0")
+        _check(all(0 < epoch < 2**31 for epoch in self.milestones), "milestones", self.milestones, "epochs, at least 1")
+        _check(
+            len(self.factors) in (0, len(self.milestones)), "factors", self.factors, "one for each milestone, or none"
+        )
+        _check(all(0 < factor < math.inf for factor in self.factors), "factors", self.factors, "numbers above 0")
+        for name, options in self.regularizer_options.items():
+            _check(isinstance(options, Mapping), f"regularizer_options.{name}", options, "a table of its arguments")
+        for name in ("lr", "gamma", "modulation_lr_scale", "temperature"):
+            _check(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a number above 0")
+        _check(0 <= self.distillation <= 1, "distillation", self.distillation, "0 to 1")
+        for name in ("momentum", "warmup", "label_smoothing"):
+            _check(getattr(self, name) < 1, name, getattr(self, name), "below 1")
+        for name, allowed in (
+            ("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("compile", COMPILE), ("precision", PRECISIONS),
+        ):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise UnknownName(f"{name} in the recipe", getattr(self, name), allowed)
+        if self.stages and abs(sum(stage.share for stage in self.stages) - 1) > 1e-6:
+            raise InvalidRecipe(f"the shares of the stages add up to {sum(s.share for s in self.stages):g}, not to 1")
+        _ = self.latent_std
+        if (length := len(self.name.encode())) > _LONGEST_NAME:
+            raise InvalidRecipe(
+                f"the name of the run, {plain.shown(self.name)}, has {length} bytes; a file's takes {_LONGEST_NAME}: "
+                "give the scheme fewer or shorter options"
+            )
+
+    def _check_plain(self) -> None:
+        """Raise InvalidRecipe for values that no file and no system call takes, and for names of files of timm's."""
+        for name, value in vars(self).items():
+            if name == "stages":
+                continue
+            try:
+                plain.check(value)
+            except ValueError as error:
+                raise InvalidRecipe(f"{name} in the recipe holds what no recipe holds: {error}") from error
+            for item in _leaves(value):
+                _check(not isinstance(item, str) or "\0" not in item, name, item, "text without the character 0")
+                _check(not isinstance(item, float) or not math.isnan(item), name, item, "numbers, and NaN is none")
+        for name in _FILES:
+            _check(
+                not self.model_options.get(name), f"model_options.{name}", self.model_options.get(name),
+                "nothing; a safetensors file to start from is the recipe's own checkpoint",
+            )  # fmt: skip
+
+    @property
+    def name(self) -> str:
+        """A name for the run, unique within a comparison, and fit for a file's."""
+        return re.sub(r"[^\w.,=+-]", "_", f"{self.variant}-{self.latents}-seed{self.seed}")
+
+    @property
+    def variant(self) -> str:
+        """The scheme with its options: ``xnor``, or ``xnor:gradient=plain+input_scale=true``."""
+        options = (f"{name}={value if isinstance(value, str) else json.dumps(value)}"
+                   for name, value in sorted(self.scheme_options.items()))  # fmt: skip
+        return ":".join(filter(None, (self.scheme, "+".join(options))))
+
+    def with_variant(self, variant: str) -> "Recipe":
+        """A copy with the scheme, and beside its own options those, that ``variant`` names.
+
+        Values are written as in TOML; what is none is a word. Raises InvalidRecipe for an option without a value.
+        """
+        scheme, _, options = variant.partition(":")
+        given: dict[str, Any] = {}
+        for option in filter(None, options.split("+")):
+            name, equals, text = option.partition("=")
+            if not equals or not text:
+                raise InvalidRecipe(f"the option {option!r} in {variant!r} has no value; write {name}=VALUE")
+            given[name] = plain.toml_value(text)
+        return replace(self, scheme=scheme, scheme_options={**self.scheme_options, **given})
+
+    @property
+    def latent_std(self) -> float | None:
+        """``latents`` as a number, None for a word. Raises InvalidRecipe if it is neither."""
+        if self.latents in ("scheme", "float"):
+            return None
+        try:
+            std = float(self.latents)
+        except ValueError:
+            std = -1.0
+        _check(0 < std < float("inf"), "latents", self.latents, "'scheme', 'float' or a standard deviation above 0")
+        return std
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested data as JSON and TOML have it; :meth:`from_dict` is its inverse."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "Recipe":
+        """Raises UnknownName for a key that no recipe has, InvalidRecipe for a value of the wrong type."""
+        try:
+            plain.check(content)
+        except ValueError as error:
+            raise InvalidRecipe(f"this is no recipe: {error}") from error
+        stages = content.get("stages", ())
+        if not isinstance(stages, list | tuple) or not all(isinstance(stage, Mapping) for stage in stages):
+            raise InvalidRecipe("stages is an array of tables: [[stages]]")
+        made = tuple(Stage(**_typed(Stage, "stage", stage)) for stage in stages)
+        return cls(**{**_typed(cls, "recipe", {k: v for k, v in content.items() if k != "stages"}), "stages": made})
+
+    @classmethod
+    def from_toml(cls, path: Path) -> "Recipe":
+        """Read a recipe. Raises InvalidRecipe naming the file if it cannot be read, else as :meth:`from_dict`."""
+        try:
+            content = plain.from_toml(plain.read_text(path, LARGEST_FILE))
+        except OSError as error:
+            raise InvalidRecipe(f"cannot read the recipe {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise InvalidRecipe(f"{path} is not TOML: {error}") from error
+        return cls.from_dict(content)
+
+    @classmethod
+    def default(cls, data: str) -> "Recipe":
+        """The recipe that comes with the package for a data set, or the one for image folders, with ``data`` set."""
+        recipes = importlib.resources.files("bonn_qat.training") / "recipes"
+        file = recipes / f"{data}.toml"
+        with importlib.resources.as_file(file if file.is_file() else recipes / "folder.toml") as path:
+            return replace(cls.from_toml(path), data=data)
+
+
+def _check(holds: bool, name: str, given: object, allowed: str) -> None:
+    if not holds:
+        raise InvalidRecipe(f"{name} in the recipe is {plain.shown(given)}; allowed: {allowed}")
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What is neither a table nor a list in ``value``, names in tables included."""
+    if isinstance(value, Mapping):
+        yield from value
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        yield value
+        return
+    for item in value:
+        yield from _leaves(item)
+
+
+def _typed(cls: type, kind: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """``content`` with values of the field's types (an int may stand for a float, a list for a tuple)."""
+    hints = get_type_hints(cls)
+    known = {f.name for f in fields(cls)}
+    result = {}
+    for key, value in content.items():
+        if key not in known:
+            raise UnknownName(f"key of a {kind}", key, known)
+        if said := plain.misfit(key, value, hints[key], f" of a {kind}"):
+            raise InvalidRecipe(said)
+        result[key] = _coerced(value, hints[key])
+    return result
+
+
+def _coerced(value: Any, hint: Any) -> Any:
+    origin, inner = get_origin(hint) or hint, get_args(hint)
+    if origin is tuple:
+        return tuple(_coerced(item, inner[0]) for item in value)
+    if origin is Mapping:
+        return {key: _coerced(item, inner[1]) for key, item in value.items()}
+    return float(value) if origin is float else value

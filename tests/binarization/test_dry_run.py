@@ -1,0 +1,86 @@
+"""dry_run: what it sees, and that it costs and touches nothing."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bonn_qat.binarization.dry_run import dry_run
+
+
+class Net(nn.Module):
+    """A gate, a table of positions, a layer that is read past its forward, one that nobody calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2)
+        self.squeeze, self.excite = nn.Linear(8, 2), nn.Linear(2, 8)
+        self.read = nn.Linear(8, 8)
+        self.table = nn.Linear(1, 8)
+        self.unused = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 5)
+        self.register_buffer("positions", torch.arange(4.0)[:, None])
+        self.cache: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        gate = self.excite(self.squeeze(x.mean((2, 3))).relu()).sigmoid()
+        self.cache["gate"] = gate
+        x = (x * gate[:, :, None, None]).flatten(2).transpose(1, 2)
+        x = nn.functional.linear(x, self.read.weight) + self.table(self.positions).mean(0)
+        assert self.unused.weight.dtype == x.dtype  # asking is not reading
+        return self.head(x.mean(1))
+
+
+LAYERS = ["stem", "squeeze", "excite", "read", "table", "unused", "head"]
+
+
+def test_calls_shapes_order_and_readers_are_seen():
+    run = dry_run(Net(), LAYERS, (3, 9, 9))
+    assert list(run.uses) == ["stem", "squeeze", "excite", "table", "head"]
+    assert [use.order for use in run.uses.values()] == [0, 1, 2, 3, 4]
+    assert (run.uses["stem"].input, run.uses["stem"].output) == ((2, 3, 9, 9), (2, 8, 4, 4))
+    assert {name: use.sees_image for name, use in run.uses.items()} == {
+        "stem": True, "squeeze": True, "excite": True, "table": False, "head": True,
+    }  # fmt: skip
+    assert run.readers == {"read": ""}
+
+
+def test_the_reader_is_named():
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch, self.attention = nn.Conv2d(3, 8, 4, stride=4), attention
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.patch(x).flatten(2).transpose(1, 2)
+            return self.attention(x, x, x)[0]
+
+    run = dry_run(nn.Sequential(Block()), ["0.patch", "0.attention.out_proj"], (3, 8, 8))
+    assert run.readers == {"0.attention.out_proj": "0.attention"}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_is_not_touched(device, dtype):
+    model = Net().to(device, dtype)
+    before = {name: (id(tensor), tensor._version) for name, tensor in model.state_dict(keep_vars=True).items()}
+    assert list(dry_run(model, LAYERS, (3, 9, 9)).uses)
+    assert {n: (id(x), x._version) for n, x in model.state_dict(keep_vars=True).items()} == before
+    assert model.cache == {}
+    assert model.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_large_model_costs_no_memory():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 2**10, 2**20), nn.Linear(2**20, 2**20))  # 4 TiB
+    run = dry_run(model, ["1", "2"], (3, 32, 32))
+    assert run.uses["2"].output == (2, 2**20)
+
+
+def test_what_the_model_raises_comes_through_silently(capfd):
+    with pytest.raises(RuntimeError, match=r"mat1|reduction dim"):
+        dry_run(nn.Sequential(nn.Flatten(), nn.Linear(4, 4)), ["1"], (3, 9, 9))
+    assert capfd.readouterr() == ("", "")

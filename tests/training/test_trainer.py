@@ -1,0 +1,160 @@
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bonn_qat import hookimpl, objective, plugins, regularizers
+from bonn_qat.errors import InvalidRecipe
+from bonn_qat.scheme import Stage
+from bonn_qat.training import data
+from bonn_qat.training.network import build
+from bonn_qat.training.recipe import Recipe
+from bonn_qat.training.train import train
+from bonn_qat.training.trainer import Trainer
+
+BOTH = (Stage(regularizers={"kernel": 1e-4, "feature": 1e-3}),)
+RECIPE = Recipe(model="wrn10_16", epochs=1, batch_size=32, train_images=96, test_images=64, latents="0.01", stages=BOTH)
+
+
+@pytest.fixture(scope="module")
+def digits() -> data.Data:
+    return data.load("digits", train_images=96, test_images=64)
+
+
+def _manager(*observers: object) -> Any:
+    manager = plugins.create_manager(entry_points=False)
+    for observer in observers:
+        manager.register(observer)
+    return manager
+
+
+def test_the_layout_of_tensors_changes_no_more_than_the_rounding(digits: data.Data) -> None:
+    models, results = [], []
+    for channels_last in (True, False):
+        recipe = dataclasses.replace(RECIPE, channels_last=channels_last)
+        models.append(build(recipe, digits, _manager()))
+        results.append(train(models[-1], recipe, digits, pm=_manager()))
+    first, second = (result.epochs[0] for result in results)
+    assert first["train/task"] == pytest.approx(second["train/task"], rel=1e-3)
+    assert all(parameter.is_contiguous() for parameter in models[0].parameters())  # safetensors takes no other
+
+
+class _Looks:
+    """Remembers how tensors lie and what products are made of, while a run goes on."""
+
+    @hookimpl
+    def bonn_qat_before_run(self, recipe: Recipe, model: nn.Module) -> None:
+        self.layouts = {p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.ndim == 4}
+
+    @hookimpl
+    def bonn_qat_after_epoch(self, epoch: int) -> None:
+        self.products = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+
+def test_layout_and_products_are_those_of_the_recipe_for_the_length_of_a_run(digits: data.Data) -> None:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    for precision, expected in (("tf32", ("high", True)), ("float32", ("highest", False))):
+        recipe, looks = dataclasses.replace(RECIPE, precision=precision), _Looks()
+        train(build(recipe, digits, _manager()), recipe, digits, pm=_manager(looks))
+        assert looks.layouts == {True}
+        assert looks.products == expected
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+
+
+def test_a_compiled_run_is_the_run(digits: data.Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[tuple[type, str]] = []
+    compile_ = torch.compile
+
+    def eager(module: nn.Module, *, mode: str) -> Any:
+        compiled.append((type(module), mode))
+        return compile_(module, backend="eager", fullgraph=True)  # what it would run, without a compiler
+
+    monkeypatch.setattr(torch, "compile", eager)
+    stages = (Stage(share=0.5, regularizers={"kernel": 1e-4}), Stage(share=0.5, regularizers={"feature": 1e-3}))
+    recipe = dataclasses.replace(RECIPE, epochs=2, stages=stages)
+    plain = train(build(recipe, digits, _manager()), recipe, digits, pm=_manager())
+    recipe = dataclasses.replace(recipe, compile="reduce-overhead")
+    result = train(build(recipe, digits, _manager()), recipe, digits, pm=_manager())
+    assert compiled == [(objective.Objective, "reduce-overhead")] * 2  # once for each stage
+    assert result.epochs == plain.epochs
+
+
+def test_float16_scales_the_loss_and_resumes_exactly(tmp_path: Path, digits: data.Data) -> None:
+    recipe = dataclasses.replace(RECIPE, precision="float16", epochs=2, batch_size=48)
+    whole = build(recipe, digits, _manager())
+    undisturbed = train(whole, recipe, digits, pm=_manager())
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        train(build(recipe, digits, _manager()), recipe, digits, checkpoint=path, pm=_manager(_Interrupt()))
+    model = build(recipe, digits, _manager())
+    result = train(model, recipe, digits, checkpoint=path, pm=_manager())
+    assert result.epochs == undisturbed.epochs
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
+    assert 0 < result.epochs[0]["train/task"] < 4
+
+
+class _Interrupt:
+    @hookimpl
+    def bonn_qat_after_epoch(self, epoch: int) -> None:
+        raise KeyboardInterrupt
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Refuses every operation whose result the host must wait for."""
+
+    _WAITS = re.compile(r"_local_scalar_dense|nonzero|masked_select|is_nonzero|equal\.default|unique")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not self._WAITS.search(str(func)), f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_never_waits_for_the_device(digits: data.Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a CPU targets are looked at, for looking costs nothing there.
+    for module in (objective, regularizers):
+        monkeypatch.setattr(module, "check_targets", lambda targets, classes: None)
+    for scheme in ("bonn", "xnor", "pcnn", "bireal"):
+        recipe = dataclasses.replace(RECIPE, scheme=scheme)
+        model = build(recipe, digits)
+        trainer = Trainer(model, recipe, digits, torch.device("cpu"), task=nn.CrossEntropyLoss())
+        trainer._set_stage(0)
+        images, targets = next(digits.train_batches(8, torch.Generator().manual_seed(0), augment=True))
+        with _NoWaiting():
+            trainer.step(images, targets)
+    with pytest.raises(AssertionError, match="waits for the device"), _NoWaiting():
+        _ = float(images.sum())
+
+
+def test_options_of_regularizers_reach_them(digits: data.Data) -> None:
+    recipe = dataclasses.replace(RECIPE, regularizer_options={"kernel": {"nu": 0.5}, "feature": {"alpha": 0.25}})
+    trainer = Trainer(build(recipe, digits), recipe, digits, torch.device("cpu"), task=nn.CrossEntropyLoss())
+    terms: Any = trainer.objective.regularizers
+    assert (terms["kernel"].nu, terms["feature"].alpha) == (0.5, 0.25)
+    recipe = dataclasses.replace(RECIPE, regularizer_options={"kernel": {"mu": 0.5}})
+    with pytest.raises(InvalidRecipe, match=r"the options of the regularizer 'kernel' do not fit: .*'mu'"):
+        Trainer(build(recipe, digits), recipe, digits, torch.device("cpu"), task=nn.CrossEntropyLoss())
+
+
+def test_options_of_a_scheme_weigh_the_regularizers_of_a_recipes_own_stages(digits: data.Data) -> None:
+    recipe = dataclasses.replace(RECIPE, scheme_options={"feature": 0})
+    model = build(recipe, digits)
+    trainer = Trainer(model, recipe, digits, torch.device("cpu"), task=nn.CrossEntropyLoss())
+    assert [dict(stage.regularizers) for stage in trainer.stages] == [{"kernel": 1e-4, "feature": 0}]
+    assert "train/feature" not in train(model, recipe, digits, pm=_manager()).epochs[0]
+
+
+def test_top5_counts_the_first_five(digits: data.Data) -> None:
+    model: Any = build(RECIPE, digits)
+    trainer = Trainer(model, RECIPE, digits, torch.device("cpu"), task=nn.CrossEntropyLoss())
+    metrics = trainer._test()
+    with torch.no_grad():
+        parts: list[tuple[Tensor, Tensor]] = [(model(images), targets) for images, targets in digits.test_batches()]
+    logits, targets = (torch.cat(list(part)) for part in zip(*parts, strict=True))
+    ranks = (logits > logits.gather(1, targets[:, None])).sum(1)
+    assert metrics["test/top1"] == pytest.approx(100 * float((ranks == 0).float().mean()))
+    assert metrics["test/top5"] == pytest.approx(100 * float((ranks < 5).float().mean()))
