@@ -14,9 +14,9 @@ import bonn_qat
 PACKAGE = Path(bonn_qat.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# From the ground up: a room, which is a folder or a module at the top level, imports from lower ranks only, and rooms of
-# one rank do not know each other. Imports inside functions are exempt: they postpone what is expensive, or reach for a
-# host that may be absent.
+# From the ground up: a room, which is a folder or a module at the top level, imports from lower ranks only, and rooms
+# of one rank do not know each other. Imports inside functions are exempt: they postpone what is expensive, or reach
+# for a host that may be absent.
 RANKS = (
     ("errors", "functional", "modes", "environment", "variants"),
     ("files", "heads", "plotting", "distributed"),

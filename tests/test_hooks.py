@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import bonn_qat
-from bonn_qat import Regularizer, Step, binarize, cli, hookimpl, hookspecs, plugins
+from bonn_qat import Regularizer, Step, binarize, hookimpl, hookspecs, plugins
 from bonn_qat.bonn import BONN
+from bonn_qat.cli import runs
 from bonn_qat.layers import BinaryConv2d
 from bonn_qat.objective import Objective
 from bonn_qat.studies.compare import compare
@@ -166,7 +167,7 @@ def test_bonn_qat_describe(tmp_path, capsys, monkeypatch):
     manager = plugins.create_manager()
     manager.register(Scribe())
     monkeypatch.setattr(plugins, "manager", lambda: manager)
-    cli._say_who_is_there(tmp_path)
+    runs.say_plugins(tmp_path)
     assert f"writes to {tmp_path.name}, [not] markup\n" in capsys.readouterr().out
 
 

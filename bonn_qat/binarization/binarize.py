@@ -60,9 +60,9 @@ def binarize(
     """Turn ``model`` into a 1-bit network by module replacement; a copy unless ``inplace``.
 
     Convolutions and linear layers become binary, but for those that :mod:`bonn_qat.binarization.policy` keeps float:
-    the first layer, the classifier, shortcut projections, depthwise convolutions, gates. ``skip`` and ``include``, names of
-    modules or globs, and ``predicate(name, layer) -> bool | None`` overrule it; ``schemes`` maps names or globs to
-    other schemes, the last that matches counts, and a scheme with float weights keeps a layer float.
+    the first layer, the classifier, shortcut projections, depthwise convolutions, gates. ``skip`` and ``include``,
+    names of modules or globs, and ``predicate(name, layer) -> bool | None`` overrule it; ``schemes`` maps names or
+    globs to other schemes, the last that matches counts, and a scheme with float weights keeps a layer float.
     ``input_size`` ``(C, H, W)`` is what the model is for, found out if None.
 
     A norm before each sign and the scheme's nonlinearity in place of each ReLU keep the signs informative. Norms and

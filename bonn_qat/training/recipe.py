@@ -28,9 +28,10 @@ class Recipe:
     """One run: model, scheme, data, seed, optimizer, schedule and stages.
 
     ``model`` is a timm name; ``data`` a name of :mod:`bonn_qat.training.data` or a path. ``train_images`` and
-    ``test_images`` take a fixed random part of the data, 0 all of it; ``validation_images`` of the
-    training images are held out and take the place of the test set, for a search that must not see it. ``latents`` is the start of the latent weights:
-    ``"scheme"`` as the scheme says, ``"float"`` as the float network's, or a standard deviation such as ``"0.01"``.
+    ``test_images`` take a fixed random part of the data, 0 all of it; ``validation_images`` of the training images are
+    held out and take the place of the test set, for a search that must not see it. ``latents`` is the start of the
+    latent weights: ``"scheme"`` as the scheme says, ``"float"`` as the float network's, or a standard deviation such as
+    ``"0.01"``.
 
     ``schedule`` shapes the learning rate over all epochs: ``one_cycle`` (up linearly during ``warmup`` of them, then
     down along a cosine), ``cosine``, ``constant``, or ``step``: times ``gamma`` after each of the ``milestones``, in

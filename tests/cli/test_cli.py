@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bonn_qat import cli, plugins
+from bonn_qat.cli import options
 from bonn_qat.exporting.export import FORMATS
 from bonn_qat.files.locks import locked
 from bonn_qat.studies.comparison import MANIFEST, PAGE, read_comparison
@@ -34,7 +35,7 @@ COMMANDS: Mapping[str, Any] = typer.main.get_group(cli.app).commands
 
 @pytest.fixture(autouse=True)
 def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.console, "_width", 200)
+    monkeypatch.setattr(options.console, "_width", 200)
 
 
 @pytest.fixture
