@@ -228,7 +228,7 @@ def _images(model: nn.Module, row: Row) -> tuple[Tensor, Row]:
 @torch.no_grad()
 def _start_zero_heads(model: nn.Module) -> None:
     # Some classifiers start at zero: all outputs were equal, whatever the layers before do.
-    for name in policy.plan(model).kept:
+    for name in policy.decide(model).kept:
         layer = model.get_submodule(name)
         if isinstance(layer, nn.Linear) and not layer.weight.any():
             nn.init.normal_(layer.weight, std=0.02)

@@ -67,10 +67,10 @@ def bonn_qat_after_epoch(recipe: Recipe, epoch: int, metrics: Mapping[str, float
 
 
 @hookspec
-def bonn_qat_after_run(recipe: Recipe, report: Mapping[str, Any] | None) -> None:
-    """A run ended; ``report`` is what its results file holds, or None if it failed or was interrupted."""
+def bonn_qat_after_run(recipe: Recipe, result: Mapping[str, Any] | None) -> None:
+    """A run ended; ``result`` is what its results file holds, or None if it failed or was interrupted."""
 
 
 @hookspec
-def bonn_qat_after_comparison(directory: Path, report: Path) -> None:
-    """A comparison ended, finished or not; ``report`` is its page, ``directory`` holds everything else."""
+def bonn_qat_after_comparison(directory: Path, page: Path) -> None:
+    """A comparison ended, finished or not; ``page`` is its page, ``directory`` holds everything else."""

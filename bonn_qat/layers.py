@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bonn_qat import functional
+from bonn_qat.conv_types import conv_type
 from bonn_qat.errors import BonnQatError, InvalidModel
 from bonn_qat.hookspecs import hookimpl
 from bonn_qat.quantizers import ActivationQuantizer, FrozenWeight, WeightQuantizer
 from bonn_qat.scheme import ACTIVATIONS, Scheme, Stage
-from bonn_qat.variants import variant
 
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
@@ -46,7 +46,7 @@ class BinaryLayer(nn.Module):
         """Take over a float ``layer``'s parameters, hooks and attributes, and quantize by ``scheme``."""
         assert scheme.weight is not None
         self.weight, self.bias = layer.weight, layer.bias  # type: ignore[assignment]
-        if variant(layer).standardizes:
+        if conv_type(layer).standardizes:
             self.kernel_std = float(getattr(layer, "scale", 1.0))
             self.register_buffer("latent_std", self.weight.new_tensor(self.kernel_std))
         for name, value in vars(layer).items():  # what a subclass knows of itself, for those who ask it
@@ -139,7 +139,7 @@ class BinaryConv2d(BinaryLayer, nn.Conv2d):
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
             conv.groups, bias=False, padding_mode=conv.padding_mode, device="meta",
         )  # fmt: skip
-        layer.same_padding = variant(conv).same_padding
+        layer.same_padding = conv_type(conv).same_padding
         layer.take(conv, scheme, normalize)
         return layer
 
@@ -221,7 +221,7 @@ def binary_form(layer: nn.Module, scheme: Scheme, *, normalize: bool = True) -> 
     if scheme.weight is None:
         raise InvalidModel(f"the scheme {scheme.name!r} leaves weights float")
     try:
-        variant(layer)
+        conv_type(layer)
         if isinstance(layer, nn.Linear):
             return BinaryLinear.from_float(layer, scheme, normalize=normalize)
         return BinaryConv2d.from_float(cast(nn.Conv2d, layer), scheme, normalize=normalize)

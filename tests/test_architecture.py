@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # of one rank do not know each other. Imports inside functions are exempt: they postpone what is expensive, or reach
 # for a host that may be absent.
 RANKS = (
-    ("errors", "functional", "modes", "environment", "variants"),
+    ("errors", "functional", "modes", "environment", "conv_types"),
     ("files", "heads", "plotting", "distributed"),
     ("quantizers", "runtime"),
     ("scheme", "regularizers"),

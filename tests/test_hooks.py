@@ -128,12 +128,12 @@ class Observer:
         self.seen.append(("after epoch", epoch, metrics))
 
     @hookimpl
-    def bonn_qat_after_run(self, recipe, report):
-        self.seen.append(("after run", recipe.name, report))
+    def bonn_qat_after_run(self, recipe, result):
+        self.seen.append(("after run", recipe.name, result))
 
     @hookimpl
-    def bonn_qat_after_comparison(self, directory, report):
-        self.seen.append(("after comparison", directory, report))
+    def bonn_qat_after_comparison(self, directory, page):
+        self.seen.append(("after comparison", directory, page))
 
 
 @pytest.fixture(scope="module")

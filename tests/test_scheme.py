@@ -73,7 +73,7 @@ def test_a_regularizer_that_no_stage_has_is_told():
 def test_a_variant_without_losses_is_an_arm_of_its_own_and_trains_without():
     both, neither = plan(Recipe(), schemes=["bonn", "bonn:kernel=0+feature=0"])
     assert both.name != neither.name
-    assert neither.variant == "bonn:feature=0+kernel=0"
+    assert neither.scheme_spec == "bonn:feature=0+kernel=0"
     scheme: Scheme = BONN.configure(neither.scheme_options)
     network = nn.Sequential(*(nn.Conv2d(3, 3, 3) for _ in range(3)), nn.Flatten(), nn.Linear(3, 2))
     objective = Objective(binarize(network, scheme))

@@ -80,16 +80,16 @@ def binarize(
                            "binarize the float model instead")  # fmt: skip
     skip, include = (tuple([x] if isinstance(x, str) else x) for x in (skip, include))
     others = _Schemes(chosen, {p: plugins.find_scheme(s, pm) for p, s in (schemes or {}).items()}, model)
-    plan = policy.plan(model, skip=skip, include=include, predicate=predicate, input_size=input_size)
-    kept = plan.kept | {n: f"scheme {others.of(n).name!r}" for n in plan.binary if others.of(n).weight is None}
+    decision = policy.decide(model, skip=skip, include=include, predicate=predicate, input_size=input_size)
+    kept = decision.kept | {n: f"scheme {others.of(n).name!r}" for n in decision.binary if others.of(n).weight is None}
     if chosen.weight is None and not others.patterns:
         result = model if inplace else copy.deepcopy(model)
-        result.binarization = Binarization(scheme=chosen, binary=(), kept=plan.kept)  # type: ignore[assignment]
+        result.binarization = Binarization(scheme=chosen, binary=(), kept=decision.kept)  # type: ignore[assignment]
         return result
-    if len(kept) == len(plan.kept) + len(plan.binary):
+    if len(kept) == len(decision.kept) + len(decision.binary):
         reasons = ", ".join(f"{name} ({why})" for name, why in kept.items()) or "no module inside it has weights"
         raise InvalidModel(f"nothing to binarize in {type(model).__name__}: {reasons}")
-    _warn_of_bypassed(plan.bypassed)
+    _warn_of_bypassed(decision.bypassed)
 
     before = set(model.state_dict())
     result = model if inplace else copy.deepcopy(model)
@@ -104,7 +104,7 @@ def binarize(
         kept={name: kept[name] for name, _ in model.named_modules() if name in kept},
         schemes={name: others.of(name) for name in layers if others.of(name) is not chosen},
         revived=tuple(_revive_zero_scales(result)),
-        input_size=plan.input_size,
+        input_size=decision.input_size,
         added=frozenset(set(result.state_dict()) - before),
     )
     for name, layer in layers.items():

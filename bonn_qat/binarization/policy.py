@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from bonn_qat.binarization.dry_run import DryRun, dry_run
+from bonn_qat.conv_types import conv_type
 from bonn_qat.errors import InvalidModel, UnknownName
 from bonn_qat.files.plain import words_of
 from bonn_qat.heads import metadata
-from bonn_qat.variants import variant
 
 Predicate = Callable[[str, nn.Module], bool | None]
 
@@ -27,7 +27,7 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Decision:
     """``binary``: names of the layers to binarize. ``kept``: the layers that stay float, each with the reason.
 
     ``bypassed``: those among the kept whose weight another module reads, layer -> module. ``input_size``
@@ -40,14 +40,14 @@ class Plan:
     input_size: tuple[int, ...] | None
 
 
-def plan(
+def decide(
     model: nn.Module,
     *,
     skip: Iterable[str] = (),
     include: Iterable[str] = (),
     predicate: Predicate | None = None,
     input_size: Sequence[int] | None = None,
-) -> Plan:
+) -> Decision:
     """Decide for every layer of ``model``; the first that has something to say decides.
 
     1. What cannot be binary: other classes than Conv2d, Linear and timm's variants of them, and layers whose weight
@@ -81,7 +81,7 @@ def plan(
             elif opinion is None and name not in wanted and name in soft:
                 kept[name] = soft[name]
     readers = run.readers if run else {}
-    return Plan(
+    return Decision(
         binary=tuple(name for name in layers if name not in kept),
         kept={name: kept[name] for name in layers if name in kept},
         bypassed={name: reader for name, reader in readers.items() if kept.get(name) == impossible.get(name)},
@@ -91,7 +91,7 @@ def plan(
 
 def float_layers(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, str]:
     """Names of the layers of ``model`` that stay float, each with the reason (:func:`plan`)."""
-    return plan(model, skip=skip).kept
+    return decide(model, skip=skip).kept
 
 
 def named(model: nn.Module, patterns: Iterable[str], argument: str) -> dict[str, str]:
@@ -133,7 +133,7 @@ def _impossible(model: nn.Module, layers: dict[str, nn.Module], run: DryRun | No
     found = {}
     for name, layer in layers.items():
         try:
-            variant(layer)
+            conv_type(layer)
         except ValueError as error:
             found[name] = str(error)
             continue

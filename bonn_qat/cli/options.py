@@ -65,12 +65,12 @@ NoPlugins = Annotated[
 ]  # fmt: skip
 
 
-def scheme_of(variant: str) -> "Scheme":
-    """The scheme with the options that ``variant`` names, such as ``xnor:input_scale=true``."""
+def scheme_of(spec: str) -> "Scheme":
+    """The scheme with the options that ``spec`` names, such as ``xnor:input_scale=true``."""
     from bonn_qat.training.network import recipe_scheme
     from bonn_qat.training.recipe import Recipe
 
-    return recipe_scheme(Recipe().with_variant(variant))
+    return recipe_scheme(Recipe().with_scheme(spec))
 
 
 def rate(text: str) -> float:

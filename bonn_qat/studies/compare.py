@@ -47,7 +47,7 @@ def plan(
     arms = []
     names = [name for scheme in schemes for name in (_everyone(pm) if scheme == ALL else [scheme])]
     for scheme in dict.fromkeys(names):
-        arm = recipe.with_variant(scheme)
+        arm = recipe.with_scheme(scheme)
         is_float = plugins.find_scheme(arm.scheme, pm).weight is None
         arms += [replace(arm, latents=start) for start in (["float"] if is_float else starts)]
     if not arms:
@@ -128,7 +128,7 @@ def compare(
         if is_first:
             with held():  # what draws the figures may swallow an interruption
                 comparison, page = _end(comparison)
-            hook.bonn_qat_after_comparison(directory=directory, report=page)
+            hook.bonn_qat_after_comparison(directory=directory, page=page)
     return comparison
 
 

@@ -26,7 +26,7 @@ from bonn_qat.plotting import (
     row,
     tint,
 )
-from bonn_qat.studies.statistics import Arm, arms, binary_layers, label, labels
+from bonn_qat.studies.statistics import ArmRuns, arms, binary_layers, label, labels
 
 SNAPSHOTS = 6  # epochs per histogram panel
 
@@ -262,7 +262,7 @@ def _panel_title(latents: str, facets: Mapping[str, Any]) -> str:
     return "latents start as float" if latents == "float" else plain_text(f"latents start at std {latents}")
 
 
-def _facets(comparison: Comparison) -> dict[str, list[Arm]]:
+def _facets(comparison: Comparison) -> dict[str, list[ArmRuns]]:
     """Start of the latent weights -> its arms; float networks, which have none, stand in every panel."""
     groups = arms(comparison)
     starts = dict.fromkeys(arm[0].latents for arm in groups if binary_layers(arm[0]))
@@ -280,7 +280,7 @@ def _chosen_layers(comparison: Comparison) -> list[str]:
     return [layers[place] for place in places]
 
 
-def _series(arm: Arm, key: str) -> dict[int, list[float]]:
+def _series(arm: ArmRuns, key: str) -> dict[int, list[float]]:
     """Epoch -> the values of the seeds that reached it, above zero for what is drawn on a log axis."""
     above = 0.0 if key.startswith(("scale/", "flips")) else -math.inf
     found: dict[int, list[float]] = {}
@@ -291,7 +291,7 @@ def _series(arm: Arm, key: str) -> dict[int, list[float]]:
     return dict(sorted(found.items()))
 
 
-def _snapshots(arm: Arm, layer: str) -> dict[int, Mapping[str, Sequence[float]]]:
+def _snapshots(arm: ArmRuns, layer: str) -> dict[int, Mapping[str, Sequence[float]]]:
     """Up to SNAPSHOTS epochs, the first and the last among them -> histogram, of the first seed that has any."""
     stored = next((run.histograms[layer] for run in arm if run.histograms.get(layer)), {})
     filled = sorted(int(epoch) for epoch, histogram in stored.items() if sum(histogram["counts"]) > 0)
@@ -300,7 +300,7 @@ def _snapshots(arm: Arm, layer: str) -> dict[int, Mapping[str, Sequence[float]]]
     return {epoch: stored[str(epoch)] for epoch in sorted(chosen)}
 
 
-def _curve(axis: "Axes", arm: Arm, key: str, colour: str, *, band: bool = False, **style: Any) -> None:
+def _curve(axis: "Axes", arm: ArmRuns, key: str, colour: str, *, band: bool = False, **style: Any) -> None:
     series = _series(arm, key)
     if not series:
         return
@@ -363,7 +363,7 @@ def _epochs_axis(axis: "Axes") -> None:
 
 
 def _legend(
-    figure: "Figure", comparison: Comparison, meanings: Mapping[str, Any], shown: Iterable[Arm] | None = None
+    figure: "Figure", comparison: Comparison, meanings: Mapping[str, Any], shown: Iterable[ArmRuns] | None = None
 ) -> None:
     """A legend below the panels: a line per scheme, then what a stroke means."""
     from matplotlib.lines import Line2D

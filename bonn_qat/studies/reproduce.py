@@ -99,7 +99,7 @@ def reproduce(
                 if done:
                     page = study_report.write(result, directory)
             finally:
-                hook.bonn_qat_after_comparison(directory=directory, report=page)
+                hook.bonn_qat_after_comparison(directory=directory, page=page)
     return result
 
 
@@ -110,7 +110,9 @@ def best_rate(arm: StudyArm, searched: Mapping[float, Comparison]) -> float:
     """
     found = study_report.accuracies(arm, searched)
     if not found:
-        raise TrainingDiverged(f"{arm.recipe.variant} came to an end with none of the learning rates {list(searched)}")
+        raise TrainingDiverged(
+            f"{arm.recipe.scheme_spec} came to an end with none of the learning rates {list(searched)}"
+        )
     return max(sorted(found), key=lambda rate: found[rate])
 
 

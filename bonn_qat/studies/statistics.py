@@ -10,13 +10,13 @@ from bonn_qat.errors import UnknownName
 from bonn_qat.studies.comparison import Comparison
 from bonn_qat.training.results import RunResult
 
-Arm = list[RunResult]
+ArmRuns = list[RunResult]
 
 
-def arms(comparison: Comparison) -> list[Arm]:
+def arms(comparison: Comparison) -> list[ArmRuns]:
     """The finished runs, in the planned order, grouped by scheme and start of the latent weights."""
     place = {name: index for index, name in enumerate(comparison.planned)}
-    found: dict[tuple[str, str], Arm] = {}
+    found: dict[tuple[str, str], ArmRuns] = {}
     for run in sorted(comparison.results, key=lambda run: place.get(run.name, len(place))):
         if run.epochs:
             found.setdefault(run.arm, []).append(run)
@@ -196,7 +196,7 @@ def residual_spread(arms: Sequence[Mapping[int, float]]) -> tuple[float, int] | 
     return math.sqrt(2 * squares / dof), dof
 
 
-def _row(arm: Arm) -> Row:
+def _row(arm: ArmRuns) -> Row:
     first, accuracies = arm[0], [run.top1 for run in arm]
     return Row(
         scheme=first.scheme,
@@ -219,7 +219,7 @@ def _comparable(other: RunResult, reference: tuple[str, str], references: Iterab
     return not binary_layers(other) or other.latents == reference[1] or other.latents not in shared
 
 
-def _difference(comparison: Comparison, reference: Arm, other: Arm) -> Difference:
+def _difference(comparison: Comparison, reference: ArmRuns, other: ArmRuns) -> Difference:
     names, images = labels(comparison), int(comparison.data["test"])
     ours, theirs = ({run.seed: run.top1 for run in arm} for arm in (reference, other))
     shares = [fmean(accuracies.values()) / 100 for accuracies in (ours, theirs)]
@@ -236,6 +236,6 @@ def _difference(comparison: Comparison, reference: Arm, other: Arm) -> Differenc
     )
 
 
-def _flips(arm: Arm) -> float | None:
+def _flips(arm: ArmRuns) -> float | None:
     shares = [epoch["flips"] for run in arm for epoch in run.epochs if "flips" in epoch]
     return 100 * fmean(shares) if shares else None

@@ -201,7 +201,7 @@ def _arm(base: Mapping[str, Any], content: Mapping[str, Any]) -> StudyArm:
             raise InvalidRecipe(f"the arm {scheme!r} has a {key} of its own; arms share the one of their setting")
     if "latents" in content:
         changes["latents"] = content["latents"]
-    recipe = Recipe.from_dict({**base, **changes}).with_variant(scheme)
+    recipe = Recipe.from_dict({**base, **changes}).with_scheme(scheme)
     if recipe.scheme == "float":
         recipe = replace(recipe, latents="float")
     paper = _table("paper of an arm", content.get("paper", {}))

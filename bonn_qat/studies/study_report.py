@@ -288,7 +288,7 @@ def _search_cells(result: SettingResult) -> tuple[list[str], list[list[str]]]:
         cells = [f"{found[rate]:.2f}" if rate in found else "failed" for rate in result.search]
         cells = [f"**{c}**" if rate == arm.recipe.lr else c for rate, c in zip(result.search, cells, strict=True)]
         runs = [run for c in (result.comparison, *result.search.values()) for run in runs_of(arm, c)]
-        body.append([_label(arm, runs[0]), _latents(runs[0])] if runs else [arm.recipe.variant, arm.recipe.latents])
+        body.append([_label(arm, runs[0]), _latents(runs[0])] if runs else [arm.recipe.scheme_spec, arm.recipe.latents])
         body[-1] += cells
     return [ARM, "latents", *(f"lr {rate:g}" for rate in result.search)], body
 

@@ -258,8 +258,8 @@ class _Parent:
         self.send("hook", "bonn_qat_after_epoch", {"epoch": epoch, "metrics": metrics})
 
     @hookimpl
-    def bonn_qat_after_run(self, report: Mapping[str, Any] | None) -> None:
-        self.send("hook", "bonn_qat_after_run", {"report": report})
+    def bonn_qat_after_run(self, result: Mapping[str, Any] | None) -> None:
+        self.send("hook", "bonn_qat_after_run", {"result": result})
 
 
 def _portable(error: Exception) -> Exception:

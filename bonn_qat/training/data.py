@@ -17,8 +17,8 @@ from bonn_qat.errors import InvalidData, UnknownName
 from bonn_qat.files.plain import words_of
 
 Batch = tuple[Tensor, Tensor]
-Share = tuple[int, int]
-WHOLE: Share = (0, 1)
+Shard = tuple[int, int]
+WHOLE: Shard = (0, 1)
 _TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion-mnist": "FashionMNIST"}
 NAMES = ("digits", *_TORCHVISION)
 _SPLIT_SEED = 0
@@ -27,7 +27,7 @@ _SPLIT_SEED = 0
 class Data(ABC):
     """A training and a test set. Images come as ``(B, C, H, W)`` float32, standardised; targets as ``(B,)`` int64.
 
-    ``share`` is (rank, world): of each training batch the process ``rank`` of ``world`` gets its part, all of them
+    ``shard`` is (rank, world): of each training batch the process ``rank`` of ``world`` gets its part, all of them
     equal ones, so that up to ``world - 1`` images of the last are left out; of the batches of the other sets it gets
     each ``world``-th.
     """
@@ -54,7 +54,7 @@ class Data(ABC):
 
     @abstractmethod
     def train_batches(
-        self, batch_size: int, generator: torch.Generator, *, augment: bool, share: Share = WHOLE, start: int = 0
+        self, batch_size: int, generator: torch.Generator, *, augment: bool, shard: Shard = WHOLE, start: int = 0
     ) -> Iterator[Batch]:
         """One epoch in an order, and with augmentations, that the generator alone decides; without ``start`` batches.
 
@@ -62,11 +62,11 @@ class Data(ABC):
         """
 
     @abstractmethod
-    def test_batches(self, batch_size: int = 500, *, share: Share = WHOLE) -> Iterator[Batch]:
+    def test_batches(self, batch_size: int = 500, *, shard: Shard = WHOLE) -> Iterator[Batch]:
         """The test set in its order, without augmentation."""
 
     @abstractmethod
-    def measure_batches(self, batch_size: int = 500, *, share: Share = WHOLE) -> Iterator[Batch]:
+    def measure_batches(self, batch_size: int = 500, *, shard: Shard = WHOLE) -> Iterator[Batch]:
         """The training set in its order, without augmentation."""
 
 
@@ -106,7 +106,7 @@ class TensorData(Data):
         return (images.float() - self._mean) / self._std
 
     def train_batches(
-        self, batch_size: int, generator: torch.Generator, *, augment: bool, share: Share = WHOLE, start: int = 0
+        self, batch_size: int, generator: torch.Generator, *, augment: bool, shard: Shard = WHOLE, start: int = 0
     ) -> Iterator[Batch]:
         images, targets = self._train
         order = torch.randperm(len(images), generator=generator)
@@ -116,7 +116,7 @@ class TensorData(Data):
         views = views and Views(*(part.to(images.device) for part in views))
         for first in range(start * batch_size, len(images), batch_size):
             end = min(first + batch_size, len(images))
-            own = slice(first + share[0], end - (end - first) % share[1], share[1])
+            own = slice(first + shard[0], end - (end - first) % shard[1], shard[1])
             chosen = order[own]
             if len(chosen) < 2 <= len(images):
                 continue  # batch statistics of one image are no statistics
@@ -125,22 +125,22 @@ class TensorData(Data):
                 batch = augmented(batch, Views(*(part[own] for part in views)))
             yield self._standardise(batch), targets[chosen]
 
-    def test_batches(self, batch_size: int = 500, *, share: Share = WHOLE) -> Iterator[Batch]:
-        return self._in_order(self._test, batch_size, share)
+    def test_batches(self, batch_size: int = 500, *, shard: Shard = WHOLE) -> Iterator[Batch]:
+        return self._in_order(self._test, batch_size, shard)
 
-    def measure_batches(self, batch_size: int = 500, *, share: Share = WHOLE) -> Iterator[Batch]:
-        return self._in_order(self._train, batch_size, share)
+    def measure_batches(self, batch_size: int = 500, *, shard: Shard = WHOLE) -> Iterator[Batch]:
+        return self._in_order(self._train, batch_size, shard)
 
-    def _in_order(self, part: Batch, batch_size: int, share: Share) -> Iterator[Batch]:
+    def _in_order(self, part: Batch, batch_size: int, shard: Shard) -> Iterator[Batch]:
         for images, targets in _dealt(
-            list(zip(*(torch.split(tensor, batch_size) for tensor in part), strict=True)), share
+            list(zip(*(torch.split(tensor, batch_size) for tensor in part), strict=True)), shard
         ):
             yield self._standardise(images), targets
 
 
-def _dealt(batches: list[Any], share: Share) -> list[Any]:
+def _dealt(batches: list[Any], shard: Shard) -> list[Any]:
     # Whole batches, so that their statistics do not depend on the number of processes.
-    rank, world = share
+    rank, world = shard
     return batches[rank::world]
 
 
@@ -212,29 +212,29 @@ class FolderData(Data):
         return iter(loader)
 
     def train_batches(
-        self, batch_size: int, generator: torch.Generator, *, augment: bool, share: Share = WHOLE, start: int = 0
+        self, batch_size: int, generator: torch.Generator, *, augment: bool, shard: Shard = WHOLE, start: int = 0
     ) -> Iterator[Batch]:
         part = self._train if augment else self._measure
         order = torch.randperm(self.train_size, generator=generator).tolist()
         seeds = torch.randint(2**32, (self.train_size,), generator=generator).tolist()
         images = list(zip(order, seeds, strict=True))
-        rank, world = share
+        rank, world = shard
         # The batches of one image, and what does not divide, are left out; see TensorData.
         whole = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
         batches = [batch[: len(batch) - len(batch) % world][rank::world] for batch in whole]
         own = [batch for batch in batches if len(batch) > 1 or self.train_size == 1]
         return self._loader(_SeededImages(part), own[start:])
 
-    def test_batches(self, batch_size: int = 100, *, share: Share = WHOLE) -> Iterator[Batch]:
-        return self._in_order(self._test, batch_size, share)
+    def test_batches(self, batch_size: int = 100, *, shard: Shard = WHOLE) -> Iterator[Batch]:
+        return self._in_order(self._test, batch_size, shard)
 
-    def measure_batches(self, batch_size: int = 100, *, share: Share = WHOLE) -> Iterator[Batch]:
-        return self._in_order(self._measure, batch_size, share)
+    def measure_batches(self, batch_size: int = 100, *, shard: Shard = WHOLE) -> Iterator[Batch]:
+        return self._in_order(self._measure, batch_size, shard)
 
-    def _in_order(self, part: Any, batch_size: int, share: Share) -> Iterator[Batch]:
+    def _in_order(self, part: Any, batch_size: int, shard: Shard) -> Iterator[Batch]:
         places = range(len(part))
         batches = [places[i : i + batch_size] for i in range(0, len(part), batch_size)]
-        return self._loader(part, _dealt(batches, share))
+        return self._loader(part, _dealt(batches, shard))
 
 
 class _SeededImages(torch.utils.data.Dataset[Any]):

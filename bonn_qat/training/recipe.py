@@ -151,26 +151,26 @@ class Recipe:
     @property
     def name(self) -> str:
         """A name for the run, unique within a comparison, and fit for a file's."""
-        return re.sub(r"[^\w.,=+-]", "_", f"{self.variant}-{self.latents}-seed{self.seed}")
+        return re.sub(r"[^\w.,=+-]", "_", f"{self.scheme_spec}-{self.latents}-seed{self.seed}")
 
     @property
-    def variant(self) -> str:
+    def scheme_spec(self) -> str:
         """The scheme with its options: ``xnor``, or ``xnor:gradient=plain+input_scale=true``."""
         options = (f"{name}={value if isinstance(value, str) else json.dumps(value)}"
                    for name, value in sorted(self.scheme_options.items()))  # fmt: skip
         return ":".join(filter(None, (self.scheme, "+".join(options))))
 
-    def with_variant(self, variant: str) -> "Recipe":
-        """A copy with the scheme, and beside its own options those, that ``variant`` names.
+    def with_scheme(self, spec: str) -> "Recipe":
+        """A copy with the scheme, and beside its own options those, that ``spec`` names.
 
         Values are written as in TOML; what is none is a word. Raises InvalidRecipe for an option without a value.
         """
-        scheme, _, options = variant.partition(":")
+        scheme, _, options = spec.partition(":")
         given: dict[str, Any] = {}
         for option in filter(None, options.split("+")):
             name, equals, text = option.partition("=")
             if not equals or not text:
-                raise InvalidRecipe(f"the option {option!r} in {variant!r} has no value; write {name}=VALUE")
+                raise InvalidRecipe(f"the option {option!r} in {spec!r} has no value; write {name}=VALUE")
             given[name] = plain.toml_value(text)
         return replace(self, scheme=scheme, scheme_options={**self.scheme_options, **given})
 

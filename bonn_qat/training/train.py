@@ -81,7 +81,7 @@ def train(
             report = asdict(result)
         finally:
             lay_out(model, torch.contiguous_format)  # as safetensors wants it
-            hook.bonn_qat_after_run(recipe=recipe, report=report)
+            hook.bonn_qat_after_run(recipe=recipe, result=report)
     return result
 
 

@@ -89,7 +89,7 @@ class Trainer:
         self.run_id = distributed.broadcast(uuid.uuid4().hex)
         self.norms = SynchronisedNorms(self.model, wanted=recipe.sync_norms)
         self.keeper: Keeper | None = None
-        self.share = distributed.rank(), distributed.world()
+        self.shard = distributed.rank(), distributed.world()
         self.steps_in_epoch = math.ceil(data.train_size / recipe.batch_size)
         self.layers = dict(binary_layers(model))
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -178,7 +178,7 @@ class Trainer:
         random = found.part("random")
         self.order = random["data"]
         self.generator.set_state(self.order)
-        rank = self.share[0]
+        rank = self.shard[0]
         if f"torch.{rank}" in random:  # it may have had fewer processes
             torch.set_rng_state(random[f"torch.{rank}"])
         if f"cuda.{rank}" in random and self.device.type == "cuda":
@@ -255,8 +255,8 @@ class Trainer:
         """What the run gave, once its epochs are done."""
         return RunResult(
             name=self.recipe.name,
-            scheme=self.recipe.variant,
-            title=" ".join(filter(None, (self.scheme.title, self.recipe.variant.partition(":")[2]))),
+            scheme=self.recipe.scheme_spec,
+            title=" ".join(filter(None, (self.scheme.title, self.recipe.scheme_spec.partition(":")[2]))),
             bits=self.scheme.bits,
             latents="float" if self.scheme.latent_std is None else f"{self.scheme.latent_std:g}",
             seed=self.recipe.seed,
@@ -291,7 +291,7 @@ class Trainer:
             self.optimizer.state.clear()  # the momentum of weights that had another scale
         for name, weight in self._stage.regularizers.items():
             if weight and not (before and before.regularizers.get(name)):
-                batches = self._on_device(self.data.measure_batches(share=self.share), whole=False)
+                batches = self._on_device(self.data.measure_batches(shard=self.shard), whole=False)
                 self.objective.regularizers[name].start(batches)  # type: ignore[operator]
 
     def _set_stage(self, stage: int) -> None:
@@ -307,7 +307,7 @@ class Trainer:
     def _whole_forward(self) -> Callable[[Tensor, Tensor], Losses]:
         """Network and losses as one call, synchronised and compiled as asked; made anew where a stage changes them."""
         forward: nn.Module = self.objective
-        if self.share[1] > 1:
+        if self.shard[1] > 1:
             devices = [self.device.index] if self.device.type == "cuda" else None
             forward = DistributedDataParallel(forward, devices)
             # Where norms are synchronised all buffers are, and need not be sent at each step. Not as an argument, which
@@ -318,7 +318,7 @@ class Trainer:
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         self.objective.train()
         batches = self.data.train_batches(
-            self.recipe.batch_size, self.generator, augment=self.recipe.augment, share=self.share, start=self.done
+            self.recipe.batch_size, self.generator, augment=self.recipe.augment, shard=self.shard, start=self.done
         )
         if self.done:
             self._set_lr((epoch - 1) + (self.done - 1) / self.steps_in_epoch)  # there may be no step left to set it
@@ -353,7 +353,7 @@ class Trainer:
     def _recompute_norms(self) -> None:
         if self.keeper is not None:
             self.keeper.save()  # for it cannot be left in the middle
-        batches = self._on_device(self.data.measure_batches(share=self.share), whole=False)
+        batches = self._on_device(self.data.measure_batches(shard=self.shard), whole=False)
         with self.norms.off(), distributed.alone():  # for the processes have different numbers of batches
             update_bn(batches, self.model)
         average_statistics(self.model)
@@ -379,7 +379,7 @@ class Trainer:
     def _test(self) -> dict[str, float]:
         self.objective.eval()
         sums = torch.zeros(3, device=self.device)  # hits, hits among the first five, loss
-        for images, targets in self._on_device(self.data.test_batches(share=self.share), whole=True):
+        for images, targets in self._on_device(self.data.test_batches(shard=self.shard), whole=True):
             logits = self.model(images)
             order = logits.topk(min(_TOP, logits.shape[1])).indices == targets[:, None]
             loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")

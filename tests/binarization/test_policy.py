@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from bonn_qat.binarization.policy import float_layers, named, plan
+from bonn_qat.binarization.policy import decide, float_layers, named
 from bonn_qat.errors import InvalidModel, UnknownName
 from bonn_qat.heads import classifier
 
@@ -160,7 +160,7 @@ class Gated(nn.Module):
 
 
 def test_gates_are_found_by_what_comes_in_and_what_comes_later():
-    decided = plan(Gated())
+    decided = decide(Gated())
     assert decided.kept == {"stem": "first layer", "a": "gate", "b": "gate", "head": "classifier"}
     assert decided.binary == ("conv", "hidden")  # pooled too, but nothing unpooled comes after it
     assert decided.input_size == (3, 224, 224)
@@ -168,7 +168,7 @@ def test_gates_are_found_by_what_comes_in_and_what_comes_later():
 
 def test_gates_are_found_by_class_where_the_maps_are_single_pixels():
     model = timm.create_model("seresnet18" if timm.is_model("seresnet18") else "legacy_seresnet18", num_classes=4)
-    kept = plan(model, input_size=(3, 32, 32)).kept
+    kept = decide(model, input_size=(3, 32, 32)).kept
     gates = [name for name, _ in model.named_modules() if name.endswith((".fc1", ".fc2"))]
     assert len(gates) == 16
     assert all(kept[name] == "gate" for name in gates)
@@ -193,7 +193,7 @@ def test_gates_are_found_by_class_where_the_maps_are_single_pixels():
 def test_what_timms_nets_keep(name, options, reasons):
     with torch.device("meta"):
         model = timm.create_model(name, **options)
-    decided = plan(model)
+    decided = decide(model)
     found = Counter(reason.split(" a Conv2d")[0] for reason in decided.kept.values())
     assert found == reasons
     assert decided.binary
@@ -218,7 +218,7 @@ def test_torchvisions_nets_have_no_metadata_and_keep_their_ends(name, first, las
     arguments = {"weights": None, **({"weights_backbone": None} if "." in name else {})}
     with torch.device("meta"):
         model = getattr(module, name.rsplit(".", 1)[-1])(**arguments)
-    decided = plan(model)
+    decided = decide(model)
     assert decided.kept[first] == "first layer"
     assert decided.kept[last] in ("classifier", "last layer")
     assert sum(why in ("first layer", "classifier", "last layer") for why in decided.kept.values()) == 2
@@ -227,7 +227,7 @@ def test_torchvisions_nets_have_no_metadata_and_keep_their_ends(name, first, las
 def test_auxiliary_heads_that_evaluation_does_not_reach_stay_float():
     with torch.device("meta"):
         model = torchvision.models.googlenet(weights=None, aux_logits=True, init_weights=False)
-    kept = plan(model).kept
+    kept = decide(model).kept
     assert {name for name, why in kept.items() if why == "not reached by a forward pass"} == {
         f"aux{i}.{layer}" for i in (1, 2) for layer in ("conv.conv", "fc1", "fc2")
     }
@@ -238,7 +238,7 @@ def test_a_model_that_takes_no_image_is_decided_by_names_and_classes():
         def forward(self, x, y):
             return x + y
 
-    decided = plan(Two())
+    decided = decide(Two())
     assert decided.input_size is None
     assert decided.kept == {"stem": "first layer", "head": "classifier"}
 
@@ -255,32 +255,34 @@ def test_a_model_that_takes_no_image_is_decided_by_names_and_classes():
 def test_layers_that_others_read_are_told(name, readers):
     with torch.device("meta"):
         model = timm.create_model(name, **({} if readers is None else {"depth": 2}))
-    decided = plan(model)
+    decided = decide(model)
     if readers is None:
         readers = {n: n[: -len(".qkv")] for n, _ in model.named_modules() if n.endswith(".qkv")}
         assert len(readers) == 12
     assert decided.bypassed == readers
     assert all(decided.kept[layer] == f"{reader} reads its weight itself" for layer, reader in readers.items())
-    assert plan(model, skip=["*.qkv"]).bypassed == {}  # who names them knows
+    assert decide(model, skip=["*.qkv"]).bypassed == {}  # who names them knows
 
 
 def test_weights_that_two_layers_share_stay_float():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
     model[2].weight = model[1].weight
-    assert plan(model).kept == {
+    assert decide(model).kept == {
         "0": "first layer", "1": "shares its weight with 2", "2": "shares its weight with 1", "4": "classifier",
     }  # fmt: skip
 
 
 def test_include_overrules_the_rules_and_skip_overrules_include(resnet):
-    assert "conv1" in plan(resnet, include=["conv1"]).binary
-    assert "layer2.0.downsample.0" in plan(resnet, include="layer2").binary
+    assert "conv1" in decide(resnet, include=["conv1"]).binary
+    assert "layer2.0.downsample.0" in decide(resnet, include="layer2").binary
     assert (
-        plan(resnet, include=["layer2"], skip=["layer2.0.downsample"]).kept["layer2.0.downsample.0"].startswith("skip")
+        decide(resnet, include=["layer2"], skip=["layer2.0.downsample"])
+        .kept["layer2.0.downsample.0"]
+        .startswith("skip")
     )
-    assert "layer2.0.conv1" in plan(resnet, include=iter(["layer2", "layer2.0.conv1"])).binary  # one within the other
+    assert "layer2.0.conv1" in decide(resnet, include=iter(["layer2", "layer2.0.conv1"])).binary  # one within the other
     mobile = timm.create_model("mobilenetv2_035", num_classes=2)
-    assert not any(why == "depthwise" for why in plan(mobile, include=["*.conv_dw"]).kept.values())
+    assert not any(why == "depthwise" for why in decide(mobile, include=["*.conv_dw"]).kept.values())
 
 
 @pytest.mark.parametrize(
@@ -293,9 +295,9 @@ def test_include_overrules_the_rules_and_skip_overrules_include(resnet):
 def test_a_layer_that_cannot_be_binary_but_is_asked_for_is_an_error(pattern, message):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv1d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 3))
     with pytest.raises(InvalidModel, match=message):
-        plan(model, include=[pattern])
+        decide(model, include=[pattern])
     with pytest.raises(UnknownName, match="in include '9'"):
-        plan(model, include=["9"])
+        decide(model, include=["9"])
 
 
 def test_the_predicate_decides_between_skip_and_the_rules(resnet):
@@ -305,23 +307,23 @@ def test_the_predicate_decides_between_skip_and_the_rules(resnet):
         asked.append(name)
         return {"layer1.0.conv1": False, "conv1": True, "layer2.0.conv1": True}.get(name)
 
-    decided = plan(resnet, skip=["layer2.0.conv1"], predicate=predicate)
+    decided = decide(resnet, skip=["layer2.0.conv1"], predicate=predicate)
     assert decided.kept["layer1.0.conv1"] == "predicate"
     assert decided.kept["layer2.0.conv1"] == "skip 'layer2.0.conv1'"
     assert "conv1" in decided.binary
     assert "layer2.0.conv1" not in asked
     assert decided.kept["fc"] == "classifier"  # no opinion
-    assert plan(resnet, predicate=lambda name, layer: isinstance(layer, nn.Linear)).binary == ("fc",)
+    assert decide(resnet, predicate=lambda name, layer: isinstance(layer, nn.Linear)).binary == ("fc",)
 
 
 def test_a_size_that_the_model_refuses_is_named():
     with torch.device("meta"):
         model = timm.create_model("vit_tiny_patch16_224", depth=1)
     with pytest.raises(InvalidModel, match=r"VisionTransformer does not take an image of \(3, 64, 64\).*input_size"):
-        plan(model, input_size=(3, 64, 64))
+        decide(model, input_size=(3, 64, 64))
 
 
 def test_the_size_that_a_model_was_made_for_is_found():
-    assert plan(timm.create_model("test_vit", img_size=64)).input_size == (3, 64, 64)
+    assert decide(timm.create_model("test_vit", img_size=64)).input_size == (3, 64, 64)
     for channels in (1, 13):
-        assert plan(timm.create_model("resnet10t", in_chans=channels)).input_size == (channels, 176, 176)
+        assert decide(timm.create_model("resnet10t", in_chans=channels)).input_size == (channels, 176, 176)

@@ -76,7 +76,7 @@ class Branches(nn.Module):
 
 
 def scheme_of(variant: str) -> bonn_qat.Scheme:
-    recipe = Recipe().with_variant(variant)
+    recipe = Recipe().with_scheme(variant)
     return plugins.find_scheme(recipe.scheme).configure(recipe.scheme_options)
 
 

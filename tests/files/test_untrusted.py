@@ -523,7 +523,7 @@ def test_depth_is_refused_wherever_it_comes_from():
         with pytest.raises(InvalidRecipe, match="more than 24 tables and lists"):
             Recipe.from_dict(content)
     with pytest.raises(InvalidRecipe, match="bytes; a file's takes"):
-        Recipe().with_variant("xnor:a=" + "[" * 5000)
+        Recipe().with_scheme("xnor:a=" + "[" * 5000)
 
 
 # ------------------------------------------------------------------------------------------------------------- results

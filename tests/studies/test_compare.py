@@ -43,7 +43,7 @@ def test_a_plan_crosses_schemes_latents_and_seeds_and_runs_the_float_network_onc
 def test_a_scheme_comes_with_options_of_its_own(tmp_path: Path, digits: data.Data) -> None:
     variants = ["xnor", "xnor:gradient=plain+input_scale=true", "bonn:clip=0.5"]
     planned = plan(RECIPE, schemes=variants)
-    assert [recipe.variant for recipe in planned] == variants
+    assert [recipe.scheme_spec for recipe in planned] == variants
     assert planned[1].scheme_options == {"gradient": "plain", "input_scale": True}
     found = compare(planned, digits, tmp_path)
     assert [result.scheme for result in found.results] == variants
@@ -108,8 +108,8 @@ class _Interrupt:
             raise self.error
 
     @hookimpl
-    def bonn_qat_after_run(self, report: dict[str, Any] | None) -> None:
-        self.calls.append("failed" if report is None else "finished")
+    def bonn_qat_after_run(self, result: dict[str, Any] | None) -> None:
+        self.calls.append("failed" if result is None else "finished")
 
     @hookimpl
     def bonn_qat_after_comparison(self) -> None:

@@ -78,8 +78,8 @@ class Observer:
         self.note(recipe, "epoch", f" {epoch}")
 
     @hookimpl
-    def bonn_qat_after_run(self, recipe: Recipe, report: Any) -> None:
-        self.note(recipe, "after", "" if report else " nothing")
+    def bonn_qat_after_run(self, recipe: Recipe, result: Any) -> None:
+        self.note(recipe, "after", "" if result else " nothing")
 
 
 class ModelObserver(Observer):
@@ -243,7 +243,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
                 pm.hook.bonn_qat_after_epoch(recipe=recipe, epoch=epoch, metrics={})
             report = {"name": recipe.name}
         finally:
-            pm.hook.bonn_qat_after_run(recipe=recipe, report=report)
+            pm.hook.bonn_qat_after_run(recipe=recipe, result=report)
         return recipe.name, "finished"
 
     monkeypatch.setattr(jobs, "_CONTEXT", SimpleNamespace(Pipe=multiprocessing.Pipe, Process=Thread))

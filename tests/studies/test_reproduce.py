@@ -73,8 +73,8 @@ class Observer:
         self.calls.append(("before", directory))
 
     @hookimpl
-    def bonn_qat_after_comparison(self, directory: Path, report: Path) -> None:
-        self.calls.append(("after", report))
+    def bonn_qat_after_comparison(self, directory: Path, page: Path) -> None:
+        self.calls.append(("after", page))
 
 
 def watched(observer: Observer) -> pluggy.PluginManager:
@@ -301,7 +301,7 @@ def test_an_arm_that_fails_is_told_and_the_others_have_their_rows(changed: Simpl
 def test_a_setting_is_for_the_arms_that_it_has_a_meaning_for(tmp_path: Path) -> None:
     mine = write(tmp_path, [FLOAT, XNOR, BONN])
     changed = reproduce._changed(mine.settings[0], ["latents=0.02", "scheme_options.feature=0.1"], None, (), None)
-    assert [(arm.recipe.variant, arm.recipe.latents) for arm in changed.arms] == [
+    assert [(arm.recipe.scheme_spec, arm.recipe.latents) for arm in changed.arms] == [
         ("float", "float"), ("xnor", "0.02"), ("bonn:feature=0.1", "0.02"),
     ]  # fmt: skip
 

@@ -27,7 +27,7 @@ TITLES = {"float": "Full precision", "xnor": "XNOR-Net", "bonn": "BONN"}
 
 def arm(variant: str, label: str = "", *, latents: str = "0.01", lr: float = 0.1, **paper: float) -> StudyArm:
     start = "float" if variant == "float" else latents
-    return StudyArm(label=label, recipe=Recipe(latents=start, lr=lr).with_variant(variant), paper=paper)
+    return StudyArm(label=label, recipe=Recipe(latents=start, lr=lr).with_scheme(variant), paper=paper)
 
 
 def run(arm: StudyArm, seed: int, top1: float, **metrics: float) -> RunResult:
@@ -35,8 +35,8 @@ def run(arm: StudyArm, seed: int, top1: float, **metrics: float) -> RunResult:
     binary = {} if recipe.scheme == "float" else {"scale/conv": 0.1, "flips": 0.01}
     return RunResult(
         name=recipe.name,
-        scheme=recipe.variant,
-        title=TITLES.get(recipe.variant, recipe.variant),
+        scheme=recipe.scheme_spec,
+        title=TITLES.get(recipe.scheme_spec, recipe.scheme_spec),
         bits="1/1" if binary else "32/32",
         latents=recipe.latents,
         seed=seed,

@@ -34,7 +34,7 @@ def _folder(root: Path, count: int) -> Path:
 def test_the_shares_of_a_batch_are_equal_and_together_the_batch(world: int) -> None:
     digits = data.load("digits", train_images=71)
     whole = list(digits.train_batches(16, _generator(), augment=True))
-    shares = [list(digits.train_batches(16, _generator(), augment=True, share=(rank, world))) for rank in range(world)]
+    shares = [list(digits.train_batches(16, _generator(), augment=True, shard=(rank, world))) for rank in range(world)]
     for batch, parts in zip(whole, zip(*shares, strict=True), strict=True):
         sizes = {len(targets) for _, targets in parts}
         assert sizes == {len(batch[0]) // world}
@@ -56,9 +56,9 @@ def test_every_batch_of_the_other_sets_is_in_one_share(tmp_path: Path, kind: str
 def test_an_epoch_that_is_begun_in_the_middle_is_the_rest_of_the_whole(tmp_path: Path, kind: str) -> None:
     found = data.load("digits", train_images=23) if kind == "digits" else data.load(str(_folder(tmp_path, 9)), size=16)
     for share in ((0, 1), (1, 2)):
-        whole = list(found.train_batches(5, _generator(), augment=True, share=share))
+        whole = list(found.train_batches(5, _generator(), augment=True, shard=share))
         for start in (0, 2, len(whole)):
-            rest = list(found.train_batches(5, _generator(), augment=True, share=share, start=start))
+            rest = list(found.train_batches(5, _generator(), augment=True, shard=share, start=start))
             assert len(rest) == len(whole) - start
             for one, other in zip(whole[start:], rest, strict=True):
                 assert torch.equal(one[0], other[0])
@@ -72,7 +72,7 @@ def test_the_augmentation_of_an_image_depends_on_neither_processes_nor_workers(t
     folder = data.load(root, size=16, workers=workers)
     before = torch.get_rng_state()
     for rank in range(2):
-        part = list(folder.train_batches(6, _generator(), augment=True, share=(rank, 2)))
+        part = list(folder.train_batches(6, _generator(), augment=True, shard=(rank, 2)))
         for (images, _), (own, _) in zip(whole, part, strict=False):
             assert torch.equal(images[rank::2], own)
     assert torch.equal(torch.get_rng_state(), before)
@@ -82,7 +82,7 @@ def test_the_shares_of_a_folder_are_other_images_of_the_same_order(tmp_path: Pat
     folder = data.load(str(_folder(tmp_path, 7)), size=16)
     whole = [targets for _, targets in folder.train_batches(4, _generator(), augment=False)]
     first, second = (
-        [targets for _, targets in folder.train_batches(4, _generator(), augment=False, share=(rank, 2))]
+        [targets for _, targets in folder.train_batches(4, _generator(), augment=False, shard=(rank, 2))]
         for rank in range(2)
     )
     assert [len(targets) for targets in first] == [2, 2, 2]  # of the last two images, one each would be no statistics

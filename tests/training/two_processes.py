@@ -33,7 +33,7 @@ IMAGES, BATCH = 32, 16
 
 
 def recipe(variant: str, **changes: Any) -> Recipe:
-    base = Recipe(epochs=2, batch_size=BATCH, lr=0.05, train_images=IMAGES, test_images=33).with_variant(variant)
+    base = Recipe(epochs=2, batch_size=BATCH, lr=0.05, train_images=IMAGES, test_images=33).with_scheme(variant)
     epochs = max(2, len(plugins.find_scheme(base.scheme).stages))
     return dataclasses.replace(base, **{"epochs": epochs, **changes})
 
@@ -175,7 +175,7 @@ class InThree(data.Data):
         return self._digits.test_batches(*args, **kwargs)
 
     def measure_batches(self, batch_size: int = 0, *, share: data.Share = data.WHOLE) -> Any:
-        self.dealt = list(self._digits.measure_batches(11, share=share))
+        self.dealt = list(self._digits.measure_batches(11, shard=share))
         return iter(self.dealt)
 
 

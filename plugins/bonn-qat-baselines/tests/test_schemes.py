@@ -50,7 +50,7 @@ def pm():
 
 
 def scheme_of(variant: str, pm) -> Scheme:
-    recipe = Recipe().with_variant(variant)
+    recipe = Recipe().with_scheme(variant)
     return plugins.find_scheme(recipe.scheme, pm).configure(recipe.scheme_options)
 
 

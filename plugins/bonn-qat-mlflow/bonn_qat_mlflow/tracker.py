@@ -122,22 +122,22 @@ class Tracker:
                 self._sender.put(run.place, EpochEnded(time=_now(), run=run.id, epoch=epoch, metrics=metrics))
 
     @hookimpl
-    def bonn_qat_after_run(self, recipe: _Recipe, report: Mapping[str, Any] | None) -> None:
-        """Log the results file and end the run: FINISHED, or without a report KILLED or FAILED."""
+    def bonn_qat_after_run(self, recipe: _Recipe, result: Mapping[str, Any] | None) -> None:
+        """Log the results file and end the run: FINISHED, or without a result KILLED or FAILED."""
         if self._comparisons:
-            self._comparisons[-1].all_finished &= report is not None
+            self._comparisons[-1].all_finished &= result is not None
         run = self._runs.pop(recipe.name, None)
         if run is None:
             return
         with self._training_goes_on():
             # A finished run is not told again, so it must not be in memory alone once this returns.
-            ended = RunEnded(time=_now(), run=run.id, status=_status(report is not None), report=report)
+            ended = RunEnded(time=_now(), run=run.id, status=_status(result is not None), report=result)
             self._sender.put(run.place, ended, keep=bool(self._comparisons))
             if not self._comparisons:
                 self._sender.wait(interrupted=_interrupted())
 
     @hookimpl
-    def bonn_qat_after_comparison(self, directory: Path, report: Path) -> None:
+    def bonn_qat_after_comparison(self, directory: Path, page: Path) -> None:
         """Log the comparison's page, if it is below the directory, and end its run: FINISHED if every run did."""
         here = directory.resolve()
         if here not in [comparison.directory for comparison in self._comparisons]:
@@ -145,7 +145,7 @@ class Tracker:
         while self._comparisons[-1].directory != here:  # one within, of whose end nobody told
             self._comparisons[-1].all_finished = False
             self._close(None)
-        self._close(report.resolve())
+        self._close(page.resolve())
         if not self._comparisons:
             self._place = None
             self._sender.wait(interrupted=_interrupted())

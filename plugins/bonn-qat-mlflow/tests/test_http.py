@@ -32,8 +32,8 @@ def comparison(hook, directory):
     yield
     hook.bonn_qat_before_run(recipe=RECIPE, model=None, run_id="abc")
     hook.bonn_qat_after_epoch(recipe=RECIPE, epoch=1, metrics={"loss": 1.0})
-    hook.bonn_qat_after_run(recipe=RECIPE, report={})
-    hook.bonn_qat_after_comparison(directory=directory, report=directory / "none.html")
+    hook.bonn_qat_after_run(recipe=RECIPE, result={})
+    hook.bonn_qat_after_comparison(directory=directory, page=directory / "none.html")
 
 
 def observed(**times):

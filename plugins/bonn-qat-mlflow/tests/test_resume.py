@@ -73,9 +73,9 @@ def run(hook, epochs, report=None, interrupted=False, many=2):
         if interrupted:
             raise KeyboardInterrupt
     except KeyboardInterrupt:
-        hook.bonn_qat_after_run(recipe=RECIPE, report=None)
+        hook.bonn_qat_after_run(recipe=RECIPE, result=None)
     else:
-        hook.bonn_qat_after_run(recipe=RECIPE, report=report)
+        hook.bonn_qat_after_run(recipe=RECIPE, result=report)
 
 
 def comparison(hook, directory, *arguments, **options):
@@ -85,8 +85,8 @@ def comparison(hook, directory, *arguments, **options):
     hook.bonn_qat_before_comparison(directory=directory, recipes=[])
     hook.bonn_qat_before_comparison(directory=inner, recipes=[])
     run(hook, *arguments, **options)
-    hook.bonn_qat_after_comparison(directory=inner, report=inner / "none.html")
-    hook.bonn_qat_after_comparison(directory=directory, report=directory / "report.html")
+    hook.bonn_qat_after_comparison(directory=inner, page=inner / "none.html")
+    hook.bonn_qat_after_comparison(directory=directory, page=directory / "report.html")
 
 
 def dump(directory):

@@ -95,7 +95,7 @@ def epoch(hook, name, number):
 
 
 def end(hook, name, report=None):
-    hook.bonn_qat_after_run(recipe=recipe_of(name), report=report)
+    hook.bonn_qat_after_run(recipe=recipe_of(name), result=report)
 
 
 def one_run(hook, name, epochs=2):
@@ -109,7 +109,7 @@ def comparison(hook, directory, names=("a", "b")):
     hook.bonn_qat_before_comparison(directory=directory, recipes=[])
     for name in names:
         one_run(hook, name)
-    hook.bonn_qat_after_comparison(directory=directory, report=directory / "report.html")
+    hook.bonn_qat_after_comparison(directory=directory, page=directory / "report.html")
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_hooks_return_while_the_store_hangs_and_what_it_did_not_take_is_in_the_f
     one_run(hook, "a")
     one_run(hook, "b")
     with pytest.warns(RuntimeWarning, match=f"not done within 0 seconds.*-m bonn_qat_mlflow .*{unsent.NAME}") as caught:
-        hook.bonn_qat_after_comparison(directory=tmp_path, report=tmp_path / "report.html")
+        hook.bonn_qat_after_comparison(directory=tmp_path, page=tmp_path / "report.html")
     assert len(caught) == 1
     assert without_times(kept(path)) == whole
     gate.open.set()
@@ -188,7 +188,7 @@ def test_the_wait_for_a_store_that_was_found_away_is_another(observe, tmp_path, 
     assert first.reached.wait(LONG)
     one_run(hook, "a")
     with pytest.warns(RuntimeWarning, match="0 seconds"):
-        hook.bonn_qat_after_comparison(directory=tmp_path, report=tmp_path / "none.html")
+        hook.bonn_qat_after_comparison(directory=tmp_path, page=tmp_path / "none.html")
     threading.Timer(0.05, second.open.set).start()
     comparison(hook, tmp_path, ["b"])  # with no patience all of it would be in the file
     assert not path.exists()
@@ -305,7 +305,7 @@ def test_several_runs_at_once_are_kept_apart_in_the_file(observe, tmp_path, path
         for act in (begin, lambda *of: epoch(*of, 1), lambda *of: epoch(*of, 2), end):
             for name in ("a", "b"):
                 act(hook, name)
-        hook.bonn_qat_after_comparison(directory=tmp_path, report=tmp_path / "none.html")
+        hook.bonn_qat_after_comparison(directory=tmp_path, page=tmp_path / "none.html")
     content = kept(path).content
     assert content["id-a"]["status"] == content["id-b"]["status"] == "FAILED"
     assert content["id-a"].keys() == content["id-b"].keys() == {"name", "times", 1, 2, "status"}

@@ -74,7 +74,7 @@ def one_run(hook, recipe, report=REPORT, epochs=2):
     hook.bonn_qat_before_run(recipe=recipe, model=None, run_id="")
     for epoch in range(1, epochs + 1):
         hook.bonn_qat_after_epoch(recipe=recipe, epoch=epoch, metrics={"train/loss": 1 / epoch, "scale/a.b": 0.5})
-    hook.bonn_qat_after_run(recipe=recipe, report=report)
+    hook.bonn_qat_after_run(recipe=recipe, result=report)
 
 
 def page_in(directory):
@@ -88,7 +88,7 @@ def test_a_comparison_is_a_parent_run_with_a_child_per_recipe(hook, directory):
     hook.bonn_qat_before_comparison(directory=directory, recipes=recipes)
     for recipe in recipes:
         one_run(hook, recipe)
-    hook.bonn_qat_after_comparison(directory=directory, report=page_in(directory))
+    hook.bonn_qat_after_comparison(directory=directory, page=page_in(directory))
 
     client, runs = client_of(directory), runs_in(directory)
     assert set(runs) == {"digits", "bonn-seed0", "xnor-seed1"}
@@ -114,7 +114,7 @@ def test_a_comparison_that_goes_on_stays_one_parent_run(hook, tracker, directory
         tracker.flush()
         assert runs_in(directory)["digits"].info.status == "RUNNING"
         one_run(hook, recipe)
-        hook.bonn_qat_after_comparison(directory=directory, report=page_in(directory))
+        hook.bonn_qat_after_comparison(directory=directory, page=page_in(directory))
     assert set(runs_in(directory)) == {"digits", "bonn-seed0", "bonn-seed1"}
     assert len(client_of(directory).search_runs([runs_in(directory)["digits"].info.experiment_id])) == 3
 
@@ -123,7 +123,7 @@ def test_a_run_without_a_report_has_failed_and_so_has_its_comparison(hook, direc
     hook.bonn_qat_before_comparison(directory=directory, recipes=[])
     one_run(hook, FakeRecipe(), report=None)
     one_run(hook, FakeRecipe(seed=1))
-    hook.bonn_qat_after_comparison(directory=directory, report=directory / "none.html")
+    hook.bonn_qat_after_comparison(directory=directory, page=directory / "none.html")
     status = {name: run.info.status for name, run in runs_in(directory).items()}
     assert status == {"digits": "FAILED", "bonn-seed0": "FAILED", "bonn-seed1": "FINISHED"}
 
@@ -139,9 +139,9 @@ def test_a_comparison_within_another_is_a_child_in_the_others_store(hook, tracke
             assert client_of(directory).get_run(runs_in(directory)["digits"].info.run_id).info.status == "RUNNING"
         one_run(hook, FakeRecipe())
         for part in reversed(parts):
-            hook.bonn_qat_after_comparison(directory=part, report=page_in(part))
+            hook.bonn_qat_after_comparison(directory=part, page=page_in(part))
         one_run(hook, FakeRecipe("xnor"))
-        hook.bonn_qat_after_comparison(directory=directory, report=page_in(directory))
+        hook.bonn_qat_after_comparison(directory=directory, page=page_in(directory))
 
     client, runs = client_of(directory), runs_in(directory)
     above = {name: run.data.tags.get("mlflow.parentRunId") for name, run in runs.items()}
@@ -165,8 +165,8 @@ def test_a_study_fails_with_one_of_its_comparisons(hook, directory):
     hook.bonn_qat_before_comparison(directory=directory, recipes=[])
     hook.bonn_qat_before_comparison(directory=inner, recipes=[])
     one_run(hook, FakeRecipe(), report=None)
-    hook.bonn_qat_after_comparison(directory=inner, report=page_in(inner))
-    hook.bonn_qat_after_comparison(directory=directory, report=page_in(directory))
+    hook.bonn_qat_after_comparison(directory=inner, page=page_in(inner))
+    hook.bonn_qat_after_comparison(directory=directory, page=page_in(directory))
     status = {name: run.info.status for name, run in runs_in(directory).items()}
     assert status == {"digits": "FAILED", "wide": "FAILED", "bonn-seed0": "FAILED"}
 
@@ -174,7 +174,7 @@ def test_a_study_fails_with_one_of_its_comparisons(hook, directory):
 def test_a_comparison_of_whose_end_nobody_told_has_failed_and_takes_no_more_runs(hook, directory):
     hook.bonn_qat_before_comparison(directory=directory, recipes=[])
     hook.bonn_qat_before_comparison(directory=directory / "wide", recipes=[])
-    hook.bonn_qat_after_comparison(directory=directory, report=page_in(directory))
+    hook.bonn_qat_after_comparison(directory=directory, page=page_in(directory))
     assert {name: run.info.status for name, run in runs_in(directory).items()} == {"digits": "FAILED", "wide": "FAILED"}
     one_run(hook, FakeRecipe())
     assert "mlflow.parentRunId" not in runs_in(directory, "bonn-qat")["bonn-seed0"].data.tags
@@ -188,9 +188,9 @@ def test_runs_that_are_open_at_once_are_kept_apart(hook, directory):
     for epoch in (1, 2):
         for recipe, loss in ((second, 0.5), (first, 0.25)):
             hook.bonn_qat_after_epoch(recipe=recipe, epoch=epoch, metrics={"train/loss": loss / epoch})
-    hook.bonn_qat_after_run(recipe=second, report=None)
-    hook.bonn_qat_after_run(recipe=first, report=REPORT)
-    hook.bonn_qat_after_comparison(directory=directory, report=page_in(directory))
+    hook.bonn_qat_after_run(recipe=second, result=None)
+    hook.bonn_qat_after_run(recipe=first, result=REPORT)
+    hook.bonn_qat_after_comparison(directory=directory, page=page_in(directory))
     client, runs = client_of(directory), runs_in(directory)
     losses = {name: [metric.value for metric in client.get_metric_history(runs[name].info.run_id, "train/loss")]
               for name in ("bonn-seed0", "xnor-seed0")}  # fmt: skip
@@ -208,8 +208,8 @@ def test_an_interrupted_run_is_killed(hook, directory):
             hook.bonn_qat_before_run(recipe=recipe, model=None, run_id="")
             raise KeyboardInterrupt
         finally:
-            hook.bonn_qat_after_run(recipe=recipe, report=None)
-            hook.bonn_qat_after_comparison(directory=directory, report=page_in(directory))
+            hook.bonn_qat_after_run(recipe=recipe, result=None)
+            hook.bonn_qat_after_comparison(directory=directory, page=page_in(directory))
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
@@ -229,7 +229,7 @@ def test_a_tracking_uri_that_is_set_is_honoured(hook, directory, tmp_path, monke
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
     hook.bonn_qat_before_comparison(directory=directory, recipes=[])
     one_run(hook, FakeRecipe())
-    hook.bonn_qat_after_comparison(directory=directory, report=page_in(directory))
+    hook.bonn_qat_after_comparison(directory=directory, page=page_in(directory))
     assert set(runs_in(tmp_path, "mine")) == {"digits", "bonn-seed0"}
     assert not (directory / "mlflow.db").exists()
 
@@ -258,7 +258,7 @@ def two_comparisons(hook, directory):
     for recipe in (FakeRecipe(), FakeRecipe(seed=1)):
         hook.bonn_qat_before_comparison(directory=directory, recipes=[])
         one_run(hook, recipe)
-        hook.bonn_qat_after_comparison(directory=directory, report=page_in(directory))
+        hook.bonn_qat_after_comparison(directory=directory, page=page_in(directory))
     one_run(hook, FakeRecipe())
 
 
@@ -274,7 +274,7 @@ def test_what_the_store_refuses_costs_only_itself(hook, tracker, directory):
     with pytest.warns(RuntimeWarning, match="ValueError"):
         told_and_flushed(hook, tracker, recipe, {"train/loss": "much"})
     hook.bonn_qat_after_epoch(recipe=recipe, epoch=2, metrics={"train/loss": float("nan"), "scale/a[0]": 1.0})
-    hook.bonn_qat_after_run(recipe=recipe, report=REPORT)
+    hook.bonn_qat_after_run(recipe=recipe, result=REPORT)
     run = runs_in(directory, "bonn-qat")["bonn-seed0"]
     assert run.info.status == "FINISHED"
     assert run.data.metrics["scale/a_0_"] == 1.0
@@ -300,7 +300,7 @@ def test_long_recipes_and_many_layers_are_logged_in_batches(hook, directory):
     recipe = FakeRecipe(content={"options": {f"o{i}": i for i in range(230)}})
     hook.bonn_qat_before_run(recipe=recipe, model=None, run_id="")
     hook.bonn_qat_after_epoch(recipe=recipe, epoch=1, metrics={f"scale/l{i}": i / 7 for i in range(1100)})
-    hook.bonn_qat_after_run(recipe=recipe, report=REPORT)
+    hook.bonn_qat_after_run(recipe=recipe, result=REPORT)
     data = runs_in(directory, "bonn-qat")["bonn-seed0"].data
     assert data.params["options.o229"] == "229"
     assert data.metrics["scale/l1099"] == 1099 / 7
