@@ -1,4 +1,7 @@
-"""Distributed: what a run must know that torchrun or ``accelerate launch`` has started in several processes."""
+"""Collectives for runs that torchrun or ``accelerate launch`` starts in several processes.
+
+Without a process group there is one process, rank 0, and every collective does nothing.
+"""
 
 import contextlib
 import os
@@ -14,17 +17,17 @@ _is_alone = False
 
 
 def rank() -> int:
-    """This process' number, 0 for the one that writes and reports; 0 without a process group."""
+    """The rank of this process; rank 0 writes files and reports. 0 without a process group."""
     return dist.get_rank() if _grouped() else 0
 
 
 def world() -> int:
-    """The number of processes of the run; 1 without a process group."""
+    """The number of processes (world size); 1 without a process group."""
     return dist.get_world_size() if _grouped() else 1
 
 
 def device() -> torch.device:
-    """A GPU where there is one, this process' own under a launcher; else the CPU."""
+    """The GPU of this process (``LOCAL_RANK`` under a launcher, else the first one), or the CPU if there is no GPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -38,16 +41,16 @@ def all_reduce(tensor: Tensor) -> Tensor:
 
 
 def average(tensor: Tensor) -> Tensor:
-    """The mean of ``tensor`` over all processes, whose parts of a batch are equal; ``tensor`` itself without a group.
+    """The mean of ``tensor`` over all processes, which must hold equal parts of a batch; no gradient flows through it.
 
-    For quantizers whose statistics are those of a batch. No gradient goes through it.
+    For quantizers that use batch statistics. Without a process group it returns ``tensor`` itself.
     """
     return all_reduce(tensor.detach().clone()) / world() if _grouped() else tensor
 
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Within the block this process is one without a group, as far as this module goes."""
+    """Within the block, the functions of this module behave as if there were no process group."""
     global _is_alone
     before, _is_alone = _is_alone, True
     try:
@@ -57,7 +60,7 @@ def alone() -> Iterator[None]:
 
 
 def all_gather(tensor: Tensor) -> list[Tensor]:
-    """The tensors of all processes, in their order; all of one shape and on the device of the group."""
+    """The tensors of all processes, ordered by rank; they must have the same shape and be on the group's device."""
     if not _grouped():
         return [tensor]
     found = [torch.empty_like(tensor) for _ in range(world())]
@@ -81,9 +84,9 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """A process group for the block if a launcher has started several processes (``WORLD_SIZE``), else nothing.
+    """Within the block there is a process group if a launcher started several processes (``WORLD_SIZE`` is above 1).
 
-    Raises BonnQatError for variables of the environment that no launcher leaves.
+    Raises BonnQatError if the environment variables are incomplete or invalid.
     """
     said = os.environ.get("WORLD_SIZE", "1")
     if said == "1" or _grouped():
@@ -96,7 +99,7 @@ def process_group() -> Iterator[None]:
         dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
     except ValueError as error:
         raise BonnQatError(
-            f"WORLD_SIZE is {said!r} in the environment, but the rest of what a launcher sets is not there "
+            f"WORLD_SIZE is {said!r} in the environment, but the other variables of a launcher are missing or invalid "
             f"({' '.join(str(error).split())}); start with torchrun or accelerate launch, or unset WORLD_SIZE"
         ) from error
     try:

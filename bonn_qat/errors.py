@@ -1,17 +1,22 @@
-"""What a user can do wrong, as exceptions whose text is the one line that a command prints."""
+"""Exceptions for bad input. Each message is one line, which a command prints as it is."""
 
 import difflib
 from collections.abc import Iterable
 
-_LISTED = 40  # names that a reader still looks through
+_LISTED = 40  # the longest list of names that is printed in full
 
 
 class BonnQatError(Exception):
-    """Base of every error that this package raises about its input."""
+    """Base class of every error that this package raises about its input."""
 
 
 class UnknownName(BonnQatError, LookupError):
-    """A name that nobody offers."""
+    """An unknown name; the message suggests similar names and lists the known ones.
+
+    >>> raise UnknownName("scheme", "bon", ["bonn", "xnor"])
+    Traceback (most recent call last):
+    bonn_qat.errors.UnknownName: unknown scheme 'bon'; did you mean 'bonn'? known: bonn, xnor
+    """
 
     def __init__(self, kind: str, given: str, known: Iterable[str]) -> None:
         known = sorted(known)
@@ -24,19 +29,19 @@ class UnknownName(BonnQatError, LookupError):
 
 
 class InvalidModel(BonnQatError, ValueError):
-    """A model that cannot be treated as asked."""
+    """A model that does not allow the requested operation."""
 
 
 class InvalidRecipe(BonnQatError, ValueError):
-    """A recipe with an impossible value, an unknown key or a missing one."""
+    """A recipe or an option with an impossible value, an unknown key or a missing key."""
 
 
 class InvalidData(BonnQatError, ValueError):
-    """Data that is missing, empty or inconsistent with the model."""
+    """Data or a file that is missing, empty, damaged or inconsistent with the model."""
 
 
 class PluginConflict(BonnQatError):
-    """Two plugins offer the same name, or one does not fit the hook specifications."""
+    """Two plugins offer the same name, or a plugin does not match the hook specifications."""
 
 
 class TrainingDiverged(BonnQatError, ArithmeticError):

@@ -1,10 +1,10 @@
-"""Pure tensor mathematics: no modules, no state, no library but torch.
+"""Pure tensor functions: no modules, no state, no library but torch.
 
-Letters of BONN (Gu et al., ICCV 2019, arXiv:1908.06314; equation numbers are the paper's):
-X latent kernels ``(O, I, kh, kw)``; w modulation, broadcastable to X, shared by a layer's kernels or, which the
-paper has not, one number for each, ``(O, 1, 1, 1)``; X^ binarized kernels; mu, sigma ``(O,)`` modes of ``|X|`` and
-their spread, one per kernel; f features ``(B, D)``; c, sigma_m class means and spreads ``(M, D)``. ``sign(0) = +1``
-everywhere.
+Notation of BONN (Gu et al., ICCV 2019, arXiv:1908.06314; equation numbers are the paper's): X latent kernels
+``(O, I, kh, kw)``; w modulation, broadcastable to X, shared by all kernels of a layer as in the paper, or one number
+per kernel ``(O, 1, 1, 1)``, which is our extension; X^ binarized kernels; mu, sigma ``(O,)`` modes of ``|X|`` and the
+spread around them, one per kernel; f features ``(B, D)``; c, sigma_m class means and spreads ``(M, D)``.
+``sign(0) = +1`` everywhere. :mod:`bonn_qat.quantizers` explains latent weight, modulation, scale and estimator.
 """
 
 import math
@@ -18,19 +18,23 @@ _CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
 
 
 def sign(x: Tensor) -> Tensor:
-    """``+1`` where ``x >= 0``, else ``-1``; same shape and dtype, no gradient of its own."""
+    """``+1`` where ``x >= 0``, else ``-1``; same shape and dtype, zero gradient.
+
+    >>> sign(torch.tensor([-0.5, 0.0, 0.5]))
+    tensor([-1.,  1.,  1.])
+    """
     # Three passes in place are about eight times faster on a CPU than torch.where, and unlike
     # copysign they keep sign(-0.0) = +1 when a compiler drops the addition of zero.
     return torch.sign(x).add_(0.5).sign_()
 
 
 def _next_above(bound: float, dtype: torch.dtype) -> float:
-    # By hand, because a compiler follows this where it does not follow torch.nextafter and item().
+    # torch.compile can trace this, but not torch.nextafter followed by item().
     return bound + torch.finfo(dtype).eps * 2.0 ** (math.frexp(bound)[1] - 1)
 
 
 def _inside(grad: Tensor, x: Tensor, clip: float) -> Tensor:
-    # hardtanh's backward is one fused pass but excludes its bounds; the papers include them.
+    # The backward of hardtanh is one fused pass, but it excludes the bounds; the papers include them.
     bound = _next_above(clip, x.dtype)
     return cast(Tensor, torch.ops.aten.hardtanh_backward(grad, x, -bound, bound))
 
@@ -53,6 +57,12 @@ def ste_sign(x: Tensor, clip: float = 1.0) -> Tensor:
     """Binarize to {-1, +1}.
 
     Backward: clipped straight-through estimator, ``dy * [|x| <= clip]`` (BNN, arXiv:1602.02830).
+
+    >>> x = torch.tensor([-2.0, -0.5, 0.5, 2.0], requires_grad=True)
+    >>> y = ste_sign(x)
+    >>> y.sum().backward()
+    >>> y.tolist(), x.grad.tolist()
+    ([-1.0, -1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0])
     """
     return cast(Tensor, _SteSign.apply(x, clip))
 
@@ -74,6 +84,11 @@ def approx_sign(x: Tensor) -> Tensor:
     """Binarize to {-1, +1}.
 
     Backward: derivative of a piecewise parabola, ``dy * max(0, 2 - 2|x|)`` (Bi-Real Net, arXiv:1808.00278).
+
+    >>> x = torch.tensor([-2.0, -0.5, 0.25], requires_grad=True)
+    >>> approx_sign(x).sum().backward()
+    >>> x.grad
+    tensor([0.0000, 1.0000, 1.5000])
     """
     return cast(Tensor, _ApproxSign.apply(x))
 
@@ -89,7 +104,7 @@ class _SwishSign(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        # With 1 + cosh(y) = 2 cosh(y/2)^2 and sech^2 = 1 - tanh^2, which is 0 long before the clamp, nothing overflows.
+        # 1 + cosh(y) = 2 cosh(y/2)^2 and sech^2 = 1 - tanh^2 avoid an overflow; sech^2 is 0 long before the clamp acts.
         half = (x * (0.5 * ctx.beta)).clamp_(-30, 30)
         tanh = torch.tanh(half)
         return grad * ((1 - half * tanh) * (1 - tanh.square()) * ctx.beta), None
@@ -100,6 +115,11 @@ def swish_sign(x: Tensor, beta: float = 5.0) -> Tensor:
 
     Backward: ``dy * beta (2 - beta x tanh(beta x / 2)) / (1 + cosh(beta x))``, the derivative of the SignSwish
     (BNN+, arXiv:1812.11800; Larq's ``swish_sign``).
+
+    >>> x = torch.tensor([0.0, 1.0], requires_grad=True)
+    >>> swish_sign(x).sum().backward()
+    >>> x.grad.round(decimals=2)
+    tensor([ 5.0000, -0.1900])
     """
     return cast(Tensor, _SwishSign.apply(x, beta))
 
@@ -118,10 +138,15 @@ class _EdeSign(torch.autograd.Function):
 
 
 def ede_sign(x: Tensor, t: Tensor) -> Tensor:
-    """Binarize to {-1, +1}; t a scalar tensor.
+    """Binarize to {-1, +1}; ``t`` is a scalar tensor.
 
     Backward: error decay estimator, ``dy * k t (1 - tanh(t x)^2)`` with ``k = max(1 / t, 1)``, the derivative of
-    ``k tanh(t x)``, which nears the sign as t grows (IR-Net, arXiv:1909.10788).
+    ``k tanh(t x)``, which approaches the sign as t grows (IR-Net, arXiv:1909.10788).
+
+    >>> x = torch.tensor([0.0, 1.0], requires_grad=True)
+    >>> ede_sign(x, torch.tensor(10.0)).sum().backward()
+    >>> x.grad.round(decimals=3)
+    tensor([10.,  0.])
     """
     return cast(Tensor, _EdeSign.apply(x, t))
 
@@ -144,6 +169,9 @@ def ste_heaviside(x: Tensor, clip: float = 1.0) -> Tensor:
     """Binarize to {0, 1}: 1 where ``x > 0``.
 
     Backward: clipped straight-through estimator, ``dy * [|x| <= clip]`` (Larq's ``ste_heaviside``).
+
+    >>> ste_heaviside(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([0., 0., 1.])
     """
     return cast(Tensor, _SteHeaviside.apply(x, clip))
 
@@ -151,19 +179,31 @@ def ste_heaviside(x: Tensor, clip: float = 1.0) -> Tensor:
 def magnitude_aware_sign(x: Tensor, clip: float = 1.0) -> Tensor:
     """``alpha sign(x)`` with ``alpha = mean|x|`` over each slice of the first axis; x ``(O, ...)``.
 
-    Backward: ``alpha dy * [|x| <= clip]``, alpha a constant (Bi-Real Net, arXiv:1808.00278, (6) and (7)).
+    Backward: ``alpha dy * [|x| <= clip]``, with alpha held constant (Bi-Real Net, arXiv:1808.00278, (6) and (7)).
+
+    >>> magnitude_aware_sign(torch.tensor([[1.0, -3.0], [0.5, 0.5]]))
+    tensor([[ 2.0000, -2.0000],
+            [ 0.5000,  0.5000]])
     """
     alpha = x.detach().abs().mean(tuple(range(1, x.ndim)), keepdim=True)
     return alpha * ste_sign(x, clip)
 
 
 def leaky_clip(x: Tensor, slope: float = 0.1) -> Tensor:
-    """``x`` within [-1, 1], beyond it a line of ``slope``: Bi-Real Net's step between ReLU and sign."""
+    """``x`` within [-1, 1], a line of ``slope`` outside: Bi-Real Net's intermediate step between ReLU and sign.
+
+    >>> leaky_clip(torch.tensor([-2.0, 0.5, 3.0]))
+    tensor([-1.1000,  0.5000,  1.2000])
+    """
     return x.clamp(-1, 1) + slope * (x - x.clamp(-1, 1))
 
 
 def bonn_scale(modulation: Tensor, *, inverse: bool = False) -> Tensor:
-    """Mean of w, with ``inverse`` of 1/w, over all axes but the first: ``(O, 1, ...)``, for a shared w ``()``."""
+    """Mean of w, or of 1/w with ``inverse``, over all axes but the first: ``(O, 1, ...)``, or ``()`` for a shared w.
+
+    >>> bonn_scale(torch.tensor([[1.0, 3.0]])), bonn_scale(torch.tensor([[2.0], [4.0]]), inverse=True).flatten()
+    (tensor(2.), tensor([0.5000, 0.2500]))
+    """
     values = modulation.reciprocal() if inverse else modulation
     return values.mean() if len(values) == 1 else values.mean(tuple(range(1, values.ndim)), keepdim=True)
 
@@ -185,9 +225,13 @@ class _BonnBinarize(torch.autograd.Function):
 def bonn_binarize(latent: Tensor, modulation: Tensor) -> Tensor:
     """``X^ = mean(w) * sign(X)`` (BONN, Algorithm 1, steps 3 to 8); shape of ``latent``.
 
-    Backward, with G the gradient of X^ and I = ``[|w X| <= 1]``: ``G I w`` to X (12) and
-    ``sum_i G I X`` to w (15). These are the estimator on the product ``w X``, not the derivative
-    of the forward. With a w for each kernel the mean is that of its own elements, and the sum over what shares one.
+    Backward, with G the gradient of X^ and I = ``[|w X| <= 1]``: ``G I w`` to X (12) and ``sum_i G I X`` to w (15).
+    This is the estimator applied to the product ``w X``, not the derivative of the forward pass. With one w per
+    kernel, the mean is taken over that kernel's elements and the sum over the elements that share a w.
+
+    >>> bonn_binarize(torch.tensor([[0.5, -0.1], [-0.2, 0.3]]), torch.tensor([[0.2, 0.4]]))
+    tensor([[ 0.3000, -0.3000],
+            [-0.3000,  0.3000]])
     """
     return cast(Tensor, _BonnBinarize.apply(latent, modulation))
 
@@ -210,12 +254,15 @@ class _BonnBinarizeInverse(torch.autograd.Function):
 
 
 def bonn_binarize_inverse(latent: Tensor, modulation: Tensor) -> Tensor:
-    """``mean(1/w) * sign(X)``: what convolves if ``X^ = sign(X)`` and ``X = w^-1 X^``, as in (1) and (3); shape of X.
+    """``mean(1/w) * sign(X)``: the kernels if ``X^ = sign(X)`` and ``X = w^-1 X^``, as in (1) and (3); shape of X.
 
-    The authors' book has the product ``w^-1 X^`` (its (3.111)); the mean in the place of the elements is Algorithm 1's.
-    Backward, with G the gradient of the value, c = ``mean(1/w)``, n elements in w and I = ``[|w X| <= 1]``: X^ passes
-    its gradient c G to w X as in (12) and (15), and c is a function of w. That is ``c G I w`` to X and
-    ``sum_i c G I X - sum G sign(X) / (n w^2)`` to w.
+    The authors' book has the product ``w^-1 X^`` (its (3.111)); taking the mean instead of the elements follows
+    Algorithm 1. Backward, with G the gradient of the value, c = ``mean(1/w)``, n elements in w and
+    I = ``[|w X| <= 1]``: X^ passes its gradient c G to w X as in (12) and (15), and c is differentiated as a function
+    of w. The gradients are ``c G I w`` to X and ``sum_i c G I X - sum G sign(X) / (n w^2)`` to w.
+
+    >>> bonn_binarize_inverse(torch.tensor([[0.5, -0.1]]), torch.tensor([[2.0, 4.0]]))
+    tensor([[ 0.3750, -0.3750]])
     """
     return cast(Tensor, _BonnBinarizeInverse.apply(latent, modulation))
 
@@ -258,13 +305,17 @@ def binary_conv2d(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
 ) -> Tensor:
-    """``conv2d(x, value)`` for kernels of two values, computed as ``conv2d(x, sign(value)) * |scale|``.
+    """``conv2d(x, value)`` for two-valued kernels, computed as ``conv2d(x, sign(value)) * |scale|``.
 
-    x ``(B, C, H, W)`` of {-1, +1}; value ``(O, C / groups, kh, kw)`` of {-scale, +scale}; scale ``()``,
-    or ``(O, 1, 1, 1)``. For inputs of +-1 (and the zeros of the padding) the sums are exact integers, in
-    any order of summation, which a packed network reproduces bit for bit. The gradients of ``x`` and
-    ``value`` are those of ``conv2d(x, value)``; ``scale`` gets none: what it must learn reaches it
-    through ``value``. Under autocast it runs in autocast's dtype, as ``conv2d`` does.
+    x ``(B, C, H, W)`` of {-1, +1}; value ``(O, C / groups, kh, kw)`` of {-scale, +scale}; scale ``()`` or
+    ``(O, 1, 1, 1)``. For inputs of +-1 (and zero padding) the sums are exact integers in any order of summation, so a
+    packed network reproduces them bit for bit. The gradients of ``x`` and ``value`` are those of ``conv2d(x, value)``;
+    ``scale`` gets none, because it learns through ``value``. Under autocast it runs in the autocast dtype, as
+    ``conv2d`` does.
+
+    >>> x, value = sign(torch.randn(1, 3, 4, 4)), 0.1 * sign(torch.randn(8, 3, 3, 3))
+    >>> torch.allclose(binary_conv2d(x, value, torch.tensor(0.1)), torch.conv2d(x, value))
+    True
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -289,9 +340,12 @@ class _BinaryLinear(torch.autograd.Function):
 
 
 def binary_linear(x: Tensor, value: Tensor, scale: Tensor) -> Tensor:
-    """``linear(x, value)`` for weights of two values, as :func:`binary_conv2d` is for kernels.
+    """``linear(x, value)`` for two-valued weights, computed as in :func:`binary_conv2d`.
 
-    x ``(M, I)`` of {-1, +1}; value ``(O, I)`` of {-scale, +scale}; scale ``()``, or ``(O,)``. The sums are exact.
+    x ``(M, I)`` of {-1, +1}; value ``(O, I)`` of {-scale, +scale}; scale ``()`` or ``(O,)``. The sums are exact.
+
+    >>> binary_linear(torch.tensor([[1.0, -1.0]]), torch.tensor([[0.5, -0.5], [0.5, 0.5]]), torch.tensor(0.5))
+    tensor([[1., 0.]])
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -310,7 +364,7 @@ class _PReLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, slope = ctx.saved_tensors
         slope_less_one = (slope - 1).reshape(-1, *[1] * (x.ndim - 2))
-        # The gradient where x <= 0, in one pass: below the smallest positive number.
+        # One pass that keeps the gradient where x <= 0: the upper bound is the smallest positive number.
         info = torch.finfo(x.dtype)
         below = torch.ops.aten.hardtanh_backward(grad, x, -math.inf, info.smallest_normal * info.eps)
         dx = torch.addcmul(grad, below, slope_less_one)
@@ -321,8 +375,11 @@ class _PReLU(torch.autograd.Function):
 def prelu(x: Tensor, slope: Tensor) -> Tensor:
     """``max(x, 0) + slope * min(x, 0)``; x ``(B, C, ...)``, slope ``(C,)`` or ``(1,)``.
 
-    The same function as ``torch.prelu`` with a backward that is several times faster on a CPU, where
-    torch's costs half as much as a 3x3 convolution of 16 channels.
+    Equals ``torch.prelu``, with a backward that is several times faster on a CPU, where torch's costs half as much as a
+    3x3 convolution of 16 channels.
+
+    >>> prelu(torch.tensor([[-1.0, 2.0]]), torch.tensor([0.25]))
+    tensor([[-0.2500,  2.0000]])
     """
     return cast(Tensor, _PReLU.apply(x, slope))
 
@@ -339,7 +396,7 @@ class _KernelLoss(torch.autograd.Function):
         nu: float,
         per_element: bool,
     ) -> Tensor:
-        # With s = sign(X): X^ - w X = s (scale - w |X|), so that all but (13) is a matter of |X|.
+        # With s = sign(X): X^ - w X = s (scale - w |X|), so everything but (13) depends on |X| alone.
         magnitude = latent.abs()
         error = (modulation * magnitude).sub_(scale)
         per_kernel = (*mu.shape, *[1] * (latent.ndim - mu.ndim))
@@ -374,14 +431,18 @@ def kernel_loss(
     scale: Tensor | None = None,
     per_element: bool = True,
 ) -> Tensor:
-    """The Bayesian kernel loss of a layer: the first sum of (9) without its lambda; a scalar.
+    """The Bayesian kernel loss of a layer: the first sum of (9) without its factor lambda; a scalar.
 
     ``1/2 sum_i { ||X^_i - w X_i||^2 + nu sum_k (|X_ik| - mu_i)^2 / sigma_i^2 + nu K log sigma_i^2 }``
-    with ``X^ = scale * sign(X)`` held constant and ``scale = mean(w)`` unless given, ``()`` or
-    ``(O, 1, 1, 1)``. Of layers of one shape, stacked along a new first axis of every argument, the sum.
+    with ``X^ = scale * sign(X)`` held constant and ``scale``, ``()`` or ``(O, 1, 1, 1)``, by default ``mean(w)``.
+    Layers of equal shape can be stacked along a new first axis of every argument; the result is then their sum.
 
-    Gradients are the paper's: (13) to X and (16) to w are the derivatives of (9); (17) to mu and (18) to
-    sigma are its derivatives divided by the kernel's number of elements K, as printed, unless ``per_element`` is false.
+    The gradients are the paper's: (13) to X and (16) to w are the derivatives of (9); (17) to mu and (18) to sigma are
+    its derivatives divided by the number of elements K of a kernel, as printed, unless ``per_element`` is false.
+
+    >>> latent, w = torch.tensor([[0.2, -0.2]]), torch.ones(1, 2)
+    >>> kernel_loss(latent, w, mu=torch.tensor([0.2]), sigma=torch.ones(1), nu=1e-4)  # 1/2 * 2 * (1 - 0.2)^2
+    tensor(0.6400)
     """
     if scale is None:
         kernels = modulation.detach().flatten(mu.ndim).mean(-1)
@@ -390,10 +451,14 @@ def kernel_loss(
 
 
 def feature_loss(features: Tensor, targets: Tensor, centres: Tensor, sigma: Tensor) -> Tensor:
-    """The Bayesian feature loss: the second sum of (9) without its theta, averaged over the batch; a scalar.
+    """The Bayesian feature loss: the second sum of (9) without its factor theta, averaged over the batch; a scalar.
 
-    ``1/(2B) sum_b { ||f_b - c_m||^2 + sum_k [ (f_bk - c_mk)^2 / sigma_mk^2 + log sigma_mk^2 ] }``, m the
-    target of sample b. Features ``(B, D)``, targets ``(B,)`` of class indices, centres and sigma ``(M, D)``.
+    ``1/(2B) sum_b { ||f_b - c_m||^2 + sum_k [ (f_bk - c_mk)^2 / sigma_mk^2 + log sigma_mk^2 ] }``, where m is the
+    class of sample b. Features ``(B, D)``, targets ``(B,)`` of class indices, centres and sigma ``(M, D)``.
+
+    >>> features, centres = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    >>> feature_loss(features, torch.tensor([1]), centres, torch.ones(2, 2))  # distance 1, twice, halved
+    tensor(1.)
     """
     spread = sigma[targets]
     squared = (features - centres[targets]).square()
@@ -401,10 +466,15 @@ def feature_loss(features: Tensor, targets: Tensor, centres: Tensor, sigma: Tens
 
 
 def centre_update(features: Tensor, targets: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """Numerator and denominator of the center-loss step ``sum_b [y_b = m] (c_m - f_b) / (1 + n_m)``.
+    """Parts of the center-loss step ``sum_b [y_b = m] (c_m - f_b) / (1 + n_m)`` (Wen et al., ECCV 2016).
 
-    Returns ``(M, D)`` and ``(M, 1)``: sums over the batch, so that processes can add theirs up before the
-    division (Wen et al., ECCV 2016).
+    Returns the numerator ``(M, D)`` and the counts n ``(M, 1)``, both sums over the batch, so that processes can reduce
+    them before the division.
+
+    >>> centre_update(torch.tensor([[1.0], [3.0]]), torch.tensor([0, 0]), torch.zeros(2, 1))
+    (tensor([[-4.],
+            [ 0.]]), tensor([[2.],
+            [0.]]))
     """
     counts = torch.zeros_like(centres[:, :1]).index_add_(0, targets, torch.ones_like(features[:, :1]))
     sums = torch.zeros_like(centres).index_add_(0, targets, features)

@@ -1,6 +1,18 @@
-"""Quantizers: modules ``Tensor -> Quantized``. One abstract base each for weights and activations, flat final classes.
+"""Quantizers: modules ``Tensor -> Quantized``, with one abstract base class for weights and one for activations.
 
-A quantizer is what Brevitas calls a ``tensor_quant``, so the same class works in Brevitas' layers and in
+Words that this package uses throughout:
+
+- A *latent weight* is the float number behind a binary weight. The forward pass uses its sign; the optimizer updates
+  the float, so that small gradients add up until the sign flips. After the training only the sign is kept.
+- An *estimator* is a function that binarizes in the forward pass and, in the backward pass, replaces the derivative of
+  the sign, which is zero almost everywhere, by one that can train a network. The straight-through estimator is the
+  best known; :mod:`bonn_qat.functional` has others.
+- A *scale* is the float by which the signs are multiplied, one per layer or per filter, so that the binary weights
+  have about the magnitude of the float ones: ``value = scale * sign``.
+- A *modulation* is the learned tensor w of BONN. Its mean is the scale, and its elements weight the gradients.
+
+A *quantizer* combines an estimator and a scale: latent weights or activations go in, values come out. It follows the
+contract of Brevitas' ``tensor_quant``, so the same class works in Brevitas' layers and in
 :class:`bonn_qat.layers.BinaryConv2d`.
 """
 
@@ -17,7 +29,7 @@ from bonn_qat.errors import InvalidRecipe
 
 
 class Quantized(NamedTuple):
-    """What every quantizer returns; the order is that of Brevitas' ``tensor_quant``."""
+    """The result of every quantizer; the order is that of Brevitas' ``tensor_quant``."""
 
     value: Tensor
     scale: Tensor
@@ -26,24 +38,27 @@ class Quantized(NamedTuple):
 
 
 class ParameterRule(NamedTuple):
-    """How an optimizer treats a parameter: at a tenth of the learning rate or not, with weight decay or not."""
+    """How the optimizer treats a parameter: ``slow``, at a reduced learning rate; ``decay``, with weight decay."""
 
     slow: bool = False
     decay: bool = True
 
 
 class Quantizer(nn.Module, ABC):
-    """What weight and activation quantizers share. ``bits`` is 1 unless an instance says otherwise."""
+    """Base of weight and activation quantizers. ``bits`` is 1 unless a subclass or an instance sets another number."""
 
     bits: int = 1
     parameter_rules: ClassVar[Mapping[str, ParameterRule]] = {}
 
     @abstractmethod
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``x`` -> (value, scale), value of x's shape with x's gradients, scale broadcastable to it."""
+        """Return (value, scale): value has the shape of ``x`` and passes gradients to it; scale is broadcastable."""
 
     def advance(self, progress: float) -> None:
-        """Told before each epoch which part of the training is done, 0 to below 1: for an estimator with a schedule."""
+        """Set an estimator's schedule: called before each epoch with the part of the training that is done, in [0, 1).
+
+        Does nothing by default.
+        """
 
     def forward(self, x: Tensor) -> Quantized:
         value, scale = self.quantize(x)
@@ -51,11 +66,19 @@ class Quantizer(nn.Module, ABC):
 
 
 class WeightQuantizer(Quantizer):
-    """Quantizes latent weights ``(O, I, ...)``; made from float weights.
+    """Base of quantizers for latent weights ``(O, I, ...)``; constructed from float weights.
 
-    Unless ``scaled_sign`` is false, values are ``scale * {-1, +1}``, scale ``()`` or ``(O, 1, ...)``: the layer
-    convolves with the signs and scales what comes out. Otherwise it convolves with the values as they are.
-    Keyword-only arguments of a subclass are options of its schemes.
+    If ``scaled_sign`` is true, which is the default, values must be ``scale * {-1, +1}`` with a scale ``()`` or
+    ``(O, 1, ...)``: the layer convolves with the signs and multiplies the output by the scale. Otherwise it convolves
+    with the values as they are. Keyword-only arguments of a subclass become options of its schemes.
+
+    >>> class MeanMagnitude(WeightQuantizer):
+    ...     def quantize(self, x):
+    ...         scale = x.abs().mean(tuple(range(1, x.ndim)), keepdim=True).detach()
+    ...         return scale * functional.ste_sign(x), scale
+    >>> value, scale, zero_point, bit_width = MeanMagnitude()(torch.tensor([[0.5, -1.5]]))
+    >>> value, scale, bit_width
+    (tensor([[ 1., -1.]]), tensor([[1.]]), tensor(1.))
     """
 
     scaled_sign: bool = True
@@ -64,22 +87,28 @@ class WeightQuantizer(Quantizer):
         super().__init__()
 
     def adopt(self, weight: Tensor) -> None:
-        """Derive the quantizer's own parameters from float weights, in place."""
+        """Initialize the quantizer's own parameters from float weights, in place."""
 
     def constrain(self, weight: Tensor) -> None:
-        """Bring latent weights back to where the scheme wants them, in place: after each step of the optimizer."""
+        """Project latent weights back into the scheme's range, in place; called after each optimizer step."""
 
     def constants(self, weight: Tensor) -> int:
-        """How many 32-bit numbers a deployed layer keeps beside the bits: those of the scale, unless said otherwise."""
+        """The number of 32-bit constants that a deployed layer stores beside the bits; by default, the scale's."""
         return self.quantize(weight)[1].numel()
 
 
 class ActivationQuantizer(Quantizer):
-    """Quantizes activations of any shape; ``channels`` are those of axis 1, or 1 where they are unknown.
+    """Base of quantizers for activations of any shape; ``channels`` is the size of axis 1, or 1 if it is unknown.
 
-    The value contains its scale ``()`` or ``(C, 1, 1)``, but not a scale that is a map ``(B, 1, H, W)``: by its mean
-    over each window of the kernel the layer multiplies what comes out (XNOR-Net's K). Keyword-only arguments of a
-    subclass are options of its schemes.
+    A scale ``()`` or ``(C, 1, 1)`` must be contained in the value. A scale that is a map ``(B, 1, H, W)`` must not: the
+    layer averages it over the kernel's windows and multiplies its output by the result (XNOR-Net's K). Keyword-only
+    arguments of a subclass become options of its schemes.
+
+    >>> class Sign(ActivationQuantizer):
+    ...     def quantize(self, x):
+    ...         return functional.ste_sign(x), x.new_ones(())
+    >>> Sign()(torch.tensor([-2.0, 0.3])).value
+    tensor([-1.,  1.])
     """
 
     def __init__(self, channels: int = 1) -> None:
@@ -87,7 +116,11 @@ class ActivationQuantizer(Quantizer):
 
 
 def number(value: object) -> float:
-    """``value``, or nan where it is no finite number, which no comparison holds of."""
+    """``value`` as a float, or NaN if it is not a finite number, so that every comparison with it is false.
+
+    >>> number(3), number("3"), number(True)
+    (3.0, nan, nan)
+    """
     isnumber = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if isnumber else math.nan  # type: ignore[arg-type]
 
@@ -95,14 +128,14 @@ def number(value: object) -> float:
 def _check_choice(option: str, given: object, allowed: Sequence[str]) -> None:
     if given not in allowed:
         *others, last = map(repr, allowed)
-        raise InvalidRecipe(f"the {option} is {', '.join(others)} or {last}; got {given!r}")
+        raise InvalidRecipe(f"the {option} must be {', '.join(others)} or {last}; got {given!r}")
 
 
 @final
 class FrozenWeight(WeightQuantizer):
-    """What is left of a weight quantizer for inference: the scale, beside a weight that is quantized already.
+    """A weight quantizer reduced to its scale, for inference with a weight that is already quantized.
 
-    The layer's ``weight`` is int8 signs where values are ``scale * {-1, +1}``, else the values themselves.
+    The layer's ``weight`` then holds int8 signs if values are ``scale * {-1, +1}``, and the values themselves if not.
     """
 
     def __init__(self, quantizer: WeightQuantizer, scale: Tensor, constants: int) -> None:
@@ -114,7 +147,7 @@ class FrozenWeight(WeightQuantizer):
     @classmethod
     @torch.no_grad()
     def of(cls, quantizer: WeightQuantizer, latent: Tensor) -> tuple["FrozenWeight", Tensor]:
-        """The frozen form of ``quantizer``, and the weight that it goes with."""
+        """The frozen form of ``quantizer``, and the quantized weight that belongs to it."""
         value, scale = quantizer.quantize(latent)
         weight = functional.sign(value).to(torch.int8) if quantizer.scaled_sign else value.clone()
         return cls(quantizer, scale, quantizer.constants(latent)), weight
@@ -130,22 +163,26 @@ class FrozenWeight(WeightQuantizer):
 class BonnWeight(WeightQuantizer):
     """BONN's weights: ``mean(w) * sign(X)`` with a learned modulation w (:func:`functional.bonn_binarize`).
 
-    ``granularity`` says what shares a ``modulation``: with ``"kernel"``, the ICCV paper's reading, it is
-    ``(1, I, kh, kw)``, one for all kernels; with ``"plane"``, that of the authors' book, ``(1, 1, kh, kw)``, one for
-    all planes of all kernels; with ``"filter"``, which is ours, ``(O, 1, 1, 1)``, one scale for each kernel.
+    ``granularity`` is the shape of ``modulation``: ``"kernel"``, the ICCV paper's reading, is ``(1, I, kh, kw)``,
+    shared by all kernels of a layer; ``"plane"``, the reading of the authors' book, is ``(1, 1, kh, kw)``, shared by
+    all planes of all kernels; ``"filter"``, our extension, is ``(O, 1, 1, 1)``, one scale per kernel.
 
-    ``reading`` says what w is. With ``"algorithm1"``, X^ is ``mean(w) * sign(X)``, as in the paper's Algorithm 1 and
-    figures. With ``"inverse"``, X^ is ``sign(X)`` and ``w^-1 X^`` convolves, as in its (1) and (3) and the book's
-    (3.111), with the mean in the place of the elements (:func:`functional.bonn_binarize_inverse`), which keeps the
-    weights at 1 bit. That w stays at 0.01 or above after each step (:meth:`constrain`), for at 0 the scale would be
-    infinite; weight decay, which shrinks w, lets the scale grow.
+    ``reading`` is the meaning of w. With ``"algorithm1"``, X^ is ``mean(w) * sign(X)``, as in the paper's Algorithm 1
+    and figures. With ``"inverse"``, X^ is ``sign(X)`` and the layer convolves with ``w^-1 X^``, as in (1) and (3) of
+    the paper and (3.111) of the book, with the mean instead of the elements (:func:`functional.bonn_binarize_inverse`),
+    which keeps the weights at 1 bit. In that reading :meth:`constrain` keeps w at or above 0.01, because the scale
+    would be infinite at 0; weight decay shrinks w and so lets the scale grow.
 
-    ``gradient`` ``"printed"`` is (12) and (15). With ``"derivative"`` it is that of the value, the sign alone being
-    estimated: with c the scale, ``c G [|X| <= 1]`` to X and ``dc/dw sum G sign(X)`` to w.
+    ``gradient="printed"`` uses (12) and (15). ``gradient="derivative"`` differentiates the value and estimates the sign
+    alone: with c the scale, ``c G [|X| <= 1]`` to X and ``dc/dw sum G sign(X)`` to w.
 
-    ``start`` says where the scale starts: at the mean of ``|weight|`` over what shares it (``"mean_magnitude"``), or
-    at ``sqrt(2 / (I kh kw))``, the deviation of MSRA's initialisation (``"msra"``); w in every element there, or at its
-    inverse. Raises InvalidRecipe for another value of an option.
+    ``start`` is the initial scale: the mean of ``|weight|`` over the elements that share it (``"mean_magnitude"``), or
+    ``sqrt(2 / (I kh kw))``, the standard deviation of the MSRA initialization (``"msra"``). Every element of w starts
+    at that scale, or at its inverse. Raises InvalidRecipe for any other value of an option.
+
+    >>> quantizer = BonnWeight(torch.tensor([[[[0.5, -0.3]]], [[[0.1, 0.3]]]]))
+    >>> quantizer.modulation.shape, quantizer(torch.randn(2, 1, 1, 2)).scale
+    (torch.Size([1, 1, 1, 2]), tensor(0.3000))
     """
 
     parameter_rules: ClassVar[Mapping[str, ParameterRule]] = {"modulation": ParameterRule(slow=True)}
@@ -208,13 +245,13 @@ class BonnWeight(WeightQuantizer):
 class SteSign(ActivationQuantizer):
     """``sign`` forward, clipped straight-through backward (:func:`functional.ste_sign`).
 
-    Raises InvalidRecipe for a ``clip`` that is no number above 0.
+    Raises InvalidRecipe if ``clip`` is not a number above 0.
     """
 
     def __init__(self, channels: int = 1, *, clip: float = 1.0) -> None:
         super().__init__(channels)
         if not number(clip) > 0:
-            raise InvalidRecipe(f"the clip of the sign's estimator is a number above 0; got {clip!r}")
+            raise InvalidRecipe(f"the clip of the sign's estimator must be a number above 0; got {clip!r}")
         self.clip = clip
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,7 +271,7 @@ class ApproxSign(ActivationQuantizer):
 
 @final
 class SwishSign(ActivationQuantizer):
-    """``sign`` forward, the derivative of SignSwish backward (:func:`functional.swish_sign`)."""
+    """``sign`` forward, derivative of SignSwish backward (:func:`functional.swish_sign`)."""
 
     def __init__(self, channels: int = 1, *, beta: float = 5.0) -> None:
         super().__init__(channels)
@@ -253,15 +290,18 @@ def sign_activation(
     estimator: Literal["ste_sign", "approx_sign", "swish_sign"] = "ste_sign",
     clip: float = 1.0,
 ) -> ActivationQuantizer:
-    """The quantizer of ``sign`` with the backward that ``estimator`` names; for schemes that leave the choice open.
+    """The ``sign`` quantizer whose backward pass is the named ``estimator``; for schemes that leave the choice open.
 
-    Raises InvalidRecipe for another ``estimator``, and for a ``clip``, which is that of ``"ste_sign"``, of the others.
+    Raises InvalidRecipe for any other ``estimator``, and for a ``clip`` with an estimator other than ``"ste_sign"``.
+
+    >>> sign_activation(estimator="ste_sign", clip=0.5)
+    SteSign(clip=0.5)
     """
     _check_choice("estimator of the sign", estimator, ("ste_sign", "approx_sign", "swish_sign"))
     if estimator == "ste_sign":
         return SteSign(channels, clip=clip)
     if clip != 1.0:
-        raise InvalidRecipe(f"the clip is an option of the estimator 'ste_sign'; {estimator!r} has none, got {clip!r}")
+        raise InvalidRecipe(f"only the estimator 'ste_sign' has a clip; got clip={clip!r} with {estimator!r}")
     return ApproxSign(channels) if estimator == "approx_sign" else SwishSign(channels)
 
 

@@ -245,10 +245,13 @@ def test_bonns_estimator_is_an_option(options, quantizer, function):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"estimator": "sign"}, "estimator of the sign is 'ste_sign', 'approx_sign' or 'swish_sign'; got 'sign'"),
-        ({"estimator": "approx_sign", "clip": 2.0}, "clip is an option of the estimator 'ste_sign'; 'approx_sign' has"),
-        ({"clip": 0}, "clip of the sign's estimator is a number above 0; got 0"),
-        ({"clip": "wide"}, "clip of the sign's estimator is a number above 0; got 'wide'"),
+        ({"estimator": "sign"}, "estimator of the sign must be 'ste_sign', 'approx_sign' or 'swish_sign'; got 'sign'"),
+        (
+            {"estimator": "approx_sign", "clip": 2.0},
+            "only the estimator 'ste_sign' has a clip; got clip=2.0 with 'approx_sign'",
+        ),
+        ({"clip": 0}, "clip of the sign's estimator must be a number above 0; got 0"),
+        ({"clip": "wide"}, "clip of the sign's estimator must be a number above 0; got 'wide'"),
     ],
 )
 def test_an_estimator_that_there_is_not_is_told(options, words):

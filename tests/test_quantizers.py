@@ -131,10 +131,10 @@ def test_the_inverse_modulation_stays_above_zero_and_no_other_is_touched():
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("granularity", "granularity of BONN's modulation is 'kernel', 'plane' or 'filter'; got 'none'"),
-        ("reading", "reading of BONN's modulation is 'algorithm1' or 'inverse'; got 'none'"),
-        ("gradient", "gradient of BONN's weights is 'printed' or 'derivative'; got 'none'"),
-        ("start", "start of BONN's modulation is 'mean_magnitude' or 'msra'; got 'none'"),
+        ("granularity", "granularity of BONN's modulation must be 'kernel', 'plane' or 'filter'; got 'none'"),
+        ("reading", "reading of BONN's modulation must be 'algorithm1' or 'inverse'; got 'none'"),
+        ("gradient", "gradient of BONN's weights must be 'printed' or 'derivative'; got 'none'"),
+        ("start", "start of BONN's modulation must be 'mean_magnitude' or 'msra'; got 'none'"),
     ],
 )
 def test_an_option_that_there_is_not_is_told(option, words):

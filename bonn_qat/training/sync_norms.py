@@ -1,4 +1,4 @@
-"""Synchronised norms: batch statistics over all processes of a run, on GPUs and on CPUs."""
+"""Synchronized batch norms: statistics over all processes of a run, on GPUs and on CPUs."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,11 +14,16 @@ from bonn_qat import distributed
 
 @final
 class SynchronisedNorms:
-    """Within :meth:`on` the batch norms of ``model`` take their statistics over all processes of the group.
+    """Within :meth:`on`, the batch norms of ``model`` compute their statistics over all processes of the group.
 
-    On a GPU they are torch's ``SyncBatchNorm``, on a CPU, for which torch has none, the same with its CPU kernels. The
-    parameters and buffers stay the same objects, and after the block the model has its own modules again. Without a
-    group, without ``wanted``, and for a norm whose class has a forward pass of its own, nothing changes.
+    On a GPU each becomes torch's ``SyncBatchNorm``; torch has none for CPUs, so there it becomes our equivalent. Both
+    share the parameters and buffers of the original norm, and after the block the model has its own modules again.
+    Nothing changes without a process group, with ``wanted=False``, or for a norm class that overrides ``forward``.
+
+    >>> norms = SynchronisedNorms(model := nn.Sequential(nn.BatchNorm2d(3)))
+    >>> with norms.on():
+    ...     type(model[0]).__name__  # this process is alone
+    'BatchNorm2d'
     """
 
     def __init__(self, model: nn.Module, *, wanted: bool = True) -> None:
@@ -38,7 +43,7 @@ class SynchronisedNorms:
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
-        """The block in which statistics are those of all processes, which must then all run it alike."""
+        """Within the block, statistics are those of all processes; all of them must run the same forward passes."""
         self._put(True)
         try:
             yield
@@ -47,7 +52,7 @@ class SynchronisedNorms:
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
-        """A block within :meth:`on` in which each process has its own statistics."""
+        """Within a block inside :meth:`on`, each process computes its own statistics again."""
         self._put(False)
         try:
             yield
@@ -63,10 +68,10 @@ class SynchronisedNorms:
 
 @torch.no_grad()
 def average_statistics(model: nn.Module) -> None:
-    """The statistics of all processes' norms, weighted by the batches that each has seen, in place of its own.
+    """Replace the running statistics of the norms by their mean over all processes, weighted by batches seen, in place.
 
-    For norms with cumulative averages, as ``torch.optim.swa_utils.update_bn`` leaves them: then it is what one process
-    gets from all batches.
+    For norms with cumulative averages, as ``torch.optim.swa_utils.update_bn`` leaves them: the result is then what one
+    process would compute from all batches.
     """
     for norm in model.modules():
         if isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None:
@@ -74,22 +79,22 @@ def average_statistics(model: nn.Module) -> None:
             own = norm.num_batches_tracked.double()
             total = distributed.all_reduce(norm.num_batches_tracked)
             for statistic in (norm.running_mean, norm.running_var):
-                # A process without batches has reset its own, to a variance of 1.
+                # A process that has seen no batch has statistics as after a reset, which get weight 0.
                 distributed.all_reduce(statistic.mul_(own / total))
 
 
 class _Normalised(torch.autograd.Function):
-    """The batch normalization of the batch of all processes (Ioffe and Szegedy 2015, algorithm 1).
+    """Batch normalization over the batch of all processes (Ioffe and Szegedy 2015, algorithm 1).
 
-    Returns also its mean, its biased variance, and the number of values of each channel. The passes over the values are
-    torch's own, fused; the processes wait for each other once forward and once backward, as in ``SyncBatchNorm``.
+    Also returns the mean, the biased variance and the number of values per channel. The passes over the values are
+    torch's fused ones; there is one collective forward and one backward, as in ``SyncBatchNorm``.
     """
 
     @staticmethod
     def forward(
         ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        values = input.float() if input.element_size() < 4 else input  # of few bits under autocast
+        values = input.float() if input.element_size() < 4 else input  # half precision under autocast
         mean, variance = torch.batch_norm_update_stats(values, None, None, 0.0)
         own = torch.stack([mean, variance, torch.full_like(mean, input.numel() // input.shape[1])])
         means, variances, counts = torch.stack(distributed.all_gather(own)).unbind(1)
@@ -105,7 +110,7 @@ class _Normalised(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         input, weight, mean, variance, count = ctx.saved_tensors
-        # As if mean and variance were constants; of weight and bias these are the gradients.
+        # First with mean and variance held constant, which gives the gradients of weight and bias.
         of_input, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
             grads[0], input, weight, mean, variance, None, None, False, ctx.eps, [True] * 3
         )
@@ -118,13 +123,13 @@ class _Normalised(torch.autograd.Function):
 
 
 class _OnCPU(_BatchNorm):
-    # Not a SyncBatchNorm, which DistributedDataParallel refuses on a CPU.
+    # Not a subclass of SyncBatchNorm, because DistributedDataParallel refuses that on a CPU.
     def _check_input_dim(self, input: Tensor) -> None:
         pass
 
     def forward(self, input: Tensor) -> Tensor:
         result = self._normalise(input) if self.training else super().forward(input)
-        for name in ("drop", "act"):  # of timm's norms
+        for name in ("drop", "act"):  # timm's norms have these
             if hasattr(self, name):
                 result = getattr(self, name)(result)
         return result

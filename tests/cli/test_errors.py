@@ -537,25 +537,24 @@ def _call(case: Case) -> Told:
 INTRODUCTION = """\
 # Errors
 
-What users meet when something is wrong: what was given, the message, and the exit code of the command or the exception
-of the call. Each row is provoked by a test and written by `python tests/cli/test_errors.py`; `...` stands for words of
-other libraries, and for what is another one on each machine.
+Every error that bad input can cause: the input, the message, and the exit code of the command or the exception of the
+call. A test provokes each of them, and `python tests/cli/test_errors.py` writes this page; `...` stands for text of
+other libraries and for text that differs between machines.
 
-A command prints its message as one line on stderr, behind `bonn-qat: `. Where runs fail the others go on, and the
-reasons stand below the table, on stdout. `python -m bonn_qat_mlflow`, which sends what a training could not, has the
-same exit codes, and no words in front.
+A command prints its message as one line on stderr, prefixed with `bonn-qat: `. If a run fails, the others continue,
+and the reasons are printed on stdout below the table. `python -m bonn_qat_mlflow`, which sends what was not logged
+during the training, has the same exit codes and no prefix.
 
 | exit code | meaning |
 |---|---|
-| 0 | all is done, or another process is at what is left |
-| 1 | a run failed, an arm of a benchmark did, or MLflow's store is out of reach; the reason is printed |
-| 2 | something that was given is wrong or not there; nothing was run |
-| 3 | results cannot be written any more, as on a full disk; what is finished stays, and `--resume` goes on |
-| 130 | Ctrl-C, after the step that a run was at; `--resume` goes on |
-| 143 | SIGTERM, likewise |
+| 0 | success, or another process is working on the remaining runs |
+| 1 | a run or a benchmark failed, or the MLflow store cannot be reached; the reason is printed |
+| 2 | invalid or missing input; nothing was run |
+| 3 | results can no longer be written, for example on a full disk; finished runs are kept, continue with `--resume` |
+| 130 | Ctrl-C, after the current step of the run; continue with `--resume` |
+| 143 | SIGTERM, after the current step of the run; continue with `--resume` |
 
-Every error of the package about what it was given is a `bonn_qat.BonnQatError`; one about a file that cannot be written
-is an `OSError`.
+Every error about the input is a `bonn_qat.BonnQatError`; an error about a file that cannot be written is an `OSError`.
 
 | exception | is also | |
 |---|---|---|
@@ -567,8 +566,8 @@ is an `OSError`.
 CALLED = """\
 ## In Python
 
-`model` is a float network, `binary` the same binarized, `staged` one in a stage of its training with float weights,
-`packed` one that is packed; all take images (3, 8, 8), `images` are four of these, and there are ten classes.
+`model` is a float network, `binary` the same network binarized, `staged` one in a training stage with float weights, and
+`packed` a packed one. All take images of shape (3, 8, 8) and have ten classes; `images` is a batch of four.
 """
 
 
@@ -591,7 +590,8 @@ def page(cells: Mapping[str, tuple[str, str]]) -> str:
 
 def _exception(kind: type[BonnQatError]) -> str:
     others = [base.__name__ for base in kind.__bases__ if base is not BonnQatError]
-    return _row(_code(f"{kind.__module__}.{kind.__name__}"), ", ".join(map(_code, others)), str(kind.__doc__))
+    first_line = str(kind.__doc__).partition("\n")[0]
+    return _row(_code(f"{kind.__module__}.{kind.__name__}"), ", ".join(map(_code, others)), first_line)
 
 
 def given(case: Case) -> str:

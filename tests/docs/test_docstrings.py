@@ -1,0 +1,30 @@
+"""The examples in the docstrings run and print what they say."""
+
+import doctest
+import importlib
+from pathlib import Path
+
+import pytest
+
+import bonn_qat
+
+PACKAGE = Path(bonn_qat.__file__).parent
+# The adapters show excerpts for the user's own model and data; test_examples.py runs the whole scripts.
+FILES = [
+    path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.parent.name != "adapters" and ">>> " in path.read_text(encoding="utf-8")
+]
+
+
+def module_name(path: Path) -> str:
+    return ".".join(("bonn_qat", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("name", [module_name(path) for path in FILES])
+def test_the_examples_of_a_module_run(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # for examples that write files
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    failed, attempted = doctest.testmod(importlib.import_module(name), optionflags=flags)
+    assert attempted
+    assert not failed, capsys.readouterr().out
