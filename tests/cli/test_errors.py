@@ -566,8 +566,8 @@ Every error about the input is a `bonn_qat.BonnQatError`; an error about a file 
 CALLED = """\
 ## In Python
 
-`model` is a float network, `binary` the same network binarized, `staged` one in a training stage with float weights, and
-`packed` a packed one. All take images of shape (3, 8, 8) and have ten classes; `images` is a batch of four.
+`model` is a float network, `binary` the same network binarized, `staged` one in a training stage with float weights,
+and `packed` a packed one. All take images of shape (3, 8, 8) and have ten classes; `images` is a batch of four.
 """
 
 
