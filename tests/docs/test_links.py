@@ -8,7 +8,7 @@ import pytest
 import bonn_qat
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted(page for page in ROOT.rglob("*.md") if not re.search(r"/\.", str(page.relative_to(ROOT.parent))))
+PAGES = sorted(page for page in ROOT.rglob("*.md") if not re.search(r"/\.", f"/{page.relative_to(ROOT)}"))
 
 
 def targets(text: str) -> list[str]:
