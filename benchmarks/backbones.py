@@ -1,8 +1,8 @@
-"""Every family of timm, binarized: does it run, is it alive, can it be saved, compiled and exported?
+"""Binarize every model family of timm: does it run, are its layers alive, can it be saved, compiled and exported?
 
-A family is a module file of timm. One member of each is built with random weights, at 64 pixels where it takes them,
-and looked at with crops of the two photographs of scikit-learn; those that are too large are built at less depth.
-A family that is finished in the JSON is not looked at again. Example::
+A family is a module file of timm. One member of each is built with random weights, for 64 pixels if it accepts them,
+and examined with crops of the two photographs of scikit-learn; members that are too large are built with fewer blocks.
+Families that the JSON file already has are skipped. Example::
 
     python benchmarks/backbones.py --workers 2 --output results/coverage.json --page docs/coverage.md
 """
@@ -133,19 +133,19 @@ MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-# Why layers are dead, where a look into the network showed it.
+# Why layers are dead, as far as the network's code explains it.
 CAUSES = {
-    "csatv2": "a transformer of one channel, whose LayerNorm gives every image the same value",
-    "volo": "the query of a class token that is the same for every image at initialisation",
+    "csatv2": "a transformer with one channel, whose LayerNorm gives the same value for every image",
+    "volo": "the query of a class token that is the same for every image at initialization",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What was found.
+    """The result for one family.
 
-    ``without_gradient``: binary layers whose weights get none at the first step, though the float network's do.
-    ``state``: the float and the own state dict load strictly, and give the same outputs.
+    ``without_gradient``: binary layers whose weights get no gradient at the first step, though the float network's do.
+    ``state``: the float and the binary state dict load strictly and give the same outputs.
     """
 
     family: str
@@ -169,7 +169,7 @@ class Row:
 
 
 def families() -> dict[str, list[str]]:
-    """The names of timm's own models by the module file that they stand in."""
+    """The names of timm's models, by the module file that defines them."""
     found: dict[str, list[str]] = {}
     for name in timm.list_models():
         package, _, family = timm.models.model_entrypoint(name).__module__.rpartition(".")
@@ -179,7 +179,7 @@ def families() -> dict[str, list[str]]:
 
 
 def examine(family: str, *, quick: bool = False) -> Row:
-    """Build the member of ``family``, binarize it, and find out; ``quick``: neither naively, nor compile and export."""
+    """Build the member of ``family``, binarize and examine it; ``quick`` skips naive replacement, compile, export."""
     name, options = MODELS[family]
     row = Row(family=family, model=name, options=options)
     torch.manual_seed(0)
@@ -187,7 +187,7 @@ def examine(family: str, *, quick: bool = False) -> Row:
     _start_zero_heads(model)
     images, row = _images(model, row)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of bypassed and dead layers, which the row tells
+        warnings.simplefilter("ignore")  # about bypassed and dead layers, which the row has
         binary = bonn_qat.binarize(model)
         diagnosis = bonn_qat.diagnose(binary, images)
         naive = None if quick else bonn_qat.binarize(model, replace(BONN, norm=None, nonlinearity=None))
@@ -227,7 +227,7 @@ def _images(model: nn.Module, row: Row) -> tuple[Tensor, Row]:
 
 @torch.no_grad()
 def _start_zero_heads(model: nn.Module) -> None:
-    # Some classifiers start at zero: all outputs were equal, whatever the layers before do.
+    # Some classifiers start at zero, which would make all outputs equal.
     for name in policy.decide(model).kept:
         layer = model.get_submodule(name)
         if isinstance(layer, nn.Linear) and not layer.weight.any():
@@ -255,12 +255,12 @@ def _short(reason: str) -> str:
 
 
 def _logits(output: Any) -> Tensor:
-    logits: Tensor = output[0] if isinstance(output, tuple | list) else output  # some give two heads' in training
-    return logits.mean(1) if logits.ndim == 3 else logits  # and some a vector for each token
+    logits: Tensor = output[0] if isinstance(output, tuple | list) else output  # in training some return two heads
+    return logits.mean(1) if logits.ndim == 3 else logits  # and some a vector per token
 
 
 def _trained(model: nn.Module, binary: nn.Module, images: Tensor, row: Row) -> Row:
-    """One step's forward and backward in training mode."""
+    """The forward and backward pass of one step in training mode."""
     logits, gradients = _step(binary, images)
     _, float_gradients = _step(model, images)
     layers = [f"{name}.weight" for name, _ in binary_layers(binary)]
@@ -312,7 +312,7 @@ def _export(model: nn.Module, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _outcome(tool: Callable[[nn.Module, Tensor], Tensor], model: nn.Module, binary: nn.Module, images: Tensor) -> str:
-    """``yes``, or why not, and whether it is the float model's own affair."""
+    """``yes``, or why not, and whether the float model fails too."""
     expected = _logits(binary.eval()(images))
     try:
         found = tool(binary, images)
@@ -338,7 +338,7 @@ def _examine(family: str) -> Row:
 
 
 def page(rows: list[Row], settings: Mapping[str, str]) -> str:
-    """The table as markdown, with the totals first and the exceptions named below."""
+    """The table as Markdown, with the totals above it and the exceptions below."""
     rows = sorted(rows, key=lambda row: row.family)
     layers = sum(row.binary_layers for row in rows)
     dead = sum(len(row.dead) for row in rows)
@@ -346,8 +346,8 @@ def page(rows: list[Row], settings: Mapping[str, str]) -> str:
     lines = [
         "# Coverage of timm",
         "",
-        "One member of every family of timm (a family is a module file), binarized by the scheme `bonn`. "
-        "This page is made by",
+        "One member of every model family of timm (a family is a module file), binarized with the scheme `bonn`. "
+        "This page is written by",
         "",
         "```sh",
         "python benchmarks/backbones.py --workers 2 --output coverage.json --page docs/coverage.md",
@@ -355,13 +355,13 @@ def page(rows: list[Row], settings: Mapping[str, str]) -> str:
         "",
         f"timm {settings['timm']}, torch {settings['torch']}, bonn-qat {settings['commit']}. Random weights, {IMAGES} "
         "crops of scikit-learn's two photographs. A layer is dead if fewer than 5% or more than 95% of its inputs are "
-        "+1 at initialisation; *naive* replaces the layers alone, without norms and nonlinearities.",
+        "+1 at initialization; *naive* replaces only the layers, without norms and nonlinearities.",
         "",
         f"- **{running} of {len(rows)} families** run forward and backward with finite values.",
         f"- **{layers - dead:,} of {layers:,} binary layers are alive** ({1 - dead / max(1, layers):.2%}); "
         f"naive: {sum(row.dead_before for row in rows):,} dead.",
-        f"- {sum(row.state for row in rows)} load a float and a binary state dict strictly, to equal outputs; "
-        f"{sum(row.compiles == 'yes' for row in rows)} compile in one graph (`fullgraph=True`), "
+        f"- {sum(row.state for row in rows)} load a float and a binary state dict strictly and give equal outputs; "
+        f"{sum(row.compiles == 'yes' for row in rows)} compile as one graph (`fullgraph=True`), "
         f"{sum(row.exports == 'yes' for row in rows)} export (`torch.export`).",
         "",
         "| family | model | px | M params | binary layers | binary params | binary MACs | finite | dead, naive | dead "
@@ -376,12 +376,12 @@ def page(rows: list[Row], settings: Mapping[str, str]) -> str:
             name, share = next(iter(row.dead.items()))
             cause = f": {CAUSES[row.family]}" if row.family in CAUSES else ""
             lines.append(
-                f"- {row.family}, dead: {len(row.dead)}, as `{name}` ({share:.1%} of its inputs are +1){cause}"
+                f"- {row.family}, dead: {len(row.dead)}, for example `{name}` ({share:.1%} of its inputs are +1){cause}"
             )
         if row.without_gradient:
             some = ", ".join(f"`{name}`" for name in row.without_gradient[:3])
             lines.append(
-                f"- {row.family}: {len(row.without_gradient)} layers get no gradient at the first step, as {some}"
+                f"- {row.family}: {len(row.without_gradient)} layers get no gradient at first, for example {some}"
             )
         if row.unreached:
             lines.append(f"- {row.family}: {row.unreached} binary layers are not reached in evaluation mode")
@@ -406,16 +406,16 @@ def _line(row: Row) -> str:
 
 
 def main() -> None:
-    """Look at the families that the JSON lacks, write it after each, then the page."""
+    """Examine the families that the JSON file lacks, write it after each one, then the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="*", default=sorted(MODELS), choices=sorted(MODELS), metavar="FAMILY")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--output", type=Path, required=True, help="the JSON")
-    parser.add_argument("--page", type=Path, help="the markdown page")
+    parser.add_argument("--output", type=Path, required=True, help="the JSON file, read and completed")
+    parser.add_argument("--page", type=Path, help="the Markdown page")
     args = parser.parse_args()
     missing = families().keys() - MODELS.keys()
     if missing:
-        print(f"families of this timm that have no member here: {', '.join(sorted(missing))}")
+        print(f"families of this timm version without a member here: {', '.join(sorted(missing))}")
     settings = dict(environment(torch.device("cpu")))
     rows = _read(args.output)
     todo = [family for family in args.families if family not in rows]

@@ -1,17 +1,16 @@
 """How training scales with processes: measured on this machine, and on paper for clusters of GPUs.
 
-Measured are steps of the trainer's, float and BONN, in processes that this script starts itself.
-The ways take turns, each round in another order, so that noise of the machine hits all alike:
+The script measures steps of the trainer, float and BONN, in processes that it starts itself. The ways of sharing the
+work take turns, each round in another order, so that noise of the machine affects all alike:
 
 - ``alone``: one process with the whole batch;
-- ``side by side``: N processes that know nothing of each other, each with the whole batch: what sharing the machine
-  costs by itself;
+- ``side by side``: N processes that do not communicate, each with a whole batch: the cost of sharing the machine;
 - ``strong``: N processes that share one batch;
 - ``weak``: N processes with a whole batch each;
-- ``strong`` and ``weak, not reduced``: the same without the reduction of gradients (DDP's ``no_sync``); norms are
-  synchronised still.
+- ``strong, not reduced`` and ``weak, not reduced``: the same without reducing gradients (DDP's ``no_sync``); norms are
+  still synchronized.
 
-With GPUs each process has its own, and NCCL in the place of gloo, by the same command. Examples::
+On a machine with GPUs, each process gets one and NCCL replaces gloo, with the same command. Examples::
 
     python benchmarks/scaling.py --processes 1,2 --batch 64 --output scaling.json --page
     python benchmarks/scaling.py --processes 1,2,4,8 --model resnet50 --size 224 --classes 1000 --precision float16
@@ -19,8 +18,8 @@ With GPUs each process has its own, and NCCL in the place of gloo, by the same c
     python benchmarks/scaling.py --paper --page
     python benchmarks/scaling.py --paper --step-ms resnet50=55
 
-``--paper`` measures nothing: it counts the networks' bytes and collectives and prints what they take by the assumptions
-in :class:`Cluster` and :data:`PEAK_SHARES`. ``--page`` writes either table into docs/scaling.md.
+``--paper`` measures nothing: it counts the networks' bytes and collectives and computes their times from the
+assumptions in :class:`Cluster` and :data:`PEAK_SHARES`. ``--page`` writes either table into docs/scaling.md.
 
 The file of ``--output`` is JSON: ``options``, ``environment``, ``machine``, and ``results``, one for each number of
 processes above 1 and each network: ``processes``, ``net``, ``ways`` (the summary of each, see :func:`summarize`),
@@ -82,12 +81,11 @@ PEAK_SHARES = (0.05, 0.20)  # of it, the step times on paper
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """What the paper part assumes of a machine; latencies are microseconds, bandwidths GB/s in one direction.
+    """A cluster as assumed by ``--paper``; latencies in microseconds, bandwidths in GB/s in one direction.
 
-    The latencies are those that NCCL chooses its algorithms by (``src/graph/tuning.cc``, ``baseLat`` and ``hwLat``):
-    a base and one for each hop, of the protocols LL for small messages and LL128 for large ones. A ring has a hop for
-    each GPU but one, for all-reduce twice; a tree goes through the GPUs of a node and the logarithm of the nodes,
-    twice.
+    The latencies are those by which NCCL chooses its algorithms (``src/graph/tuning.cc``, ``baseLat`` and ``hwLat``):
+    a base and a term per hop, of the protocol LL for small messages and LL128 for large ones. A ring has one hop fewer
+    than GPUs, twice for all-reduce; a tree passes the GPUs of a node and the logarithm of the nodes, twice.
     """
 
     name: str
@@ -98,12 +96,12 @@ class Cluster:
 
     @property
     def gpus(self) -> int:
-        """All of them."""
+        """The number of all GPUs."""
         return self.nodes * self.gpus_per_node
 
     @property
     def bandwidth(self) -> float:
-        """That of the narrowest link of a ring through all GPUs."""
+        """The bandwidth of the narrowest link of a ring through all GPUs."""
         return self.nvlink if self.nodes == 1 else self.network
 
     def ring_ms(self, size: float) -> float:
@@ -137,7 +135,7 @@ Times = dict[str, list[float]]
 
 
 class Gradient(NamedTuple):
-    """A parameter as the reduction sees it: its bytes, and the part of the backward pass done once it is there."""
+    """A gradient to reduce: its bytes, and the part of the backward pass that is done when it is ready."""
 
     size: int
     ready: float
@@ -145,7 +143,7 @@ class Gradient(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """What a network sends in a step, counted from the network itself."""
+    """The bytes and collectives of a step, counted on the network itself."""
 
     model: str
     float_parameters: int
@@ -155,21 +153,21 @@ class Traffic:
 
     @property
     def gradient_bytes(self) -> int:
-        """All gradients, in float32, whatever the bits of the weights."""
+        """The bytes of all gradients, which are float32 whatever the bits of the weights."""
         return sum(gradient.size for gradient in self.gradients)
 
     @property
     def norm_bytes(self) -> int:
-        """What SyncBatchNorm sends: mean, inverse deviation and count forward, two sums backward."""
+        """The bytes that SyncBatchNorm sends: mean, inverse deviation and count forward, two sums backward."""
         return sum(FLOAT_BYTES * (2 * channels + 1 + 2 * channels) for channels in self.norms)
 
     @property
     def norm_collectives(self) -> int:
-        """An all-gather forward and an all-reduce backward for each norm."""
+        """The number of collectives: an all-gather forward and an all-reduce backward per norm."""
         return 2 * len(self.norms)
 
     def buckets(self) -> list[Gradient]:
-        """The gradients as DistributedDataParallel joins them: the first bucket is small, so that it goes out soon."""
+        """The gradients in DistributedDataParallel's buckets; the first one is small, so that it is sent early."""
         joined: list[Gradient] = []
         size, limit = 0, FIRST_BUCKET
         for gradient in self.gradients:
@@ -180,23 +178,23 @@ class Traffic:
         return [*joined, Gradient(size, 1.0)] if size else joined
 
     def exposed_ms(self, cluster: Cluster, step_ms: float) -> float:
-        """What the reduction takes after the backward pass: buckets go one by one, each once it is full."""
+        """The time of the reduction after the backward pass; buckets are sent one by one, each when it is full."""
         backward, end = BACKWARD * step_ms, 0.0
         for bucket in self.buckets():
             end = max(end, bucket.ready * backward) + min(cluster.ring_ms(bucket.size), cluster.tree_ms(bucket.size))
         return max(0.0, end - backward)
 
     def norms_ms(self, cluster: Cluster) -> float:
-        """What synchronised norms wait: nothing else can go on meanwhile."""
+        """The time that synchronized norms wait, during which nothing else can run."""
         return len(self.norms) * (cluster.small_gather_us() + cluster.small_reduce_us()) / 1e3
 
     def step_ms(self, share: float) -> float:
-        """A step by its FLOPs, two for each MAC and as many again twice backward, at ``share`` of the peak."""
+        """The time of a step, at 6 FLOPs per MAC (two forward, four backward) and ``share`` of the peak."""
         return 6 * self.macs * PAPER_BATCH / (share * BF16_TFLOPS * 1e9)
 
 
 def traffic_on_paper(model: str) -> Traffic:
-    """Binarize ``model`` and count."""
+    """Binarize ``model`` and count its bytes and collectives."""
     network = timm.create_model(model)
     float_parameters = sum(parameter.numel() for parameter in network.parameters())
     with warnings.catch_warnings():
@@ -223,7 +221,7 @@ def _prefixes(name: str) -> Iterator[str]:
 
 
 def paper(step_ms: dict[str, float]) -> str:
-    """Both tables of the paper part, as Markdown; ``step_ms`` takes the place of the FLOPs' estimate."""
+    """Both computed tables, as Markdown; ``step_ms`` replaces the estimate by FLOPs."""
     found = [traffic_on_paper(model) for model in PAPER_MODELS]
     lines = [
         "Counted, for one step and one process:",
@@ -253,7 +251,7 @@ def paper(step_ms: dict[str, float]) -> str:
         f"Computed, weak scaling with {PAPER_BATCH} images of 224x224 on each GPU:",
         "",
         "| BONN of | GPUs | step alone, ms | gradients, without overlap, ms | exposed, ms | norms, ms "
-        "| efficiency, own statistics | efficiency, synchronised |",
+        "| efficiency, own statistics | efficiency, synchronized |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for traffic in found:
@@ -270,7 +268,7 @@ def paper(step_ms: dict[str, float]) -> str:
 
 
 def main() -> None:
-    """Measure, read or compute; print the table, and write what the options ask for."""
+    """Measure, read or compute; print the table and write the requested files."""
     args = arguments()
     if args.paper:
         name, text = "paper", paper(args.step_ms)
@@ -334,12 +332,12 @@ def _in_turns(single: "_Crew", crews: dict[int, "_Crew"], args: argparse.Namespa
 
 
 def summarize(seconds: Times, batch: int, count: int) -> dict[str, Any]:
-    """By way: ``median_ms``, ``steps_per_second``, ``images_per_second``; and what rounds say of each other.
+    """Per way: ``median_ms``, ``steps_per_second``, ``images_per_second``, and ratios within rounds.
 
-    Each of these is a median with the least and the largest: ``efficiency`` is what one process alone would take for
-    the same work in ``count`` times its speed, to the time taken; ``gradients`` and ``norms`` are the share of the step
-    that goes with the reduction, and that the rest takes more than processes side by side (of weak scaling only,
-    because these have whole batches).
+    Each ratio is a list of median, smallest and largest. ``efficiency`` is the time that one process would need for the
+    work at ``count`` times its speed, divided by the measured time. ``gradients`` is the share of the step that the
+    reduction takes, ``norms`` the share by which the rest exceeds processes side by side (of ``weak`` only, which has
+    whole batches too).
     """
     summary: dict[str, Any] = {}
     for way, times in seconds.items():
@@ -370,17 +368,18 @@ def tables(document: dict[str, Any]) -> str:
     options, found = document["options"], document["environment"]
     lines = [
         f"{options['model']}, {options['size']}x{options['size']}, batch {options['batch']}, {options['precision']}, "
-        f"{document['machine']['processor']}, {options['threads']} thread for each process, {options['rounds']} rounds "
-        f"of {options['repeat']} steps, torch {found['torch']}, commit {found['commit']}. Median (least to largest).",
+        f"{document['machine']['processor']}, {options['threads']} thread per process, {options['rounds']} rounds "
+        f"of {options['repeat']} steps, torch {found['torch']}, commit {found['commit']}. "
+        "Median (smallest to largest).",
     ]
     for result in document["results"]:
         lines += [
             "",
             f"**{result['net']}, {result['processes']} processes**: gradients of "
-            f"{result['traffic']['gradient_bytes'] / 1e6:.2f} MB a step, collectives "
+            f"{result['traffic']['gradient_bytes'] / 1e6:.2f} MB per step, collectives "
             + (", ".join(f"{count} {name}" for name, count in result["traffic"]["collectives"].items()) or "none"),
             "",
-            "| way | ms a step | steps/s | images/s | efficiency | in the reduction (%) | in the norms (%) |",
+            "| way | ms per step | steps/s | images/s | efficiency | in the reduction (%) | in the norms (%) |",
             "|---|---|---|---|---|---|---|",
         ]
         for way, row in result["ways"].items():
@@ -423,7 +422,7 @@ class _Crew:
         return self
 
     def ask(self, request: tuple[Any, ...], count: int | None = None) -> list[Any]:
-        """What the first ``count`` processes answer, by default all."""
+        """The answers of the first ``count`` processes, by default of all."""
         chosen = self._connections[:count]
         for connection in chosen:
             connection.send(request)
@@ -463,7 +462,7 @@ def _serve(connection: Connection, rank: int, count: int, port: int, args: argpa
 
 
 class _Training:
-    """A trainer with one batch of its own that it trains on again and again."""
+    """A trainer that repeats one fixed batch."""
 
     def __init__(self, net: str, args: argparse.Namespace, way: str, world: int) -> None:
         scheme, regularizers = NETS[net]
@@ -484,7 +483,7 @@ class _Training:
         self.targets = torch.randint(args.classes, (own,), device=device)
 
     def seconds(self, repeat: int, reduce: bool) -> float:
-        """Of ``repeat`` steps, from when all processes of the group are there."""
+        """Seconds of ``repeat`` steps, measured from when all processes of the group are ready."""
         forward = self.trainer.forward
         silent = isinstance(forward, DistributedDataParallel) and not reduce
         if isinstance(forward, DistributedDataParallel):
@@ -533,33 +532,33 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=_counts, default=[1, 2], help="comma-separated, one of them above 1")
     parser.add_argument("--model", default="wrn22_16", help="a timm model (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=64, help="images of the process that is alone")
+    parser.add_argument("--batch", type=int, default=64, help="batch size of the single process")
     parser.add_argument("--size", type=int, default=32, help="height and width of the images")
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--repeat", type=int, help="steps in one timing (default: 2, on a GPU 10)")
-    parser.add_argument("--warmup", type=int, default=2, help="rounds that do not count")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds that are not counted")
     parser.add_argument("--precision", default="float32", choices=["float32", "tf32", "float16"])
     parser.add_argument("--paper", action="store_true", help="measure nothing: count and compute")
     parser.add_argument(
         "--step-ms", type=_steps, default={}, metavar="MODEL=MS,...",
-        help=f"measured steps of {PAPER_BATCH} images, in the place of the paper part's estimate by FLOPs",
+        help=f"measured steps of {PAPER_BATCH} images, instead of the estimate by FLOPs of --paper",
     )  # fmt: skip
     parser.add_argument("--output", type=Path, help="a JSON file for the result")
-    parser.add_argument("--input", type=Path, help="a file that --output wrote, in place of a measurement")
+    parser.add_argument("--input", type=Path, help="read a file written by --output instead of measuring")
     parser.add_argument("--page", action="store_true", help=f"write the table into docs/{PAGE.name}")
     args = parser.parse_args(argv)
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.repeat = args.repeat or (10 if args.device == "cuda" else 2)
     if not args.paper and not args.input:
         if max(args.processes) < 2:
-            parser.error("--processes names no number above 1; write --processes 1,2")
+            parser.error("--processes has no number above 1; write --processes 1,2")
         gpus = torch.cuda.device_count()
         if args.device == "cuda" and max(args.processes) > gpus:
             parser.error(f"--processes {max(args.processes)} needs as many GPUs; there are {gpus}")
         if odd := [count for count in args.processes if args.batch % count or args.batch // count < 2]:
-            parser.error(f"--batch {args.batch} cannot be shared by {odd[0]} processes, two images or more for each")
+            parser.error(f"--batch {args.batch} cannot be split among {odd[0]} processes with at least two images each")
     if unknown := sorted(set(args.step_ms) - set(PAPER_MODELS)):
         parser.error(f"--step-ms names {unknown[0]!r}; allowed: {', '.join(PAPER_MODELS)}")
     return args
@@ -568,7 +567,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def _counts(text: str) -> list[int]:
     parts = text.split(",")
     if not all(part.strip().isdigit() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers above 0; write 1,2")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers above 0; write 1,2")
     return sorted({int(part) for part in parts})
 
 
@@ -579,7 +578,7 @@ def _steps(text: str) -> dict[str, float]:
     except ValueError:
         found = {"": 0.0}
     if not all(value > 0 for value in found.values()):
-        raise argparse.ArgumentTypeError(f"{text!r} names no milliseconds above 0; write resnet18=20,resnet50=55")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of MODEL=MS above 0; write resnet18=20,resnet50=55")
     return found
 
 
