@@ -1,7 +1,7 @@
-"""What `binarize` costs: seconds, and memory beyond the model's own, for models up to the largest that fits.
+"""The cost of `binarize`: seconds, and memory beyond that of the model, for models up to the largest that fits.
 
-Each measurement is a process of its own, because the peak that Linux remembers does not come down. The
-parameters are filled with noise instead of timm's initialisation, which would take minutes. Example::
+Each measurement runs in its own process, because Linux never resets a process's peak memory. The parameters are filled
+with noise instead of timm's initialization, which would take minutes. Example::
 
     python benchmarks/binarize_cost.py --models resnet18 vit_gigantic_patch14_224 --output cost.json
 """
@@ -38,7 +38,7 @@ def measure(name: str, way: str) -> dict[str, Any]:
             if tensor.is_floating_point():
                 tensor.uniform_(-0.1, 0.1)
     size = sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
-    # Everything that is loaded once only is loaded before, on a model of no size.
+    # A tiny model first, so that everything that is loaded only once does not count.
     bonn_qat.binarize(timm.create_model("test_resnet"))
     before, start = _peak(), time.process_time()
     with warnings.catch_warnings():
@@ -53,7 +53,7 @@ def measure(name: str, way: str) -> dict[str, Any]:
 
 
 def _peak() -> int:
-    # Of the address space: a system that pages idle memory out reports less resident memory than there is.
+    # Address space, because a system that pages out idle memory reports less resident memory than is in use.
     status = Path("/proc/self/status").read_text()
     return int(re.findall(r"VmPeak:\s+(\d+) kB", status)[0]) * 1024
 

@@ -1,8 +1,8 @@
-"""Twelve families of timm, binary beside float, on a part of CIFAR-10: does every kind of network learn with bits?
+"""Twelve model families of timm, binary and float, on a part of CIFAR-10: does every kind of network learn with bits?
 
-Each family has a small member, cut down to 32x32 pixels: a stem of little stride, few and narrow blocks. Both arms have
-the same float start, data order, optimizer and budget. A run that is finished in the JSON is not run again, so that the
-same command goes on where it was stopped. Example::
+Each family has a small member, cut down to 32x32 pixels: a stem with small strides, few and narrow blocks. Both arms
+have the same float initialization, data order, optimizer and budget. Runs that the JSON file already has are skipped,
+so the same command continues after an interruption. Example::
 
     python benchmarks/families.py --data FOLDER --images 4000 --epochs 6 --out benchmarks/results/families.json --page
 """
@@ -37,14 +37,14 @@ from bonn_qat.training.data import Data, load
 
 RESULTS = Path(__file__).parent / "results"
 ARMS = ("float", "bonn")
-SETTINGS = ("images", "test_images", "epochs", "batch_size")  # what all runs of a file have in common
+SETTINGS = ("images", "test_images", "epochs", "batch_size")  # equal for all runs of a file
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A member of a family: a name of timm, or its class where timm's function leaves no room for the options.
+    """A member of a family: a timm name, or the class if timm's function does not accept the options.
 
-    ``unstrided`` names the convolutions and poolings of the stem that lose their stride.
+    ``unstrided`` names the convolutions and poolings of the stem whose stride becomes 1.
     """
 
     member: str
@@ -147,7 +147,7 @@ FAMILIES = {
 
 
 def main() -> None:
-    """Train what is missing in ``--out``, and write the page if asked to."""
+    """Train what is missing in ``--out``, and write the page if ``--page`` is given."""
     args = _arguments()
     document = _document(args)
     data = load("cifar10", directory=args.data, train_images=args.images, test_images=args.test_images)
@@ -208,7 +208,7 @@ def _document(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def page(document: Mapping[str, Any]) -> str:
-    """The results as Markdown: one row for each family, mean ± standard deviation over the seeds."""
+    """The results as Markdown: one row per family, mean ± standard deviation over the seeds."""
     settings, runs = document["settings"], document["runs"]
     keys = [key.split("/") for key in runs]
     seeds = len({seed for _, _, seed in keys})
@@ -256,19 +256,19 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def _machines(runs: Any) -> list[str]:
-    # Runs that were added later may come from another commit or machine: each is told once.
+    # Runs that were added later may come from another commit or machine; each is named once.
     told = (", ".join(f"{key} {value}" for key, value in run["environment"].items()) for run in runs)
     return list(dict.fromkeys(told))
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="the folder where CIFAR-10 lies or is downloaded to")
+    parser.add_argument("--data", type=Path, help="the folder of CIFAR-10; it is downloaded there if missing")
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--test-images", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, help="instead of each family's own")
+    parser.add_argument("--lr", type=float, help="learning rate, instead of each family's own")
     parser.add_argument("--weight-decay", type=float, default=5e-4)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--models", type=_names, default=list(FAMILIES), help=f"of {','.join(FAMILIES)}")

@@ -1,10 +1,10 @@
-"""Files that anybody may have written: damaged and hostile ones of every kind, and what reading them gives.
+"""Fuzz the readers of all file formats with damaged and hostile files.
 
-A file is changed as bytes, or as what it holds, with its checksum made anew so that the change is seen by more than the
-checksum. A BonnQatError, or nothing, is right; any other exception, a crash, a file that takes more than ten seconds,
-and memory far beyond the file's size are failures, listed with what makes them again. Each file depends on seed, kind
-and number alone, and is read in a process of its own sort: forked, with an address space of 768 MiB more than at its
-start. It prints a table and, with ``--output``, writes JSON. Examples::
+A file is changed either as bytes or as content; in the latter case its checksum is computed again, so that the change
+gets past the checksum. Reading must succeed or raise a BonnQatError. Any other exception, a crash, a file that takes
+more than ten seconds, and memory far beyond the file's size are failures, listed with what is needed to reproduce them.
+Each file is a function of seed, kind and number, and is read in a forked process whose address space may grow by
+768 MiB. The script prints a table and, with ``--output``, writes JSON. Examples::
 
     python benchmarks/fuzz.py --files 100000 --output FILE.json
     python benchmarks/fuzz.py --kinds packed --first 1234 --files 1 --seed 0 --keep FOLDER
@@ -56,23 +56,23 @@ from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.results import RunResult, write_run
 from bonn_qat.training.trainer import Trainer
 
-SECONDS, PATIENCE = 10.0, 6  # of work that a file may take, and times that on the clock
+SECONDS, PATIENCE = 10.0, 6  # CPU time allowed per file, and the factor for wall-clock time
 MEMORY = 768 * 2**20  # bytes of address space beyond those at the start
-TOO_LARGE = 2**24  # bytes of values beyond which a network that loads is not run
-Files = Mapping[str, bytes]  # by name; the first is the one to read
+TOO_LARGE = 2**24  # a network whose values need more bytes is loaded but not run
+Files = Mapping[str, bytes]  # by name; the first one is read
 Rewrite = Callable[[random.Random, Files], Files]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """A kind of file: whole ones to begin with, how to change what they hold, and how to read one."""
+    """A kind of file: valid samples, a function that changes their content, and the reader."""
 
     samples: Sequence[Files]
     rewrite: Rewrite
     read: Callable[[Path], None]
 
     def mutated(self, chance: random.Random) -> Files:
-        """A file that is damaged or hostile, most of the time."""
+        """A file that is damaged or hostile; now and then a change has no effect."""
         files = chance.choice(self.samples)
         if chance.random() < 0.6:
             return self.rewrite(chance, files)
@@ -84,14 +84,14 @@ class Kind:
 
 
 def damaged(chance: random.Random, content: bytes) -> bytes:
-    """Bytes of which one to four parts are others, missing, twice, or somewhere else."""
+    """``content`` with one to four parts changed, removed, repeated or moved."""
     for _ in range(chance.choice((1, 1, 1, 2, 4))):
         content = chance.choice(DAMAGES)(chance, bytearray(content))
     return content
 
 
 def _place(chance: random.Random, content: bytearray) -> int:
-    """Any place, and the beginning, where lengths and names are, more often."""
+    """A random position, more often near the beginning, where lengths and names are."""
     return int(len(content) * chance.random() ** chance.choice((1, 3, 8)))
 
 
@@ -148,7 +148,7 @@ NUMBERS = (
     0, -1, 1, 2, 3, 7, 64, 255, 2**16, 2**20, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, -(2**63),
     -(2**63) - 1, 2**64, 10**30, 10**400, 0.0, -0.5, 0.5, 1e-320, 1e308, -1e308, math.nan, math.inf, -math.inf,
 )  # fmt: skip
-DEEP = "\x01deep"  # stands for lists or tables in one another, which json cannot write
+DEEP = "\x01deep"  # stands for deeply nested lists or tables, which json cannot write
 TEXTS = (
     "", "x", "a" * 300, "\0", "\x1b[2J", "../../x", "/etc/passwd", "\u00e9", "\ud800", "nan", "1e999", "True", DEEP,
     "<script>", "$\\frac{", "constructor", "__class__", "float", "bonn", "trunc", "file:///etc/passwd",
@@ -156,7 +156,7 @@ TEXTS = (
 
 
 def hostile(chance: random.Random) -> Any:
-    """A value that does not belong where it will stand."""
+    """A random value that is probably invalid where it is inserted."""
     return chance.choice((
         lambda: chance.choice(NUMBERS), lambda: chance.choice(TEXTS), lambda: chance.choice((None, True, False)),
         lambda: chance.choice(([], {}, [[]], {"": None}, [0] * 5000, {"a": {"b": {"c": [1]}}})),
@@ -165,7 +165,7 @@ def hostile(chance: random.Random) -> Any:
 
 
 def changed(chance: random.Random, value: Any, hostile: Callable[[random.Random], Any] = hostile) -> Any:
-    """A copy of nested data that differs in one to four places."""
+    """A copy of nested data with one to four changes."""
     value = json.loads(json.dumps(value))
     for _ in range(chance.choice((1, 1, 1, 2, 4))):
         places = list(_places(value))
@@ -177,7 +177,7 @@ def changed(chance: random.Random, value: Any, hostile: Callable[[random.Random]
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every table or list with every key or place in it."""
+    """Every (container, key or index) in nested data."""
     for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
         yield value, key
         yield from _places(value[key])
@@ -188,7 +188,7 @@ def _change(
 ) -> None:
     def other() -> Any:
         around, place = chance.choice(places)
-        with contextlib.suppress(KeyError, IndexError):  # it may be gone
+        with contextlib.suppress(KeyError, IndexError):  # an earlier change may have removed it
             return json.loads(json.dumps(around[place]))
         return None
 
@@ -215,7 +215,7 @@ def _change(
 
 
 def as_json(value: Any, chance: random.Random) -> str:
-    """JSON, with depth where DEEP stands, and now and then a key twice."""
+    """``value`` as JSON, with deep nesting in place of DEEP and sometimes a duplicate key."""
     text = json.dumps(value)
     depth = chance.choice((20, 30, 500, 2000, 100_000))
     nested = chance.choice(("[" * depth + "]" * depth, '{"a":' * depth + "0" + "}" * depth, "[" * depth))
@@ -224,7 +224,7 @@ def as_json(value: Any, chance: random.Random) -> str:
 
 
 def as_toml(table: Mapping[str, Any], chance: random.Random) -> str:
-    """TOML, with a table or a value in each line."""
+    """``table`` as TOML, one table or value per line."""
     return "".join(f"{_toml_key(key)} = {_toml(value, chance)}\n" for key, value in table.items())
 
 
@@ -252,20 +252,20 @@ Header = dict[str, Any]
 
 
 def split(content: bytes) -> tuple[Tensors, Header]:
-    """The tensors of a safetensors file and our header."""
+    """The tensors and our header of a safetensors file."""
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["bonn_qat"])
     return safetensors.torch.load(content), header
 
 
 def joined(tensors: Tensors, header: str) -> bytes:
-    """A safetensors file."""
+    """A safetensors file with these tensors and our header."""
     copies = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     return safetensors.torch.save(copies, {"bonn_qat": header})
 
 
 def changed_tensors(chance: random.Random, tensors: Tensors) -> Tensors:
-    """Tensors of which one or two are others."""
+    """``tensors`` with one or two changes."""
     tensors = dict(tensors)
     for _ in range(chance.choice((1, 1, 2))):
         if tensors:
@@ -296,7 +296,7 @@ def _other_values(chance: random.Random, tensors: Tensors, name: str) -> None:
     fill = chance.choice((0, -1, 1, math.nan, math.inf, -math.inf, 1e38, 1e-45, 2**62, -(2**63)))
     if tensor.numel():
         flat = tensor.flatten()
-        with contextlib.suppress(RuntimeError, ValueError, OverflowError):  # not every number is of every type
+        with contextlib.suppress(RuntimeError, ValueError, OverflowError):  # not every number fits every dtype
             flat[chance.randrange(len(flat)) :] = fill
         tensors[name] = flat.reshape(tensor.shape)
 
@@ -318,7 +318,7 @@ TENSOR_CHANGES = (_other_type, _other_shape, _other_values, _swapped, _gone)
 def rewrite_tensors(
     sign: Callable[[Tensors, Header], Header], hostile: Callable[[random.Random], Any] = hostile
 ) -> Rewrite:
-    """How to change the header or the tensors of a file whose checksum ``sign`` puts into its header."""
+    """A function that changes header or tensors of a file; ``sign`` writes the new checksum into the header."""
 
     def rewrite(chance: random.Random, files: Files) -> Files:
         ((name, content),) = files.items()
@@ -333,14 +333,14 @@ def rewrite_tensors(
         text = as_json(header, chance)
         try:
             return {name: joined(tensors, text)}
-        except (safetensors.SafetensorError, UnicodeEncodeError):  # what safetensors does not write
+        except (safetensors.SafetensorError, UnicodeEncodeError):  # safetensors cannot write it
             return {name: damaged(chance, content)}
 
     return rewrite
 
 
 def unsigned(tensors: Tensors, header: Header) -> Header:
-    """For files without a checksum."""
+    """The ``sign`` function for files without a checksum."""
     return header
 
 
@@ -348,7 +348,7 @@ def unsigned(tensors: Tensors, header: Header) -> Header:
 
 
 class Tiny(nn.Module):
-    """Convolutions with a shortcut, a pool before them, and tokens with attention after them."""
+    """A small network with a max-pool, convolutions with a shortcut, and attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -372,7 +372,7 @@ class Tiny(nn.Module):
 
 
 def known_functions() -> list[str]:
-    """Names of what a graph may call."""
+    """The names of all functions that a packed graph may call."""
     found = []
     for schema in torch._C._jit_get_all_schemas():
         namespace, _, name = schema.name.partition("::")
@@ -396,7 +396,7 @@ REFUSED = (
 
 
 def call(chance: random.Random, name: str, nodes: Sequence[str]) -> dict[str, Any]:
-    """A node that calls a function with arguments of its types, tensors being those of other nodes."""
+    """A node that calls the function ``name`` with arguments of the right types; tensors are results of other nodes."""
     if name in PYTHON:
         return {
             "op": name,
@@ -441,7 +441,7 @@ def _argument(chance: random.Random, kind: str, nodes: Sequence[str], name: str 
 
 
 def packed_kind() -> Kind:
-    """Packed networks: loaded, and run on an image unless they need much memory."""
+    """Packed networks: they are loaded and, unless they need much memory, run on an image."""
     torch.manual_seed(0)
     samples = []
     for scheme in ("bonn", *(name for name in ("bwn",) if name in plugins.schemes())):
@@ -462,7 +462,7 @@ def packed_kind() -> Kind:
     def rewrite(chance: random.Random, files: Files) -> Files:
         if chance.random() < 0.4:
             return anywhere(chance, files)
-        # One call alone: more of these load.
+        # Change a single call, because more of these files load.
         ((name, content),) = files.items()
         tensors, header = split(content)
         nodes = header["nodes"]
@@ -494,7 +494,7 @@ def _signed(tensors: Tensors, header: Header) -> Header:
 
 
 def read_packed(path: Path) -> None:
-    """Load a packed network, and run it on an image unless that needs much memory."""
+    """Load a packed network and, unless it needs much memory, run it on an image."""
     model = bonn_qat.PackedModel.load(path)
     buffers = dict(model.network.named_buffers())
     if (
@@ -509,7 +509,7 @@ def read_packed(path: Path) -> None:
 
 
 class Small(nn.Module):
-    """A network that is made and binarized in no time."""
+    """A network that is fast to create and to binarize."""
 
     def __init__(self, num_classes: int = 10, in_chans: int = 3, drop_rate: float = 0.0) -> None:
         super().__init__()
@@ -525,7 +525,7 @@ class Small(nn.Module):
 
 @timm.models.register_model  # type: ignore[untyped-decorator]
 def fuzz_small(pretrained: bool = False, **options: Any) -> Small:
-    """:class:`Small`, by a name of timm's."""
+    """:class:`Small` as a timm model."""
     own = {key: value for key, value in options.items() if not key.startswith("pretrained_") and key != "cache_dir"}
     return Small(**own)
 
@@ -538,14 +538,14 @@ OPTIONS = Recipe(
 
 
 def make_trainer() -> Trainer:
-    """A run that has done nothing yet."""
+    """A run before its first step."""
     recipe = Recipe(model="fuzz_small", epochs=3, batch_size=8, train_images=16, test_images=8)
     data = load("digits", train_images=16, test_images=8)
     return Trainer(build(recipe, data), recipe, data, torch.device("cpu"), task=nn.CrossEntropyLoss())
 
 
 def checkpoint_kind() -> Kind:
-    """Runs in the middle: taken up by a run that has done nothing yet."""
+    """Checkpoints: a run before its first step resumes from them."""
     run = make_trainer()
     samples = []
     for _ in range(2):
@@ -562,10 +562,10 @@ def checkpoint_kind() -> Kind:
 
 
 def weights_kind() -> Kind:
-    """Trained weights: restored."""
+    """Weights files: they are restored to networks."""
     data = load("digits", train_images=16, test_images=8)
     samples: list[Files] = []
-    for scheme in ("bonn", "float", "float", "float"):  # a binary network takes longer to make
+    for scheme in ("bonn", "float", "float", "float"):  # a binary network takes longer to create
         recipe = Recipe(model="fuzz_small", scheme=scheme, epochs=3, batch_size=8)
         tensors = {name: tensor.clone() for name, tensor in build(recipe, data).state_dict().items()}
         samples.append({"weights.safetensors": joined(tensors, json.dumps(weights_header(recipe, data)))})
@@ -577,8 +577,8 @@ def weights_kind() -> Kind:
 
 
 def recipe_kind() -> Kind:
-    """Recipes: read and checked."""
-    recipes = sorted((Path(bonn_qat.__file__).parent / "recipes").glob("*.toml"))
+    """Recipes: they are read and checked."""
+    recipes = sorted((Path(bonn_qat.__file__).parent / "training" / "recipes").glob("*.toml"))
     samples: list[Files] = [{"recipe.toml": path.read_bytes()} for path in recipes]
     staged = {**OPTIONS.to_dict(), "stages": [{"share": 1.0, "regularizers": {"kernel": 1e-4}, "weights": "binary"}]}
     tables = [OPTIONS.to_dict(), staged]
@@ -596,7 +596,7 @@ def recipe_kind() -> Kind:
 
 
 def results_kind() -> Kind:
-    """Results of a comparison: read, and taken together in a table."""
+    """Results of a comparison: they are read and summarized in a table."""
     epochs = [{"epoch": float(e), "lr": 0.1, "test/top1": 50.0 + e, "scale/conv": 0.1, "flips": 0.01} for e in (1, 2)]
     histogram = {"edges": [-1.0, 0.0, 1.0], "counts": [3.0, 4.0]}
     size = dict.fromkeys(("parameters", "mbit", "float_mbit", "compression", "macs", "binary_macs"), 2.5)
@@ -632,11 +632,11 @@ KINDS: Mapping[str, Callable[[], Kind]] = {
     "packed": packed_kind, "checkpoint": checkpoint_kind, "weights": weights_kind, "recipe": recipe_kind,
     "results": results_kind,
 }  # fmt: skip
-SHARES = {"packed": 4, "checkpoint": 3, "weights": 2, "recipe": 8, "results": 8}  # the costlier, the fewer
+SHARES = {"packed": 4, "checkpoint": 3, "weights": 2, "recipe": 8, "results": 8}  # fewer files of the slow kinds
 
 
 def number_of(name: str, seed: int, index: int) -> random.Random:
-    """What draws the changes of a file."""
+    """The random generator that determines a file."""
     return random.Random(f"{name} {seed} {index}")
 
 
@@ -650,7 +650,7 @@ def write(folder: Path, files: Files) -> Path:
 
 
 def outcome(kind: Kind, path: Path) -> str:
-    """What reading gave: ``read``, or the name of the exception, after ``failed: `` for none of ours."""
+    """``read``, the name of our exception, or ``failed: `` and the reason."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -669,7 +669,7 @@ def outcome(kind: Kind, path: Path) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """A file that was not read as it should be; ``seed``, ``kind`` and ``index`` make it again."""
+    """A file that was handled wrongly; ``seed``, ``kind`` and ``index`` reproduce it."""
 
     kind: str
     seed: int
@@ -678,17 +678,17 @@ class Failure:
 
 
 class Reader:
-    """Reads files of one kind in a forked process, which is started anew after a crash."""
+    """Reads files of one kind in a forked process, and forks again after a crash."""
 
     def __init__(self, name: str, seed: int, folder: Path) -> None:
         self.name, self.seed, self.folder = name, seed, folder
         self.kind = KINDS[name]()
-        for sample in self.kind.samples:  # a process that is forked need not load again what this loads
+        for sample in self.kind.samples:  # so that forked processes find everything loaded
             if (what := outcome(self.kind, write(folder / "whole", sample))) != "read":
-                raise RuntimeError(f"a whole file of the kind {name} is not read: {what}")
+                raise RuntimeError(f"a valid file of the kind {name} is not read: {what}")
 
     def run(self, indices: range) -> Iterator[tuple[int, str]]:
-        """Each file's number and outcome."""
+        """The number and the outcome of each file."""
         first = indices.start
         while first < indices.stop:
             for index, what in self._run(range(first, indices.stop)):
@@ -728,7 +728,7 @@ class Reader:
                 os.waitpid(child, 0)
 
     def _where(self) -> str:
-        """The last lines of the package, or else of all, that a process was at."""
+        """The innermost lines of a crashed process, preferably in this package."""
         lines = [line.strip() for line in (self.folder / "fault").read_text(errors="replace").splitlines()]
         found = [line for line in lines if "/bonn_qat/" in line] or [line for line in lines if line.startswith("File")]
         return "; ".join(re.sub(r'".*/', '"', line) for line in found[:3])
@@ -754,7 +754,7 @@ class Reader:
 
 
 def examine(name: str, args: argparse.Namespace, indices: range) -> tuple[dict[str, Any], list[Failure]]:
-    """Read the files of a kind; how often what came of it, and the failures."""
+    """Read the files of a kind; returns the counts of the outcomes, and the failures."""
     counts: Counter[str] = Counter()
     failures = []
     with tempfile.TemporaryDirectory() as folder:
@@ -773,9 +773,9 @@ def examine(name: str, args: argparse.Namespace, indices: range) -> tuple[dict[s
 
 
 def main() -> None:
-    """Read the files of each kind and print a table."""
+    """Read files of each kind, print a table and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--files", type=int, default=2000, help="of all kinds together")
+    parser.add_argument("--files", type=int, default=2000, help="number of files of all kinds together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="the number of the first file of each kind")
     parser.add_argument("--kinds", default=",".join(KINDS))
@@ -790,7 +790,7 @@ def main() -> None:
         row, failed = examine(name, args, range(args.first, args.first + share))
         rows.append(row)
         failures += failed
-    told(rows)
+    print_table(rows)
     if args.output:
         options = {"files": args.files, "seed": args.seed, "first": args.first, "kinds": names}
         found = {"environment": dict(environment(torch.device("cpu"))), "machine": processor(), "options": options}
@@ -799,10 +799,10 @@ def main() -> None:
     sys.exit(bool(failures))
 
 
-def told(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print a table."""
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the outcomes of each kind as a table."""
     names = sorted(set(itertools.chain.from_iterable(row["outcomes"] for row in rows)) - {"failed"})
-    columns = ["kind", "files", *names, "failed", "ms a file"]
+    columns = ["kind", "files", *names, "failed", "ms per file"]
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for row in rows:
         counts = [row["outcomes"].get(name, 0) for name in (*names, "failed")]

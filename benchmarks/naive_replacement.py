@@ -1,8 +1,8 @@
-"""What `binarize` does beside replacing convolutions: timm's ResNet-18 on CIFAR-10, against naive replacement.
+"""What `binarize` adds to replacing convolutions: timm's ResNet-18 on CIFAR-10, against naive replacement.
 
-Naive means that convolutions become binary and everything else stays, ReLUs before the signs among them, and
-norms that start at zero. Both nets start from the same float weights and see the same images in the same order.
-Example::
+Naive means that convolutions become binary and everything else stays, including the ReLUs before the signs and the
+norms that are initialized with zeros. Both networks start from the same float weights and see the same images in the
+same order. Example::
 
     python benchmarks/naive_replacement.py --data-dir data --train-images 10000 --seeds 2 --output naive.json
 """
@@ -26,7 +26,7 @@ from bonn_qat.training.data import Data, load
 
 
 def main() -> None:
-    """Train both, print accuracy and dead layers, and write them where ``--output`` says."""
+    """Train both, print accuracy and dead layers, and write them to ``--output``."""
     args = _arguments()
     data = load("cifar10", directory=args.data_dir, train_images=args.train_images, test_images=args.test_images)
     recipe = bonn_qat.Recipe(
@@ -80,7 +80,7 @@ def _dead(model: nn.Module, images: torch.Tensor) -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, help="where CIFAR-10 lies or is downloaded to")
+    parser.add_argument("--data-dir", type=Path, help="the folder of CIFAR-10; it is downloaded there if missing")
     parser.add_argument("--train-images", type=int, default=10000)
     parser.add_argument("--test-images", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=1)

@@ -1,17 +1,17 @@
-"""Where the time of a training step goes: by torch.profiler, and again by leaving each part out.
+"""Where the time of a training step goes: measured with torch.profiler, and again by leaving each part out.
 
-The modules of the network are ranges of the profile, and autograd's sequence numbers say which forward operation a
-backward one belongs to, so that every part has both. A share is of the profiled step; milliseconds are the share of a
-step without the profiler. On a GPU kernels are counted, and what is left of the step is ``waiting`` for the host.
-As a check the step runs without each part, in turns with the whole one, and the convolutions run alone. Examples::
+The modules of the network are ranges of the profile, and autograd's sequence numbers assign backward operations to
+forward ones, so that every part has both. Shares are relative to the profiled step; milliseconds are these shares of a
+step without the profiler. On a GPU, kernels are counted, and the rest of the step is ``waiting`` for the host. As a
+check, the step runs without each part, in turns with the whole one, and the convolutions run alone. Examples::
 
     python benchmarks/profile_step.py --batch 128 --channels-last --clock process --output profile.json --page
     python benchmarks/profile_step.py --device cuda --batch 128 1024 --channels-last --output profile-cuda.json
     python benchmarks/profile_step.py --input profile.json --page
 
 The file is JSON: ``options``, ``environment``, ``machine``, and ``results``, one for each net and batch size: ``net``,
-``batch``, ``step_ms``, ``profiled_step_ms`` and ``parts``, by name ``forward_ms``, ``backward_ms``, ``share`` and
-``check_ms``, what the part costs by the second method, null where there is none.
+``batch``, ``step_ms``, ``profiled_step_ms`` and ``parts``; each part has ``forward_ms``, ``backward_ms``, ``share`` and
+``check_ms``, its cost by the second method, or null if it has none.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.profiler import DeviceType, ProfilerActivity, profile, record_function
-from training_step import alternate, machine, synchronize  # type: ignore[import-not-found] # the script beside this
+from training_step import alternate, machine, synchronize  # type: ignore[import-not-found] # the script beside this one
 
 import bonn_qat
 import bonn_qat.models
@@ -50,7 +50,7 @@ PARTS = (
 )  # fmt: skip
 REMOVABLE = (QUANTIZERS, NORM, ACTIVATION, KERNEL_LOSS, FEATURE_LOSS, OPTIMIZER, DATA)
 _RANGE, _BACKWARD = "part: ", "autograd::engine::evaluate_function"
-# The first that a module is of; what is in none of them is an addition, or other.
+# The first class that matches a module counts; operations in none of them are additions, or other.
 _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
     (BinaryConv2d, BINARY_CONVOLUTION), (nn.Conv2d, FLOAT_CONVOLUTION), (nn.BatchNorm2d, NORM),
     (nn.ReLU, ACTIVATION), (nn.PReLU, ACTIVATION), (KernelLoss, KERNEL_LOSS), (FeatureLoss, FEATURE_LOSS),
@@ -59,7 +59,7 @@ _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
 
 
 def main() -> None:
-    """Measure or read, print a table for each net and batch size, and write what the options ask for."""
+    """Measure or read, print a table for each net and batch size, and write the requested files."""
     args = _arguments()
     if args.input:
         document = json.loads(args.input.read_text())
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def page(text: str, document: dict[str, Any]) -> str:
-    """``text`` with the tables of ``document`` between its two marks."""
+    """``text`` with the tables of ``document`` between the two markers."""
     before, _, rest = text.partition(START)
     return before + START + tables(document) + END + rest.partition(END)[2]
 
@@ -111,7 +111,7 @@ def tables(document: dict[str, Any]) -> str:
 
 
 def measure(net: str, batch: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Profile the step of ``net``, and time it whole and without each part."""
+    """Profile a step of ``net``, and time it as a whole and without each part."""
     parts, profiled = profiled_parts(_Training(net, batch, args, ranges=True), args)
     has = [part for part in REMOVABLE if part in parts]
     trainings = {"": _Training(net, batch, args)} | {part: _Training(net, batch, args, without=part) for part in has}
@@ -146,7 +146,7 @@ def measure(net: str, batch: int, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def profiled_parts(training: "_Training", args: argparse.Namespace) -> tuple[dict[str, list[float]], float]:
-    """Seconds of a step by part, forward and backward, and of the whole profiled step."""
+    """Seconds of each part of a step, forward and backward, and of the whole profiled step."""
     for _ in range(args.warmup):
         training.step()
     synchronize(args.device)
@@ -166,12 +166,12 @@ def profiled_parts(training: "_Training", args: argparse.Namespace) -> tuple[dic
 def _by_part(events: Sequence[Any], *, on_gpu: bool) -> dict[str, list[float]]:
     steps = [event for event in events if event.name == "step"]
     if not steps:
-        raise RuntimeError("the profile holds no step")
+        raise RuntimeError("the profile contains no step")
     known: dict[int, tuple[str, bool]] = {}
     forward: dict[tuple[int, int], str] = {}
 
     def place(event: Any) -> tuple[str, bool]:
-        """The part of an event, and whether it is of the backward pass."""
+        """The part that an event belongs to, and whether it is in the backward pass."""
         if id(event) not in known:
             known[id(event)] = find(event)
         return known[id(event)]
@@ -183,7 +183,7 @@ def _by_part(events: Sequence[Any], *, on_gpu: bool) -> dict[str, list[float]]:
             return forward.get((period(event), event.sequence_nr), OTHER), True
         parent = event.cpu_parent
         if event.name in ("aten::add", "aten::add_") and parent is not None:
-            # Directly below a node the engine sums gradients; in no range it is a shortcut.
+            # Directly below a node the engine sums gradients; outside of all ranges, those of a shortcut.
             if parent.name.startswith(_BACKWARD):
                 return ADDITIONS, True
             if place(parent)[0] == OTHER:
@@ -191,10 +191,10 @@ def _by_part(events: Sequence[Any], *, on_gpu: bool) -> dict[str, list[float]]:
         return (OTHER, False) if parent is None else place(parent)
 
     def period(event: Any) -> int:
-        """Which step the event is in; sequence numbers start anew where all graphs are gone."""
+        """The step that an event belongs to; sequence numbers restart when all graphs are gone."""
         return sum(step.time_range.start <= event.time_range.start for step in steps)
 
-    # The operation that makes a node is the last that starts with its number.
+    # The operation that creates a node is the last one that starts with the node's number.
     for event in sorted(events, key=lambda event: event.time_range.start):
         if event.sequence_nr >= 0 and event.scope == 0 and not event.name.startswith(_BACKWARD):
             forward[period(event), event.sequence_nr] = place(event)[0]
@@ -207,12 +207,12 @@ def _by_part(events: Sequence[Any], *, on_gpu: bool) -> dict[str, list[float]]:
 
 
 def _gpu_time(event: Any) -> float:
-    # A range may have a copy of itself on the GPU, which is no kernel.
+    # A range may have a copy of itself on the GPU, which is not a kernel.
     return float(sum(kernel.duration for kernel in event.kernels if kernel.name != event.name))
 
 
 class _Training:
-    """A net with what its step needs; ``without`` leaves one part out, ``ranges`` marks the parts for the profiler."""
+    """A net and what its step needs; ``without`` leaves one part out, ``ranges`` marks the parts for the profiler."""
 
     def __init__(
         self, net: str, batch: int, args: argparse.Namespace, *, without: str = "", ranges: bool = False
@@ -230,7 +230,7 @@ class _Training:
         self.layout = torch.channels_last if args.channels_last else torch.contiguous_format
         lay_out(self.model, self.layout)
         self._leave_out()
-        # At a rate of 0 a net without norms stays as it is, and a step costs the same.
+        # At a rate of 0, a net without norms does not change, and a step costs the same.
         groups = bonn_qat.parameter_groups(self.objective, lr=0.0, weight_decay=1e-4)
         self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True, fused=True)
         self.batches = self._batches(batch, args.size)
@@ -291,7 +291,7 @@ def _ranged(function: Callable[..., Any], part: str) -> Callable[..., Any]:
 
 
 def _convolutions(training: _Training) -> dict[str, Callable[[], None]]:
-    """By kind, all convolutions of a step alone: forward and backward, on noise of the shapes that they get."""
+    """Per kind, all convolutions of a step alone, forward and backward, on noise in the shapes of their inputs."""
     seen: list[tuple[nn.Conv2d, Tensor]] = []
     layers = [module for module in training.model.modules() if isinstance(module, nn.Conv2d)]
     handles = [
@@ -343,14 +343,14 @@ def _arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", nargs="+", type=int, default=[128])
     parser.add_argument("--size", type=int, default=32, help="height and width of the images")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=11, help="of the check")
+    parser.add_argument("--rounds", type=int, default=11, help="rounds of the check")
     parser.add_argument("--repeat", type=int, help="steps in one timing (default: 1, on a GPU 10)")
     parser.add_argument("--profiled", type=int, default=5, help="steps in the profile")
     parser.add_argument("--warmup", type=int, default=3, help="steps before each measurement")
-    parser.add_argument("--clock", default="wall", choices=["wall", "process"], help="of the check; process: CPU time")
+    parser.add_argument("--clock", default="wall", choices=["wall", "process"], help="for the check; process: CPU time")
     parser.add_argument("--channels-last", action="store_true", help="images and weights in channels_last")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--input", type=Path, help="read this file of an earlier run in place of measuring")
+    parser.add_argument("--input", type=Path, help="read the file of an earlier run instead of measuring")
     parser.add_argument("--output", type=Path, help="a JSON file for the result")
     parser.add_argument("--page", action="store_true", help=f"write the tables into docs/{PAGE.name}")
     args = parser.parse_args(argv)

@@ -18,11 +18,11 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    """Write ``NAME.md`` and ``NAME.json``; what is there already is never overwritten."""
+    """Write ``NAME.md`` and ``NAME.json``; existing files are never overwritten."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("name")
-    parser.add_argument("--page", type=Path, help="the study's Markdown, in place of a table of the comparison")
+    parser.add_argument("--page", type=Path, help="the study's Markdown, instead of a table of the comparison")
     args = parser.parse_args()
     comparison = read_comparison(args.directory)
     runs = [{key: value for key, value in asdict(run).items() if key != "histograms"} for run in comparison.results]

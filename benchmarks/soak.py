@@ -1,19 +1,19 @@
-"""Does a process that trains and packs for hours grow? Resident memory, files, threads and objects, round by round.
+"""Soak test: does a process that trains and packs for hours use more and more memory, files, threads or objects?
 
-Each round, for each scheme: a run of a comparison is interrupted in the middle, goes on from its checkpoint and ends;
-its report is read and written again; the trained network is restored, summed up, packed, saved, loaded and run. After
-the round, with the garbage collected, the process is measured. The first rounds do not count: they fill caches. Through
-the others goes a line. Examples::
+In each round, for each scheme, a run of a comparison is interrupted in the middle and resumed from its checkpoint; its
+report is read and written again; the trained network is restored, summarized, packed, saved, loaded and run. After the
+round the garbage is collected and the process is measured. The first rounds are not counted, because they fill caches;
+a straight line is fitted to the others. Examples::
 
     python benchmarks/soak.py --minutes 30 --output soak.json
     python benchmarks/soak.py --minutes 30 --mlflow one --output soak-mlflow.json
 
 The file is JSON: ``options``, ``environment``, ``machine``, ``rounds`` (see :func:`measured`), ``growth`` (see
-:func:`growth`), and ``grown``: the types of objects, and the caches of functions (``functools.lru_cache``), of which
-there are more at the end than after the warm-up, and by how many. Beside it a curve, FILE.svg. Linux only.
+:func:`growth`), and ``grown``: the types of objects, and the function caches (``functools.lru_cache``), that have more
+entries at the end than after the warm-up, and how many more. The curve is written beside it as FILE.svg. Linux only.
 
-A line of memory that rises by less than two standard errors is flat as far as this measures; ``in_use_kib`` is what the
-program holds of its allocator's memory, and says whether a rise of ``rss_kib`` is held or only not given back.
+A slope below two standard errors cannot be told from zero. ``in_use_kib`` is the memory that the program has allocated
+and not freed; it shows whether a rise of ``rss_kib`` is a leak or memory that the allocator keeps.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from typing import Any
 
 import pluggy
 import torch
-from training_step import machine  # type: ignore[import-not-found] # the script beside this
+from training_step import machine  # type: ignore[import-not-found] # the script beside this one
 
 import bonn_qat
 from bonn_qat import plugins
@@ -52,12 +52,12 @@ from bonn_qat.training.results import RUNS
 SCHEMES = ("bonn", "float", "xnor", "bireal-staged")
 RECIPE = Recipe(model="wrn10_16", epochs=3, batch_size=16, train_images=64, test_images=50, lr=0.05, latents="scheme")
 QUANTITIES = ("rss_kib", "in_use_kib", "files", "threads", "objects")
-_MOST = 15  # types that are named
-_FREQUENT = 20  # objects of a type, for the warm-up and the end to be told apart
+_MOST = 15  # the number of types that are reported
+_FREQUENT = 20  # types with fewer objects are ignored
 
 
 def main() -> None:
-    """Soak, print the growth, write what the options ask for."""
+    """Run the rounds, print the growth, and write the requested files."""
     args = arguments()
     torch.set_num_threads(args.threads)
     found = dict(environment(torch.device("cpu")))
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def one_round(schemes: Sequence[str], data: Data, number: int, pm: pluggy.PluginManager, *, packs: bool) -> None:
-    """Everything that a user's process does, once for each scheme."""
+    """Everything that a user's process does, once per scheme."""
     with tempfile.TemporaryDirectory() as folder:
         for scheme in schemes:
             directory = Path(folder) / scheme
@@ -137,7 +137,7 @@ def _observed(mlflow: str | None) -> Iterator[pluggy.PluginManager]:
     manager = plugins.create_manager()
     if mlflow is None and manager.has_plugin("mlflow"):
         manager.unregister(name="mlflow")
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # MLflow leaves artifacts where it is
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # MLflow writes artifacts here
         os.environ.pop("MLFLOW_TRACKING_URI", None)
         if mlflow == "one":
             os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
@@ -145,8 +145,10 @@ def _observed(mlflow: str | None) -> Iterator[pluggy.PluginManager]:
 
 
 def measured(seconds: float) -> dict[str, float]:
-    """``seconds`` since the start; ``rss_kib``, resident memory; ``in_use_kib``, what malloc has given out and not got
-    back; ``files``, open descriptors; ``threads``; ``objects`` that the garbage collector knows.
+    """The state of this process after ``seconds``.
+
+    ``rss_kib``, resident memory; ``in_use_kib``, memory allocated by malloc and not freed; ``files``, open descriptors;
+    ``threads``; ``objects`` that the garbage collector tracks.
     """
     status = Path("/proc/self/status").read_text()
     found = {name: float(re.findall(rf"{name}:\s+(\d+)", status)[0]) for name in ("VmRSS", "Threads")}
@@ -154,7 +156,7 @@ def measured(seconds: float) -> dict[str, float]:
         "seconds": seconds,
         "rss_kib": found["VmRSS"],
         "in_use_kib": _in_use() / 1024,
-        "files": len(os.listdir("/proc/self/fd")) - 1,  # without the one that lists them
+        "files": len(os.listdir("/proc/self/fd")) - 1,  # without the descriptor of this listing
         "threads": found["Threads"],
         "objects": len(gc.get_objects()),
     }
@@ -184,12 +186,12 @@ def _in_use() -> float:
 
 
 def _population() -> collections.Counter[str]:
-    """Objects by type, and entries of caches by function; types with few objects are left out."""
+    """The number of objects per type, and of cache entries per function; types with few objects are left out."""
     objects = gc.get_objects()
     counts = collections.Counter(f"{type(x).__module__}.{type(x).__qualname__}" for x in objects)
     found = collections.Counter({name: count for name, count in counts.items() if count >= _FREQUENT})
     for cached in objects:
-        if type(cached) is functools._lru_cache_wrapper:  # isinstance would ask proxies what they are
+        if type(cached) is functools._lru_cache_wrapper:  # isinstance would call code of proxy objects
             found[f"cache of {cached.__module__}.{getattr(cached, '__qualname__', '?')}"] += (
                 cached.cache_info().currsize
             )
@@ -197,8 +199,10 @@ def _population() -> collections.Counter[str]:
 
 
 def growth(rounds: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """By quantity: the slope of a straight line through the rounds, ``per_round`` and ``per_hour``, each with its
-    standard error (``_error``), and the ``first`` and ``last`` value. The errors take the rounds for independent.
+    """Per quantity: slope of a straight line through the rounds, and the ``first`` and ``last`` value.
+
+    The slope is given ``per_round`` and ``per_hour``, each with its standard error (``_error``), which assumes that
+    rounds are independent.
     """
     result = {}
     hours = (rounds[-1]["seconds"] - rounds[0]["seconds"]) / 3600 / (len(rounds) - 1)
@@ -217,7 +221,7 @@ def growth(rounds: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
 
 
 def line(values: Sequence[float]) -> tuple[float, float]:
-    """The slope of the least-squares line through values at 0, 1, 2, ..., and its standard error; three at least."""
+    """Slope of the least-squares line through three or more values at 0, 1, 2, ..., and its standard error."""
     count = len(values)
     middle, mean = (count - 1) / 2, statistics.fmean(values)
     spread = sum((x - middle) ** 2 for x in range(count))
@@ -227,11 +231,11 @@ def line(values: Sequence[float]) -> tuple[float, float]:
 
 
 def table(document: dict[str, Any]) -> str:
-    """The growth, a line for each quantity."""
+    """The growth as text, one line per quantity."""
     rounds = document["rounds"]
     counted = len(rounds) - document["options"]["warmup"]
-    lines = [f"{len(rounds)} rounds in {rounds[-1]['seconds'] / 60:.1f} minutes, the last {counted} count"]
-    lines.append(f"{'':14}{'first':>12}{'last':>12}{'a round':>24}{'an hour':>28}")
+    lines = [f"{len(rounds)} rounds in {rounds[-1]['seconds'] / 60:.1f} minutes, the last {counted} are counted"]
+    lines.append(f"{'':14}{'first':>12}{'last':>12}{'per round':>24}{'per hour':>28}")
     for name, found in document["growth"].items():
         unit, factor = (" MiB", 1024) if name.endswith("_kib") else ("", 1)
         lines.append(
@@ -240,11 +244,11 @@ def table(document: dict[str, Any]) -> str:
             f"{found['per_hour'] / factor:14.2f} ± {found['per_hour_error'] / factor:6.2f}{unit}"
         )
     grown = ", ".join(f"{name} {count}" for name, count in document["grown"].items())
-    return "\n".join([*lines, f"more than after the warm-up: {grown or 'nothing'}"])
+    return "\n".join([*lines, f"more objects than after the warm-up: {grown or 'nothing'}"])
 
 
 def curve(document: dict[str, Any]) -> str:
-    """Memory by minutes, as SVG. Raises ImportError without matplotlib."""
+    """Memory over time, as SVG. Raises ImportError without matplotlib."""
     import io
 
     from matplotlib.figure import Figure
@@ -264,16 +268,16 @@ def curve(document: dict[str, Any]) -> str:
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--warmup", type=int, default=5, help="rounds that do not count")
+    parser.add_argument("--warmup", type=int, default=5, help="rounds that are not counted")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
     parser.add_argument("--no-pack", dest="pack", action="store_false", help="leave out pack, save, load and run")
     parser.add_argument(
         "--mlflow",
         choices=["one", "each"],
-        help="with the MLflow observer: one store for all, or each comparison its own",
+        help="with the MLflow observer: one store for all comparisons, or each its own",
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="a JSON file for the result; the curve is written beside it")

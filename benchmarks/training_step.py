@@ -1,7 +1,7 @@
-"""What one training step costs: forward, losses, backward and SGD, for a float network and its binary forms.
+"""Measure the cost of a training step: forward, losses, backward and SGD, for a float network and its binary forms.
 
-The arms take turns in one run, each round in another order, so that noise of the machine hits all alike: only the
-ratios of one run mean something. With ``--compile`` every arm runs eagerly and compiled, losses included. Examples::
+The arms take turns in one run, each round in another order, so that noise of the machine affects all alike; only
+ratios within one run are meaningful. ``--compile`` runs each arm eagerly and compiled, losses included. Examples::
 
     python benchmarks/training_step.py --batch 64 128 --channels-last --compile --clock process --output step.json
     python benchmarks/training_step.py --device cuda --batch 128 1024 --channels-last --precision float16 \\
@@ -42,17 +42,17 @@ REGULARIZERS = {"binary + kernel loss": {"kernel": 1e-4}, "binary + both losses"
 DEFAULT_ARMS = (BASE, "binary", *REGULARIZERS, "brevitas stock")
 ARMS = (*DEFAULT_ARMS, "brevitas bonn", "brevitas bonn, no QuantTensor")
 EPOCH = 50_000  # images
-BF16_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H200": 989.0}  # dense, by NVIDIA's data sheets
+BF16_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H200": 989.0}  # dense, from NVIDIA's data sheets
 
 Times = dict[str, list[float]]
 Step = Callable[[], None]
 
 
 def main() -> None:
-    """Measure, print a table for each batch size, and write all of it where ``--output`` says."""
+    """Measure, print a table for each batch size, and write the results to ``--output``."""
     args = arguments()
     prepare(args)
-    found = dict(environment(torch.device(args.device)))  # before the measurement: what runs, not what came after
+    found = dict(environment(torch.device(args.device)))  # now: a commit during the measurement is not what runs
     results = []
     with products(args.precision):
         for batch in args.batch:
@@ -70,18 +70,18 @@ def main() -> None:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Set torch up as the options say."""
+    """Configure torch as the options say."""
     torch.set_num_threads(args.threads)
-    # The search for the fastest convolution happens in the steps before the first round.
+    # The search for the fastest convolution happens in the warm-up steps.
     torch.backends.cudnn.benchmark = True
-    # All arms are one function to the compiler, each with code of its own; with the hooks left out of the guards, the
-    # arm that taps the features would run the code of one of the same shape that does not.
+    # To the compiler, all arms are one function with several compiled versions. Without hooks in the guards, the arm
+    # that taps the features would run the version of an arm of the same shape that does not.
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.skip_nnmodule_hook_guards = False
 
 
 def measure(args: argparse.Namespace, batch: int) -> dict[str, Any]:
-    """Time every arm; the entry of ``results`` for this batch size."""
+    """Time every arm; returns the entry of ``results`` for this batch size."""
     torch._dynamo.reset()
     steps: dict[str, Step] = {}
     first: dict[str, float] = {}
@@ -104,7 +104,7 @@ def measure(args: argparse.Namespace, batch: int) -> dict[str, Any]:
 
 
 def alternate(steps: dict[str, Step], args: argparse.Namespace) -> Times:
-    """Seconds of one step, by arm, in rounds that each start with another arm."""
+    """Seconds of one step, per arm, in rounds that each start with another arm."""
     clock = time.process_time if args.clock == "process" else time.perf_counter
     times: Times = {name: [] for name in steps}
     order = list(steps)
@@ -121,11 +121,11 @@ def alternate(steps: dict[str, Step], args: argparse.Namespace) -> Times:
 
 
 def summarize(times: Times, batch: int, flops: dict[str, float], peak: float | None) -> dict[str, dict[str, Any]]:
-    """By arm: milliseconds, images per second, seconds per epoch, ratios, and TFLOP/s.
+    """Per arm: milliseconds, images per second, seconds per epoch, ratios, and TFLOP/s.
 
-    ``to`` holds the ratio to the float arm, eager and of each compile mode, of the same round: median, least, largest.
-    The network's FLOPs are two for each MAC, the backward pass counts as two forward passes; ``share_of_peak`` is of
-    ``peak``, in TFLOP/s.
+    ``to`` holds ratios to the float arm of the same round, eager and in each compile mode: median, smallest, largest.
+    A MAC counts as two FLOPs, and the backward pass as two forward passes; ``share_of_peak`` is relative to ``peak``,
+    in TFLOP/s.
     """
     summary: dict[str, dict[str, Any]] = {}
     bases = [name for name in times if name.partition(",")[0] == BASE]
@@ -150,7 +150,7 @@ def _ratios(mine: list[float], base: list[float]) -> dict[str, float]:
 
 
 def table(summary: dict[str, dict[str, Any]]) -> str:
-    """The summary as text; ratios are medians over the rounds, with the least and the largest."""
+    """The summary as text; ratios are medians over the rounds, with the smallest and the largest."""
     bases = list(next(iter(summary.values()))["to"])
     head = f"{'arm':40}{'ms':>9}{'images/s':>10}{'s/epoch':>9}"
     lines = [head + "".join(f"{'to ' + base:>26}" for base in bases) + f"{'TFLOP/s':>9}{'of peak':>9}"]
@@ -166,7 +166,7 @@ def table(summary: dict[str, dict[str, Any]]) -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine of the measurement."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -176,7 +176,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def make_step(arm: str, args: argparse.Namespace, batch: int, mode: str | None) -> tuple[Step, float]:
-    """One step of ``arm``, eager or compiled in ``mode``, and the FLOPs of its network."""
+    """A function that does one step of ``arm``, eager or compiled in ``mode``, and the FLOPs of its network."""
     torch.manual_seed(0)
     model = _network(arm, args).to(args.device)
     report = bonn_qat.summary(model, (3, args.size, args.size))
@@ -194,7 +194,7 @@ def make_step(arm: str, args: argparse.Namespace, batch: int, mode: str | None) 
     def step() -> None:
         if mode is not None:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        # Before the forward pass, because gradients of CUDA graphs lie where the next one writes.
+        # Before the forward pass, because the next CUDA graph overwrites the memory of the gradients.
         optimizer.zero_grad()
         with torch.autocast(args.device, torch.float16, enabled=half):
             loss = forward(images, targets).total
@@ -214,7 +214,7 @@ def _network(arm: str, args: argparse.Namespace) -> nn.Module:
 
 
 def _brevitas_form(model: nn.Module, arm: str) -> nn.Module:
-    """The binarized model with Brevitas' layers in place of ours: the norm, a QuantIdentity and a QuantConv2d."""
+    """The binarized model with Brevitas' layers instead of ours: the norm, a QuantIdentity and a QuantConv2d."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import brevitas.nn as qnn
@@ -245,7 +245,7 @@ def _label(mode: str) -> str:
 
 
 def synchronize(device: str) -> None:
-    """Wait for the device."""
+    """Wait until the device is idle."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -268,7 +268,7 @@ def _watched_synchronizations() -> Iterator[list[warnings.WarningMessage]]:
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; the float arm is always there and comes first."""
+    """Parse the command line; the float arm is always included and comes first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="wrn22_16", help="a timm model (default: %(default)s)")
     parser.add_argument("--scheme", default="bonn")
@@ -285,16 +285,16 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--compile", nargs="*", metavar="MODE", choices=["default", "reduce-overhead", "max-autotune"],
-        help="add a compiled arm beside each eager one, for each of these modes of torch.compile (none named: default)",
+        help="add a compiled form of each arm, for each of these modes of torch.compile (without a value: default)",
     )  # fmt: skip
     parser.add_argument("--channels-last", action="store_true", help="images and weights in channels_last")
     parser.add_argument(
         "--precision", default="float32", choices=["float32", "tf32", "float16"],
-        help="tf32 is of GPUs; float16 is autocast, with a loss scale",
+        help="tf32 is for GPUs; float16 is autocast with loss scaling",
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument(
-        "--peak-tflops", type=float, help="the device's peak for bf16, dense (known: H100 SXM, H200); gives the share"
+        "--peak-tflops", type=float, help="dense bf16 peak of the device, for its share (known: H100 SXM, H200)"
     )
     parser.add_argument("--output", type=Path, help="a JSON file for the result")
     args = parser.parse_args(argv)
