@@ -1,6 +1,9 @@
 """Collectives for runs that torchrun or ``accelerate launch`` starts in several processes.
 
 Without a process group there is one process, rank 0, and every collective does nothing.
+
+>>> rank(), world(), all_reduce(torch.ones(2)), broadcast("text")
+(0, 1, tensor([1., 1.]), 'text')
 """
 
 import contextlib

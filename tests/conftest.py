@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-# Before any test imports them: no window system, no telemetry, no tracking server, no observer among the plugins.
+# Set before any import: no window system, no telemetry, no tracking server, no observers among the plugins.
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 _installed = (entry.name for entry in importlib.metadata.entry_points(group="bonn_qat"))
 os.environ["BONN_QAT_PLUGINS"] = ",".join(name for name in _installed if name.startswith("baselines."))
 for variable in ("BONN_QAT_DATA", "MLFLOW_TRACKING_URI"):
     os.environ.pop(variable, None)
-# In the background of a shell Ctrl-C is ignored, and so it would be here.
+# Shells start background jobs with Ctrl-C ignored, which would break the tests that interrupt.
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -29,7 +29,7 @@ def _seeded() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # At the end one of several workers would wait for them.
+    # Slow tests first, so that no worker is left with one at the end.
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
@@ -38,10 +38,10 @@ Scripts = Callable[..., list[subprocess.CompletedProcess[str]]]
 
 @pytest.fixture(scope="session")
 def run_scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripts]:
-    """Runs Python scripts, each ``[path, *arguments]``, at the same time, each in a process of its own.
+    """Run Python scripts, each ``[path, *arguments]``, at the same time, each in its own process.
 
-    As ``subprocess.run`` with ``sys.executable``, without the seconds that the imports of torch, timm and scikit-learn
-    take: see ``fork_server.py``.
+    Like ``subprocess.run`` with ``sys.executable``, without the seconds for importing torch, timm and scikit-learn: see
+    ``fork_server.py``.
     """
     server = subprocess.Popen(
         [sys.executable, "-P", str(Path(__file__).with_name("fork_server.py"))],

@@ -1,7 +1,7 @@
-"""A process that has imported what nearly every script here begins with, and forks one for each that it is told of.
+"""A fork server for test scripts: it imports what nearly every script needs, then forks one process per script.
 
-Of all that a fresh Python does, only those imports and taking them down at the end are left out. No script sees modules
-or variables of another, and the package under test is not imported yet. A line on stdin is a list of scripts, which run
+A script runs as in a fresh Python, except that these imports and their shutdown are skipped. No script sees modules or
+variables of another, and the package under test is not imported yet. Each line on stdin is a list of scripts, which run
 at the same time; the answer is the list of their exit codes.
 """
 
@@ -21,7 +21,7 @@ SECONDS = 600
 
 
 def become(script: dict[str, Any]) -> NoReturn:
-    signal.alarm(SECONDS)  # ends whoever does not end
+    signal.alarm(SECONDS)  # kills a script that hangs
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, stream in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(script[stream], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -48,7 +48,7 @@ def become(script: dict[str, Any]) -> NoReturn:
 
 
 gc.collect()
-gc.freeze()  # no fork looks through what was imported, which would copy it
+gc.freeze()  # or the garbage collector of a fork would touch, and so copy, the imported objects
 for line in sys.stdin:
     children = []
     for script in json.loads(line):

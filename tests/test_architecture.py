@@ -1,4 +1,4 @@
-"""Who may import whom, what importing the package costs, and that public things say what they are."""
+"""Import rules, the cost of importing the package, and docstrings of public names."""
 
 import ast
 import json

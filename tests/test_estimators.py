@@ -1,4 +1,4 @@
-"""The other estimators: values, and gradients against the printed formulas, in float64 and written here anew."""
+"""The other estimators: values, and gradients against the printed formulas, written here again in float64."""
 
 import math
 
@@ -254,7 +254,7 @@ def test_bonns_estimator_is_an_option(options, quantizer, function):
         ({"clip": "wide"}, "clip of the sign's estimator must be a number above 0; got 'wide'"),
     ],
 )
-def test_an_estimator_that_there_is_not_is_told(options, words):
+def test_an_unknown_estimator_is_an_error(options, words):
     with pytest.raises(BonnQatError, match=words):
         BONN.configure(options)
 
@@ -281,7 +281,7 @@ def test_a_quantizer_works_on_vectors_and_images_without_knowing_the_channels(qu
     ],
     ids=["swish", "ede", "heaviside", "magnitude aware", "leaky clip", "SwishSign", "SteHeaviside"],
 )
-def test_a_compiler_follows_the_whole_graph(function):
+def test_every_estimator_compiles_as_one_graph(function):
     results = []
     for call in (function, torch.compile(function, backend="eager", fullgraph=True)):
         x = torch.linspace(-2, 2, 24, dtype=torch.float64).reshape(4, 6).requires_grad_()

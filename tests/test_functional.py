@@ -1,4 +1,4 @@
-"""The mathematics against references in float64 that are written here from the papers' equations."""
+"""The functions against float64 references, written here from the papers' equations."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""One test for each hook, and two that see to it that there is one."""
+"""One test per hook, and two tests that make sure of it."""
 
 import ast
 import dataclasses

@@ -1,4 +1,4 @@
-"""Plugins: who is loaded, and what happens when they clash or misspell.
+"""Plugins: which ones are loaded, and errors for clashing names and misspelled hooks.
 
 The plugins here are installed for real, as a module and a ``dist-info`` folder on the path.
 """

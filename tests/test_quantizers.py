@@ -1,4 +1,4 @@
-"""Quantizers: what every one of them owes its callers, and what BONN's adds."""
+"""Quantizers: the contract that all of them keep, and what BONN's adds."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ QUANTIZERS = {
 
 
 @pytest.mark.parametrize(("quantizer", "x"), QUANTIZERS.values(), ids=QUANTIZERS)
-def test_a_quantizer_answers_brevitas_contract(quantizer, x):
+def test_a_quantizer_follows_the_contract_of_brevitas(quantizer, x):
     answer = quantizer(x)
     assert isinstance(answer, Quantized)
     assert answer._fields == ("value", "scale", "zero_point", "bit_width")
@@ -137,7 +137,7 @@ def test_the_inverse_modulation_stays_above_zero_and_no_other_is_touched():
         ("start", "start of BONN's modulation must be 'mean_magnitude' or 'msra'; got 'none'"),
     ],
 )
-def test_an_option_that_there_is_not_is_told(option, words):
+def test_an_unknown_value_of_an_option_is_an_error(option, words):
     with pytest.raises(InvalidRecipe, match=words):
         BONN.configure({option: "none"})
     assert f"{option}={BONN.options[option]!r}" in repr(BonnWeight(WEIGHT))
@@ -215,7 +215,7 @@ def test_a_quantizer_of_ones_own_needs_one_method():
 
 @pytest.mark.parametrize("granularity", ["kernel", "filter"])
 @pytest.mark.parametrize("options", [{}, {"reading": "inverse"}, {"gradient": "derivative"}], ids=str)
-def test_a_compiler_follows_every_reading_of_bonns_weights(options, granularity):
+def test_every_reading_of_bonns_weights_compiles_as_one_graph(options, granularity):
     quantizer = BonnWeight(WEIGHT, granularity=granularity, **options)
     results = []
     for call in (quantizer.quantize, torch.compile(quantizer.quantize, backend="eager", fullgraph=True)):

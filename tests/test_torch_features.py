@@ -1,4 +1,4 @@
-"""What people do to a torch model, done to binary networks of four kinds: each feature does what it does in float."""
+"""Common operations on torch models, applied to binary networks of four kinds: each works as on a float network."""
 
 import copy
 from collections.abc import Callable

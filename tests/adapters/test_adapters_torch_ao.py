@@ -1,4 +1,4 @@
-"""The adapter for torch.ao: binarize's layers by a QConfig, beside torch.ao's own; the deprecation is told once."""
+"""The adapter for torch.ao: a QConfig gives binarize's layers beside torch.ao's own; the deprecation warns once."""
 
 import importlib
 import sys

@@ -1,4 +1,4 @@
-"""Laws of the measurement, on a clock of the tests' own; no test says how fast anything is."""
+"""The rules of the measurement, on a fake clock; no test asserts a speed."""
 
 import dataclasses
 import functools

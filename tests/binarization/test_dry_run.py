@@ -1,4 +1,4 @@
-"""dry_run: what it sees, and that it costs and touches nothing."""
+"""dry_run: what it records, and that it neither allocates memory nor changes the model."""
 
 import pytest
 import torch

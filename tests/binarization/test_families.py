@@ -1,4 +1,4 @@
-"""A sample of timm's families: each runs, is alive, loads, and is a timm model still. All of them: docs/coverage.md."""
+"""A sample of timm's families: each runs, has live layers, loads, and is still a timm model. docs/coverage.md has all."""
 
 import copy
 import importlib.util

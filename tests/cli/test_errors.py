@@ -1,4 +1,4 @@
-"""The errors that users meet: each is provoked, says one line, and stands in docs/errors.md, which is made of them.
+"""Every error for users: a test provokes it, its message is one line, and docs/errors.md, generated here, lists it.
 
 python tests/cli/test_errors.py
 """

@@ -2,11 +2,13 @@
 
 import doctest
 import importlib
+import inspect
 from pathlib import Path
 
 import pytest
 
 import bonn_qat
+from bonn_qat import functional
 
 PACKAGE = Path(bonn_qat.__file__).parent
 # The adapters show excerpts for the user's own model and data; test_examples.py runs the whole scripts.
@@ -28,3 +30,8 @@ def test_the_examples_of_a_module_run(name, tmp_path, monkeypatch, capsys):
     failed, attempted = doctest.testmod(importlib.import_module(name), optionflags=flags)
     assert attempted
     assert not failed, capsys.readouterr().out
+
+
+def test_every_function_of_functional_has_an_example():
+    functions = [f for f in vars(functional).values() if inspect.isfunction(f) and f.__module__ == functional.__name__]
+    assert not [f.__name__ for f in functions if f.__name__[0] != "_" and ">>> " not in f.__doc__]

@@ -1,4 +1,4 @@
-"""Every script of ``examples/``, and of ``examples/before/``, runs as its reader runs it, and learns."""
+"""Every script in ``examples/`` and ``examples/before/`` runs as a reader would run it, and its network learns."""
 
 import contextlib
 import functools
@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SEARCH = EXAMPLES / "search_optuna.py"  # trains again and again, and leaves what it found
+SEARCH = EXAMPLES / "search_optuna.py"  # trains many times, and writes its results
 TRAININGS = sorted(set(EXAMPLES.rglob("*.py")) - {SEARCH})
 EPOCHS = 2
 
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory: pytest.TempPathFactory, run_scripts) -> Callable[[Path], list[str]]:
-    """What a script prints; each is run once, in an empty folder that it leaves empty."""
+    """The output of a script; each script runs once, in an empty folder that must stay empty."""
 
     @functools.cache
     def run(script: Path) -> list[str]:
@@ -41,8 +41,8 @@ def test_an_example_ends_far_above_chance(script, lines):
     assert [line.split(":")[0] for line in epochs] == [f"epoch {epoch + 1}" for epoch in range(EPOCHS)]
     found = re.fullmatch(r"accuracy: (\d+\.\d\d) % of 359 test images", last)
     assert found, last
-    # Who always says the largest class has 14 %, who guesses 10 % with a standard deviation of 1.6. After two epochs
-    # the seeds 0 to 3 of bop.py had 85 to 91 %, and seed 0 of the scripts before 89 to 97 %: 60 is far from all.
+    # Always predicting the largest class gives 14 %, guessing 10 % with a standard deviation of 1.6. After two epochs,
+    # seeds 0 to 3 of bop.py had 85 to 91 %, and seed 0 of the other scripts 89 to 97 %: 60 is far from all of these.
     assert float(found[1]) > 60
 
 

@@ -1,4 +1,4 @@
-"""The loops that are there already: few lines change, and the page shows them."""
+"""The examples for other frameworks: few lines change, and docs/loops.md shows them."""
 
 import ast
 import importlib.util

@@ -25,7 +25,7 @@ def _blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def namespace(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """What the README's Python blocks leave behind, run one after the other in a folder of their own."""
+    """The namespace after running the README's Python blocks one after the other in an empty folder."""
     module = types.ModuleType("readme")
     sys.modules["readme"] = module
     with contextlib.chdir(tmp_path_factory.mktemp("readme")):
@@ -62,7 +62,7 @@ def test_the_commands_are_environments_of_tox() -> None:
     assert "testenv:compare" in sections
 
 
-def test_the_other_commands_name_studies_settings_and_options_that_there_are() -> None:
+def test_the_other_commands_name_known_studies_settings_and_options() -> None:
     lines = [shlex.split(line, comments=True) for block in _blocks("sh")[3:] for line in block.splitlines()]
     lines = [words for words in lines if words]
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""C headers: what C computes from one is what the packed network computes, to the last bit."""
+"""C headers: C code computes the same as the packed network, to the last bit."""
 
 import re
 import shutil

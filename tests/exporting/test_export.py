@@ -1,4 +1,4 @@
-"""Export: each format, run by its own runtime, gives what the model gives; what a format cannot hold is told."""
+"""Export: each format gives the model's outputs in its own runtime; what a format cannot express is an error."""
 
 import copy
 import os

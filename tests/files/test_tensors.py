@@ -1,4 +1,4 @@
-"""Files of tensors: what was written is read, a damaged file is told by name, and a failed save leaves the old one."""
+"""Tensor files: round trips, errors that name a damaged file, and failed saves that keep the old file."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Files that anybody may have written: each is read, or refused in a line, and lets nobody in."""
+"""Untrusted files: each is read, or refused with a one-line error, and none can run code."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""Studies that are run: a few tiny networks on a few digits, of which one finished study serves most tests."""
+"""Running studies: a few tiny networks on a few digits; most tests share one finished study."""
 
 import contextlib
 import dataclasses

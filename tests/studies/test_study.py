@@ -1,4 +1,4 @@
-"""Studies as data: those that come with the package are fair and fit together, and a file with a mistake is told so."""
+"""Studies as data: the included ones are fair and consistent, and mistakes in a file are errors."""
 
 import dataclasses
 import functools

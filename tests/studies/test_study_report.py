@@ -1,4 +1,4 @@
-"""Reports of studies, from results that no training made."""
+"""Study reports, from made-up results."""
 
 import dataclasses
 import io

@@ -1,4 +1,4 @@
-"""A run may end at any moment: what is on disk is whole, and goes on to what the run would have given."""
+"""A run may end at any moment: its files are intact, and the resumed run gives the same result."""
 
 import errno
 import os

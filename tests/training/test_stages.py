@@ -1,4 +1,4 @@
-"""Stages, starts and teachers of a training run, and that an interruption changes nothing."""
+"""Stages, initializations and teachers of a run; an interruption changes nothing."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""What two processes find when they train together, and the first of them alone; torchrun starts it, in float64."""
+"""Compare a run of two processes with a run of one, in float64; started by torchrun."""
 
 import copy
 import dataclasses
@@ -98,7 +98,7 @@ def raise_stop() -> None:
 
 
 def resumed(folder: Path, digits: data.Data, whole: dict[str, Tensor]) -> dict[str, Any]:
-    """A run of two processes that ends in the second epoch, gone on with by both, and by each alone."""
+    """A run of two processes that stops in the second epoch, resumed by both, and by each alone."""
     path, own = folder / "run.safetensors", folder / f"alone{distributed.rank()}.safetensors"
     try:
         trained(recipe("bonn"), digits, checkpoint=path, checkpoint_seconds=0.0, tick=stop_at(4, raise_stop))
@@ -120,7 +120,7 @@ def resumed(folder: Path, digits: data.Data, whole: dict[str, Tensor]) -> dict[s
 
 
 def batch_norm(norm: nn.Module, size: tuple[int, ...]) -> float:
-    """A norm on 3 and 5 images, one part in each process, against the same norm on all 8: the largest difference."""
+    """The largest difference between a norm on 3 and 5 images in two processes, and the same norm on all 8."""
     torch.manual_seed(0)
     images, grad = torch.randn(8, *size) * 3 + 2, torch.randn(8, *size)
     model = nn.Sequential(norm)
@@ -154,7 +154,7 @@ NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def norms(digits: data.Data, statistics: dict[str, Tensor] | None) -> dict[str, Any]:
-    """The statistics of three batches, which two processes share."""
+    """The statistics of three batches, divided between two processes."""
     stages = (Stage(recompute_norms=True),)
     state, _ = trained(recipe("bonn", epochs=1, stages=stages), digits)
     found = {name: tensor for name, tensor in state.items() if "running" in name or "tracked" in name}
@@ -162,7 +162,7 @@ def norms(digits: data.Data, statistics: dict[str, Tensor] | None) -> dict[str, 
 
 
 class InThree(data.Data):
-    """The training set measured in three batches."""
+    """A data set whose statistics are measured in three batches."""
 
     def __init__(self, digits: data.Data) -> None:
         self.__dict__.update(digits.__dict__)
@@ -174,8 +174,8 @@ class InThree(data.Data):
     def test_batches(self, *args: Any, **kwargs: Any) -> Any:
         return self._digits.test_batches(*args, **kwargs)
 
-    def measure_batches(self, batch_size: int = 0, *, share: data.Share = data.WHOLE) -> Any:
-        self.dealt = list(self._digits.measure_batches(11, shard=share))
+    def measure_batches(self, batch_size: int = 0, *, shard: data.Shard = data.WHOLE) -> Any:
+        self.dealt = list(self._digits.measure_batches(11, shard=shard))
         return iter(self.dealt)
 
 
@@ -193,7 +193,7 @@ def diverged(digits: data.Data) -> str:
 
 
 def stopped(folder: Path, digits: data.Data, whole: dict[str, Tensor]) -> dict[str, Any]:
-    """SIGTERM comes to the second process; both stop, and go on."""
+    """The second process gets SIGTERM; both stop, and resume."""
     path, code = folder / "stopped.safetensors", 0
     tell = (lambda: os.kill(os.getpid(), signal.SIGTERM)) if distributed.rank() else (lambda: None)
     try:
