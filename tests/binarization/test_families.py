@@ -1,4 +1,4 @@
-"""A sample of timm's families: each runs, has live layers, loads, and is still a timm model. docs/coverage.md has all."""
+"""A sample of timm's families: each runs, has live layers, loads, is still a timm model. docs/coverage.md has all."""
 
 import copy
 import importlib.util
