@@ -88,6 +88,7 @@ def test_a_reader_that_crashes_hangs_or_raises_is_found(tmp_path, monkeypatch):
     numbered.read = read  # type: ignore[attr-defined]
     monkeypatch.setitem(fuzz.KINDS, "numbered", lambda: numbered)
     monkeypatch.setattr(fuzz, "SECONDS", 0.5)
+    monkeypatch.setattr(fuzz, "PATIENCE", 60)  # a busy machine may take long for half a second of CPU time
     chance = type("Chance", (), {})
     monkeypatch.setattr(fuzz, "number_of", lambda *key: setattr(made := chance(), "name", str(key[2]).encode()) or made)
     found = dict(fuzz.Reader("numbered", 0, tmp_path).run(range(10)))
