@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bonn_qat.binarization.binarize import Binarization, binary_layers
 from bonn_qat.errors import BonnQatError, InvalidModel, UnknownName
-from bonn_qat.exporting.c_header import c_header
+from bonn_qat.exporting.c.header import c_header
 from bonn_qat.exporting.onnx import beyond_bipolar, run_onnx, run_qonnx, write_onnx, write_qonnx
 from bonn_qat.exporting.trace import outputs_of, run_pt2, write_pt2
 from bonn_qat.files.atomic import write_whole

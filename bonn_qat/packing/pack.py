@@ -2,7 +2,7 @@
 
 The network is traced (``torch.export``), so that what comes out needs neither the model's class nor the library that it
 came from. Norms before signs become thresholds, what follows a binary convolution its epilogue
-(:mod:`bonn_qat.packing.fusion`); the function stays the same, and the values of the binary layers are equal bit for
+(:mod:`bonn_qat.packing.fuse`); the function stays the same, and the values of the binary layers are equal bit for
 bit.
 """
 
@@ -18,8 +18,8 @@ from bonn_qat.binarization.binarize import Binarization, binary_layers
 from bonn_qat.errors import InvalidModel
 from bonn_qat.inspection.summary import input_size_of
 from bonn_qat.layers import BinaryConv2d, BinaryLayer, BinaryLinear
-from bonn_qat.packing.capture import capture
-from bonn_qat.packing.fusion import per_input
+from bonn_qat.packing.trace import capture
+from bonn_qat.packing.fuse import per_input
 from bonn_qat.packing.thresholds import find_thresholds
 from bonn_qat.quantizers import WeightQuantizer
 from bonn_qat.runtime.layout import Geometry, encode_weight, pack_words

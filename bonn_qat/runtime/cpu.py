@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bonn_qat.runtime import kernels
-from bonn_qat.runtime.layout import PADDING, TILE, Geometry, blocks, plan
+from bonn_qat.runtime.layout import PADDING, TILE, Geometry, blocks, read_offsets
 
 _PARALLEL = 4_000_000  # products from which on a second thread is worth its call
 _LANES = 32
@@ -64,7 +64,7 @@ class Convolution(NamedTuple):
     following: Geometry | None
     result_shape: tuple[int, int, int, int] | None  # (B, H, W, O); None if only codes are wanted
     codes_shape: tuple[int, ...]
-    constants: tuple[Any, ...]  # weights, plan, sizes and the program, as the kernel takes them
+    constants: tuple[Any, ...]  # weights, read offsets, sizes and the program, as the kernel takes them
     factors: Any
     limits: Any
     places: Any
@@ -116,7 +116,7 @@ def prepare(
     limits = _NOTHING if thresholds is None else _flat(_filled(thresholds[None], groups, sum(sizes)))
     return Convolution(
         vectors, thresholds, following, (batch, height, columns, channels) if wants_values else None, codes_shape,
-        (_flat(weight), tuple(plan(geometry, codes.shape[1], codes.shape[2])), shape, program),
+        (_flat(weight), tuple(read_offsets(geometry, codes.shape[1], codes.shape[2])), shape, program),
         _filled(vectors, groups, sum(sizes)).detach().numpy(), limits, _places(height, columns, following),
         items * pieces, threads,
     )  # fmt: skip

@@ -164,7 +164,7 @@ def decode_signs(codes: Tensor, channels: int, groups: int = 1) -> Tensor:
     return signs * (codes[..., :1] != PADDING)
 
 
-class Plan(NamedTuple):
+class ReadOffsets(NamedTuple):
     """Where a kernel finds what it reads, for codes of one size.
 
     ``bases``, one for each output pixel, filled up to whole tiles, is the position of its first tap in the codes of an
@@ -180,8 +180,8 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=512)
-def plan(geometry: Geometry, height: int, width: int) -> Plan:
-    """The plan for codes ``(height, width)``, padding included."""
+def read_offsets(geometry: Geometry, height: int, width: int) -> ReadOffsets:
+    """The offsets for codes ``(height, width)``, padding included."""
     out_height, out_width = geometry.output_size(height, width)
     pixel = geometry.groups * geometry.width
     top, bottom, left, right = geometry.padding
@@ -191,7 +191,7 @@ def plan(geometry: Geometry, height: int, width: int) -> Plan:
     valid = (row_taps[:, None] * column_taps * (geometry.in_channels // geometry.groups)).ravel()
     fill = (0, -len(bases) % TILE)
     starts, lengths, ends = _runs(geometry, width * pixel, pixel)
-    return Plan(np.pad(bases, fill, "edge"), np.pad(valid, fill, "edge").astype(np.int32), starts, lengths, ends)
+    return ReadOffsets(np.pad(bases, fill, "edge"), np.pad(valid, fill, "edge").astype(np.int32), starts, lengths, ends)
 
 
 def _axis(count: int, size: int, geometry: Geometry, axis: int, before: int, after: int) -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ from bonn_qat.files.atomic import write_whole
 from bonn_qat.files.tensors import digest, dump_tensors, read_tensors
 from bonn_qat.runtime import graph as graphs
 from bonn_qat.runtime.layout import Geometry
-from bonn_qat.runtime.rehearsal import rehearse
+from bonn_qat.runtime.dry_run import dry_run
 
 FORMAT = 1
 
@@ -94,7 +94,7 @@ class PackedModel(nn.Module):
 
     def check(self, count: int) -> None:
         """Raise InvalidData if the network does not take ``count`` images at once."""
-        rehearse(self.network.graph, dict(self.network.named_buffers()), self.input_size, count)
+        dry_run(self.network.graph, dict(self.network.named_buffers()), self.input_size, count)
         self._checked.add(count)
 
     def _bind(self) -> None:
@@ -179,7 +179,7 @@ class PackedModel(nn.Module):
         shapes = {name: torch.empty(weights[name].weight_bytes, dtype=torch.uint8, device="meta")
                   if name in weights else tensor.to("meta") for name, tensor in tensors.items()}  # fmt: skip
         count = given["batch"] or 1
-        rehearse(graph, shapes, given["input_size"], count)
+        dry_run(graph, shapes, given["input_size"], count)
         held = {
             name: graphs.from_words(tensors[name], weights[name]) if name in weights else tensors[name]
             for name in tensors

@@ -16,7 +16,7 @@ import bonn_qat
 from bonn_qat import PackedModel, Stage, pack
 from bonn_qat.binarization.binarize import binary_layers
 from bonn_qat.errors import InvalidModel
-from bonn_qat.exporting.c_header import c_header
+from bonn_qat.exporting.c.header import c_header
 from bonn_qat.runtime.epilogue import ADD, CLAMP, FMA, PRELU, RESIDUAL, SCALE
 from bonn_qat.runtime.layout import Geometry, encode_weight, unpack_words
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bonn_qat.errors import InvalidModel
-from bonn_qat.packing.fusion import Network, fuse
+from bonn_qat.packing.fuse import Network, fuse
 from bonn_qat.runtime import graph as graphs
 from bonn_qat.runtime.layout import Geometry
 

@@ -17,18 +17,18 @@ _PIECES, _LONGEST = 2**18, 2**16  # tensors in lists, of all calls together; the
 _AXES = 16
 
 
-def rehearse(graph: fx.Graph, tensors: Mapping[str, Tensor], size: tuple[int, int, int], batch: int) -> int:
+def dry_run(graph: fx.Graph, tensors: Mapping[str, Tensor], size: tuple[int, int, int], batch: int) -> int:
     """Bytes that ``batch`` float32 images of ``size`` ``(C, H, W)`` need at once, beside ``tensors``.
 
     The graph runs on tensors without memory, in the place of ``tensors`` and of all that it makes. Raises InvalidData
     where types, shapes or arguments do not fit, and for more than ``MEMORY`` bytes an image; values are not looked at.
     """
     images = torch.empty((batch, *size), device="meta")
-    return _Rehearsal(graph, {name: tensor.to("meta") for name, tensor in tensors.items()}, images).run()
+    return _DryRun(graph, {name: tensor.to("meta") for name, tensor in tensors.items()}, images).run()
 
 
 @final
-class _Rehearsal:
+class _DryRun:
     """Runs a graph on tensors without memory, and counts what a run would need."""
 
     def __init__(self, graph: fx.Graph, tensors: Mapping[str, Tensor], images: Tensor) -> None:
