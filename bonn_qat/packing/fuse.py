@@ -1,9 +1,10 @@
-"""Fusion: what follows a binary convolution in a graph becomes its epilogue, and a sign after that its output.
+"""Fuse: rewrites of a packed network's graph, so that between two binary convolutions nothing but bits is written.
 
-Every step computes what the operators computed before it, in the same order and with the same roundings.
+Every rewrite computes what the operators before it computed, in the same order and with the same roundings.
+``REWRITES`` are applied one after the other; the equation of each stands in its docstring, with y for a map
+``(B, C, H, W)`` of floats and rows ``(C,)`` that broadcast over it.
 """
 
-import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -12,297 +13,98 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from bonn_qat.packing.thresholds import find_thresholds
+from bonn_qat.packing.epilogues import STEPS, batch_norm, value_of
+from bonn_qat.packing.network import Network
+from bonn_qat.packing.thresholds import find_thresholds, flip_inputs
 from bonn_qat.runtime import epilogue
 from bonn_qat.runtime.layout import Geometry, decode_weight, encode_weight
 from bonn_qat.runtime.operators import can_follow
 
 aten, ours = torch.ops.aten, torch.ops.bonn_qat
-_SAME = (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default)
 _NORM = aten.batch_norm.default
 
 
-class Network:
-    """A graph with its tensors, while it is made smaller; ``weights`` names the tensors that are bits."""
-
-    def __init__(self, graph: fx.Graph, tensors: dict[str, Tensor], weights: dict[str, Geometry]) -> None:
-        self.graph, self.tensors, self.weights = graph, tensors, weights
-
-    def constant(self, value: Any) -> Tensor | None:
-        """The tensor that a node is, None for one that depends on the input."""
-        return self.tensors[str(value.target)] if isinstance(value, fx.Node) and value.op == "get_attr" else None
-
-    def add(self, name: str, tensor: Tensor, before: fx.Node) -> fx.Node:
-        """A node for a new tensor."""
-        while name in self.tensors:
-            name += "_"
-        self.tensors[name] = tensor
-        with self.graph.inserting_before(before):
-            return self.graph.create_node("get_attr", name)
-
-    def hoist_tensors(self) -> None:
-        """Bring the nodes of tensors to the beginning."""
-        (first,) = self.graph.find_nodes(op="placeholder")
-        for node in self.graph.find_nodes(op="get_attr"):
-            first.prepend(node)
-
-    def drop_unused(self) -> None:
-        """Take out nodes and tensors that nothing needs."""
-        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
-        used = {node.target for node in self.graph.nodes if node.op == "get_attr"}
-        self.tensors = {name: tensor for name, tensor in self.tensors.items() if name in used}
-
-
 def fuse(network: Network) -> None:
-    """Make ``network`` smaller, in place."""
-    network.drop_unused()  # what is dead counts as a user
-    _fold_constants(network)
-    for node in list(network.graph.find_nodes(op="call_function", target=ours.binary_conv2d.default)):
-        _absorb_all(network, node)
-    for node in list(network.graph.find_nodes(op="call_function", target=ours.sign_codes.default)):
-        _absorb_norm(network, node)
-    seen: set[fx.Node] = set()
-    while norms := [node for node in network.graph.find_nodes(op="call_function", target=_NORM) if node not in seen]:
-        seen.add(norms[0])
-        new = _elementwise(network, norms[0])
-        if new is not None:
-            _absorb_all(network, new)  # which may take norms, too
-    for node in list(network.graph.find_nodes(op="call_function", target=aten.max_pool2d.default)):
-        _pool_first(network, node)
-    _pool_planes(network)
-    network.hoist_tensors()  # thresholds may stand below the convolution that is to have them
-    for node in list(network.graph.find_nodes(op="call_function", target=ours.binary_conv2d.default)):
-        _join_sign(network, node)
+    """Apply all rewrites to ``network``, in place."""
+    for rewrite in REWRITES:
+        rewrite(network)
     network.drop_unused()
 
 
-@torch.no_grad()
-def _fold_constants(network: Network) -> None:
-    for node in list(network.graph.nodes):
-        if node.op != "call_function":
-            continue
-        if node.target in _SAME and isinstance(node.args[0], fx.Node):
-            node.replace_all_uses_with(node.args[0])
-            network.graph.erase_node(node)
-            continue
-        if node.target is aten.sign.default and (signs := _signs_again(node)) is not None:
-            node.replace_all_uses_with(signs)
-            network.graph.erase_node(node)
-            continue
-        inputs = node.all_input_nodes
-        is_bits = node.target is ours.unpack_signs.default  # stay bits
-        if is_bits or not inputs or any(network.constant(x) is None for x in inputs):
-            continue
-        args, kwargs = (fx.map_arg(part, network.constant) for part in (node.args, node.kwargs))
-        result = node.target(*args, **kwargs)
-        if isinstance(result, Tensor):
-            new = network.add(node.name, result.contiguous(), node)
-            node.replace_all_uses_with(new)
-            network.graph.erase_node(node)
+def absorb_into_convolutions(network: Network) -> None:
+    """``prelu(norm(scale * conv) + shortcut)``, and other such steps -> the epilogue of the convolution."""
+    for convolution in network.calls(ours.binary_conv2d.default):
+        _absorb_users(network, convolution)
 
 
-def _signs_again(node: fx.Node) -> fx.Node | None:
-    """The signs of which ``node`` is ``sign(sign(x) + 1/2)``, :func:`bonn_qat.functional.sign` anew."""
-    shifted = node.args[0]
-    if not isinstance(shifted, fx.Node) or shifted.target is not aten.add.Tensor or shifted.args[1] != 0.5:
-        return None
-    inner = shifted.args[0]
-    if not isinstance(inner, fx.Node) or inner.target is not aten.sign.default:
-        return None
-    source = inner.args[0]
-    return source if isinstance(source, fx.Node) and source.target is ours.unpack_signs.default else None
+def norms_into_thresholds(network: Network) -> None:
+    """``sign(norm(y) - t) -> sign(y - t')``; ``-sign(y - t')`` where the norm falls, which negates weights instead.
 
-
-def _shape(node: fx.Node) -> tuple[Any, ...]:
-    return tuple(node.meta["val"].shape)
-
-
-def _absorb_all(network: Network, node: fx.Node) -> None:
-    while (following := _absorb(network, node)) is not None:
-        node = following
-
-
-def _absorb(network: Network, node: fx.Node) -> fx.Node | None:
-    """Take the only user of a convolution, or of an epilogue of its own, into the epilogue; the new node, or None."""
-    if len(node.users) != 1:
-        return None
-    (user,) = node.users
-    match = _STEPS.get(user.target)
-    step = match(network, node, user) if match else None
-    if step is None:
-        return None
-    operation, rows, residual, replaced = step
-    *inputs, program, vectors, before = node.args
-    if residual is not None and before is not None:
-        return None
-    held = network.constant(vectors)
-    assert held is not None
-    assert isinstance(program, list | tuple)
-    longer = vectors
-    if rows:
-        longer = network.add(f"{_name(node)}.epilogue", torch.cat([held, torch.stack(rows)]), replaced)
-    args = (*inputs, [*program, operation, len(held) if rows else 0], longer, residual or before)
-    new = _call(network, node.target, args, replaced)
-    for old in dict.fromkeys((replaced, user, node)):
-        network.graph.erase_node(old)
-    return new
-
-
-def _call(network: Network, function: Any, args: tuple[Any, ...], replaced: fx.Node) -> fx.Node:
-    """A call in the place of a node."""
-    with network.graph.inserting_before(replaced):
-        new = network.graph.call_function(function, args)
-    new.meta = {"val": replaced.meta["val"]}
-    replaced.replace_all_uses_with(new)
-    return new
-
-
-def _elementwise(network: Network, norm: fx.Node) -> fx.Node | None:
-    """An epilogue of its own in the place of a batch norm."""
-    source = norm.args[0]
-    assert isinstance(source, fx.Node)
-    if len(_shape(source)) != 4 or source.meta["val"].dtype != torch.float32:
-        return None
-    step = _match_norm(network, source, norm)
-    if step is None:
-        return None
-    operation, rows, _, replaced = step
-    vectors = network.add(f"{_name(norm)}.epilogue", torch.stack(rows), replaced)
-    new = _call(network, ours.elementwise.default, (source, [operation, 0], vectors, None), replaced)
-    network.graph.erase_node(norm)
-    return new
-
-
-def _name(node: fx.Node) -> str:
-    """The layer that a node came from, by its tensors' names."""
-    named = [n.target for n in node.all_input_nodes if n.op == "get_attr"]
-    return str(named[0]).rpartition(".")[0] if named else node.name
-
-
-_Step = tuple[int, list[Tensor], fx.Node | None, fx.Node]
-
-
-def _per_channel(network: Network, node: fx.Node, value: Any) -> Tensor | None:
-    """A number, or a tensor with one for each channel of ``node``, as ``(O,)``."""
-    channels = _shape(node)[1]
-    if isinstance(value, int | float):
-        return torch.full((channels,), float(value))
-    tensor = network.constant(value)
-    if tensor is None or tensor.dtype != torch.float32:
-        return None
-    shape = [1] * (4 - tensor.ndim) + list(tensor.shape)
-    if tensor.ndim > 4 or shape[0] != 1 or shape[2:] != [1, 1] or shape[1] not in (1, channels):
-        return None
-    return tensor.reshape(-1).expand(channels)
-
-
-def _is_plain(user: fx.Node) -> bool:
-    return len(user.args) == 2 and not user.kwargs and user.args[0] is not user.args[1]
-
-
-def _match_mul(network: Network, node: fx.Node, user: fx.Node) -> _Step | None:
-    other = user.args[1] if user.args[0] is node else user.args[0]
-    row = _per_channel(network, node, other) if _is_plain(user) else None
-    return None if row is None else (epilogue.SCALE, [row], None, user)
-
-
-def _match_add(network: Network, node: fx.Node, user: fx.Node) -> _Step | None:
-    if not _is_plain(user):
-        return None
-    other = user.args[1] if user.args[0] is node else user.args[0]
-    row = _per_channel(network, node, other)
-    if row is not None:
-        return epilogue.ADD, [row], None, user
-    if not isinstance(other, fx.Node) or "val" not in other.meta:
-        return None
-    is_alike = _shape(other) == _shape(node) and other.meta["val"].dtype == torch.float32
-    return (epilogue.RESIDUAL, [], other, user) if is_alike else None
-
-
-def _match_sub(network: Network, node: fx.Node, user: fx.Node) -> _Step | None:
-    row = _per_channel(network, node, user.args[1]) if _is_plain(user) and user.args[0] is node else None
-    return None if row is None else (epilogue.ADD, [-row], None, user)
-
-
-def _match_norm(network: Network, node: fx.Node, user: fx.Node) -> _Step | None:
-    _, weight, bias, mean, variance = (network.constant(x) for x in user.args[:5])
-    is_training, eps = cast(tuple[bool, float], (user.args[5], user.args[7]))
-    if mean is None or variance is None or is_training or user.args[0] is not node:
-        return None
-    # The two numbers that torch's kernel multiplies with and adds, from the kernel itself.
-    ones, zeros = torch.ones(1, len(mean), 1, 1), torch.zeros(1, len(mean), 1, 1)
-    factor = F.batch_norm(ones, torch.zeros_like(mean), variance, weight, None, eps=eps).flatten()
-    offset = F.batch_norm(zeros, mean, variance, weight, bias, eps=eps).flatten()
-    return epilogue.FMA, [factor, offset], None, user
-
-
-def _match_prelu(network: Network, node: fx.Node, user: fx.Node) -> _Step | None:
-    slope = network.constant(user.args[1])
-    if slope is None:
-        return None
-    return epilogue.PRELU, [slope.reshape(-1).expand(_shape(node)[1])], None, user
-
-
-def _match_leaky(network: Network, node: fx.Node, user: fx.Node) -> _Step | None:
-    slope = torch.full((_shape(node)[1],), float(user.args[1]) if len(user.args) > 1 else 0.01)  # type: ignore[arg-type]
-    return epilogue.PRELU, [slope], None, user
-
-
-def _clamp(low: float, high: float) -> Callable[[Network, fx.Node, fx.Node], _Step | None]:
-    def match(network: Network, node: fx.Node, user: fx.Node) -> _Step | None:
-        bounds = [*user.args[1:], *(low, high)[len(user.args) - 1 :]]
-        if user.kwargs or not all(isinstance(bound, int | float) for bound in bounds):
-            return None
-        return epilogue.CLAMP, [torch.full((_shape(node)[1],), float(bound)) for bound in bounds], None, user  # type: ignore[arg-type]
-
-    return match
-
-
-_STEPS: dict[Any, Callable[[Network, fx.Node, fx.Node], _Step | None]] = {
-    aten.mul.Tensor: _match_mul,
-    aten.add.Tensor: _match_add,
-    aten.sub.Tensor: _match_sub,
-    _NORM: _match_norm,
-    aten.prelu.default: _match_prelu,
-    aten.leaky_relu.default: _match_leaky,
-    aten.relu.default: _clamp(0.0, math.inf),
-    aten.hardtanh.default: _clamp(-1.0, 1.0),
-}
-
-
-def _pool_first(network: Network, pool: fx.Node) -> None:
-    """Take the maxima before what only rises, on a quarter of the pixels: of a float convolution, a norm and its PReLU.
-
-    The maximum of rising values is the value of the maximum, to the last bit. Where a norm's factor is negative the
-    convolution's filter is negated, and the factor with it.
+    t' is the least float32 whose norm reaches t, so that it rounds as the norm does.
     """
-    norm = pool.args[0]
-    if not isinstance(norm, fx.Node) or norm.target is not ours.elementwise.default or len(norm.users) != 1:
-        return
-    source, program, vectors, residual = norm.args
-    rows = network.constant(vectors)
-    if residual is not None or rows is None or not isinstance(source, fx.Node) or len(source.users) != 1:
-        return
-    steps = cast(list[int], program)
-    if steps[:2] != [epilogue.FMA, 0] or not _rises(steps[2:], rows):
-        return
-    falling = rows[0] < 0
-    if falling.any():
-        if not _negate_filters(network, source, falling):
-            return
-        rows = rows.clone()
-        rows[0] = rows[0].abs()
-        vectors = network.add(f"{cast(fx.Node, vectors).target}", rows, norm)
-    with network.graph.inserting_after(pool):
-        new = network.graph.call_function(ours.elementwise.default, (pool, program, vectors, None))
-    new.meta = {"val": pool.meta["val"]}
-    pool.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
-    pool.args = (source, *pool.args[1:])
-    network.graph.erase_node(norm)
+    for sign in network.calls(ours.sign_codes.default):
+        norm, thresholds, numbers = sign.args
+        if not isinstance(norm, fx.Node) or norm.target is not _NORM or len(norm.users) != 1 or norm.args[5]:
+            continue
+        above = _above(network, norm, network.constant(thresholds))
+        readers = list(sign.users)
+        if above is None or not all(_owns_weight(reader) for reader in readers):
+            continue
+        found, flips = find_thresholds(above, len(cast(Tensor, network.constant(thresholds))))
+        if flips.any():
+            for reader in readers:
+                _flip_inputs(network, reader, flips)
+        new = network.add(f"{_layer_name(readers[0])}.thresholds", found, sign)
+        sign.args = (norm.args[0], new, numbers)
 
 
-def _pool_planes(network: Network) -> None:
-    """Let a convolution of the images, and the maxima after it, have planes: torch is sooner done with them."""
+def norms_into_elementwise(network: Network) -> None:
+    """``prelu(norm(y))``, and other steps that begin with a norm -> one pass, an epilogue without a convolution."""
+    seen: set[fx.Node] = set()
+    while norms := [node for node in network.calls(_NORM) if node not in seen]:
+        norm = norms[0]  # what it becomes may take later norms
+        seen.add(norm)
+        source = cast(fx.Node, norm.args[0])
+        shape, dtype = value_of(source)
+        step = batch_norm(network, source, norm) if len(shape) == 4 and dtype == torch.float32 else None
+        if step is not None:
+            vectors = network.add(f"{_layer_name(norm)}.epilogue", torch.stack(step.rows), norm)
+            new = network.substitute(norm, ours.elementwise.default, source, [step.operation, 0], vectors, None)
+            network.graph.erase_node(norm)
+            _absorb_users(network, new)
+
+
+def pool_before_elementwise(network: Network) -> None:
+    """``max_pool(f(y)) -> f(max_pool(y))`` for an f that nowhere falls, to the last bit, on a quarter of the pixels.
+
+    ``f(y) = prelu(a * y + b)`` with a < 0 rises once the filters of the float convolution before it are negated.
+    """
+    for pool in network.calls(aten.max_pool2d.default):
+        f = pool.args[0]
+        if not isinstance(f, fx.Node) or f.target is not ours.elementwise.default or len(f.users) != 1:
+            continue
+        source, program, vectors, residual = f.args
+        rows, steps = network.constant(vectors), cast(list[int], program)
+        if residual is not None or rows is None or not isinstance(source, fx.Node) or len(source.users) != 1:
+            continue
+        if steps[:2] != [epilogue.FMA, 0] or not _rises(steps[2:], rows):
+            continue
+        falling = rows[0] < 0
+        if falling.any():
+            if not _negate_filters(network, source, falling):
+                continue
+            rows = torch.cat([rows[:1].abs(), rows[1:]])
+            vectors = network.add(str(cast(fx.Node, vectors).target), rows, f)
+        with network.graph.inserting_after(pool):
+            new = network.graph.call_function(ours.elementwise.default, (pool, program, vectors, None))
+        new.meta = dict(pool.meta)
+        pool.replace_all_uses_with(new)  # also in `new` itself
+        new.args, pool.args = (pool, *new.args[1:]), (source, *pool.args[1:])
+        network.graph.erase_node(f)
+
+
+def stem_in_planes(network: Network) -> None:
+    """``max_pool(conv(images))`` -> the same of images in ``torch.contiguous_format``, which torch computes sooner."""
     (images,) = network.graph.find_nodes(op="placeholder")
     readers = [node for node in images.users if node.target is not aten.sym_size.int]
     if len(readers) != 1 or readers[0].target is not aten.conv2d.default or len(readers[0].users) != 1:
@@ -312,8 +114,91 @@ def _pool_planes(network: Network) -> None:
         return
     kernel, stride, padding = (list(cast(list[int], part)) for part in (*pool.args[1:], [0, 0])[:3])
     if len(kernel) == len(stride) == len(padding) == 2:
-        pool.target = ours.max_pool2d.default
-        pool.args = (readers[0], kernel, stride, padding)
+        pool.target, pool.args = ours.max_pool2d.default, (readers[0], kernel, stride, padding)
+
+
+def signs_into_convolutions(network: Network) -> None:
+    """``sign(conv(...) - t)`` -> the convolution writes the codes of its signs; the floats only if others read them."""
+    network.tensors_first()  # thresholds may stand below the convolution that takes them
+    for convolution in network.calls(ours.binary_conv2d.default):
+        own = _geometry(convolution.args[2])
+        signs = [user for user in convolution.users if user.target is ours.sign_codes.default]
+        sign = next((sign for sign in signs if can_follow(own, _geometry(sign.args[2]))), None)
+        if sign is None:
+            continue
+        args = (*convolution.args, sign.args[1], _geometry(sign.args[2]).numbers)
+        graph, is_alone = network.graph, len(convolution.users) == 1
+        with graph.inserting_before(convolution):
+            if is_alone:
+                values = codes = graph.call_function(ours.binary_conv2d_sign.default, args)
+            else:
+                both = graph.call_function(ours.binary_conv2d_and_sign.default, args)
+                values, codes = (graph.call_function(operator.getitem, (both, place)) for place in (0, 1))
+        network.remove(sign, codes)
+        network.remove(convolution, values)
+
+
+REWRITES: Sequence[Callable[[Network], None]] = (
+    absorb_into_convolutions,
+    norms_into_thresholds,
+    norms_into_elementwise,
+    pool_before_elementwise,
+    stem_in_planes,
+    signs_into_convolutions,
+)
+
+
+def _absorb_users(network: Network, node: fx.Node) -> None:
+    """Take into the epilogue of ``node`` the operators after it, each the only one that reads the one before."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        step = STEPS[user.target](network, node, user) if user.target in STEPS else None
+        *inputs, program, vectors, residual = node.args
+        if step is None or (step.residual is not None and residual is not None):
+            return
+        first = 0
+        if step.rows:
+            rows = cast(Tensor, network.constant(vectors))
+            first, rows = len(rows), torch.cat([rows, torch.stack(step.rows)])
+            vectors = network.add(f"{_layer_name(node)}.epilogue", rows, user)
+        program = [*cast(list[int], program), step.operation, first]
+        new = network.substitute(user, node.target, *inputs, program, vectors, step.residual or residual)
+        for old in (user, node):
+            network.graph.erase_node(old)
+        node = new
+
+
+def _layer_name(node: fx.Node) -> str:
+    """The layer that a node came from, by its tensors' names."""
+    named = [n.target for n in node.all_input_nodes if n.op == "get_attr"]
+    return str(named[0]).rpartition(".")[0] if named else node.name
+
+
+def _geometry(numbers: Any) -> Geometry:
+    return Geometry.of(list(numbers))
+
+
+def _above(network: Network, norm: fx.Node, thresholds: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+    """``x -> norm(x) >= thresholds`` of ``(C,)``; None where that depends on the images."""
+    weight, bias, mean, variance = (network.constant(argument) for argument in norm.args[1:5])
+    eps = cast(float, norm.args[7])
+    if thresholds is None or mean is None or variance is None:
+        return None
+    return lambda x: F.batch_norm(x[None, :, None, None], mean, variance, weight, bias, eps=eps).flatten() >= thresholds
+
+
+def _owns_weight(reader: fx.Node) -> bool:
+    """Whether a reader of codes is a convolution whose weight no other node reads."""
+    weight = reader.args[1]
+    return reader.target is ours.binary_conv2d.default and isinstance(weight, fx.Node) and len(weight.users) == 1
+
+
+def _flip_inputs(network: Network, convolution: fx.Node, flips: Tensor) -> None:
+    """Negate the weights of the input channels whose signs are negated."""
+    name = str(cast(fx.Node, convolution.args[1]).target)
+    geometry = network.weights[name]
+    bits = flip_inputs(decode_weight(network.tensors[name], geometry), flips, geometry.groups)
+    network.tensors[name] = encode_weight(bits, geometry.groups)
 
 
 def _rises(steps: Sequence[int], rows: Tensor) -> bool:
@@ -324,83 +209,13 @@ def _rises(steps: Sequence[int], rows: Tensor) -> bool:
 
 
 def _negate_filters(network: Network, convolution: fx.Node, which: Tensor) -> bool:
-    """Negate filters of a float convolution, ``which`` bool ``(O,)``; false if others read them."""
+    """Negate filters of a float convolution, ``which`` bool ``(O,)``; False if its weight has other readers."""
     if convolution.target is not aten.conv2d.default:
         return False
     parts = [part for part in convolution.args[1:3] if part is not None]
     if any(network.constant(part) is None or len(cast(fx.Node, part).users) != 1 for part in parts):
         return False
-    for part in parts:
-        name = str(cast(fx.Node, part).target)
+    for name in (str(cast(fx.Node, part).target) for part in parts):
         held = network.tensors[name]
         network.tensors[name] = torch.where(which.reshape(-1, *[1] * (held.ndim - 1)), -held, held)
     return True
-
-
-def _absorb_norm(network: Network, node: fx.Node) -> None:
-    """Let the thresholds of a sign be those of the norm before it, too."""
-    norm, thresholds, numbers = node.args
-    if not isinstance(norm, fx.Node) or norm.target is not _NORM or len(norm.users) != 1 or norm.args[5]:
-        return
-    held = network.constant(thresholds)
-    weight, bias, mean, variance = (network.constant(x) for x in norm.args[1:5])
-    eps = cast(float, norm.args[7])
-    users = list(node.users)
-    if held is None or mean is None or variance is None or any(not _owns_weight(network, user) for user in users):
-        return
-
-    def above(x: Tensor) -> Tensor:
-        return F.batch_norm(x[None, :, None, None], mean, variance, weight, bias, eps=eps).flatten() >= held
-
-    found, flips = find_thresholds(above, len(held))
-    if flips.any():
-        for user in users:
-            _flip(network, user, flips)
-    new = network.add(f"{_name(users[0])}.thresholds", found, node)
-    node.args = (norm.args[0], new, numbers)
-
-
-def _owns_weight(network: Network, user: fx.Node) -> bool:
-    return (
-        user.target is ours.binary_conv2d.default and isinstance(user.args[1], fx.Node) and len(user.args[1].users) == 1
-    )
-
-
-def _flip(network: Network, convolution: fx.Node, flips: Tensor) -> None:
-    """Negate the weights of the input channels whose signs are negated."""
-    name = convolution.args[1].target  # type: ignore[union-attr]
-    geometry = network.weights[name]  # type: ignore[index]
-    bits = decode_weight(network.tensors[name], geometry)  # type: ignore[index]
-    network.tensors[name] = encode_weight(bits ^ per_input(flips, geometry), geometry.groups)  # type: ignore[index]
-
-
-def per_input(channels: Tensor, geometry: Geometry) -> Tensor:
-    """``(C,)`` -> ``(O, C / groups, 1, 1)``: what each filter reads."""
-    grouped = channels.reshape(geometry.groups, 1, -1).expand(-1, geometry.out_channels // geometry.groups, -1)
-    return grouped.flatten(0, 1)[:, :, None, None]
-
-
-def _join_sign(network: Network, node: fx.Node) -> None:
-    """Let a convolution write the codes that a convolution after it reads."""
-    own = Geometry.of(list(node.args[2]))  # type: ignore[arg-type]
-    for user in node.users:
-        if user.target is not ours.sign_codes.default or user.args[0] is not node:
-            continue
-        following = Geometry.of(list(user.args[2]))  # type: ignore[arg-type]
-        if can_follow(own, following):
-            break
-    else:
-        return
-    args = (*node.args, user.args[1], following.numbers)
-    is_alone = len(node.users) == 1
-    target = ours.binary_conv2d_sign.default if is_alone else ours.binary_conv2d_and_sign.default
-    with network.graph.inserting_after(node):
-        new = values = codes = network.graph.call_function(target, args)
-    if not is_alone:
-        with network.graph.inserting_after(new):
-            codes = network.graph.call_function(operator.getitem, (new, 1))
-            values = network.graph.call_function(operator.getitem, (new, 0))
-    user.replace_all_uses_with(codes)
-    network.graph.erase_node(user)
-    node.replace_all_uses_with(values)
-    network.graph.erase_node(node)

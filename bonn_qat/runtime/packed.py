@@ -14,8 +14,8 @@ from bonn_qat.files import plain
 from bonn_qat.files.atomic import write_whole
 from bonn_qat.files.tensors import digest, dump_tensors, read_tensors
 from bonn_qat.runtime import graph as graphs
-from bonn_qat.runtime.layout import Geometry
 from bonn_qat.runtime.dry_run import dry_run
+from bonn_qat.runtime.layout import Geometry
 
 FORMAT = 1
 
