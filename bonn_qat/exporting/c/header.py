@@ -1,8 +1,8 @@
 """C header: a packed network as C99 for firmware, its tensors as arrays and its binary layers as structs.
 
-Beside them stands the list of its nodes, what to compute in which order, and a small C reference of what the binary
-layers do, which gives the values of the packed network to the last bit. Float layers are left to the firmware.
-``network.h.jinja`` is the header, ``declarations.h`` and ``reference.c`` are what all headers share.
+It also lists the nodes, that is, what to compute in which order, and has a small reference implementation of the binary
+layers whose values equal those of the packed network to the last bit. Float layers are left to the firmware.
+``network.h.jinja`` is the header; ``declarations.h`` and ``reference.c`` are the parts that all headers share.
 """
 
 import math
@@ -25,7 +25,7 @@ FORMAT = 1  # of the structs in declarations.h
 
 
 def c_header(packed: PackedModel, name: str = "network") -> str:
-    """The text of a header for C99 and C++11; what it defines begins with ``name``, or with ``bonn_qat``.
+    """The text of a header for C99 and C++11; its identifiers begin with ``name``, or with ``bonn_qat``.
 
     Bits are ``uint64_t`` words: element i of torch's ``(O, I / groups, kh, kw)`` is bit i % 64 of word i / 64, 1 for
     +1. Floats are exact. Equal networks have equal texts.
@@ -36,8 +36,8 @@ def c_header(packed: PackedModel, name: str = "network") -> str:
     """
     if not re.fullmatch("[a-z][a-z0-9_]*", name) or name.startswith("bonn_qat"):
         raise InvalidModel(
-            f"{name!r} cannot begin the names of a C header: that takes small letters, digits and _, a letter first, "
-            "and not bonn_qat, with which begins what all headers share"
+            f"{name!r} cannot begin the names of a C header: give small letters, digits and _, with a letter first; "
+            "bonn_qat is taken by what all headers share"
         )
     network, tensors = Network(packed, name), packed.tensors()
     channels, height, width = packed.input_size

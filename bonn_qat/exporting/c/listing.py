@@ -1,4 +1,4 @@
-"""The nodes of a packed network as text, a line for each: name, what it gives, and the call in the header's names."""
+"""The nodes of a packed network as text, a line for each: name, result, and the call in the header's names."""
 
 import operator
 from typing import Any, cast
@@ -24,7 +24,7 @@ def listing(network: Network) -> list[str]:
 
 
 def _kind(value: Any) -> str:
-    """What a node gives; nothing for several results, which other nodes take apart."""
+    """Type and shape of a node's result; empty for several results, which other nodes take apart."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     return "" if isinstance(value, list | tuple) else str(value)

@@ -2,7 +2,7 @@
 #define BONN_QAT_REFERENCE_DEFINED
 
 #ifdef __FAST_MATH__
-#error "the reference needs IEEE arithmetic: infinite thresholds, and sums in the order in which they are written"
+#error "the reference needs IEEE arithmetic: infinite thresholds, and sums in the order of the source"
 #endif
 
 static inline int32_t bonn_qat_popcount(uint64_t bits)
@@ -23,7 +23,7 @@ static inline uint64_t bonn_qat_bit(const uint64_t *words, int32_t i)
     return words[i / 64] >> (i % 64) & 1;
 }
 
-/* At least `count` bits, of at most 64, from bit `start` on; what is above them may be anything. */
+/* `count` bits, at most 64, from bit `start` on; the bits above them are undefined. */
 static inline uint64_t bonn_qat_bits(const uint64_t *words, int32_t start, int32_t count)
 {
     const int32_t shift = start % 64;
@@ -34,8 +34,8 @@ static inline uint64_t bonn_qat_bits(const uint64_t *words, int32_t start, int32
 }
 
 /* The value of a channel after an epilogue. It is volatile, so that each step is rounded to float32 before the next: in
-   longer registers, or joined to one instruction, two steps would give another number. fmaf has to round once, as C99
-   says; that of some small C libraries rounds twice. */
+   wider registers, or fused into one instruction, two steps would give another number. fmaf must round once, as C99
+   requires; in some small C libraries it rounds twice. */
 static inline float bonn_qat_run(const bonn_qat_epilogue *epilogue, int32_t channel, float start, float residual)
 {
     volatile float value = start;
@@ -70,7 +70,8 @@ static inline float bonn_qat_run(const bonn_qat_epilogue *epilogue, int32_t chan
     return value;
 }
 
-/* An epilogue of its own: a map of `pixels` to `output`, which may be the map. `residual` is NULL or as the map. */
+/* An epilogue without a convolution, on a map of `pixels`. `output` may be the map itself; `residual` is NULL or as
+   large. */
 static inline void bonn_qat_elementwise(
     const bonn_qat_epilogue *epilogue, const float *map, int32_t pixels, const float *residual, float *output)
 {
@@ -79,7 +80,7 @@ static inline void bonn_qat_elementwise(
         output[i] = bonn_qat_run(epilogue, i % epilogue->channels, map[i], residual ? residual[i] : 0.0f);
 }
 
-/* The signs of a map, the layer's input: `signs` has a bit for each element, in the order of the map. */
+/* The signs of a layer's input: `signs` gets one bit for each element of the map, in its order. */
 static inline void bonn_qat_sign(const bonn_qat_convolution *layer, const float *map, uint64_t *signs)
 {
     const int32_t channels = layer->input.channels;
@@ -91,8 +92,8 @@ static inline void bonn_qat_sign(const bonn_qat_convolution *layer, const float 
     }
 }
 
-/* What the kernel covers at output (y, x): bits in the order of a filter's weights, and which of them are valid: those
-   of pixels, not of padding. */
+/* The window of the kernel at output (y, x): bits in the order of a filter's weights, and which of them are valid, that
+   is, inside the image. */
 static inline void bonn_qat_window(
     const bonn_qat_convolution *layer, const uint64_t *signs, int32_t group, int32_t y, int32_t x, uint64_t *bits,
     uint64_t *valid)
@@ -116,7 +117,7 @@ static inline void bonn_qat_window(
             }
 }
 
-/* The product of a window with the weights from bit `start` on: equal signs less different ones. */
+/* The product of a window with the weights from bit `start` on: how many signs are equal minus how many differ. */
 static inline int32_t bonn_qat_product(
     const uint64_t *words, int32_t start, int32_t count, const uint64_t *bits, const uint64_t *valid)
 {
@@ -129,8 +130,8 @@ static inline int32_t bonn_qat_product(
     return sum;
 }
 
-/* Signs to the map `output`. `residual` is NULL or as `output`, and may be it. `window` is memory to work in: twice the
-   words of one filter's bits, which are NAME_WINDOW_WORDS at most. */
+/* Convolve `signs` into the map `output`. `residual` is NULL or as large as `output`, and may be the same array.
+   `window` is scratch memory: twice the words of one filter, at most NAME_WINDOW_WORDS. */
 static inline void bonn_qat_convolve(
     const bonn_qat_convolution *layer, const uint64_t *signs, const float *residual, float *output, uint64_t *window)
 {
