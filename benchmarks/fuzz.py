@@ -45,8 +45,8 @@ import bonn_qat.models  # registers the paper's networks with timm
 from bonn_qat import plugins
 from bonn_qat.environment import environment, processor
 from bonn_qat.files.tensors import digest
+from bonn_qat.runtime.dry_run import dry_run
 from bonn_qat.runtime.graph import PYTHON, is_known
-from bonn_qat.runtime.rehearsal import rehearse
 from bonn_qat.studies import statistics
 from bonn_qat.studies.comparison import Comparison, read_comparison, write_manifest
 from bonn_qat.training import checkpoint
@@ -499,7 +499,7 @@ def read_packed(path: Path) -> None:
     buffers = dict(model.network.named_buffers())
     if (
         math.prod(model.input_size) < TOO_LARGE
-        and rehearse(model.network.graph, buffers, model.input_size, 1) < TOO_LARGE
+        and dry_run(model.network.graph, buffers, model.input_size, 1) < TOO_LARGE
     ):
         model(torch.zeros(1, *model.input_size))
     bonn_qat.summary(model)

@@ -1,9 +1,9 @@
-"""What packed networks cost and whether they give the same: four questions, one command each.
+"""How fast packed networks are, and how equal to their models: four questions, one command each.
 
-``layers``: 3x3 binary convolutions beside torch's float ones, in turns. ``parts``: where the time of a network goes,
-and the most that this processor can do. ``equality``: logits, predictions and features beside those of the binarized
-model's evaluation mode on CIFAR-10's test images. ``families``: the same for one network of each of twenty families of
-timm, on random images. Each prints a table and, with ``--output``, writes JSON. Examples::
+``layers``: 3x3 binary convolutions against torch's float ones, alternating. ``parts``: where the time of a network is
+spent, and the most that this processor can do. ``equality``: logits, predictions and features against those of the
+binarized model in evaluation mode, on CIFAR-10's test images. ``families``: the same for one network of each of twenty
+families of timm, on random images. Each prints a table and, with ``--output``, writes JSON. Examples::
 
     python benchmarks/packed_runtime.py layers --output layers.json
     python benchmarks/packed_runtime.py equality --data FOLDER --model wrn22_16 --size 32 --weights WEIGHTS.safetensors
@@ -56,7 +56,7 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    # No folders of this machine.
+    # Names instead of paths, which belong to this machine.
     options = {key: value.name if isinstance(value, Path) else value for key, value in vars(args).items()}
     found = {"environment": dict(environment(torch.device("cpu"))), "machine": processor(), "options": options}
     result = {"layers": layers, "parts": parts, "equality": equality, "families": families}[args.question](args)
@@ -76,14 +76,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--data", type=Path, help="the folder of CIFAR-10")
-    parser.add_argument("--weights", type=Path, help="a run's weights; without them the norms are made up")
+    parser.add_argument("--weights", type=Path, help="a run's weights; by default the norms are random")
     parser.add_argument("--only", nargs="*", help="families")
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
 
 
 def in_turns(arms: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each arm, one for each round, each round in another order."""
+    """Milliseconds of each function, one for each round; every round has another order."""
     names = list(arms)
     times: dict[str, list[float]] = {name: [] for name in names}
     for arm in arms.values():
@@ -160,7 +160,7 @@ class Timed(fx.Interpreter):
 
 
 def parts(args: argparse.Namespace) -> dict[str, Any]:
-    """Where the time of a network goes, and how near its binary convolutions come to what the processor can do."""
+    """Where the time of a network goes, and how close its binary convolutions come to the processor's limit."""
     model = made(args.model, args.scheme, args.size)
     packed = bonn_qat.pack(model, (3, args.size, args.size))
     x = torch.randn(args.batch, 3, args.size, args.size).contiguous(memory_format=packed.layout)
@@ -187,13 +187,13 @@ def parts(args: argparse.Namespace) -> dict[str, Any]:
 
 @numba.njit(nogil=True)
 def repeat_tile(codes, base, weight, starts, lengths, ends, sums, repeats):  # type: ignore[no-untyped-def]
-    """The inner loop alone, again and again."""
+    """The inner loop alone, repeated."""
     for _ in range(repeats):
         kernels._wide_tile(codes, base, weight, 0, starts, lengths, ends, sums)
 
 
 def peak() -> float:
-    """Binary products in 10^9 a second of the inner loop alone, its operands in the first cache."""
+    """Binary products per second, in 10^9, of the inner loop alone, with its operands in the first-level cache."""
     length, repeats = 60, 20_000
     codes, weight = np.zeros(1024, np.uint8), np.zeros(64 * length, np.uint8)
     base, sums = np.arange(4, dtype=np.int64), np.zeros(256, np.uint16)
@@ -213,7 +213,7 @@ def timed(function: Callable[[], object]) -> float:
 
 
 def made(name: str, scheme: str, size: int, weights: Path | None = None, **options: Any) -> nn.Module:
-    """A binarized network with a run's weights, or as after a training: no norm, slope or bias at its start."""
+    """A binarized network with a run's weights, or with random norms, slopes and biases as after a training."""
     network = timm.create_model(name, **options)
     model = bonn_qat.binarize(network, scheme, input_size=(3, size, size)).eval().requires_grad_(False)
     if weights:
@@ -228,7 +228,7 @@ def made(name: str, scheme: str, size: int, weights: Path | None = None, **optio
 
 
 class Features(nn.Module):
-    """What a timm network makes before it pools: sums over the image come after."""
+    """The features of a timm network before its last pooling."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -241,7 +241,7 @@ class Features(nn.Module):
 
 @torch.no_grad()
 def compared(model: Any, size: int, batches: Sequence[Tensor]) -> dict[str, Any]:
-    """How far a packed network is from its model, in both layouts of the images: float layers round by them."""
+    """How far a packed network is from its model in both memory formats of the images, which affect float rounding."""
     packed = bonn_qat.pack(model, (3, size, size))
     features = bonn_qat.pack(Features(model), (3, size, size))
     found: dict[str, Any] = defaultdict(float)
@@ -276,7 +276,7 @@ def told(name: str, found: Mapping[str, Any]) -> None:
 
 
 def equality(args: argparse.Namespace) -> dict[str, Any]:
-    """A network on CIFAR-10's test images, made larger where it takes larger ones."""
+    """A network on CIFAR-10's test images, enlarged to the size that it takes."""
     data = load("cifar10", directory=args.data, test_images=args.images)
     images = torch.cat([x for x, _ in data.test_batches(100)])
     if args.size != images.shape[-1]:

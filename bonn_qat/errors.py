@@ -46,3 +46,8 @@ class PluginConflict(BonnQatError):
 
 class TrainingDiverged(BonnQatError, ArithmeticError):
     """A loss term became NaN or infinite."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,13 +1,15 @@
-"""export: a binary network as one file for another runtime; ``FORMATS`` says which there are.
+"""export: a binary network as one file for another runtime; ``FORMATS`` lists the formats.
 
-What is written computes in float32, on images ``(B, C, H, W)``, what the model does in evaluation mode. The product of
-signs stays one of its own, its scale comes after, so that its sums are the exact integers in every runtime; ``sign(0)``
-is +1. Sums of floats are rounded in another order elsewhere: where one is the input of a sign and within its rounding
-of the threshold, the sign may be another one.
+The file computes in float32, on images ``(B, C, H, W)``, what the model computes in evaluation mode. Signs are
+multiplied before they are scaled, so that their sums are exact integers in every runtime; ``sign(0)`` is +1. Sums of
+floats are rounded in another order elsewhere: where such a sum is the input of a sign and within its rounding of the
+threshold, the sign may differ.
 """
 
 import copy
+import errno
 import importlib.util
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from bonn_qat.binarization.binarize import Binarization, binary_layers
 from bonn_qat.errors import BonnQatError, InvalidModel, UnknownName
-from bonn_qat.exporting.c_header import c_header
+from bonn_qat.exporting.c.header import c_header
 from bonn_qat.exporting.onnx import beyond_bipolar, run_onnx, run_qonnx, write_onnx, write_qonnx
 from bonn_qat.exporting.trace import outputs_of, run_pt2, write_pt2
 from bonn_qat.files.atomic import write_whole
@@ -31,15 +33,16 @@ _SEED = 0  # of the random images and inputs
 
 
 class PackageMissing(BonnQatError, ImportError):
-    """A format is asked for, and what writes or runs it is not installed."""
+    """The package that writes or runs a format is not installed."""
 
 
 class Format(NamedTuple):
-    """A format: ``write(model, size)`` makes the file of a frozen copy, ``run(path, images)`` runs it elsewhere.
+    """A format: ``write(model, size)`` returns the bytes of a file, ``run(path, images)`` runs it in another runtime.
 
-    The copy is in evaluation mode, on the CPU, in float32, and ``write``'s own; ``size`` is ``(C, H, W)``. ``run``
-    gives a tensor for each output; it is None for what a compiler takes. ``needs`` are the packages that ``write``
-    imports, ``runs_in`` those of ``run``. ``refuses`` says what the format cannot hold of a layer, None if it can.
+    ``write`` is given a frozen copy of the model that it may change, in evaluation mode, on the CPU, in float32;
+    ``size`` is ``(C, H, W)``. ``run`` returns a tensor for each output; it is None for a format that a compiler takes.
+    ``needs`` are the packages that ``write`` imports, ``runs_in`` those of ``run``. ``refuses`` says what the format
+    cannot hold of a layer, None if it can hold the layer.
     """
 
     write: Callable[[nn.Module, tuple[int, ...]], bytes]
@@ -50,10 +53,10 @@ class Format(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """How far a file's outputs are from the model's, and the share (0 to 1) of images that get the same class.
+    """How far a file's outputs are from the model's, and the share (0 to 1) of images with the same class.
 
-    ``difference`` is the largest of all, ``median`` that of the images' largest: far below it where a few images have
-    another sign somewhere.
+    ``difference`` is the largest of all images, ``median`` the median over the images of each one's largest: it is far
+    below ``difference`` where only a few images have a different sign somewhere.
     """
 
     difference: float
@@ -61,20 +64,28 @@ class Agreement(NamedTuple):
     same: float
 
 
-def export(model: nn.Module, path: Path, format: str, *, input_size: Sequence[int] | None = None) -> Path:
-    """Write a binarized ``model`` to ``path``, whole or not at all; the model stays as it is.
+def export(model: nn.Module, path: str | Path, format: str, *, input_size: Sequence[int] | None = None) -> Path:
+    """Write a binarized ``model`` to ``path``, atomically; the model stays as it is.
 
     ``format`` is a key of :data:`FORMATS`. ``input_size`` ``(C, H, W)`` is by default what the model was binarized for,
     else timm's. The file takes batches of any size where the format and the model's own code allow it, else of one.
 
     Raises UnknownName for another format; PackageMissing; InvalidModel for a model that is not binarized, that torch
-    cannot trace, or with a layer that the format cannot hold, or that a stage of the training left float; OSError where
-    the system refuses to write.
+    cannot trace, or with a layer that the format cannot hold, or that a stage of the training left float; OSError for
+    a path that cannot be written, before any work if that can be known.
+
+    >>> import bonn_qat, tempfile
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
+    >>> binary = bonn_qat.binarize(net, input_size=(3, 8, 8))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     bonn_qat.export(binary, f"{folder}/net.pt2", "pt2").name
+    'net.pt2'
     """
-    chosen = _find(format)
+    path, chosen = Path(path), _find(format)
     _require(format, chosen.needs)
     size = input_size_of(model, input_size)
     _check(model, format)
+    _check_writable(path)
     frozen = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     for _, layer in binary_layers(frozen):
         layer.freeze()
@@ -82,7 +93,7 @@ def export(model: nn.Module, path: Path, format: str, *, input_size: Sequence[in
 
 
 def verify(
-    model: nn.Module, path: Path, format: str, *, input_size: Sequence[int] | None = None, images: int = 8
+    model: nn.Module, path: str | Path, format: str, *, input_size: Sequence[int] | None = None, images: int = 8
 ) -> Agreement:
     """Run ``model``, and its file in the format's own runtime, on the same ``images`` of normal random numbers.
 
@@ -96,7 +107,7 @@ def verify(
     reference = next((p for p in model.parameters() if p.is_floating_point()), batch)
     with modes(model), torch.no_grad():
         ours = [output.cpu().float() for output in outputs_of(model(batch.to(reference)))]
-    theirs = chosen.run(path, batch)
+    theirs = chosen.run(Path(path), batch)
     errors = [(own - other).abs().flatten(1).amax(1) for own, other in zip(ours, theirs, strict=True)]
     differences, same = torch.stack(errors).amax(0), ours[-1].argmax(1) == theirs[-1].argmax(1)
     return Agreement(float(differences.max()), float(differences.median()), float(same.float().mean()))
@@ -137,7 +148,18 @@ def _check(model: nn.Module, format: str) -> None:
             )
 
 
-# ------------------------------------------------------------------------------------------------------ packed bits
+def _check_writable(path: Path) -> None:
+    """Raise OSError for a path that is a folder, or whose folder can neither be written nor made."""
+    folder = next((parent for parent in path.parents if parent.exists()), Path())
+    if path.is_dir():
+        error, culprit = errno.EISDIR, path
+    elif not folder.is_dir():
+        error, culprit = errno.ENOTDIR, folder
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        error, culprit = errno.EACCES, folder
+    else:
+        return
+    raise OSError(error, os.strerror(error), str(culprit))
 
 
 def _write_packed(model: nn.Module, size: tuple[int, ...]) -> bytes:

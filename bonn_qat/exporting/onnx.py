@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from bonn_qat.binarization.binarize import binary_layers
-from bonn_qat.errors import InvalidModel
+from bonn_qat.errors import InvalidModel, first_line
+from bonn_qat.exporting.trace import in_batches, trace
 from bonn_qat.layers import BinaryLayer
 from bonn_qat.quantizers import WeightQuantizer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-from bonn_qat.exporting.trace import first_line, in_batches, trace
 
 _OPSET = 18  # the first with BitwiseAnd
 _BOOL = 9  # onnx.TensorProto.BOOL
@@ -24,14 +24,12 @@ _QONNX = "qonnx.custom_op.general"
 _MOVES = ("Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity")  # what changes a shape and no value
 
 
-# -------------------------------------------------------------------------------------------------------------- ONNX
-
-
 @final
 class _Signs(WeightQuantizer):
-    """Of a weight that is signs already: they and the scale ``(O, 1, 1, 1)`` enter the graph as they are.
+    """For a weight that already is signs: these and the scale ``(O, 1, 1, 1)`` enter the graph as they are.
 
-    One scale for each kernel, because a runtime takes a scalar into the product, where it is rounded with every sum.
+    There is one scale for each kernel, because a runtime moves a scalar into the product, where every sum would be
+    rounded.
     """
 
     def __init__(self, scale: Tensor, kernels: int) -> None:
@@ -44,7 +42,7 @@ class _Signs(WeightQuantizer):
 
 
 class _Dialect(NamedTuple):
-    """The nodes, the last with the result, for the sign of a value, and for a weight of two values in each filter."""
+    """How to write the sign of a value, and a weight of two values in each filter: nodes, the last with the result."""
 
     sign: "Callable[[ir.Graph, ir.Value], list[ir.Node]]"
     weight: "Callable[[ir.Graph, ir.Value], list[ir.Node]]"
@@ -74,13 +72,13 @@ def _onnx(model: nn.Module, size: tuple[int, ...], batch: int | None, dialect: _
     for name in sorted(binary & set(graph.initializers)):
         value = graph.initializers[name]
         _replace(graph, value, dialect.weight(graph, value), before=graph[0])
-    ClearMetadataAndDocStringPass()(converted.model)  # stack traces with this machine's paths
+    ClearMetadataAndDocStringPass()(converted.model)  # stack traces contain paths of this machine
     content: bytes = ir.to_proto(converted.model).SerializeToString()
     return content
 
 
 def _release(model: nn.Module) -> set[str]:
-    """Make frozen signs float parameters; the names of all weights that have two values in each filter."""
+    """Turn frozen signs into float parameters; return the names of all weights with two values in each filter."""
     names = set()
     for name, layer in binary_layers(model):
         if layer.weight_quant.scaled_sign:
@@ -100,7 +98,7 @@ def _producer(value: "ir.Value | None", *operators: str) -> "ir.Node | None":
 
 
 def _shorten(node: "ir.Node", binary: set[str]) -> None:
-    """Give ``node`` a weight itself where it gets one that was reshaped, to its own shape in the end."""
+    """Give ``node`` the weight itself instead of one that was reshaped and is back in its own shape."""
     for index, value in enumerate(node.inputs):
         source = value
         while (move := _producer(source, *_MOVES)) is not None:
@@ -110,7 +108,7 @@ def _shorten(node: "ir.Node", binary: set[str]) -> None:
 
 
 def _rewrite_sign(graph: "ir.Graph", node: "ir.Node", binary: set[str], dialect: _Dialect) -> None:
-    """Rewrite ``node`` if it ends a sign, which is traced as ``Sign(Sign(x) + 1/2)``; the sign of signs is these."""
+    """Rewrite a sign that ``node`` completes, traced as ``Sign(Sign(x) + 1/2)``; of signs it is x itself."""
     add = _producer(node.inputs[0], "Add") if node.op_type == "Sign" else None
     first = _producer(add.inputs[0], "Sign") if add is not None else None
     if first is None:
@@ -123,7 +121,7 @@ def _rewrite_sign(graph: "ir.Graph", node: "ir.Node", binary: set[str], dialect:
 
 
 def _scale_first(node: "ir.Node", binary: set[str]) -> None:
-    """Turn ``product * scale`` round: onnxruntime would take a scale on the right into the weights."""
+    """``product * scale -> scale * product``: onnxruntime would move a scale on the right into the weights."""
     product = _producer(node.inputs[0], "Conv", "Gemm", "MatMul") if node.op_type == "Mul" else None
     if product is not None and any(value is not None and value.name in binary for value in product.inputs):
         left, right = node.inputs
@@ -156,14 +154,14 @@ def _constant(graph: "ir.Graph", name: str, array: Any) -> "ir.Value":
 
 
 def _compare(graph: "ir.Graph", x: "ir.Value") -> "list[ir.Node]":
-    """+1 where ``x >= 0``, else -1: in onnxruntime a quarter of the time of Sign, Add and Sign."""
+    """+1 where ``x >= 0``, else -1; onnxruntime takes a quarter of the time that it needs for Sign, Add and Sign."""
     zero, plus, minus = (_constant(graph, name, np.float32(x)) for name, x in (("zero", 0), ("plus", 1), ("minus", -1)))
     reached = _node("GreaterOrEqual", [x, zero])
     return [reached, _node("Where", [*reached.outputs, plus, minus])]
 
 
 def _unpack(graph: "ir.Graph", weight: "ir.Value") -> "list[ir.Node]":
-    """Bits in the place of ``weight``, eight to a byte, the first the lowest; a runtime unpacks them when it loads."""
+    """Bits in the place of ``weight``, eight in a byte, the first the lowest; a runtime unpacks them on loading."""
     assert weight.name is not None
     assert weight.const_value is not None
     values = weight.const_value.numpy()
@@ -219,7 +217,7 @@ def write_qonnx(model: nn.Module, size: tuple[int, ...]) -> bytes:
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.util.cleanup import cleanup_model
 
-    raw = _onnx(model, size, 1, _Dialect(sign=_bipolar, weight=_bipolar))  # of one image, for qonnx wants every shape
+    raw = _onnx(model, size, 1, _Dialect(sign=_bipolar, weight=_bipolar))  # qonnx needs every shape, so for one image
     content: bytes = cleanup_model(ModelWrapper(raw)).model.SerializeToString()
     return content
 
@@ -240,9 +238,9 @@ def run_qonnx(path: Path, images: Tensor) -> list[Tensor]:
 
 
 def beyond_bipolar(layer: BinaryLayer) -> str | None:
-    """What keeps a layer from being a product of -1 and +1, or of floats with them."""
+    """Why a layer is not a product of -1 and +1, or of floats with -1 and +1; None if it is."""
     if not layer.weight_quant.scaled_sign:
-        return "its weights are no scale times a sign"
+        return "its weights are not a scale times a sign"
     if layer.input_quant is None:
         return None
     inputs = torch.randn(16, getattr(layer, layer.channels[0]), 4, 4, generator=torch.Generator().manual_seed(0))

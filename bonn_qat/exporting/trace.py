@@ -1,4 +1,4 @@
-"""Trace: a model as a graph of torch.export; what the writers of all formats share."""
+"""Trace: a model as a program of torch.export; its file, the format pt2; and what the writers of all formats share."""
 
 import io
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bonn_qat.errors import InvalidModel
+from bonn_qat.errors import InvalidModel, first_line
 
 
 def outputs_of(result: Any) -> list[Tensor]:
@@ -17,21 +17,13 @@ def outputs_of(result: Any) -> list[Tensor]:
 
 
 def in_batches(run: Callable[[Tensor], list[Tensor]], images: Tensor, batch: int | None) -> list[Tensor]:
-    """``run`` on parts of ``batch`` images, None for all at once; the outputs of all."""
+    """The outputs of ``run`` on parts of ``batch`` images, None for all at once, joined."""
     parts = [run(part) for part in torch.split(images, batch or len(images))]
     return [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-# ------------------------------------------------------------------------------------------------------ torch.export
-
-
 def trace(model: nn.Module, size: tuple[int, ...], batch: int | None = None) -> torch.export.ExportedProgram:
-    """``model`` as a graph for ``batch`` images; None is any number, or one where the model's code fixes the number."""
+    """``model`` as a program for ``batch`` images; None: for any number, or for one if the model's code fixes it."""
     images = torch.zeros(batch or 2, *size)
     shapes = None if batch else ({0: torch.export.Dim("batch")},)
     try:
@@ -56,8 +48,8 @@ def write_pt2(model: nn.Module, size: tuple[int, ...]) -> bytes:
 
 
 def run_pt2(path: Path, images: Tensor) -> list[Tensor]:
-    """The outputs of a ``torch.export`` program."""
-    program = torch.export.load(io.BytesIO(path.read_bytes()))  # of a path it wants a certain ending
+    """The outputs of a ``torch.export`` program in a file."""
+    program = torch.export.load(io.BytesIO(path.read_bytes()))  # given a path it demands a certain suffix
     module = program.module()
     with torch.no_grad():
         return in_batches(lambda part: outputs_of(module(part)), images, None if program.range_constraints else 1)

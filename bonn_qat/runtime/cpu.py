@@ -1,4 +1,4 @@
-"""CPU: the operators by the compiled kernels. What stays the same from call to call is prepared once."""
+"""CPU: the operators on compiled kernels. What does not change between calls is prepared once."""
 
 import functools
 import math
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from bonn_qat.runtime import kernels
-from bonn_qat.runtime.layout import PADDING, TILE, Geometry, blocks, plan
+from bonn_qat.runtime.layout import PADDING, TILE, Geometry, blocks, read_offsets
 
-_PARALLEL = 4_000_000  # products from which on a second thread is worth its call
+_PARALLEL = 4_000_000  # products from which a second thread pays
 _LANES = 32
 _NOTHING = np.empty(0, np.float32)
 _NO_CODES = np.empty(0, np.uint8)
-# The GNU allocator gives memory back to the system after each call of a network, and takes it again page by page,
-# unless it once had a block of this size, which is never touched.
+# The GNU allocator returns memory to the system after each call of a network and takes it back page by page, unless
+# it was once asked for a block of this size. The block is never touched.
 torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
@@ -29,7 +29,7 @@ def _flat(tensor: Tensor) -> Any:
 
 
 def _pixels(x: Tensor) -> Any:
-    """``(B, C, H, W)`` as numbers in the order of ``torch.channels_last``."""
+    """``(B, C, H, W)`` as a flat array in the order of ``torch.channels_last``."""
     return _flat(x.permute(0, 2, 3, 1))
 
 
@@ -57,14 +57,14 @@ def _new_codes(shape: tuple[int, ...], geometry: Geometry) -> Tensor:
 
 
 class Convolution(NamedTuple):
-    """A convolution for codes of one shape, with what it reads; ``following`` is that whose codes it writes."""
+    """A convolution for codes of one shape, with its constants; ``following`` is the one whose codes it writes."""
 
     vectors: Tensor
     thresholds: Tensor | None
     following: Geometry | None
     result_shape: tuple[int, int, int, int] | None  # (B, H, W, O); None if only codes are wanted
     codes_shape: tuple[int, ...]
-    constants: tuple[Any, ...]  # weights, plan, sizes and the program, as the kernel takes them
+    constants: tuple[Any, ...]  # weights, read offsets, sizes and the program, as the kernel takes them
     factors: Any
     limits: Any
     places: Any
@@ -72,7 +72,7 @@ class Convolution(NamedTuple):
     threads: int
 
     def __call__(self, codes: Tensor, residual: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """The values ``(B, O, H, W)`` and the codes, what is not wanted None."""
+        """The values ``(B, O, H, W)`` and the codes; None for what was not asked for."""
         y = None if self.result_shape is None else torch.empty(self.result_shape)
         signs = None if self.following is None else _new_codes(self.codes_shape, self.following)
         if self.items:
@@ -98,7 +98,7 @@ def prepare(
     following: Geometry | None,
     wants_values: bool,
 ) -> Convolution:
-    """All of a convolution that does not change from call to call; ``program`` is ``(steps, 2)``."""
+    """What does not change between calls of a convolution; ``program`` is ``(steps, 2)``."""
     batch, height, columns = codes.shape[0], *geometry.output_size(codes.shape[1], codes.shape[2])
     channels, groups, pixels = geometry.out_channels, geometry.groups, height * columns
     sizes = blocks(channels // groups)
@@ -107,7 +107,7 @@ def prepare(
         codes_shape = (batch, *following.codes_size(height, columns), following.groups * following.width)
     threads = _threads(batch * pixels * channels * geometry.taps * geometry.in_channels // groups)
     items = batch * groups * len(sizes)
-    # Every item reads its weights anew: no more pieces than the threads need.
+    # Every item reads the weights again, so there are no more pieces than the threads need.
     pieces = min(math.ceil(4 * threads / items), math.ceil(pixels / TILE)) if threads > 1 and items else 1
     shape = (
         channels // groups, pixels, math.prod(codes.shape[1:]), groups, geometry.width, weight.numel() // groups,
@@ -116,14 +116,14 @@ def prepare(
     limits = _NOTHING if thresholds is None else _flat(_filled(thresholds[None], groups, sum(sizes)))
     return Convolution(
         vectors, thresholds, following, (batch, height, columns, channels) if wants_values else None, codes_shape,
-        (_flat(weight), tuple(plan(geometry, codes.shape[1], codes.shape[2])), shape, program),
+        (_flat(weight), tuple(read_offsets(geometry, codes.shape[1], codes.shape[2])), shape, program),
         _filled(vectors, groups, sum(sizes)).detach().numpy(), limits, _places(height, columns, following),
         items * pieces, threads,
     )  # fmt: skip
 
 
 def _filled(vectors: Tensor, groups: int, filled: int) -> Tensor:
-    """``(rows, O)`` with room for all filters of each block."""
+    """``(rows, O)``, padded so that each block of filters is full."""
     grouped = vectors.contiguous().view(len(vectors), groups, -1)
     missing = filled - grouped.shape[2]
     return torch.nn.functional.pad(grouped, (0, missing)).flatten(1) if missing else grouped.flatten(1)
@@ -131,7 +131,7 @@ def _filled(vectors: Tensor, groups: int, filled: int) -> Tensor:
 
 @functools.lru_cache(maxsize=512)
 def _places(height: int, columns: int, following: Geometry | None) -> Any:
-    """Where each pixel's codes begin in those of an image, for the convolution that follows."""
+    """Where each pixel's codes begin within an image, for the convolution that follows."""
     if following is None:
         return np.empty(0, np.int64)
     top, _, left, _ = following.padding
@@ -157,7 +157,7 @@ def elementwise(x: Tensor, program: Any, vectors: Tensor, residual: Tensor | Non
 
 
 def max_pool2d(x: Tensor, sizes: tuple[int, int], kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
-    """As :func:`bonn_qat.runtime.operators.max_pool2d`; ``sizes`` are rows and columns that come out."""
+    """As :func:`bonn_qat.runtime.operators.max_pool2d`; ``sizes`` are the rows and columns of the result."""
     batch, channels, height, width = x.shape
     rows, columns = sizes
     y = torch.empty((batch, rows, columns, channels))

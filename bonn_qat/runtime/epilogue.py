@@ -1,7 +1,7 @@
-"""Epilogue: what follows a binary convolution before its result leaves the cache, as a short program.
+"""Epilogue: the operations after a binary convolution, done while its result is in the cache, as a short program.
 
-A program is a list of whole numbers in pairs: an operation, and the row of ``vectors`` ``(rows, O)`` that it takes, or
-the first of two. The value is that of the convolution, ``(B, O, H, W)``.
+A program is a flat list of pairs of integers: an operation, and the row of ``vectors`` ``(rows, O)`` that it takes, or
+the first of two. It starts from the value of the convolution, ``(B, O, H, W)``.
 """
 
 import math
@@ -20,7 +20,7 @@ ROWS = {SCALE: 1, ADD: 1, FMA: 2, RESIDUAL: 0, PRELU: 1, CLAMP: 2}
 
 
 def check(program: list[int], rows: int, has_residual: bool) -> None:
-    """Raises ValueError for a program that does not fit its vectors."""
+    """Raise ValueError for a program that does not fit its vectors."""
     if len(program) % 2:
         raise ValueError(f"an epilogue is a list of pairs; got {len(program)} numbers")
     for operation, row in zip(program[::2], program[1::2], strict=True):
@@ -31,7 +31,7 @@ def check(program: list[int], rows: int, has_residual: bool) -> None:
 
 
 def run(values: Tensor, program: list[int], vectors: Tensor, residual: Tensor | None) -> Tensor:
-    """Float32 ``(B, O, H, W)`` -> the same shape."""
+    """Apply a program to float32 ``(B, O, H, W)``; the shape stays the same."""
     rows = vectors[:, :, None, None]
     for operation, row in zip(program[::2], program[1::2], strict=True):
         if operation == SCALE:
@@ -53,8 +53,8 @@ def run(values: Tensor, program: list[int], vectors: Tensor, residual: Tensor | 
 def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     if a.is_cuda:
         return torch.addcmul(c, a, b)
-    # The product of two float32 is exact in float64. The sum is rounded to an odd last bit where it is not exact, so
-    # that the second rounding, to float32, decides as if it were the only one.
+    # The product of two float32 is exact in float64. An inexact sum is rounded to an odd last bit, so that the second
+    # rounding, to float32, gives what a single rounding would.
     product, addend = a.double() * b.double(), c.double().expand_as(a)
     total = product + addend
     back = total - product

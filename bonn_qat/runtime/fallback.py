@@ -1,4 +1,4 @@
-"""Fallback: the operators in plain torch, for machines without numba and for GPUs; an independent reference, too."""
+"""Fallback: the operators in plain torch, for machines without numba and for GPUs; also an independent reference."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from torch import Tensor
 from bonn_qat.runtime import epilogue
 from bonn_qat.runtime.layout import Geometry, decode_signs, decode_weight, encode_signs
 
-_HALF_EXACT = 2048  # whole numbers up to here are float16
+_HALF_EXACT = 2048  # float16 holds every integer up to here
 
 
 def sign_codes(x: Tensor, thresholds: Tensor, geometry: Geometry) -> Tensor:
@@ -20,7 +20,7 @@ def binary_conv2d(
 ) -> Tensor:
     """As :func:`bonn_qat.runtime.operators.binary_conv2d`."""
     inputs = geometry.taps * geometry.in_channels // geometry.groups
-    # The sums are exact in either: a GPU multiplies halves faster and adds up in float32.
+    # The sums are exact in both types; a GPU multiplies float16 faster, and adds in float32.
     dtype = torch.float16 if codes.is_cuda and inputs <= _HALF_EXACT else torch.float32
     signs = decode_signs(codes, geometry.in_channels, geometry.groups).permute(0, 3, 1, 2).to(dtype)
     kernels = decode_weight(weight, geometry).to(dtype) * 2 - 1

@@ -1,7 +1,7 @@
-"""Graph: a network as data. A list of calls of known operators, written as JSON and read back without running code.
+"""Graph: a network as data, a list of calls of known operators, written as JSON and read back without running code.
 
 Each node is a table with a ``name`` and an ``op``: ``input``, ``tensor`` (of a name in the file; with a ``geometry``
-the words of a convolution's weights), ``output``, or a function such as ``aten.add.Tensor`` with ``args`` and
+it holds the bits of a convolution), ``output``, or a function such as ``aten.add.Tensor`` with ``args`` and
 ``kwargs``. Arguments are numbers, texts, lists, null, or tables with one key: ``node``, ``dtype``, ``memory_format``,
 ``device``, ``layout``, ``number`` (inf, -inf, nan).
 """
@@ -23,15 +23,15 @@ from bonn_qat.files.plain import shown
 from bonn_qat.runtime import operators
 from bonn_qat.runtime.layout import Geometry, decode_weight, encode_weight, pack_words, unpack_words
 
-NODES = 20_000  # of a network; the largest of timm have a few thousand
-_ROOM, _GROWTH = 2**26, 32  # bytes, and bytes for each byte of words, that weights may need in memory
-_GROUPS = 2**16  # of all convolutions together: each takes time
-PYTHON: Mapping[str, Callable[..., Any]] = {  # of numbers, of tensors, and of what gives several tensors
+NODES = 20_000  # at most; timm's largest networks have a few thousand
+_ROOM, _GROWTH = 2**26, 32  # weights may need 2**26 bytes in memory, and 32 more for each byte in the file
+_GROUPS = 2**16  # at most, of all convolutions together: each takes time
+PYTHON: Mapping[str, Callable[..., Any]] = {  # on numbers, on tensors, and on lists of tensors
     f"python.{f.__name__}": f
     for f in (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg)
 }
-# None of them has a state, draws numbers, gives memory as it finds it, reads memory as another type, or gives a shape
-# that depends on values.
+# None of them has a state, draws random numbers, returns uninitialized memory, reinterprets memory as another type, or
+# returns a shape that depends on values.
 _KNOWN = {
     "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "_log_softmax", "_native_batch_norm_legit_no_training", "_softmax",
     "_to_copy", "_unsafe_view", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "abs", "acos", "acosh",
@@ -62,7 +62,7 @@ _KNOWN = {
     "upsample_bilinear2d", "upsample_nearest2d", "var", "var_mean", "view", "view_as", "vstack", "where", "xlogy",
     "zeros", "zeros_like",
 }  # fmt: skip
-_SIZES = ("aten.sym_size.int", "aten.sym_numel.default")  # the only ones that give numbers
+_SIZES = ("aten.sym_size.int", "aten.sym_numel.default")  # the only ones that return numbers
 _NOT_KNOWN = ("aten.view.dtype",)
 _KINDS: Mapping[str, type] = {
     "ScalarType": torch.dtype, "Layout": torch.layout, "MemoryFormat": torch.memory_format, "Device": torch.device,
@@ -84,7 +84,7 @@ _TYPES: Mapping[str, Mapping[str, Any]] = {
 
 
 def is_known(function: Any) -> bool:
-    """Whether a graph may call it: it computes tensors from tensors, the same ones each time, and nothing else."""
+    """Whether a graph may call ``function``: it computes tensors from tensors, deterministically, and nothing else."""
     if function in PYTHON.values():
         return True
     if not isinstance(function, torch._ops.OpOverload) or function._schema.is_mutable:
@@ -173,9 +173,9 @@ def _decode(value: Any, known: Mapping[str, fx.Node]) -> Any:
 
 
 def rebuild(nodes: object) -> tuple[fx.Graph, dict[str, Geometry]]:
-    """The inverse of :func:`describe`. Raises InvalidData for what is no such list.
+    """The inverse of :func:`describe`. Raises InvalidData for data that is not such a list.
 
-    ``nodes`` is plain data, as :func:`bonn_qat.files.plain.check` has it.
+    ``nodes`` is plain data that passed :func:`bonn_qat.files.plain.check`.
     """
     if not isinstance(nodes, list) or not all(
         isinstance(node, dict) and isinstance(node.get("op"), str) for node in nodes
@@ -193,7 +193,7 @@ def rebuild(nodes: object) -> tuple[fx.Graph, dict[str, Geometry]]:
             graph.output(_decode(_listed(entry["args"])[0], known))
             continue
         node = _node(graph, entry, known)
-        # Names become Python's: torch.fx writes the network as its code.
+        # Names become identifiers: torch.fx writes the network as Python code.
         if node.name != entry["name"] or node.name == "self" or node.name in known:
             raise InvalidData(f"{shown(entry['name'])} is no name of a node, or there are two of it")
         known[node.name] = node
@@ -219,7 +219,7 @@ def _node(graph: fx.Graph, entry: Mapping[str, Any], known: Mapping[str, fx.Node
     if not isinstance(entry["kwargs"], dict):
         raise InvalidData(f"the kwargs of {name} are no table")
     kwargs = {key: _decode(value, known) for key, value in entry["kwargs"].items()}
-    # As torch writes them: names stand with what has no place. They become Python's code too.
+    # As torch writes them: only keyword-only arguments have names. These become Python code, too.
     arguments = [] if op in PYTHON else function._schema.arguments
     if unknown := sorted(kwargs.keys() - {argument.name for argument in arguments if argument.kwarg_only}):
         raise InvalidData(f"{op} has no argument {shown(unknown[0])}")
@@ -229,7 +229,7 @@ def _node(graph: fx.Graph, entry: Mapping[str, Any], known: Mapping[str, fx.Node
     given = [*zip(arguments, args, strict=False), *((a, kwargs[a.name]) for a in arguments if a.name in kwargs)]
     for argument, value in given:
         kind = re.sub(r"Optional\[(\w+)\]", r"\1", str(argument.real_type))
-        # torch takes a number for one too, and looks it up in a table without looking at its length.
+        # torch also takes a number for these, and uses it as an index into a table without checking it.
         if kind in _KINDS and value is not None and not isinstance(value, _KINDS[kind]):
             raise InvalidData(f"{op} takes no {shown(value)} for {argument.name}")
     lists = [argument for argument in args if isinstance(argument, list | tuple)]
@@ -259,14 +259,14 @@ def _geometry(numbers: object) -> Geometry:
 
 
 def to_words(octets: Tensor, geometry: Geometry) -> Tensor:
-    """Weights as the kernels have them -> words."""
+    """Weights in the layout of the kernels -> words."""
     return pack_words(decode_weight(octets, geometry))
 
 
 def check_words(words: Mapping[str, Tensor], weights: Mapping[str, Geometry]) -> None:
-    """Raise InvalidData for words that are not the bits of ``weights``, by name, or that need far more room in memory.
+    """Raise InvalidData for words that are not the bits of ``weights``, by name, or that need far more memory.
 
-    A group's channels are filled up to eight and its filters to 32, so that a file may claim 256 times its size.
+    A group's channels are padded to eight and its filters to 32, so that a file could ask for 256 times its size.
     """
     for name, geometry in weights.items():
         expected = -(-math.prod(geometry.weight_shape) // 64)
@@ -282,12 +282,12 @@ def check_words(words: Mapping[str, Tensor], weights: Mapping[str, Geometry]) ->
 
 
 def from_words(words: Tensor, geometry: Geometry) -> Tensor:
-    """The inverse of :func:`to_words`, for words that :func:`check_words` has nothing against."""
+    """The inverse of :func:`to_words`, for words that passed :func:`check_words`."""
     return encode_weight(unpack_words(words, geometry.weight_shape), geometry.groups)
 
 
 def without_dispatcher(network: fx.GraphModule) -> fx.GraphModule:
-    """The same network, whose calls of our operators go straight to their functions."""
+    """The same network with calls of our operators that bypass torch's dispatcher."""
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     for node in network.graph.nodes:
@@ -298,19 +298,19 @@ def without_dispatcher(network: fx.GraphModule) -> fx.GraphModule:
 
 
 def takes_planes(graph: fx.Graph) -> bool:
-    """Whether the images are to come as planes, ``torch.contiguous_format``, and not ``torch.channels_last``."""
+    """Whether the network wants images in ``torch.contiguous_format`` instead of ``torch.channels_last``."""
     return bool(graph.find_nodes(op="call_function", target=torch.ops.bonn_qat.max_pool2d.default))
 
 
 def image_layout(graph: fx.Graph) -> torch.memory_format:
-    """How the images are to lie in memory."""
+    """The memory format that the network wants its images in."""
     return torch.contiguous_format if takes_planes(graph) else torch.channels_last
 
 
 def laid_out(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``tensors`` by name, the kernels of float convolutions in ``torch.channels_last``.
 
-    The images are, and such a convolution would bring its kernels there at each call.
+    The images have this format, and a convolution would convert its kernels to it in each call.
     """
     planes = takes_planes(graph)
     kernels = {
@@ -341,7 +341,7 @@ def module(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> tuple[fx.GraphModu
 
 
 def _forgotten(network: fx.GraphModule) -> fx.GraphModule:
-    """``network``, whose source torch.fx will not keep for longer than it; it would for good, 5 KiB for each."""
+    """``network``, whose source torch.fx now drops with it; otherwise torch.fx keeps 5 KiB for each network forever."""
     sources = getattr(getattr(fx.graph_module, "_loader", None), "eval_cache", {})
     name = getattr(getattr(type(network).forward, "__code__", None), "co_filename", "")
     if name in sources:

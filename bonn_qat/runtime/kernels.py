@@ -424,7 +424,7 @@ def _epilogue(values, program, vectors, first, residual, beside):
 
 @_compiled()
 def convolve_items(
-    codes, weight, plan, shape, program, vectors, residual, out, thresholds, following, places, begin, end
+    codes, weight, offsets, shape, program, vectors, residual, out, thresholds, following, places, begin, end
 ):
     """Some of the items ``image x group x block of filters x piece of the tiles``.
 
@@ -432,7 +432,7 @@ def convolve_items(
     that follow for an image). ``vectors`` and ``thresholds`` have a number for each filter of each block. ``residual``,
     ``out`` and ``following`` are empty where there is none.
     """
-    bases, valid, starts, lengths, ends = plan
+    bases, valid, starts, lengths, ends = offsets
     filters, pixels, image_codes, groups, width, group_bytes, blocks, pieces, image_following = shape
     filled, tiles = vectors.shape[1] // groups, bases.size // TILE
     bytes_of_filter = group_bytes // filled
@@ -506,12 +506,12 @@ def elementwise_pixels(x, channels, program, vectors, residual, out, begin, end)
 
 @_compiled(parallel=True)
 def convolve_in_threads(
-    codes, weight, plan, shape, program, vectors, residual, out, thresholds, following, places, items, threads
+    codes, weight, offsets, shape, program, vectors, residual, out, thresholds, following, places, items, threads
 ):
     """As :func:`convolve_items`, in parallel."""
     for thread in numba.prange(threads):
         convolve_items(
-            codes, weight, plan, shape, program, vectors, residual, out, thresholds, following, places,
+            codes, weight, offsets, shape, program, vectors, residual, out, thresholds, following, places,
             items * thread // threads, items * (thread + 1) // threads,
         )  # fmt: skip
 

@@ -1,9 +1,9 @@
 """Layout: how the bits of weights and activations lie in memory, and the geometry of a binary convolution.
 
 A *nibble* holds the signs of four channels of one pixel, the first in the lowest bit, 1 for +1. Each group's channels
-are filled up to a multiple of eight with zeros, in weights and activations alike, so that they never differ there.
+are padded with zeros to a multiple of eight, in weights and in activations, so that the padding never differs.
 
-Activations are *codes*, one byte for each nibble: twice its value, or ``PADDING`` where there is no pixel,
+Activations are *codes*, one byte for each nibble: twice its value, or ``PADDING`` outside the image,
 ``(B, H, W, groups * width)`` with ``width`` bytes for a group. Weights have one bit each: bytes of two nibbles, for
 each group and for each block of 64 filters (32 at the end, if that is enough) an array ``(taps * width / 2, filters)``.
 On disk they are 64-bit words in the order of torch's weight.
@@ -19,15 +19,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-PADDING = 32  # twice 16, which is no nibble
+PADDING = 32  # twice 16, and no nibble is 16
 TILE = 4  # pixels that a kernel computes at once
-BLOCK = 64  # filters that a kernel computes at once; or half of them
-LOOKUPS = 62  # how many counts of at most 4 fit into a byte; an even number, for they come in pairs
+BLOCK = 64  # filters that a kernel computes at once; the last block may have half as many
+LOOKUPS = 62  # counts of at most 4 that fit into a byte; even, because they come in pairs
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """A binary convolution: what is fixed when a network is packed. ``padding`` is (top, bottom, left, right)."""
+    """A binary convolution, as fixed when a network is packed. ``padding`` is (top, bottom, left, right)."""
 
     out_channels: int
     in_channels: int
@@ -39,7 +39,7 @@ class Geometry:
 
     @classmethod
     def of(cls, numbers: list[int]) -> "Geometry":
-        """From the fourteen numbers of :attr:`numbers`. Raises ValueError for others."""
+        """From the 13 numbers of :attr:`numbers`. Raises ValueError for others."""
         if len(numbers) != 13:
             raise ValueError(f"the geometry of a binary convolution has 13 numbers; got {len(numbers)}")
         o, i, kh, kw, sh, sw, top, bottom, left, right, dh, dw, groups = numbers
@@ -55,12 +55,12 @@ class Geometry:
 
     @property
     def taps(self) -> int:
-        """Pixels below a kernel."""
+        """Pixels of a kernel."""
         return self.kernel[0] * self.kernel[1]
 
     @property
     def width(self) -> int:
-        """Bytes of codes of one pixel's group."""
+        """Bytes of codes for one group of a pixel."""
         return width(self.in_channels, self.groups)
 
     @property
@@ -70,7 +70,7 @@ class Geometry:
 
     @property
     def weight_bytes(self) -> int:
-        """What :func:`encode_weight` gives."""
+        """The length of what :func:`encode_weight` returns."""
         return self.groups * self.taps * self.width // 2 * sum(blocks(self.out_channels // self.groups))
 
     def codes_size(self, height: int, width: int) -> tuple[int, int]:
@@ -79,25 +79,29 @@ class Geometry:
         return height + top + bottom, width + left + right
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of what comes out for *codes* of this size, padding included."""
+        """Height and width of the result for *codes* of this size, padding included."""
         sizes = zip((height, width), self.kernel, self.stride, self.dilation, strict=True)
         out_height, out_width = ((n - d * (k - 1) - 1) // s + 1 for n, k, s, d in sizes)
         return out_height, out_width
 
 
 def width(channels: int, groups: int) -> int:
-    """Bytes of codes that a group of one pixel takes."""
+    """Bytes of codes for one group of a pixel."""
     return 2 * math.ceil(channels // groups / 8)
 
 
 def blocks(filters: int) -> list[int]:
-    """How many filters each block of a group holds, those that fill it up included."""
+    """The number of filters in each block of a group, padding included."""
     whole, rest = divmod(filters, BLOCK)
     return [BLOCK] * whole + ([BLOCK if rest > BLOCK // 2 else BLOCK // 2] if rest else [])
 
 
 def pack_words(bits: Tensor) -> Tensor:
-    """Bool of any shape -> ``(ceil(n / 64),)`` int64; element i of them all is bit i % 64 of word i // 64."""
+    """Bool of any shape -> ``(ceil(n / 64),)`` int64; element i, flattened, is bit i % 64 of word i // 64.
+
+    >>> pack_words(torch.tensor([True, False, True]))
+    tensor([5])
+    """
     flat = torch.nn.functional.pad(bits.flatten(), (0, -bits.numel() % 64)).view(-1, 8, 8)
     octets = (flat.to(torch.uint8) << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
     return octets.flatten().view(torch.int64)
@@ -159,17 +163,17 @@ def encode_signs(bits: Tensor, groups: int = 1, padding: tuple[int, int, int, in
 
 
 def decode_signs(codes: Tensor, channels: int, groups: int = 1) -> Tensor:
-    """Codes -> int8 ``(B, H, W, C)`` of {-1, 0, +1}, 0 where there is no pixel."""
+    """Codes -> int8 ``(B, H, W, C)`` of {-1, 0, +1}, 0 outside the image."""
     signs = _signs((codes >> 1) & 15, channels, groups).to(torch.int8) * 2 - 1
     return signs * (codes[..., :1] != PADDING)
 
 
-class Plan(NamedTuple):
+class ReadOffsets(NamedTuple):
     """Where a kernel finds what it reads, for codes of one size.
 
-    ``bases``, one for each output pixel, filled up to whole tiles, is the position of its first tap in the codes of an
-    image, ``valid`` how many inputs it has. A *run* is a part of a window that lies without a gap: ``starts`` from the
-    pixel's base, ``lengths`` in codes; after a run with ``ends`` the counts leave their bytes.
+    ``bases``, one for each output pixel, padded to whole tiles, is the position of its first tap in the codes of an
+    image, ``valid`` the number of its inputs inside the image. A *run* is a contiguous part of a window: ``starts`` are
+    relative to the pixel's base, ``lengths`` in codes; after a run with ``ends`` the byte counters are emptied.
     """
 
     bases: NDArray[np.int64]
@@ -180,8 +184,8 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=512)
-def plan(geometry: Geometry, height: int, width: int) -> Plan:
-    """The plan for codes ``(height, width)``, padding included."""
+def read_offsets(geometry: Geometry, height: int, width: int) -> ReadOffsets:
+    """The offsets for codes ``(height, width)``, padding included."""
     out_height, out_width = geometry.output_size(height, width)
     pixel = geometry.groups * geometry.width
     top, bottom, left, right = geometry.padding
@@ -191,11 +195,11 @@ def plan(geometry: Geometry, height: int, width: int) -> Plan:
     valid = (row_taps[:, None] * column_taps * (geometry.in_channels // geometry.groups)).ravel()
     fill = (0, -len(bases) % TILE)
     starts, lengths, ends = _runs(geometry, width * pixel, pixel)
-    return Plan(np.pad(bases, fill, "edge"), np.pad(valid, fill, "edge").astype(np.int32), starts, lengths, ends)
+    return ReadOffsets(np.pad(bases, fill, "edge"), np.pad(valid, fill, "edge").astype(np.int32), starts, lengths, ends)
 
 
 def _axis(count: int, size: int, geometry: Geometry, axis: int, before: int, after: int) -> tuple[Any, Any]:
-    """Where the windows begin, and how many of their taps lie inside of the image."""
+    """Where the windows begin, and how many of their taps lie inside the image."""
     begin = np.arange(count, dtype=np.int64) * geometry.stride[axis]
     taps = begin[:, None] + np.arange(geometry.kernel[axis]) * geometry.dilation[axis]
     return begin, ((taps >= before) & (taps < size - after)).sum(1)

@@ -1,18 +1,18 @@
-"""Operators: ``torch.ops.bonn_qat``, what packed networks are made of; for eager torch, torch.compile and torch.export.
+"""Operators: ``torch.ops.bonn_qat``, the parts of packed networks; for eager torch, torch.compile and torch.export.
 
-On a CPU with numba they are those of :mod:`~bonn_qat.runtime.cpu`, else of :mod:`~bonn_qat.runtime.fallback`, with
-equal results. Images ``(B, C, H, W)`` come and go in ``torch.channels_last``; codes and geometry are those of
-:mod:`~bonn_qat.runtime.layout`, programs those of :mod:`~bonn_qat.runtime.epilogue`. Sizes that do not fit are a
-RuntimeError, for nothing is checked in the kernels.
+On a CPU with numba they run :mod:`~bonn_qat.runtime.cpu`, else :mod:`~bonn_qat.runtime.fallback`, with equal results.
+Images ``(B, C, H, W)`` are in ``torch.channels_last``; :mod:`~bonn_qat.runtime.layout` defines codes and geometry,
+:mod:`~bonn_qat.runtime.epilogue` programs. Sizes that do not fit raise RuntimeError here, because the kernels check
+nothing.
 
-- ``sign_codes(x, thresholds, geometry) -> codes``: where ``x >= thresholds``, channel by channel, for the convolution
-  of that geometry.
+- ``sign_codes(x, thresholds, geometry) -> codes``: the signs of ``x - thresholds``, channel by channel, for the
+  convolution with that geometry.
 - ``binary_conv2d(codes, weight, geometry, program, vectors, residual) -> y``
-- ``binary_conv2d_sign(..., thresholds, following) -> codes``: those for the convolution of geometry ``following``.
+- ``binary_conv2d_sign(..., thresholds, following) -> codes``: for the convolution with the geometry ``following``.
 - ``binary_conv2d_and_sign(...) -> (y, codes)``
-- ``elementwise(x, program, vectors, residual) -> y``: an epilogue of its own.
-- ``max_pool2d(x, kernel, stride, padding) -> y``, of planes, ``torch.contiguous_format``, as a first convolution gives
-  them soonest.
+- ``elementwise(x, program, vectors, residual) -> y``: an epilogue without a convolution.
+- ``max_pool2d(x, kernel, stride, padding) -> y``: takes ``torch.contiguous_format``, in which a first convolution is
+  fastest.
 - ``unpack_signs(words, shape) -> float {-1, +1}``
 """
 
@@ -28,9 +28,9 @@ from torch import Tensor
 from bonn_qat.runtime import epilogue, fallback
 from bonn_qat.runtime.layout import Geometry, unpack_words
 
-_KEPT = 64  # shapes of images that a layer keeps its calls for
-_LARGEST = 2**20  # number of a geometry or a window
-_INPUTS = 2**16 - 1  # of a filter: kernels count in 16 bits which of them differ
+_KEPT = 64  # shapes of images for which a layer keeps its prepared calls
+_LARGEST = 2**20  # allowed in a geometry or a window
+_INPUTS = 2**16 - 1  # of a filter: kernels count in 16 bits how many differ
 _LIBRARY = torch.library.Library("bonn_qat", "DEF")
 _CONVOLUTION = "Tensor codes, Tensor weight, int[] geometry, int[] program, Tensor vectors, Tensor? residual"
 _SIGN = f"{_CONVOLUTION}, Tensor thresholds, int[] following"
@@ -54,7 +54,7 @@ def compiled() -> Any:
 
 
 def geometry_of(numbers: Sequence[int]) -> Geometry:
-    """The geometry that operators take as ``numbers``. Raises ValueError for one that no kernel computes."""
+    """The geometry from its ``numbers``. Raises ValueError for one that the kernels cannot compute."""
     return _geometry(tuple(numbers))
 
 
@@ -148,7 +148,7 @@ def _check_words(words: Tensor, shape: Sequence[int]) -> None:
 
 
 def can_follow(geometry: Geometry, following: Geometry) -> bool:
-    """Whether a convolution can write the codes of the next one: groups of either must not share a byte."""
+    """Whether a convolution can write the codes of the next one: groups must not share a byte in either."""
     whole = (g.out_channels // g.groups if g is geometry else g.in_channels // g.groups for g in (geometry, following)
              if g.groups > 1)  # fmt: skip
     return all(channels % 8 == 0 for channels in whole)
@@ -179,7 +179,7 @@ def _convolve(
         own, after, _ = _checked(codes, weight, geometry, program, vectors, residual, thresholds, following)
         y = fallback.binary_conv2d(codes, weight, own, program, vectors, residual)
         return y, y if after is None or thresholds is None else fallback.sign_codes(y, thresholds, after)
-    # Kept with the weights, so that it lives as long as they do.
+    # Kept on the weight, so that it lives as long as the weight.
     kept: dict[Any, Any] = weight.__dict__.setdefault("_bonn_qat_calls", {})
     key = (
         codes.shape, codes.dtype, weight.shape, tuple(geometry), tuple(program), tuple(following or ()), wants_values,
@@ -226,12 +226,12 @@ def binary_conv2d_sign(*args: Any) -> Tensor:
 
 
 def binary_conv2d_and_sign(*args: Any) -> tuple[Tensor, Tensor]:
-    """What :func:`binary_conv2d` and :func:`binary_conv2d_sign` give."""
+    """The results of :func:`binary_conv2d` and :func:`binary_conv2d_sign`."""
     return cast(tuple[Tensor, Tensor], _convolve(*args))
 
 
 def elementwise(x: Tensor, program: list[int], vectors: Tensor, residual: Tensor | None) -> Tensor:
-    """Float32 ``(B, C, H, W)`` -> the same shape."""
+    """Apply an epilogue to float32 ``(B, C, H, W)``; the shape stays the same."""
     _check_elementwise(x, program, vectors, residual)
     steps = _program(tuple(program), vectors.shape[0], residual is not None)
     cpu = compiled() if x.device.type == "cpu" else None
@@ -274,7 +274,7 @@ def _register() -> None:
     for function in (sign_codes, binary_conv2d, binary_conv2d_sign, binary_conv2d_and_sign, elementwise,
                      max_pool2d, unpack_signs):  # fmt: skip
         _LIBRARY.impl(function.__name__, function, "CompositeExplicitAutograd")
-        _LIBRARY.impl(function.__name__, torch.library.fallthrough_kernel, "Autograd")  # there are no gradients
+        _LIBRARY.impl(function.__name__, torch.library.fallthrough_kernel, "Autograd")  # no gradients
     fake = functools.partial(torch.library.register_fake, lib=_LIBRARY)
 
     @fake("bonn_qat::sign_codes")

@@ -1,4 +1,4 @@
-"""Packed: a network of bits, as a module and as a file, without the model's class and the library it came from."""
+"""Packed: a network of bits, as a module and as a file; it needs neither the model's class nor its library."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,24 +9,24 @@ from typing import Any, final
 import torch
 from torch import Tensor, fx, nn
 
-from bonn_qat.errors import InvalidData
+from bonn_qat.errors import InvalidData, first_line
 from bonn_qat.files import plain
 from bonn_qat.files.atomic import write_whole
 from bonn_qat.files.tensors import digest, dump_tensors, read_tensors
 from bonn_qat.runtime import graph as graphs
+from bonn_qat.runtime.dry_run import dry_run
 from bonn_qat.runtime.layout import Geometry
-from bonn_qat.runtime.rehearsal import rehearse
 
 FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedLayer:
-    """What became of a binary layer.
+    """How a binary layer was packed.
 
-    ``kind`` ``"bits"``: weights and inputs are bits, the product counts them. ``"weights"``: weights are bits on disk
-    and in memory, and become floats for the product. ``"float"``: weights stay floats. ``reason`` says why it is not
-    the first.
+    ``kind`` ``"bits"``: weights and inputs are bits, and the product counts bits. ``"weights"``: weights are bits on
+    disk and in memory, and become floats for the product. ``"float"``: weights stay floats. ``reason`` says why the
+    kind is not ``"bits"``.
     """
 
     name: str
@@ -36,9 +36,9 @@ class PackedLayer:
 
 @final
 class PackedModel(nn.Module):
-    """A packed network: images ``(B, C, H, W)``, float32 of ``input_size`` -> what the model gave. For inference only.
+    """A packed network: images ``(B, C, H, W)``, float32 of ``input_size`` -> the model's outputs. For inference only.
 
-    ``layers`` says what became of each binary layer. Made by :func:`pack` or :meth:`load`.
+    ``layers`` says how each binary layer was packed. Made by :func:`pack` or :meth:`load`.
     """
 
     def __init__(
@@ -59,13 +59,13 @@ class PackedModel(nn.Module):
         self._nodes, self._weights = graph, dict(weights)
         self.network, self.names = graphs.module(graph, tensors)
         self.layout = graphs.image_layout(graph)
-        self._checked: set[int] = set()  # numbers of images that the network is known to take at once
+        self._checked: set[int] = set()  # batch sizes that the network is known to take
         self._direct: fx.GraphModule
         self._bind()
         self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> Any:
-        """Raises InvalidData for images of another size or type, and for a network that cannot be computed on them."""
+        """Raises InvalidData for images of another size or type, or if the network cannot be computed on them."""
         if images.ndim != 4 or tuple(images.shape[1:]) != self.input_size or images.dtype != torch.float32:
             raise InvalidData(
                 f"this network was packed for float32 images (B, {', '.join(map(str, self.input_size))}); got "
@@ -83,23 +83,22 @@ class PackedModel(nn.Module):
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Tell what the tensors of a file make impossible, such as places beyond the end of a table."""
+        """Raise InvalidData for what the values in a file make impossible, as an index beyond the end of a table."""
         try:
             yield
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, IndexError) as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise InvalidData(f"{self.name} cannot be computed on these images: {reason}") from error
+            raise InvalidData(f"{self.name} cannot be computed on these images: {first_line(error)}") from error
 
     def check(self, count: int) -> None:
         """Raise InvalidData if the network does not take ``count`` images at once."""
-        rehearse(self.network.graph, dict(self.network.named_buffers()), self.input_size, count)
+        dry_run(self.network.graph, dict(self.network.named_buffers()), self.input_size, count)
         self._checked.add(count)
 
     def _bind(self) -> None:
-        # The same graph and buffers, for eager calls: torch's dispatcher takes longer than a small layer. Not a
-        # submodule, for its buffers are those of `network`.
+        # The same graph and buffers for eager calls, because torch's dispatcher takes longer than a small layer. It is
+        # no submodule: its buffers are those of `network`.
         object.__setattr__(self, "_direct", graphs.without_dispatcher(self.network))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedModel":
@@ -108,7 +107,7 @@ class PackedModel(nn.Module):
         return self
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is saved, by name: bits as int64 words, all else as it is."""
+        """The tensors that are saved, by name: bits as int64 words, others as they are."""
         held = {name: self.network.get_buffer(buffer).contiguous() for name, buffer in self.names.items()}
         return {
             name: graphs.to_words(tensor, self._weights[name]) if name in self._weights else tensor
@@ -116,11 +115,11 @@ class PackedModel(nn.Module):
         }
 
     def save(self, path: str | Path) -> Path:
-        """Write a safetensors file with a header of JSON, whole or not at all. Raises OSError where that fails."""
+        """Write a safetensors file with a JSON header, atomically. Raises OSError where that fails."""
         return write_whole(Path(path), self.dump())
 
     def dump(self) -> bytes:
-        """What :meth:`save` writes."""
+        """The bytes that :meth:`save` writes."""
         return dump_tensors(*self._as_data())
 
     def _as_data(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -139,7 +138,7 @@ class PackedModel(nn.Module):
         return PackedModel._from_file, self._as_data()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedModel":
-        # Not by way of __reduce__, which would leave the device.
+        # Not by __reduce__, which would move the copy to the CPU.
         held = {name: self.network.get_buffer(buffer).clone() for name, buffer in self.names.items()}
         return PackedModel(
             self._nodes, held, self._weights, name=self.name, scheme=self.scheme, input_size=self.input_size,
@@ -148,8 +147,8 @@ class PackedModel(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> "PackedModel":
-        """Read what :meth:`save` wrote; nothing in the file is run but known operators, and brevitas, timm and the
-        model's class are not needed.
+        """Read what :meth:`save` wrote. It calls known operators only, and needs neither brevitas, timm nor the model's
+        class.
 
         Raises InvalidData naming the file for one that is missing, truncated, altered, or of another version.
         """
@@ -179,7 +178,7 @@ class PackedModel(nn.Module):
         shapes = {name: torch.empty(weights[name].weight_bytes, dtype=torch.uint8, device="meta")
                   if name in weights else tensor.to("meta") for name, tensor in tensors.items()}  # fmt: skip
         count = given["batch"] or 1
-        rehearse(graph, shapes, given["input_size"], count)
+        dry_run(graph, shapes, given["input_size"], count)
         held = {
             name: graphs.from_words(tensors[name], weights[name]) if name in weights else tensors[name]
             for name in tensors

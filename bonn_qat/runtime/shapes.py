@@ -1,7 +1,7 @@
-"""Shapes: types and shapes of what a call gives, told from tensors without memory (``device="meta"``).
+"""Shapes: types and shapes of what a call returns, for tensors on the meta device.
 
-torch tells them too, but loads its compiler first for nearly every operator, which takes seconds. So what common
-networks call is known here, for the arguments that they have; torch is asked for all else, and for what does not fit.
+Torch computes them too, but for nearly every operator it first loads its compiler, which takes seconds. Therefore the
+operators of common networks are computed here, for common arguments; torch is asked about all others, and for errors.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,20 +14,20 @@ Shape = Sequence[int]
 
 
 def result_of(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What an operator of torch gives for tensors without memory. Raises what torch raises for what does not fit."""
+    """What an operator of torch returns for meta tensors. Raises what torch raises where arguments do not fit."""
     found = own(function, args, kwargs)
     return function(*args, **kwargs) if found is None else found
 
 
 def own(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """What is known here of a call; None where torch is to be asked."""
+    """The result if this module knows it; None if torch must be asked."""
     known = OWN.get(str(function))
     bound = None if known is None else _bound(function, args, kwargs)
     return None if known is None or bound is None else known(**bound)
 
 
 def _bound(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The arguments by name, those with a default too; None if they are not those of the operator."""
+    """All arguments by name, with defaults; None if they do not fit the operator."""
     arguments = function._schema.arguments
     if len(args) > len(arguments):
         return None
@@ -46,7 +46,7 @@ def _bound(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dic
 
 
 def _is_number(argument: Any, given: Mapping[str, Any]) -> bool:
-    """Whether a number stands where torch would make a tensor of it."""
+    """Whether a number is given where torch would turn it into a tensor."""
     return argument.name == "other" and not isinstance(given["other"], Tensor)
 
 
@@ -203,7 +203,7 @@ def _windows(
     for n, k, s, p, d in zip(self.shape[2:], kernel, steps, edges, gaps, strict=True):
         room = n + 2 * p - d * (k - 1) - 1
         count = room // s + 1
-        # A last window that sticks out, if it begins inside.
+        # A last window that extends beyond the image, if it begins inside.
         made.append(count + (ceil_mode and room % s > 0 and count * s < n + p))
     return _made((*self.shape[:2], *made), self) if min(*self.shape, *made) >= 1 else None
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ import bonn_qat
 from bonn_qat import PackedModel, Stage, pack
 from bonn_qat.binarization.binarize import binary_layers
 from bonn_qat.errors import InvalidModel
-from bonn_qat.exporting.c_header import c_header
-from bonn_qat.runtime.epilogue import ADD, CLAMP, FMA, PRELU, RESIDUAL, SCALE
+from bonn_qat.exporting.c.header import FORMAT, c_header
+from bonn_qat.runtime.epilogue import ADD, CLAMP, FMA, PRELU, RESIDUAL, ROWS, SCALE
 from bonn_qat.runtime.layout import Geometry, encode_weight, unpack_words
 
 ops = torch.ops.bonn_qat
@@ -256,6 +257,14 @@ def values(kind: str, items: list[str]) -> np.ndarray:
     if kind == "uint64_t":
         return np.array([int(item.removesuffix("u"), 16) for item in items], np.uint64)
     return np.array([float(item.removesuffix("f").replace("INFINITY", "inf")) for item in items], np.float32)
+
+
+def test_the_declarations_are_those_of_the_runtime():
+    text = files("bonn_qat.exporting.c").joinpath("declarations.h").read_text()
+    found = {name: int(value) for name, value in re.findall(r"^    BONN_QAT_(\w+) = (\d+)", text, re.MULTILINE)}
+    assert found == {"SCALE": SCALE, "ADD": ADD, "FMA": FMA, "RESIDUAL": RESIDUAL, "PRELU": PRELU, "CLAMP": CLAMP}
+    assert len(found) == len(ROWS)
+    assert re.findall(r"BONN_QAT_FORMAT (?:!= )?(\d+)", text) == [str(FORMAT)] * 2
 
 
 def test_tensors_come_back_from_the_text(packed):

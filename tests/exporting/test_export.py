@@ -20,6 +20,7 @@ import bonn_qat.models  # registers wrn10_16
 from bonn_qat import plugins
 from bonn_qat.binarization.binarize import binary_layers
 from bonn_qat.errors import BonnQatError, InvalidModel, UnknownName
+from bonn_qat.exporting import export as exporting
 from bonn_qat.exporting.export import FORMATS, PackageMissing, export, verify
 from bonn_qat.runtime.packed import PackedModel
 from bonn_qat.scheme import Stage
@@ -204,7 +205,7 @@ def test_qonnx_gives_what_its_schemes_give(tmp_path: Path) -> None:
 @pytest.mark.parametrize("variant", [variant for variant in SCHEMES if variant not in IN_QONNX])
 def test_qonnx_refuses_what_is_not_bipolar(variant: str, tmp_path: Path) -> None:
     net, scheme = branches(["bonn", variant]), variant.partition(":")[0]
-    words = {"weights": "its weights are no scale times a sign", "inputs": r"its inputs are not -1 and \+1"}
+    words = {"weights": "its weights are not a scale times a sign", "inputs": r"its inputs are not -1 and \+1"}
     expected = (
         rf"the format 'qonnx' cannot hold branches\.1\.0, of the scheme '{scheme}': {words[SCHEMES[variant][1]]}; "
         r"'onnx', 'pt2', 'packed', 'c' can, and skip='branches\.1\.0' in binarize leaves it float"
@@ -464,6 +465,31 @@ def test_a_missing_runtime_is_told_with_its_command(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxruntime" else object())
     with pytest.raises(PackageMissing, match=r"the format 'onnx' needs onnxruntime: pip install 'bonn-qat\[export\]'"):
         verify(net, files["onnx"], "onnx")
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_path_is_text_or_a_path(kind: type, net: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "made" / "net.safetensors"
+    assert export(net, kind(path), "packed") == path
+    assert verify(net, kind(path), "packed", images=2).same == 1
+
+
+def test_a_path_that_cannot_be_written_is_refused_before_any_work(
+    net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(model: nn.Module, size: tuple[int, ...]) -> bytes:
+        raise AssertionError("it wrote the file's content first")
+
+    monkeypatch.setattr(exporting, "FORMATS", {"pt2": FORMATS["pt2"]._replace(write=work)})
+    (tmp_path / "file").touch()
+    with pytest.raises(IsADirectoryError, match=re.escape(str(tmp_path))):
+        export(net, tmp_path, "pt2")
+    with pytest.raises(NotADirectoryError, match="file"):
+        export(net, str(tmp_path / "file" / "net.pt2"), "pt2")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(PermissionError, match=re.escape(str(tmp_path))):
+        export(net, tmp_path / "made" / "net.pt2", "pt2")
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_failed_write_leaves_the_old_file(net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from bonn_qat.files import plain
 from bonn_qat.files.atomic import read_json, write_json
 from bonn_qat.files.tensors import read_tensors, write_tensors
 from bonn_qat.runtime import graph as graphs
-from bonn_qat.runtime import rehearsal
+from bonn_qat.runtime.dry_run import dry_run
 from bonn_qat.scheme import Stage
 from bonn_qat.studies.comparison import Comparison, read_comparison, write_manifest
 from bonn_qat.training.network import check
@@ -324,7 +324,7 @@ def test_a_place_beyond_a_table_is_told_when_it_is_looked_up(tmp_path, whole):
         model(torch.zeros(1, *model.input_size))
 
 
-def test_a_rehearsal_counts_what_a_run_needs():
+def test_a_dry_run_counts_what_a_run_needs():
     graph = torch.fx.Graph()
     x = graph.placeholder("x")
     twice = graph.call_function(torch.ops.aten.cat.default, ([x, x],))
@@ -332,7 +332,7 @@ def test_a_rehearsal_counts_what_a_run_needs():
     graph.output(graph.call_function(torch.ops.aten.relu.default, (small,)))
     image = 4 * 3 * 8 * 8
     for batch in (0, 1, 5):
-        assert rehearsal.rehearse(graph, {}, (3, 8, 8), batch) == max(3 * image, 2 * image + 8) * batch
+        assert dry_run(graph, {}, (3, 8, 8), batch) == max(3 * image, 2 * image + 8) * batch
 
 
 def test_every_function_that_a_graph_may_call_is_one_of_tensors():

@@ -413,14 +413,14 @@ def test_no_geometry_overflows_a_byte_of_counts():
     shapes = itertools.product([1, 3, 8, 64, 512, 1000], [(1, 1), (3, 3), (7, 7), (1, 9)], [1, 2], [(1, 1), (2, 2)])
     for channels, kernel, groups, dilation in shapes:
         geometry = Geometry(2, groups * channels, kernel, dilation=dilation, groups=groups)
-        plan = layout.plan(geometry, 20, 20)
+        offsets = layout.read_offsets(geometry, 20, 20)
         held = 0
-        for length, ends in zip(plan.lengths, plan.ends, strict=True):
+        for length, ends in zip(offsets.lengths, offsets.ends, strict=True):
             held += int(length)
             assert 4 * held <= 255
             held *= not ends
-        assert plan.ends[-1]
-        assert plan.lengths.sum() == geometry.taps * geometry.width
+        assert offsets.ends[-1]
+        assert offsets.lengths.sum() == geometry.taps * geometry.width
 
 
 aten = torch.ops.aten

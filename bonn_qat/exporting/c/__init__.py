@@ -1,0 +1,1 @@
+"""C: a packed network as a C99 header for firmware."""

@@ -1,0 +1,197 @@
+"""Trace: a model in evaluation mode -> its graph, which needs neither the model's class nor the library it is from."""
+
+import contextlib
+import linecache
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from bonn_qat.errors import InvalidModel, first_line
+from bonn_qat.packing.network import Network, Value
+from bonn_qat.runtime.layout import Geometry
+
+aten = torch.ops.aten
+_DROPOUT = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
+
+
+def trace(model: nn.Module, size: Sequence[int]) -> Network:
+    """The graph of ``model`` for float32 images of ``size`` ``(C, H, W)``, by ``torch.export``.
+
+    The batch is free, unless the model's own code fixes it: then the graph is one for a single image.
+
+    Raises InvalidModel for a model that torch cannot export, that calls what a packed network may not, or that returns
+    anything but tensors.
+    """
+    with _releasing_exports() as programs:
+        program, batch = _export(model, size)
+        programs.append(program)
+        network = _plain_network(program, batch)
+        if network is None or network.unknown_calls():
+            with torch.no_grad():
+                # Three times as slow as the export. It handles values that are changed in place, and torch.no_grad().
+                program = program.run_decompositions({})
+            network = _decomposed_network(program, batch)
+    if unknown := network.unknown_calls():
+        raise InvalidModel(f"a packed network does not call {', '.join(unknown)}, as {type(model).__name__} does")
+    return network
+
+
+def _export(model: nn.Module, size: Sequence[int]) -> tuple[Any, int | None]:
+    """The exported program, and the batch that it is bound to, None for any."""
+    images = torch.zeros(2, *size).contiguous(memory_format=torch.channels_last)
+    with contextlib.suppress(Exception):  # whatever torch raises for a model that fixes its batch
+        return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)), None
+    try:
+        return torch.export.export(model, (images[:1],)), 1
+    except Exception as error:  # whatever torch raises
+        raise InvalidModel(
+            f"torch.export does not take this {type(model).__name__}, so it cannot be packed: {first_line(error)}"
+        ) from error
+
+
+def _plain_network(program: Any, batch: int | None) -> Network | None:
+    """The network of an export before decompositions; None where that cannot tell which values change in place."""
+    return None if _subgraphs(program) else _network(program, batch, _out_of_place)
+
+
+def _decomposed_network(program: Any, batch: int | None) -> Network:
+    if parts := _subgraphs(program):
+        raise InvalidModel(
+            f"torch.export leaves {parts[0]} a graph of its own, as for a part under torch.autocast, which a packed "
+            "network does not hold"
+        )
+    return cast(Network, _network(program, batch, _restore_norms))
+
+
+def _subgraphs(program: Any) -> list[str]:
+    """The parts of a program that are graphs of their own, as those under ``torch.no_grad`` or ``torch.autocast``."""
+    held = {**program.state_dict, **program.constants}
+    return [node.target for node in program.graph.find_nodes(op="get_attr") if node.target not in held]
+
+
+def _network(program: Any, batch: int | None, normalize: Callable[[fx.Graph], bool]) -> Network | None:
+    """The graph with its tensors as nodes, for the images alone; None where ``normalize(graph)`` is False."""
+    signature = program.graph_signature
+    held = {**program.state_dict, **program.constants}
+    sources = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    graph, tensors = fx.Graph(), dict[str, Tensor]()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in sources:
+            name = sources[node.name]
+            tensors[name] = held[name].detach()
+            copies[node] = graph.create_node("get_attr", name)
+        elif not _is_check(node):
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node in copies:
+            copies[node].meta = _facts(node)
+    if not normalize(graph):
+        return None
+    _shape_output(graph, program.call_spec.out_spec)
+    network = Network(graph, tensors, {}, batch)
+    for node in network.calls(torch.ops.bonn_qat.binary_conv2d.default):
+        network.weights[node.args[1].target] = Geometry.of(list(node.args[2]))  # type: ignore[arg-type, index, union-attr]
+    network.simplify()
+    return network
+
+
+def _is_check(node: fx.Node) -> bool:
+    """Whether ``node`` only checks something, as an export does."""
+    is_guard = node.op == "call_function" and not node.users and not isinstance(node.target, torch._ops.OpOverload)
+    return is_guard or node.target is aten._assert_tensor_metadata.default
+
+
+def _facts(node: fx.Node) -> dict[str, Any]:
+    """What is kept of a node's ``meta``: nothing that refers to the export, which would live as long as the network."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return {}
+    return {"val": Value(tuple(n if isinstance(n, int) else str(n) for n in value.shape), value.dtype)}
+
+
+def _out_of_place(graph: fx.Graph) -> bool:
+    """Replace operations in place on values that nobody else sees; False if there are others."""
+    for node in list(graph.nodes):
+        target: Any = node.target
+        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+            continue
+        if target in _DROPOUT and node.args[2] is False:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif target._schema.is_mutable:
+            source, plain = node.args[0], getattr(aten, target._opname.removesuffix("_"), None)
+            function = getattr(plain, target._overloadname, None)
+            if function is None or not isinstance(source, fx.Node) or len(source.users) != 1 or not _is_fresh(source):
+                return False
+            node.target = function
+    return True
+
+
+def _is_fresh(node: fx.Node) -> bool:
+    """Whether a value shares its memory with no other."""
+    target: Any = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        return False
+    return all(result.alias_info is None for result in target._schema.returns)
+
+
+def _restore_norms(graph: fx.Graph) -> bool:
+    """Write batch norms as the export before decompositions has them."""
+    for node in list(graph.find_nodes(op="call_function", target=aten._native_batch_norm_legit_no_training.default)):
+        results = list(node.users)
+        if len(results) != 1 or results[0].args[1] != 0:
+            continue
+        result = results[0]
+        source, weight, bias, mean, variance, momentum, eps = node.args
+        with graph.inserting_before(node):
+            args = (source, weight, bias, mean, variance, False, momentum, eps, False)
+            norm = graph.call_function(aten.batch_norm.default, args)
+        norm.meta = dict(result.meta)
+        result.replace_all_uses_with(norm)
+        graph.erase_node(result)
+        graph.erase_node(node)
+    return True
+
+
+def _shape_output(graph: fx.Graph, spec: Any) -> None:
+    """Let the graph return what the model returns: a tensor, or a list or tuple of tensors."""
+    node = graph.output_node()
+    outputs = cast(tuple[Any, ...], node.args[0])
+    if spec.is_leaf():
+        node.args = (outputs[0],)
+    elif spec.type not in (list, tuple) or not all(child.is_leaf() for child in spec.children()):
+        raise InvalidModel(f"a packed network gives a tensor, or a list or tuple of tensors; this one gives {spec}")
+
+
+@contextlib.contextmanager
+def _releasing_exports() -> Iterator[list[Any]]:
+    """After the block torch keeps nothing of the programs in the list; without this it keeps more with each export.
+
+    It would keep the shapes that it found, by symbols that no later graph has, and the source of each module that an
+    export makes on its way. In a version of torch without these places nothing is done.
+    """
+    from torch._dynamo import config  # imported with torch.export, and slow to import
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    sources = getattr(getattr(fx.graph_module, "_loader", None), "eval_cache", {})
+    before, programs = set(sources), list[Any]()
+    with config.patch(fake_tensor_cache_enabled=False):
+        yield programs
+    for name in sources.keys() - before:
+        sources.pop(name)
+        linecache.cache.pop(name, None)
+    for method in vars(ShapeEnv).values():
+        if hasattr(method, "cache_clear"):
+            method.cache_clear()
+    values = (node.meta.get("val") for program in programs for node in program.graph.nodes)
+    for shapes in {getattr(getattr(value, "fake_mode", None), "shape_env", None) for value in values}:
+        for name in ("tracked_fakes", "fake_tensor_cache"):  # a reference cycle that the collector does not see
+            held: Any = getattr(shapes, name, None)
+            if hasattr(held, "clear"):
+                held.clear()
