@@ -13,9 +13,9 @@ from bonn_qat.errors import InvalidData, InvalidRecipe, TrainingDiverged, Unknow
 from bonn_qat.files.atomic import read_json, write_json
 from bonn_qat.studies import compare, study_report
 from bonn_qat.studies.comparison import MANIFEST, Comparison, read_comparison
+from bonn_qat.studies.on_ray import RayCluster
 from bonn_qat.studies.study import FEWEST_TEST_IMAGES, Setting, Study, StudyArm, check_distinct, check_scale, scaled
 from bonn_qat.studies.study_report import SettingResult, StudyResult, runs_of
-from bonn_qat.studies.worker import Watch
 from bonn_qat.training.data import Data
 from bonn_qat.training.data import load as load_data
 from bonn_qat.training.network import check
@@ -41,7 +41,7 @@ def reproduce(
     size: int = 224,
     workers: int = 0,
     jobs: int = 1,
-    watch: Watch | None = None,
+    ray: RayCluster | None = None,
     pm: pluggy.PluginManager | None = None,
 ) -> StudyResult:
     """Run what ``directory`` has no result for, and write the study's page, table and figures there.
@@ -71,7 +71,9 @@ def reproduce(
     load = _loader(study, data_directory, size, workers)
 
     def run(recipes: Sequence[Recipe], place: Path, waits: bool = False) -> Comparison:
-        return compare.compare(recipes, load(recipes[0]), place, jobs=jobs, waits=waits, watch=watch, pm=pm)
+        return compare.compare(
+            recipes, load(recipes[0]), place, jobs=jobs, ray=ray, waits=waits, around=directory, pm=pm
+        )
 
     plans = []
     for paper in study.settings:

@@ -184,7 +184,7 @@ def full(number: int) -> Patch:
 def killed(number: int) -> Patch:
     """The signal comes where the training would begin."""
     return lambda monkeypatch: monkeypatch.setattr(
-        "bonn_qat.studies.worker.train", lambda *args, **kwargs: os.kill(os.getpid(), number)
+        "bonn_qat.studies.run.train", lambda *args, **kwargs: os.kill(os.getpid(), number)
     )
 
 
@@ -261,7 +261,7 @@ COMMANDS: Mapping[str, tuple[Command, ...]] = {
         ),
         Command(
             gives=f"train {TINY} --output results", names=RUN, when="too little memory", code=1,
-            patch=raises("bonn_qat.studies.worker.train", MemoryError()),
+            patch=raises("bonn_qat.studies.run.train", MemoryError()),
         ),
         Command(
             gives=f"train {TINY} --set model_options.depht=3 --output results", names="'depht'", code=1,
