@@ -91,7 +91,8 @@ class _Driver:
         )
         self._inbox = ray.remote(_Inbox).options(num_cpus=0, scheduling_strategy=here).remote()
         gpus = cluster.gpus if cluster.gpus is not None else float(ray.cluster_resources().get("GPU", 0) > 0)
-        self._task = ray.remote(_train).options(num_cpus=cluster.cores, num_gpus=gpus, max_retries=0)
+        self._task = ray.remote(_train)
+        self._options = {"num_cpus": cluster.cores, "num_gpus": gpus, "max_retries": 0}
         whole = pickled(data, InvalidData, f"the data {data.name!r}")
         self._common = ray.put(_Common(whole, sent_plugins(pm, observers=False), cluster.cores))
         self._recipes: dict[str, Recipe] = {}
@@ -137,7 +138,8 @@ class _Driver:
     def _submit(self, name: str) -> Any:
         path = checkpoint_of(self._directory, name)
         checkpoint = path.read_bytes() if path.exists() else None
-        return self._task.options(name=name).remote(self._recipes[name], self._common, checkpoint, self._inbox)
+        task = self._task.options(name=name, **self._options)
+        return task.remote(self._recipes[name], self._common, checkpoint, self._inbox)
 
     def _take(self) -> None:
         for name, kind, content in self._ray.get(self._inbox.take.remote()):
