@@ -51,8 +51,12 @@ class RayCluster:
             raise InvalidRecipe(f"a run on Ray has {self.cores} cores; allowed: at least 1")
         if self.gpus is not None and self.gpus < 0:
             raise InvalidRecipe(f"a run on Ray has {self.gpus:g} GPUs; allowed: at least 0")
-        if importlib.util.find_spec("ray") is None:
+        if not _is_installed():
             raise BonnQatError("runs on a cluster need Ray: pip install 'bonn-qat[ray]'")
+
+
+def _is_installed() -> bool:
+    return importlib.util.find_spec("ray") is not None
 
 
 def on_ray(
@@ -89,7 +93,7 @@ class _Driver:
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=True
         )
-        self._inbox = ray.remote(_Inbox).options(num_cpus=0, scheduling_strategy=here).remote()
+        self._inbox = ray.util.queue.Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
         gpus = cluster.gpus if cluster.gpus is not None else float(ray.cluster_resources().get("GPU", 0) > 0)
         self._task = ray.remote(_train)
         self._options = {"num_cpus": cluster.cores, "num_gpus": gpus, "max_retries": 0}
@@ -126,6 +130,7 @@ class _Driver:
                         raise error.cause from error
                     except self._ray.exceptions.RayError as error:
                         lost[name] += 1
+                        self._take()  # it may have sent a checkpoint meanwhile
                         if lost[name] < _ATTEMPTS:
                             running[self._submit(name)] = name
                             continue
@@ -142,7 +147,7 @@ class _Driver:
         return task.remote(self._recipes[name], self._common, checkpoint, self._inbox)
 
     def _take(self) -> None:
-        for name, kind, content in self._ray.get(self._inbox.take.remote()):
+        for name, kind, content in self._inbox.get_nowait_batch(self._inbox.size()):
             if kind == _CHECKPOINT:
                 write_whole(checkpoint_of(self._directory, name), content)
             else:
@@ -191,24 +196,6 @@ class _Common:
     cores: int
 
 
-class _Inbox:
-    """An actor that keeps what the tasks tell until the driver takes it."""
-
-    def __init__(self) -> None:
-        self._messages: list[tuple[str, str, Any]] = []
-
-    def put(self, name: str, kind: str, content: Any) -> None:
-        """Keep a message about the run ``name``; of its checkpoints the last."""
-        if kind == _CHECKPOINT:
-            self._messages = [kept for kept in self._messages if kept[:2] != (name, kind)]
-        self._messages.append((name, kind, content))
-
-    def take(self) -> list[tuple[str, str, Any]]:
-        """All messages since the last call, in their order."""
-        taken, self._messages = self._messages, []
-        return taken
-
-
 def _train(recipe: Recipe, common: _Common, checkpoint: bytes | None, inbox: Any) -> tuple[Any, ...]:
     """The task: the outcome of the run, its files by name, and whether its checkpoint is of use still."""
     torch.set_num_threads(common.cores)
@@ -223,38 +210,29 @@ def _train(recipe: Recipe, common: _Common, checkpoint: bytes | None, inbox: Any
         try:
             outcome = run(recipe, pickle.loads(common.data), directory, pm=pm, tick=reporter.tick)
         finally:
-            reporter.flush()
+            reporter.tick()
         paths = [directory / RUNS / f"{recipe.name}{ending}" for ending in (".safetensors", ".json")]
         return outcome, {path.name: path.read_bytes() for path in paths if path.exists()}, unfinished.exists()
 
 
 @final
 class _Reporter:
-    """The observer in a task: sends the driver each new checkpoint and each moment of the run."""
+    """The observer in a task: puts each new checkpoint and each moment of the run into the driver's inbox."""
 
     def __init__(self, name: str, checkpoint: Path, inbox: Any) -> None:
         self._name, self._checkpoint, self._inbox = name, checkpoint, inbox
         self._sent: int | None = None
-        self._last: Any = None
 
     def tick(self) -> None:
-        """Send the checkpoint if there is a new one."""
+        """Put the checkpoint there if there is a new one."""
         with contextlib.suppress(FileNotFoundError):
             written = self._checkpoint.stat().st_mtime_ns
             if written != self._sent:
                 self._sent = written
                 self._send(_CHECKPOINT, self._checkpoint.read_bytes())
 
-    def flush(self) -> None:
-        """Send the last checkpoint, and wait until the driver's inbox has everything."""
-        import ray
-
-        self.tick()
-        if self._last is not None:
-            ray.get(self._last)
-
     def _send(self, kind: str, content: Any) -> None:
-        self._last = self._inbox.put.remote(self._name, kind, content)
+        self._inbox.put((self._name, kind, content))  # returns when it is there
 
     @hookimpl
     def bonn_qat_before_run(self, run_id: str) -> None:
@@ -276,6 +254,7 @@ def _connected(cluster: RayCluster) -> Iterator[Any]:
     """Ray, connected to the cluster for the block; a connection that there is already is used and left open."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
+    import ray.util.queue
     import ray.util.scheduling_strategies
 
     if ray.is_initialized():

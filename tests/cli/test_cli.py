@@ -22,7 +22,7 @@ from bonn_qat.cli import options
 from bonn_qat.exporting.export import FORMATS
 from bonn_qat.files.locks import locked
 from bonn_qat.studies.comparison import MANIFEST, PAGE, read_comparison
-from bonn_qat.studies.jobs import in_turn
+from bonn_qat.studies.run import in_turn
 from bonn_qat.training.checkpoint import read_state
 from bonn_qat.training.results import RUNS
 from bonn_qat.training.trainer import Trainer
@@ -145,9 +145,9 @@ def test_what_a_file_says_gives_the_terminal_no_orders(tmp_path: Path, capsys: p
 def test_settings_and_jobs_reach_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def at_once(*args: Any, jobs: int, **others: Any) -> Any:
+    def at_once(*args: Any, jobs: int, around: Any, **others: Any) -> None:
         asked.append(jobs)
-        return in_turn(*args, **others)
+        in_turn(*args, **others)
 
     monkeypatch.setattr("bonn_qat.studies.compare.at_once", at_once)
     settings = ["--set", "momentum=0.5", "--set", "scheme_options.clip=0.5", "--set", "validation_images=8"]
@@ -258,7 +258,7 @@ def test_what_a_signal_stopped_goes_on_with_resume_alone(
 
 
 def _options(verb: str) -> list[str]:
-    kept = ("resume", "jobs", "data_dir", "no_plugins")
+    kept = ("resume", "jobs", "ray", "cores_per_run", "gpus_per_run", "data_dir", "no_plugins")
     return [max(option.opts, key=len) for option in COMMANDS[verb].params if option.name not in kept]
 
 
