@@ -22,6 +22,7 @@ from bonn_qat.cli import options
 from bonn_qat.exporting.export import FORMATS
 from bonn_qat.files.locks import locked
 from bonn_qat.studies.comparison import MANIFEST, PAGE, read_comparison
+from bonn_qat.studies.on_ray import RayCluster
 from bonn_qat.studies.run import in_turn
 from bonn_qat.training.checkpoint import read_state
 from bonn_qat.training.results import RUNS
@@ -158,6 +159,21 @@ def test_settings_and_jobs_reach_the_runs(tmp_path: Path, monkeypatch: pytest.Mo
     assert (result.recipe["momentum"], result.scheme) == (0.5, "bonn:clip=0.5")
     assert (found.data["train"], found.data["test"]) == (24, 8)
     assert asked == [3]
+
+
+def test_a_cluster_and_what_a_run_takes_of_it_reach_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[RayCluster] = []
+
+    def on_ray(*args: Any, cluster: RayCluster, **others: Any) -> None:
+        asked.append(cluster)
+        in_turn(*args, **others)
+
+    monkeypatch.setattr("bonn_qat.studies.compare.on_ray", on_ray)
+    monkeypatch.setattr("bonn_qat.studies.on_ray._is_installed", lambda: True)
+    options = ["--ray", "head:6379", "--cores-per-run", "4", "--gpus-per-run", "0.5", "--output", str(tmp_path)]
+    assert cli.main(["compare", "--schemes", "bonn", *TINY, *options]) == 0
+    assert cli.main(["compare", "--resume", str(tmp_path), "--ray", "auto"]) == 0
+    assert asked == [RayCluster(address="head:6379", cores=4, gpus=0.5), RayCluster(address="auto")]
 
 
 @pytest.fixture(scope="module")

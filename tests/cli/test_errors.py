@@ -220,6 +220,8 @@ COMMANDS: Mapping[str, tuple[Command, ...]] = {
             gives="train --recipe a.toml", names="0.5", when="one stage with `share = 0.5` in it",
             files={"a.toml": "[[stages]]\nshare = 0.5\n"},
         ),
+        Command(gives="compare --cores-per-run 2", names="--cores-per-run"),
+        Command(gives="compare --ray local", names="bonn-qat[ray]", when="without Ray", patch=absent("ray")),
         Command(gives="reproduce tabel3", names="tabel3"),
         Command(gives="reproduce table3 --scale 2", names="scale is 2"),
         Command(gives="reproduce table3 --set seed=3", names="seed=3"),
