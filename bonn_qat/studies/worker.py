@@ -254,8 +254,8 @@ class _Parent:
         self.send("hook", "bonn_qat_before_run", {"model": self._model, "run_id": run_id})
 
     @hookimpl
-    def bonn_qat_after_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        self.send("hook", "bonn_qat_after_epoch", {"epoch": epoch, "metrics": metrics})
+    def bonn_qat_after_epoch(self, epoch: int, metrics: Mapping[str, float], time: float) -> None:
+        self.send("hook", "bonn_qat_after_epoch", {"epoch": epoch, "metrics": metrics, "time": time})
 
     @hookimpl
     def bonn_qat_after_run(self, result: Mapping[str, Any] | None) -> None:
