@@ -1,4 +1,4 @@
-"""compare: the same network, data order and budget for every scheme, seed and start of the latent weights."""
+"""compare: train the same network under several schemes, seeds and starts of the latent weights, with equal budgets."""
 
 import contextlib
 from collections.abc import Iterable, Sequence
@@ -33,13 +33,15 @@ def plan(
     latents: Sequence[str] = (),
     pm: pluggy.PluginManager | None = None,
 ) -> list[Recipe]:
-    """One recipe for each scheme, start of the latents and seed; a float network has no latents and runs once a seed.
+    """One recipe for each scheme, start of the latent weights and seed; a float network, without latents, once a seed.
 
-    A scheme may have options of its own, ``xnor:gradient=plain+input_scale=true``. ``"all"`` stands for every scheme
-    that is installed, the float network first and BONN last.
+    A scheme may have options, ``xnor:gradient=plain+input_scale=true``. ``"all"`` stands for every installed scheme,
+    the float network first and BONN last. Without ``latents`` the recipe's start is used.
 
-    ``latents`` empty takes the recipe's. Raises UnknownName for a scheme that no plugin offers, InvalidRecipe
-    for no scheme at all.
+    Raises UnknownName for a scheme that no plugin offers, InvalidRecipe if no scheme is named.
+
+    >>> [recipe.name for recipe in plan(Recipe(), schemes=["float", "bonn"], latents=["0.01"])]
+    ['float-float-seed0', 'bonn-0.01-seed0']
     """
     starts = list(dict.fromkeys(latents)) or [recipe.latents]
     arms = []
@@ -96,8 +98,7 @@ def compare(
     comparison, BonnQatError for what cannot be sent to another process. An interruption or a full disk is raised
     again after the report is written.
 
-    >>> recipes = plan(Recipe(epochs=5), schemes=["float", "bonn"], seeds=range(3))
-    >>> compare(recipes, load("digits"), Path("results/mine"), jobs=2).results  # doctest: +SKIP
+    >>> compare(plan(Recipe(epochs=5)), load("digits"), Path("results/mine"), jobs=2).results  # doctest: +SKIP
     """
     check_jobs(jobs)
     if ray is not None and (jobs > 1 or distributed.world() > 1):
@@ -130,7 +131,7 @@ def compare(
 
 
 def _begin(recipes: Sequence[Recipe], data: Data, directory: Path) -> Comparison:
-    distributed.barrier()  # for what the first process may still write there
+    distributed.barrier()  # rank 0 may still be writing there
     with contextlib.ExitStack() as stack:
         if distributed.rank() == 0:
             try:
@@ -144,7 +145,7 @@ def _begin(recipes: Sequence[Recipe], data: Data, directory: Path) -> Comparison
             if distributed.rank() == 0:
                 for name in (MANIFEST, PAGE):
                     sweep(directory / name)
-                for run in comparison.results:  # of a process that was killed when it had finished them
+                for run in comparison.results:  # a process may have been killed right after it finished one
                     checkpoint_of(directory, run.name).unlink(missing_ok=True)
                     lock_of(directory, run.name).unlink(missing_ok=True)
                 write_manifest(comparison)
@@ -154,7 +155,7 @@ def _begin(recipes: Sequence[Recipe], data: Data, directory: Path) -> Comparison
 
 
 def _planned(recipes: Sequence[Recipe], data: Data, directory: Path) -> Comparison:
-    """What is to be run, with what is finished and what another call failed at."""
+    """The comparison with these recipes added, and with the finished and failed runs of earlier calls."""
     wanted = {recipe.name: recipe for recipe in recipes}
     content = {name: recipe.to_dict() for name, recipe in wanted.items()}
     fresh = Comparison(directory=directory, data=data.describe(), planned=list(wanted), results=(), recipes=content)
@@ -162,7 +163,7 @@ def _planned(recipes: Sequence[Recipe], data: Data, directory: Path) -> Comparis
         return fresh
     before = read_comparison(directory)
     if dict(before.data) != fresh.data or any(
-        # A key that came with a later version has its default in a result of an earlier one.
+        # A result of an earlier version lacks the keys that were added later; they have their defaults.
         run.name in wanted and wanted[run.name] != Recipe.from_dict(run.recipe)
         for run in before.results
     ):

@@ -84,7 +84,7 @@ def cluster() -> Iterator[RayCluster]:
     from ray.cluster_utils import Cluster
 
     options = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
-    nodes = Cluster(initialize_head=True, head_node_args=options)
+    nodes = Cluster(initialize_head=True, head_node_args={**options, "include_dashboard": False})
     nodes.add_node(**options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(on_ray, "_SECONDS_BETWEEN_LOOKS", 0.05)
