@@ -60,9 +60,9 @@ def train(
     resume: Resume = None,
     no_plugins: NoPlugins = False,
 ) -> None:
-    """Train one network; its weights, result, checkpoint while it goes on, and report are in the output directory.
+    """Train one network; write its weights, result and report, and meanwhile its checkpoint, to the output directory.
 
-    Under torchrun or accelerate launch it is spread over the processes.
+    Under torchrun or accelerate launch the run is spread over all processes.
     """
     from bonn_qat.studies import compare as comparing
 
@@ -108,8 +108,8 @@ def compare(
 ) -> None:
     """Train the same network under several schemes, and report accuracy, size and the latent weights.
 
-    Several processes, on one machine or on many, may be given the same command and output directory: each takes the
-    next run that nobody is at.
+    The same command with the same output directory may be started several times, on one machine or on many: each
+    process takes the next run that no other is training.
     """
     from bonn_qat import plugins
     from bonn_qat.studies import compare as comparing
@@ -127,7 +127,7 @@ def compare(
 
 
 def _base(recipe: Path | None, flags: dict[str, Any], settings: list[str] | None, own: dict[str, str]) -> "Recipe":
-    """The recipe that the runs have in common; ``own`` are keys that each has for itself, and options for them."""
+    """The recipe that all runs share; ``own`` maps the keys that each run has for itself to their options."""
     from bonn_qat.training.recipe import Recipe
     from bonn_qat.training.settings import with_settings
 
@@ -140,7 +140,7 @@ def _base(recipe: Path | None, flags: dict[str, Any], settings: list[str] | None
 
 
 def _planned(context: typer.Context, directory: Path) -> tuple["Recipe", list["Recipe"]]:
-    """What was planned in the directory of a comparison."""
+    """The first recipe and all recipes that were planned in the directory of a comparison."""
     from bonn_qat.studies.comparison import read_comparison
     from bonn_qat.training.recipe import Recipe
 
@@ -209,7 +209,7 @@ def _compare(
 
 
 def say_plugins(directory: Path) -> None:
-    """The plugins, and where what they observe goes to."""
+    """Print the plugins, and where their observers write to."""
     from bonn_qat import plugins
 
     say(f"plugins: {', '.join(plugins.installed()) or 'none'}")
@@ -244,7 +244,7 @@ def reproduce(
 ) -> None:
     """Run a table or figure of the paper, and report its numbers beside ours.
 
-    Under torchrun or accelerate launch every run is spread over the processes.
+    Under torchrun or accelerate launch each run is spread over all processes.
     """
     from bonn_qat.studies import reproduce as reproducing
     from bonn_qat.studies import study as studies
@@ -276,7 +276,7 @@ def reproduce(
 
 
 def report(directory: Annotated[Path, typer.Argument(help="The results of a comparison.")]) -> None:
-    """Write the report of a comparison again from its results."""
+    """Write the report of a comparison again, from its results."""
     from bonn_qat.studies.comparison import read_comparison
     from bonn_qat.studies.report import terminal_table, write_report
 
@@ -307,5 +307,5 @@ def _cluster(address: str | None, cores: int, gpus: float | None) -> "RayCluster
 def _directory(output: Path | None, name: str) -> Path:
     from bonn_qat import distributed
 
-    # Of several processes each has a clock of its own.
+    # Every process of a group has its own clock.
     return output or Path("results") / f"{name}-{distributed.broadcast(f'{datetime.now():%Y%m%d-%H%M%S}')}"
