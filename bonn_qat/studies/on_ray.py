@@ -180,7 +180,7 @@ class _Driver:
         if not running:
             return
         for task in running:
-            self._ray.cancel(task)
+            self._ray.cancel(task, recursive=False)  # what it has put into the inbox stays
         self._ray.wait(list(running), num_returns=len(running))
         self._take()
         for name in running.values():

@@ -57,7 +57,7 @@ class Deadly(Regularizer):
         if not mark.exists() if self.steps == 3 else self.weight == 1 and mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return 0 * step.logits.sum()
+        return 0 * step.targets.float().sum()
 
 @hookimpl
 def bonn_qat_regularizers():

@@ -245,7 +245,7 @@ class Here:
             raise task.error
         return task.value
 
-    def cancel(self, task: "Task") -> None:
+    def cancel(self, task: "Task", recursive: bool) -> None:
         self.cancelled.append(task.name)
 
 
