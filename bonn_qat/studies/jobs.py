@@ -23,7 +23,7 @@ import torch
 from bonn_qat import distributed, plugins
 from bonn_qat.errors import BonnQatError, InvalidData, InvalidRecipe
 from bonn_qat.studies.comparison import PAGE
-from bonn_qat.studies.run import in_turn, note_failure, whole_comparison
+from bonn_qat.studies.run import in_turn, is_over, note_failure, whole_comparison
 from bonn_qat.training.data import Data
 from bonn_qat.training.recipe import Recipe
 
@@ -141,8 +141,10 @@ def at_once(
     with tempfile.TemporaryDirectory(prefix="bonn-qat-") as folder, contextlib.ExitStack() as stack:
         path = Path(folder) / "work"
         path.write_bytes(pickle.dumps(work))
-        running = [_Job(index, path) for index in range(min(jobs, len(recipes)))]
+        running: list[_Job] = []
         stack.callback(_stop, running)
+        for index in range(min(jobs, len(recipes))):
+            running.append(_Job(index, path))
         while running:
             for job in _with_news(running):
                 if job.hear():
@@ -152,7 +154,8 @@ def at_once(
                     deaths[job.at] += 1
                     if deaths[job.at] == DEATHS:
                         note_failure(directory, recipes[job.at].name, f"its process ended: {why}")
-                    running.append(_Job(job.index, path))
+                    if not all(is_over(directory, recipe.name) for recipe in recipes):
+                        running.append(_Job(job.index, path))
 
 
 class _Job:

@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,14 +78,27 @@ def digits() -> data.Data:
     return data.load("digits", train_images=64, test_images=16)
 
 
+def _patiently(start: Callable[[], Any]) -> None:
+    """Start a node: Ray gives it 30 seconds, which are too few on a busy machine."""
+    for last in (False, False, False, True):
+        try:
+            start()
+        except Exception as error:
+            if last or "timed out during startup" not in str(error):
+                raise
+        else:
+            return
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     from ray.cluster_utils import Cluster
 
-    options = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
-    nodes = Cluster(initialize_head=True, head_node_args={**options, "include_dashboard": False})
-    nodes.add_node(**options)
+    options = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_log_monitor": False}
+    nodes = Cluster()
+    _patiently(lambda: nodes.add_node(**options, include_dashboard=False))
+    _patiently(lambda: nodes.add_node(**options))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(on_ray, "_SECONDS_BETWEEN_LOOKS", 0.05)
         yield RayCluster(address=nodes.address)
