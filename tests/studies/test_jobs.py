@@ -29,7 +29,7 @@ from bonn_qat.scheme import Stage
 from bonn_qat.studies import compare as comparing
 from bonn_qat.studies import jobs
 from bonn_qat.studies import run as running
-from bonn_qat.studies.comparison import Comparison, read_comparison, write_manifest
+from bonn_qat.studies.comparison import PAGE, Comparison, read_comparison, write_manifest
 from bonn_qat.training import data
 from bonn_qat.training.checkpoint import read_state
 from bonn_qat.training.recipe import Recipe
@@ -106,6 +106,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("OMP_NUM_THREADS", raising=False)
+        patch.setattr(comparing, "write_report", lambda comparison: comparison.directory / PAGE)  # it costs seconds
         (place / "deadly_plugin.py").write_text(PLUGIN)
         patch.syspath_prepend(place)
         module = importlib.import_module("deadly_plugin")
