@@ -23,8 +23,10 @@ import ctypes
 import functools
 import gc
 import json
+import math
 import os
 import re
+import signal
 import statistics
 import tempfile
 import time
@@ -35,6 +37,7 @@ from typing import Any
 
 import pluggy
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from training_step import machine  # type: ignore[import-not-found] # the script beside this one
 
 import bonn_qat
@@ -97,8 +100,9 @@ def one_round(schemes: Sequence[str], data: Data, number: int, pm: pluggy.Plugin
         for scheme in schemes:
             directory = Path(folder) / scheme
             recipes = plan(RECIPE, schemes=[scheme], seeds=[number], pm=pm)
-            with contextlib.suppress(KeyboardInterrupt):
-                compare(recipes, data, directory, watch=_interrupting, pm=pm)
+            steps = RECIPE.epochs * math.ceil(data.train_size / RECIPE.batch_size)
+            with contextlib.suppress(KeyboardInterrupt), _interrupted_after(steps // 2):
+                compare(recipes, data, directory, pm=pm)
                 raise AssertionError("the run was not interrupted")
             comparison = compare(recipes, data, directory, pm=pm)
             assert not comparison.failures
@@ -120,16 +124,20 @@ def _pack(model: torch.nn.Module, size: tuple[int, int, int], path: Path) -> Non
 
 
 @contextlib.contextmanager
-def _interrupting(recipe: Recipe, steps: int) -> Iterator[Callable[[], None]]:
-    made = 0
+def _interrupted_after(steps: int) -> Iterator[None]:
+    left = steps
 
-    def tick() -> None:
-        nonlocal made
-        made += 1
-        if made == steps // 2:
-            raise KeyboardInterrupt
+    def step(*_: object) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            signal.raise_signal(signal.SIGINT)
 
-    yield tick
+    handle = register_optimizer_step_post_hook(step)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager

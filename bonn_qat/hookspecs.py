@@ -38,39 +38,53 @@ def bonn_qat_binarize_layer(scheme: Scheme, name: str, layer: nn.Module, parent:
     """
 
 
+# The timeline hooks: observers are told what happens, and nothing comes back. The calls come one at a time, in the
+# training's own thread: the training waits while an observer is at work, and an exception in one ends the training.
+
+
 @hookspec
 def bonn_qat_before_comparison(directory: Path, recipes: list[Recipe]) -> None:
-    """A comparison begins: its directory exists, no run has started."""
+    """A comparison is about to begin; ``directory`` exists and no run of this call has started.
+
+    A study is a comparison of comparisons: the hook is called for the study's directory, without recipes, and then for
+    each comparison in it. With several jobs every process of the comparison makes this call.
+    """
 
 
 @hookspec
 def bonn_qat_describe(directory: Path) -> str | None:
-    """One line that a command prints before a comparison in ``directory`` begins: where an observer writes to.
+    """Return one line that says where the observer writes to, for a command to print before a comparison begins.
 
-    Nothing is opened for it, and no secret is in it.
+    Called before anything is opened or written. Leave out passwords and tokens.
     """
 
 
 @hookspec
 def bonn_qat_before_run(recipe: Recipe, model: nn.Module, run_id: str) -> None:
-    """A training run begins, or goes on from its checkpoint; ``model`` is binarized and on its device.
+    """A training run starts, or resumes from its checkpoint; ``model`` is binarized and on its device.
 
-    ``run_id`` is the run's own, the same each time that it goes on; the epochs that are done are told again.
-    With several jobs this and the next two are called in the process that compares, for several runs in turns, each
-    run's own in order; ``model`` is then a copy from before the training, on the CPU.
+    A resumed run has the same ``run_id`` as before, and ``bonn_qat_after_epoch`` is called again for each epoch that it
+    finished earlier, with the same metrics and the same time.
     """
 
 
 @hookspec
-def bonn_qat_after_epoch(recipe: Recipe, epoch: int, metrics: Mapping[str, float]) -> None:
-    """An epoch (counted from 1) ended; metric names are like ``train/loss``, ``test/top1``, ``scale/NAME``."""
+def bonn_qat_after_epoch(recipe: Recipe, epoch: int, metrics: Mapping[str, float], time: float) -> None:
+    """An epoch (counted from 1) ended at ``time``, in seconds since 1970.
+
+    The metrics have names like ``train/loss``, ``test/top1`` and ``scale/LAYER``, see
+    :class:`bonn_qat.training.results.RunResult`.
+    """
 
 
 @hookspec
 def bonn_qat_after_run(recipe: Recipe, result: Mapping[str, Any] | None) -> None:
-    """A run ended; ``result`` is what its results file holds, or None if it failed or was interrupted."""
+    """A run ended; ``result`` is the content of its results file, or None if the run failed or was interrupted.
+
+    In a comparison the results file and the weights are written right after this call.
+    """
 
 
 @hookspec
 def bonn_qat_after_comparison(directory: Path, page: Path) -> None:
-    """A comparison ended, finished or not; ``page`` is its page, ``directory`` holds everything else."""
+    """A comparison ended, completely or not; everything in ``directory`` and its report ``page`` are written."""

@@ -34,7 +34,7 @@ RANKS = (
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 HOSTS = {
     "accelerate", "brevitas", "lightning", "llvmlite", "matplotlib", "mlflow", "numba", "onnx", "onnxruntime", "qonnx",
-    "sklearn", "timm", "torchao", "torchvision",
+    "ray", "sklearn", "timm", "torchao", "torchvision",
 }  # fmt: skip
 
 

@@ -31,7 +31,19 @@ Settings = Annotated[
 ]
 Jobs = Annotated[
     int,
-    typer.Option(min=1, help="Runs at once, each a process of its own; on a CPU at most the number of cores."),
+    typer.Option(min=1, help="Runs at once, each in a process of its own; on a CPU at most the number of cores."),
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Train on a Ray cluster: HOST:PORT, auto for the one that this machine belongs to, or local to start one.",
+    ),
+]
+CoresPerRun = Annotated[int, typer.Option(min=1, help="Cores of each run on the Ray cluster, as threads.")]
+GpusPerRun = Annotated[
+    float | None,
+    typer.Option(min=0, help="GPUs of each run on the Ray cluster, also a fraction; by default 1 if it has any."),
 ]
 Size = Annotated[int, typer.Option(help="Height and width of an image.")]
 Epochs = Annotated[int | None, typer.Option(help="Epochs of every run.")]

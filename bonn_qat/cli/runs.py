@@ -1,27 +1,27 @@
 """Commands that train: train, compare, reproduce; and report, which writes a comparison's page again."""
 
 import shlex
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bonn_qat.cli.exits import say, stoppable
 from bonn_qat.cli.options import (
     BatchSize,
+    CoresPerRun,
     DataDir,
     DataOption,
     Epochs,
+    GpusPerRun,
     Jobs,
     Model,
     NoPlugins,
     Output,
     Rate,
+    Ray,
     RecipeFile,
     Resume,
     Settings,
@@ -35,6 +35,9 @@ from bonn_qat.cli.options import (
 from bonn_qat.errors import InvalidRecipe
 
 if TYPE_CHECKING:
+    import pluggy
+
+    from bonn_qat.studies.on_ray import RayCluster
     from bonn_qat.training.recipe import Recipe
 
 
@@ -57,9 +60,9 @@ def train(
     resume: Resume = None,
     no_plugins: NoPlugins = False,
 ) -> None:
-    """Train one network; its weights, result, checkpoint while it goes on, and report are in the output directory.
+    """Train one network; write its weights, result and report, and meanwhile its checkpoint, to the output directory.
 
-    Under torchrun or accelerate launch it is spread over the processes.
+    Under torchrun or accelerate launch the run is spread over all processes.
     """
     from bonn_qat.studies import compare as comparing
 
@@ -70,7 +73,7 @@ def train(
                  "train_images": train_images, "test_images": test_images}  # fmt: skip
         base = _base(recipe, flags, settings, {"scheme": "--scheme", "seed": "--seed"})
         planned = comparing.plan(base, schemes=[scheme], seeds=[seed])
-    _compare(base, planned, resume or output, data_dir, img_size, jobs=1)
+    _compare(base, planned, resume or output, data_dir, img_size)
 
 
 def compare(
@@ -94,6 +97,9 @@ def compare(
     recipe: RecipeFile = None,
     settings: Settings = None,
     jobs: Jobs = 1,
+    ray: Ray = None,
+    cores_per_run: CoresPerRun = 1,
+    gpus_per_run: GpusPerRun = None,
     data_dir: DataDir = None,
     img_size: Size = 224,
     output: Output = None,
@@ -102,8 +108,8 @@ def compare(
 ) -> None:
     """Train the same network under several schemes, and report accuracy, size and the latent weights.
 
-    Several processes, on one machine or on many, may be given the same command and output directory: each takes the
-    next run that nobody is at.
+    The same command with the same output directory may be started several times, on one machine or on many: each
+    process takes the next run that no other is training.
     """
     from bonn_qat import plugins
     from bonn_qat.studies import compare as comparing
@@ -116,11 +122,12 @@ def compare(
         base = _base(recipe, flags, settings, {"scheme": "--schemes", "seed": "--seeds"})
         arms = [name for name in comparing.ARMS if name in plugins.schemes()] if schemes is None else parts(schemes)
         planned = comparing.plan(base, schemes=arms, seeds=range(seeds), latents=parts(latents))
-    _compare(base, planned, resume or output, data_dir, img_size, jobs=jobs)
+    cluster = _cluster(ray, cores_per_run, gpus_per_run)
+    _compare(base, planned, resume or output, data_dir, img_size, jobs=jobs, ray=cluster)
 
 
 def _base(recipe: Path | None, flags: dict[str, Any], settings: list[str] | None, own: dict[str, str]) -> "Recipe":
-    """The recipe that the runs have in common; ``own`` are keys that each has for itself, and options for them."""
+    """The recipe that all runs share; ``own`` maps the keys that each run has for itself to their options."""
     from bonn_qat.training.recipe import Recipe
     from bonn_qat.training.settings import with_settings
 
@@ -133,13 +140,13 @@ def _base(recipe: Path | None, flags: dict[str, Any], settings: list[str] | None
 
 
 def _planned(context: typer.Context, directory: Path) -> tuple["Recipe", list["Recipe"]]:
-    """What was planned in the directory of a comparison."""
+    """The first recipe and all recipes that were planned in the directory of a comparison."""
     from bonn_qat.studies.comparison import read_comparison
     from bonn_qat.training.recipe import Recipe
 
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-    given -= {"resume", "jobs", "data_dir", "no_plugins"}
+    given -= {"resume", "jobs", "ray", "cores_per_run", "gpus_per_run", "data_dir", "no_plugins"}
     if odd := sorted(max(option.opts, key=len) for option in context.command.params if option.name in given):
         raise InvalidRecipe(f"--resume goes on as it was planned: leave out {', '.join(odd)}")
     comparison = read_comparison(directory)
@@ -155,7 +162,14 @@ def _planned(context: typer.Context, directory: Path) -> tuple["Recipe", list["R
 
 
 def _compare(
-    base: "Recipe", planned: list["Recipe"], output: Path | None, data_dir: Path | None, img_size: int, *, jobs: int
+    base: "Recipe",
+    planned: list["Recipe"],
+    output: Path | None,
+    data_dir: Path | None,
+    img_size: int,
+    *,
+    jobs: int = 1,
+    ray: "RayCluster | None" = None,
 ) -> None:
     from bonn_qat.studies import compare as comparing
     from bonn_qat.studies.comparison import MANIFEST, PAGE, read_comparison
@@ -178,11 +192,10 @@ def _compare(
         f"{base.epochs} epochs; {len(planned)} runs; results in {directory}"
     )
     say_plugins(directory)
-    left = {run.name for run in planned} - {result.name for result in (before.results if before else ())}
     place = f" --data-dir {shlex.quote(str(data_dir))}" if data_dir else ""
     again = f"bonn-qat compare --resume {shlex.quote(str(directory))}{place}"
-    with stoppable(again), _progress(len(left)) as watch:
-        comparison = comparing.compare(planned, loaded, directory, jobs=jobs, watch=watch)
+    with stoppable(again):
+        comparison = comparing.compare(planned, loaded, directory, jobs=jobs, ray=ray, pm=_observed())
     console.print(terminal_table(comparison))
     for difference in differences(comparison):
         say(str(difference))
@@ -196,7 +209,7 @@ def _compare(
 
 
 def say_plugins(directory: Path) -> None:
-    """The plugins, and where what they observe goes to."""
+    """Print the plugins, and where their observers write to."""
     from bonn_qat import plugins
 
     say(f"plugins: {', '.join(plugins.installed()) or 'none'}")
@@ -218,6 +231,9 @@ def reproduce(
     ] = None,
     settings: Settings = None,
     jobs: Jobs = 1,
+    ray: Ray = None,
+    cores_per_run: CoresPerRun = 1,
+    gpus_per_run: GpusPerRun = None,
     workers: Annotated[int, typer.Option(help="Processes that read an image folder.")] = 8,
     data_dir: DataDir = None,
     img_size: Size = 224,
@@ -228,7 +244,7 @@ def reproduce(
 ) -> None:
     """Run a table or figure of the paper, and report its numbers beside ours.
 
-    Under torchrun or accelerate launch every run is spread over the processes.
+    Under torchrun or accelerate launch each run is spread over all processes.
     """
     from bonn_qat.studies import reproduce as reproducing
     from bonn_qat.studies import study as studies
@@ -240,11 +256,12 @@ def reproduce(
     count = reproducing.runs(chosen, seeds, searched)
     say(f"{chosen.title}; {count} runs, scale {scale:g}; results in {directory}")
     say_plugins(directory)
-    with stoppable(f"the same command with --output {shlex.quote(str(directory))}"), _progress(count) as watch:
+    cluster = _cluster(ray, cores_per_run, gpus_per_run)
+    with stoppable(f"the same command with --output {shlex.quote(str(directory))}"):
         result = reproducing.reproduce(
             chosen, directory, scale=scale, seeds=seeds, rates=searched, search_scale=search_scale,
             settings=settings or [], data=data, data_directory=data_dir, size=img_size, workers=workers, jobs=jobs,
-            watch=watch,
+            ray=cluster, pm=_observed(),
         )  # fmt: skip
     for table in study_report.terminal_tables(result):
         console.print(table)
@@ -259,7 +276,7 @@ def reproduce(
 
 
 def report(directory: Annotated[Path, typer.Argument(help="The results of a comparison.")]) -> None:
-    """Write the report of a comparison again from its results."""
+    """Write the report of a comparison again, from its results."""
     from bonn_qat.studies.comparison import read_comparison
     from bonn_qat.studies.report import terminal_table, write_report
 
@@ -269,31 +286,26 @@ def report(directory: Annotated[Path, typer.Argument(help="The results of a comp
     say(f"report: {page}")
 
 
-@contextmanager
-def _progress(runs: int) -> Iterator[Callable[["Recipe", int], AbstractContextManager[Callable[[], None]]]]:
-    """A bar for all runs and one for each that is under way, with the time that is left."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True), console=console) as bars:
-        whole = bars.add_task("all runs", total=runs)
+def _observed() -> "pluggy.PluginManager":
+    """The installed plugins, and the observer that prints a line for each epoch."""
+    from bonn_qat import plugins
+    from bonn_qat.studies.progress import EpochLines
 
-        @contextmanager
-        def watch(recipe: "Recipe", steps: int) -> Iterator[Callable[[], None]]:
-            task = bars.add_task(recipe.name, total=steps)
-            try:
-                yield lambda: bars.advance(task)
-            except Exception:
-                bars.advance(whole)  # a run that failed is over, one that was interrupted is not
-                raise
-            else:
-                bars.advance(whole)
-            finally:
-                bars.remove_task(task)
+    pm = plugins.create_manager()
+    pm.register(EpochLines(), name="epoch lines")
+    return pm
 
-        yield watch
+
+def _cluster(address: str | None, cores: int, gpus: float | None) -> "RayCluster | None":
+    from bonn_qat.studies.on_ray import RayCluster
+
+    if address is None and (cores != 1 or gpus is not None):
+        raise InvalidRecipe("--cores-per-run and --gpus-per-run are for --ray; add it, or leave them out")
+    return None if address is None else RayCluster(address=address, cores=cores, gpus=gpus)
 
 
 def _directory(output: Path | None, name: str) -> Path:
     from bonn_qat import distributed
 
-    # Of several processes each has a clock of its own.
+    # Every process of a group has its own clock.
     return output or Path("results") / f"{name}-{distributed.broadcast(f'{datetime.now():%Y%m%d-%H%M%S}')}"

@@ -1,8 +1,7 @@
-"""compare: the same network, data order and budget for every scheme, seed and start of the latent weights."""
+"""compare: train the same network under several schemes, seeds and starts of the latent weights, with equal budgets."""
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,17 +10,16 @@ import pluggy
 from bonn_qat import distributed, plugins
 from bonn_qat.errors import InvalidData, InvalidRecipe
 from bonn_qat.files.atomic import sweep
-from bonn_qat.files.locks import locked
 from bonn_qat.studies.comparison import MANIFEST, PAGE, Comparison, read_comparison, write_manifest
-from bonn_qat.studies.jobs import at_once, check_jobs, in_turn
+from bonn_qat.studies.jobs import at_once, check_jobs
+from bonn_qat.studies.on_ray import RayCluster, on_ray
 from bonn_qat.studies.report import write_report
+from bonn_qat.studies.run import checkpoint_of, in_turn, lock_of, whole_comparison
 from bonn_qat.studies.statistics import REFERENCE
-from bonn_qat.studies.worker import Elsewhere, Watch
 from bonn_qat.training.data import Data
 from bonn_qat.training.interrupts import held
 from bonn_qat.training.network import check
 from bonn_qat.training.recipe import Recipe
-from bonn_qat.training.results import RUNS, RunResult
 
 ARMS = ("float", "xnor", "bireal", "pcnn", "bonn")
 ALL = "all"
@@ -35,13 +33,15 @@ def plan(
     latents: Sequence[str] = (),
     pm: pluggy.PluginManager | None = None,
 ) -> list[Recipe]:
-    """One recipe for each scheme, start of the latents and seed; a float network has no latents and runs once a seed.
+    """One recipe for each scheme, start of the latent weights and seed; a float network, without latents, once a seed.
 
-    A scheme may have options of its own, ``xnor:gradient=plain+input_scale=true``. ``"all"`` stands for every scheme
-    that is installed, the float network first and BONN last.
+    A scheme may have options, ``xnor:gradient=plain+input_scale=true``. ``"all"`` stands for every installed scheme,
+    the float network first and BONN last. Without ``latents`` the recipe's start is used.
 
-    ``latents`` empty takes the recipe's. Raises UnknownName for a scheme that no plugin offers, InvalidRecipe
-    for no scheme at all.
+    Raises UnknownName for a scheme that no plugin offers, InvalidRecipe if no scheme is named.
+
+    >>> [recipe.name for recipe in plan(Recipe(), schemes=["float", "bonn"], latents=["0.01"])]
+    ['float-float-seed0', 'bonn-0.01-seed0']
     """
     starts = list(dict.fromkeys(latents)) or [recipe.latents]
     arms = []
@@ -67,82 +67,76 @@ def compare(
     directory: Path,
     *,
     jobs: int = 1,
+    ray: RayCluster | None = None,
     waits: bool = False,
-    watch: Watch | None = None,
+    around: Path | None = None,
     pm: pluggy.PluginManager | None = None,
 ) -> Comparison:
     """Run every recipe that ``directory`` has no result for, and write the report.
 
-    Each finished run is a file of its own, with its weights beside it, and the one under way leaves checkpoints (see
-    :func:`bonn_qat.train`): after an interruption the report names what is missing, and the same call goes on where it
-    stopped. A run that diverges is reported as failed, and the others go on. ``watch(recipe, steps)`` gives a context
-    in which the value is called after each step.
+    Each finished run is a file of its own with its weights beside it, and a run under way keeps a checkpoint (see
+    :func:`bonn_qat.train`): after an interruption the report names what is missing, and the same call resumes. A run
+    that diverges is reported as failed, and the others go on.
 
     Several processes, on one machine or on many that see ``directory``, may make the same call at once: each takes the
-    next run that nobody is at. ``elsewhere`` of the result names those that were under way in others at the end; with
-    ``waits`` it waits for these, and takes up what another one left.
+    next run that no other is training. ``elsewhere`` of the result names the runs that others were still training at
+    the end; with ``waits`` it waits for these, and takes over what another process left.
 
-    With ``jobs`` above 1 so many runs go on at once, each in a process of its own: several on one GPU where the
-    kernels are too small to fill it, or as many as there are cores, which they share as threads unless
-    ``OMP_NUM_THREADS`` says otherwise. With as many threads the results are those of one job, on a CPU bit for bit. A
-    run whose process dies has failed. ``watch`` and observers are called in this process, for several runs in turns;
-    what the plugins of ``pm`` offer is sent, so their functions must be importable and their objects fit to be pickled.
-    A script keeps its call below ``if __name__ == "__main__":``. In a process group (see :func:`bonn_qat.train`) every
-    process makes the same call, and the first alone writes and calls the observers; jobs is then 1.
+    ``jobs`` above 1 starts that many such processes: several on one GPU where the kernels are too small to fill it, or
+    as many as there are cores, which they share as threads unless ``OMP_NUM_THREADS`` is set. With the same number of
+    threads the results are those of one job, on a CPU bit for bit. A run whose process dies is resumed from its
+    checkpoint by another process; it has failed when that dies too. The data and what is registered in ``pm`` must be
+    fit to be pickled; a script keeps its call below ``if __name__ == "__main__":``.
+
+    ``ray`` runs them as tasks of a Ray cluster, which needs no shared directory (:mod:`bonn_qat.studies.on_ray`).
+
+    Observers are called in the process that trains; with ``ray`` they are called here. ``around`` is the directory of
+    the study that this comparison belongs to, whose observers have been told of it. In a process group (see
+    :func:`bonn_qat.train`) every process makes the same call, rank 0 writes and calls the observers, and jobs is 1.
 
     Raises UnknownName and InvalidRecipe before anything is run, InvalidData for a directory that holds another
     comparison, BonnQatError for what cannot be sent to another process. An interruption or a full disk is raised
     again after the report is written.
+
+    >>> compare(plan(Recipe(epochs=5)), load("digits"), Path("results/mine"), jobs=2).results  # doctest: +SKIP
     """
     check_jobs(jobs)
+    if ray is not None and (jobs > 1 or distributed.world() > 1):
+        raise InvalidRecipe("runs go to Ray or to several processes here, not both; leave out jobs and the launcher")
+    pm = pm or plugins.manager()
     is_first = distributed.rank() == 0
-    hook = (pm or plugins.manager()).hook
     for recipe in recipes:
         check(recipe, pm)
     comparison = _begin(recipes, data, directory)
-    missing: dict[str, Recipe] = {}
-    for recipe in recipes:
-        if recipe.name in comparison.missing:
-            missing.setdefault(recipe.name, recipe)
-    run = functools.partial(at_once, jobs=jobs) if jobs > 1 else in_turn
+    left = list({recipe.name: recipe for recipe in recipes if recipe.name in comparison.missing}.values())
     try:
         if is_first:
-            with _locked(directory):  # for observers of several processes would open their stores together
-                hook.bonn_qat_before_comparison(directory=directory, recipes=list(recipes))
-        left = list(missing.values())
-        for waits_now in (False, True) if waits else (False,):
-            with contextlib.closing(
-                run(left, data, directory, watch=watch or _no_watch, pm=pm, waits=waits_now)
-            ) as outcomes:
-                left = []
-                for recipe, outcome in outcomes:
-                    if isinstance(outcome, Elsewhere):
-                        left.append(recipe)
-                        continue
-                    comparison = _with_outcome(comparison, recipe, outcome)
-                    if is_first and isinstance(outcome, str):
-                        with _locked(directory):
-                            write_manifest(_with_others(comparison))
-        comparison = replace(comparison, elsewhere=[recipe.name for recipe in left])
+            with whole_comparison(directory):  # observers of several processes would open their stores together
+                pm.hook.bonn_qat_before_comparison(directory=directory, recipes=list(recipes))
+        if ray is not None:
+            on_ray(left, data, directory, cluster=ray, pm=pm, waits=waits)
+        elif jobs > 1:
+            at_once(left, data, directory, jobs=jobs, pm=pm, waits=waits, around=around)
+        else:
+            in_turn(left, data, directory, pm=pm, waits=waits)
     finally:
         if is_first:
             with held():  # what draws the figures may swallow an interruption
                 comparison, page = _end(comparison)
-            hook.bonn_qat_after_comparison(directory=directory, page=page)
-    return comparison
-
-
-def _locked(directory: Path) -> contextlib.AbstractContextManager[bool]:
-    return locked(directory / ".comparison.lock", waits=True)
+            pm.hook.bonn_qat_after_comparison(directory=directory, page=page)
+    distributed.barrier()
+    comparison = comparison if is_first else read_comparison(directory)
+    names = {recipe.name for recipe in recipes}
+    return replace(comparison, elsewhere=[name for name in comparison.missing if name in names])
 
 
 def _begin(recipes: Sequence[Recipe], data: Data, directory: Path) -> Comparison:
-    distributed.barrier()  # for what the first process may still write there
+    distributed.barrier()  # rank 0 may still be writing there
     with contextlib.ExitStack() as stack:
         if distributed.rank() == 0:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_locked(directory))
+                stack.enter_context(whole_comparison(directory))
             except OSError as error:
                 raise InvalidData(f"cannot write results to {directory}: {error.strerror}") from error
         comparison = _planned(recipes, data, directory)
@@ -151,9 +145,9 @@ def _begin(recipes: Sequence[Recipe], data: Data, directory: Path) -> Comparison
             if distributed.rank() == 0:
                 for name in (MANIFEST, PAGE):
                     sweep(directory / name)
-                for run in comparison.results:  # of a process that was killed when it had finished them
-                    (directory / RUNS / f"{run.name}.unfinished.safetensors").unlink(missing_ok=True)
-                    (directory / RUNS / f".{run.name}.lock").unlink(missing_ok=True)
+                for run in comparison.results:  # a process may have been killed right after it finished one
+                    checkpoint_of(directory, run.name).unlink(missing_ok=True)
+                    lock_of(directory, run.name).unlink(missing_ok=True)
                 write_manifest(comparison)
         except OSError as error:
             raise InvalidData(f"cannot write results to {directory}: {error.strerror}") from error
@@ -161,7 +155,7 @@ def _begin(recipes: Sequence[Recipe], data: Data, directory: Path) -> Comparison
 
 
 def _planned(recipes: Sequence[Recipe], data: Data, directory: Path) -> Comparison:
-    """What is to be run, with what is finished and what another call failed at."""
+    """The comparison with these recipes added, and with the finished and failed runs of earlier calls."""
     wanted = {recipe.name: recipe for recipe in recipes}
     content = {name: recipe.to_dict() for name, recipe in wanted.items()}
     fresh = Comparison(directory=directory, data=data.describe(), planned=list(wanted), results=(), recipes=content)
@@ -169,7 +163,7 @@ def _planned(recipes: Sequence[Recipe], data: Data, directory: Path) -> Comparis
         return fresh
     before = read_comparison(directory)
     if dict(before.data) != fresh.data or any(
-        # A key that came with a later version has its default in a result of an earlier one.
+        # A result of an earlier version lacks the keys that were added later; they have their defaults.
         run.name in wanted and wanted[run.name] != Recipe.from_dict(run.recipe)
         for run in before.results
     ):
@@ -183,40 +177,14 @@ def _planned(recipes: Sequence[Recipe], data: Data, directory: Path) -> Comparis
     )
 
 
-def _with_outcome(comparison: Comparison, recipe: Recipe, outcome: RunResult | str) -> Comparison:
-    if isinstance(outcome, str):
-        return replace(comparison, failures={**comparison.failures, recipe.name: outcome})
-    results = sorted([*comparison.results, outcome], key=lambda result: comparison.planned.index(result.name))
-    return replace(comparison, results=results)
-
-
-def _with_others(comparison: Comparison) -> Comparison:
-    """The comparison with what other processes have finished, failed at and planned since it was read."""
-    now = read_comparison(comparison.directory)
-    planned = list(dict.fromkeys([*now.planned, *comparison.planned]))
-    recipes = {**now.recipes, **comparison.recipes}
-    results = {run.name: run for run in (*now.results, *comparison.results)}
-    failures = {**now.failures, **comparison.failures}
-    return replace(
-        comparison,
-        planned=planned,
-        results=[results[name] for name in planned if name in results],
-        failures={name: why for name, why in failures.items() if name not in results},
-        recipes=recipes,
-        elsewhere=[name for name in comparison.elsewhere if name not in results],
-    )
-
-
 def _end(comparison: Comparison) -> tuple[Comparison, Path]:
-    """What there is in the end, and the page of it."""
-    with contextlib.suppress(OSError, InvalidData), _locked(comparison.directory):
+    """The comparison as all processes leave it on disk, and its page."""
+    with contextlib.suppress(OSError, InvalidData), whole_comparison(comparison.directory):
         # A full disk, or a file that was damaged meanwhile, must not hide why the comparison stopped.
-        comparison = _with_others(comparison)
+        comparison = read_comparison(comparison.directory)
+        finished = {run.name for run in comparison.results}
+        failures = {name: why for name, why in comparison.failures.items() if name not in finished}
+        comparison = replace(comparison, failures=failures)
         write_manifest(comparison)
         return comparison, write_report(comparison)
     return comparison, comparison.directory / PAGE
-
-
-@contextlib.contextmanager
-def _no_watch(recipe: Recipe, steps: int) -> Iterator[Callable[[], None]]:
-    yield lambda: None

@@ -1,4 +1,4 @@
-"""reproduce: run a study, at the paper's size or a smaller one, with a search for each arm's learning rate if asked."""
+"""reproduce: run a study of the paper, at full or reduced size, with an optional search for each learning rate."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,9 +13,9 @@ from bonn_qat.errors import InvalidData, InvalidRecipe, TrainingDiverged, Unknow
 from bonn_qat.files.atomic import read_json, write_json
 from bonn_qat.studies import compare, study_report
 from bonn_qat.studies.comparison import MANIFEST, Comparison, read_comparison
+from bonn_qat.studies.on_ray import RayCluster
 from bonn_qat.studies.study import FEWEST_TEST_IMAGES, Setting, Study, StudyArm, check_distinct, check_scale, scaled
 from bonn_qat.studies.study_report import SettingResult, StudyResult, runs_of
-from bonn_qat.studies.worker import Watch
 from bonn_qat.training.data import Data
 from bonn_qat.training.data import load as load_data
 from bonn_qat.training.network import check
@@ -41,27 +41,28 @@ def reproduce(
     size: int = 224,
     workers: int = 0,
     jobs: int = 1,
-    watch: Watch | None = None,
+    ray: RayCluster | None = None,
     pm: pluggy.PluginManager | None = None,
 ) -> StudyResult:
-    """Run what ``directory`` has no result for, and write the study's page, table and figures there.
+    """Run every run of ``study`` that ``directory`` has no result for, and write the study's page, table and figures.
 
-    ``scale`` is the share of the paper's work (:func:`bonn_qat.studies.study.scaled`); ``seeds`` are counted from 0, by
-    default as many as the study says. With ``rates`` each arm is first trained with each learning rate, on
-    ``search_scale`` of the work and seed 0, with training images held out in place of the test set; it then takes the
-    one that was best there. ``settings`` are changes of every recipe, such as ``batch_size=64``, or of those whose
-    scheme has the option: ``scheme_options.reading=inverse``; ``data`` takes the place of the study's, and is what a
-    study of an image folder needs. Other arguments as for :func:`bonn_qat.training.data.load` and
+    ``scale`` is the share of the paper's work (:func:`bonn_qat.studies.study.scaled`). ``seeds`` is how many seeds to
+    run, counted from 0; by default the study's number. With ``rates`` each arm is first trained once with each learning
+    rate, with ``search_scale`` of the work and seed 0, and tested on held-out training images instead of the test set;
+    the arm then takes the best rate. ``settings`` change every recipe, such as ``batch_size=64``, or the recipes whose
+    scheme has the option, such as ``scheme_options.reading=inverse``. ``data`` replaces the study's data; a study of an
+    image folder needs it. Other arguments as for :func:`bonn_qat.training.data.load` and
     :func:`bonn_qat.studies.compare.compare`.
 
-    Studies may share a directory: runs that another one left there are not run again. An interruption is raised again
-    after the page is written with what there is.
+    Several studies may share a directory; finished runs are not run again. After an interruption the page is written
+    with the runs that are finished, and the interruption is raised again.
 
-    Raises InvalidRecipe and UnknownName, and InvalidData for data that is not there, before anything is written;
-    InvalidData for a directory that holds the study with another scale or other rates, TrainingDiverged if no rate of
-    an arm came to an end.
+    Raises InvalidRecipe, UnknownName, and InvalidData for missing data before anything is written; InvalidData for a
+    directory that holds the study with another scale or other rates; TrainingDiverged if an arm diverged with every
+    rate.
+
+    >>> reproduce(load("table3"), Path("results/table3"), scale=0.01, rates=[0.05, 0.5])  # doctest: +SKIP
     """
-
     rates = sorted(set(rates))
     seeds = study.seeds if seeds is None else seeds
     if seeds < 1:
@@ -71,7 +72,9 @@ def reproduce(
     load = _loader(study, data_directory, size, workers)
 
     def run(recipes: Sequence[Recipe], place: Path, waits: bool = False) -> Comparison:
-        return compare.compare(recipes, load(recipes[0]), place, jobs=jobs, waits=waits, watch=watch, pm=pm)
+        return compare.compare(
+            recipes, load(recipes[0]), place, jobs=jobs, ray=ray, waits=waits, around=directory, pm=pm
+        )
 
     plans = []
     for paper in study.settings:
@@ -104,9 +107,9 @@ def reproduce(
 
 
 def best_rate(arm: StudyArm, searched: Mapping[float, Comparison]) -> float:
-    """The learning rate with the best accuracy on the images that the search held out; of equals the lowest.
+    """The learning rate with the best accuracy on the held-out images; of equal ones the lowest.
 
-    Raises TrainingDiverged if the arm came to an end with none.
+    Raises TrainingDiverged if the arm diverged with every rate.
     """
     found = study_report.accuracies(arm, searched)
     if not found:
@@ -117,12 +120,12 @@ def best_rate(arm: StudyArm, searched: Mapping[float, Comparison]) -> float:
 
 
 def runs(study: Study, seeds: int | None, rates: Sequence[float]) -> int:
-    """How many runs :func:`reproduce` makes in an empty directory."""
+    """The number of runs that :func:`reproduce` makes in an empty directory."""
     return sum(len(s.arms) for s in study.settings) * ((study.seeds if seeds is None else seeds) + len(set(rates)))
 
 
 class _Plan(NamedTuple):
-    """A setting as the study has it, its arms as they will be run, and the runs of the search, by learning rate."""
+    """A setting of the study, its arms as they will be run, and the recipes of the search by learning rate."""
 
     paper: Setting
     arms: tuple[StudyArm, ...]
@@ -130,8 +133,8 @@ class _Plan(NamedTuple):
 
 
 def _carried_out(plan: _Plan, place: Path, seeds: int, run: Callable[..., Comparison]) -> Iterator[SettingResult]:
-    """The plan's result; also what there is of it before an interruption goes on its way."""
-    # The choice needs all of them, also those that another process is at.
+    """Yield the plan's result, also a partial one before an interruption is raised again."""
+    # The choice needs all of them, also those that other processes are training.
     searched = {rate: run(recipes, place / SEARCH / f"lr{rate:g}", waits=True) for rate, recipes in plan.search.items()}
     arms = plan.arms
     if searched:
@@ -172,9 +175,9 @@ def _changed(
     rates: Sequence[float],
     pm: pluggy.PluginManager | None,
 ) -> Setting:
-    """The setting with changes of its recipes; a float network has no latents, and keeps its own.
+    """The setting with changed recipes; the float network keeps its start of the latent weights, for it has none.
 
-    An option of a scheme is one for the arms whose schemes have it.
+    An option of a scheme changes only the arms whose schemes have it.
     """
     for given in settings:
         key = given.partition("=")[0].strip()
@@ -206,7 +209,7 @@ def _scaled(arm: StudyArm, scale: float, load: Callable[[Recipe], Data]) -> Stud
 
 
 def _searched(arm: StudyArm, rate: float, scale: float, load: Callable[[Recipe], Data]) -> Recipe:
-    """The arm's recipe for the search: smaller, with the rate, and with training images in place of the test set."""
+    """The arm's recipe for the search: smaller, with the rate, and tested on held-out training images."""
     if arm.recipe.validation_images:
         raise InvalidRecipe(
             f"validation_images in the recipe is {arm.recipe.validation_images}; a search for the rate holds images "
@@ -223,7 +226,7 @@ def _searched(arm: StudyArm, rate: float, scale: float, load: Callable[[Recipe],
 
 
 def _own(comparison: Comparison, recipes: Sequence[Recipe], arms: Sequence[StudyArm]) -> Comparison:
-    """The comparison without what other studies have in its directory; of the arms all seeds that there are."""
+    """The comparison without the runs of other studies in its directory, but with every seed of these arms."""
     names = [recipe.name for recipe in recipes]
     kept = [run for arm in arms for run in runs_of(arm, comparison)]
     return replace(
@@ -235,7 +238,7 @@ def _own(comparison: Comparison, recipes: Sequence[Recipe], arms: Sequence[Study
 
 
 def _note(study: Study, directory: Path, scale: float, rates: Sequence[float], search_scale: float) -> None:
-    """Write what the directory holds of this study, or check that it is the same."""
+    """Write scale and rates of the study to the directory, or check that they are the ones that stand there."""
     path = directory / f"{study.name}.json"
     content = {
         "study": study.name,

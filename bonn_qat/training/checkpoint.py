@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -26,7 +26,8 @@ class Progress:
     ``run_id`` is the run's own. ``epochs`` are the metrics of the finished ones, ``step`` the optimizer steps of the
     one under way, ``stage`` the place of the stage in which the last step was made, -1 before the first. ``data``
     describes the data, ``seconds`` were spent, ``histograms`` are those of the result, ``scaler`` is the state of the
-    loss scaler.
+    loss scaler. ``started`` and ``times`` are those of :class:`bonn_qat.training.results.RunResult`; a checkpoint of an
+    earlier version has none.
     """
 
     run_id: str
@@ -38,6 +39,8 @@ class Progress:
     histograms: dict[str, dict[str, dict[str, list[float]]]]
     seconds: float
     scaler: Mapping[str, float]
+    started: float = 0.0
+    times: list[float] = field(default_factory=list)
 
 
 class RunState(NamedTuple):
@@ -74,6 +77,7 @@ def read_state(path: Path) -> RunState:
     if checksum != digest(tensors, {"kind": "unfinished run", **header}):
         raise InvalidData(f"{path} was altered after it was written: its checksum is another; delete it")
     del header["format"]
+    header = {"started": 0.0, "times": [], **header}
     known = {field.name for field in fields(Progress)}
     if header.keys() != known:
         raise InvalidData(
@@ -112,6 +116,8 @@ _SHAPES: Mapping[str, Callable[[Any], bool]] = {
     "histograms": _are_histograms,
     "seconds": lambda value: _is_number(value) and value >= 0,
     "scaler": lambda value: _is_table(value, _is_number),
+    "started": lambda value: _is_number(value) and 0 <= value < 1e11,
+    "times": lambda value: isinstance(value, list) and all(_is_number(time) and 0 <= time < 1e11 for time in value),
 }
 
 

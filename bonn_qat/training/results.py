@@ -12,6 +12,7 @@ from bonn_qat.files.atomic import expect, read_json, write_json
 
 RUNS = "runs"
 _EPOCH = re.compile(r"0|[1-9][0-9]{0,8}")
+_LATEST = 1e11  # seconds since 1970
 _SIZES = {"parameters", "mbit", "float_mbit", "compression", "macs", "binary_macs"}
 
 
@@ -26,6 +27,8 @@ class RunResult:
     ``size`` holds ``parameters``, ``mbit``, ``float_mbit``, ``compression``, ``macs``, ``binary_macs``.
     ``histograms`` maps layer -> epoch (as text; "0" is the start) -> ``edges`` (n + 1) and ``counts`` (n) of
     its latent weights.
+    ``run_id`` is the run's own, the one that observers are told. ``started`` and ``times`` are when the run began and
+    when each of its epochs ended, in seconds since 1970. An earlier version wrote none of the three.
     """
 
     name: str
@@ -40,6 +43,9 @@ class RunResult:
     epochs: Sequence[Mapping[str, float]]
     size: Mapping[str, float]
     histograms: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]] = field(default_factory=dict)
+    run_id: str = ""
+    started: float = 0.0
+    times: Sequence[float] = field(default_factory=list)
 
     @property
     def top1(self) -> float:
@@ -59,7 +65,7 @@ def write_run(directory: Path, result: RunResult) -> Path:
 
 def read_run(path: Path) -> RunResult:
     """Read what :func:`write_run` wrote. Raises InvalidData naming the file and what is wrong with it."""
-    content = read_json(path)
+    content = {"run_id": "", "started": 0.0, "times": [], **read_json(path)}
     expect(path, "a run's result", content, get_type_hints(RunResult))
     if said := _odd(content, path.stem):
         raise InvalidData(f"{path} is not a run's result: {said}")
@@ -76,6 +82,9 @@ def _odd(content: Mapping[str, Any], name: str) -> str | None:
     for place, metrics in enumerate(content["epochs"]):
         if not 1 <= metrics.get("epoch", 0) < 2**31 or not 0 <= metrics.get("test/top1", -1) <= 100:
             return f"epochs.{place} has no number of an epoch, or no test/top1 in percent"
+    times = content["times"]
+    if len(times) not in (0, len(content["epochs"])) or not all(0 <= t < _LATEST for t in (*times, content["started"])):
+        return f"its times are not one per epoch, in seconds since 1970: {plain.shown(times)}"
     if missing := sorted(_SIZES - content["size"].keys()):
         return f"its size lacks {missing[0]}"
     for layer, kept in content["histograms"].items():

@@ -71,12 +71,12 @@ def train(
         report: dict[str, Any] | None = None
         try:
             with products(recipe.precision), run.norms.on():
-                for metrics in run.epochs:
-                    hook.bonn_qat_after_epoch(recipe=recipe, epoch=int(metrics["epoch"]), metrics=metrics)
+                for metrics, ended in zip(run.epochs, run.times, strict=True):
+                    hook.bonn_qat_after_epoch(recipe=recipe, epoch=int(metrics["epoch"]), metrics=metrics, time=ended)
                 for epoch in range(done + 1, recipe.epochs + 1):
                     metrics = run.epoch(epoch)
                     run.keeper.save()
-                    hook.bonn_qat_after_epoch(recipe=recipe, epoch=epoch, metrics=metrics)
+                    hook.bonn_qat_after_epoch(recipe=recipe, epoch=epoch, metrics=metrics, time=run.times[-1])
             result = run.result()
             report = asdict(result)
         finally:

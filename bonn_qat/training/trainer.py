@@ -95,6 +95,8 @@ class Trainer:
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.stage = -1
         self.epochs: list[dict[str, float]] = []
+        self.began = time.time()
+        self.times: list[float] = []  # when each of the epochs ended
         # Of the epoch under way: the steps made, the sums of what they gave, where the order of its images came from,
         # and the signs of the weights at its beginning.
         self.done = 0
@@ -126,6 +128,7 @@ class Trainer:
                 metrics[f"scale/{name}"] = float(layer.weight_quant.quantize(layer.latent())[1].abs().mean())
         self._keep_histograms(epoch)
         self.epochs.append(metrics)
+        self.times.append(time.time())
         self.done, self.sums, self.order = 0, None, self.generator.get_state()
         return metrics
 
@@ -152,6 +155,8 @@ class Trainer:
             stage=self.stage,
             step=self.done,
             epochs=self.epochs,
+            started=self.began,
+            times=self.times,
             histograms=self.histograms,
             seconds=self.seconds + time.perf_counter() - self.started,
             scaler=self.scaler.state_dict(),
@@ -185,6 +190,9 @@ class Trainer:
             torch.cuda.set_rng_state(random[f"cuda.{rank}"], self.device)
         self.run_id, self.epochs, self.histograms = progress.run_id, progress.epochs, progress.histograms
         self.seconds, self.done = progress.seconds, progress.step
+        # A checkpoint of an earlier version has no times.
+        self.began = progress.started or self.began
+        self.times = progress.times or [self.began] * len(self.epochs)
         self.sums = None
         if self.done:
             sums = found.tensors["epoch.sums"].to(self.device)
@@ -207,6 +215,8 @@ class Trainer:
         if dict(progress.data) != self.data.describe():
             return f"it was trained on {shown(dict(progress.data))}, not on {self.data.describe()}"
         done = len(progress.epochs)
+        if len(progress.times) not in (0, done):
+            return f"it has {len(progress.times)} times for {done} epochs"
         if done > recipe.epochs or progress.step > self.steps_in_epoch or (progress.step and done == recipe.epochs):
             return f"it stands at epoch {done}, step {progress.step}"
         for epoch, metrics in enumerate(progress.epochs, 1):
@@ -273,6 +283,9 @@ class Trainer:
                 "binary_macs": self.size.binary_macs,
             },
             histograms=self.histograms,
+            run_id=self.run_id,
+            started=self.began,
+            times=self.times,
         )
 
     @property

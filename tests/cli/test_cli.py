@@ -22,7 +22,8 @@ from bonn_qat.cli import options
 from bonn_qat.exporting.export import FORMATS
 from bonn_qat.files.locks import locked
 from bonn_qat.studies.comparison import MANIFEST, PAGE, read_comparison
-from bonn_qat.studies.jobs import in_turn
+from bonn_qat.studies.on_ray import RayCluster
+from bonn_qat.studies.run import in_turn
 from bonn_qat.training.checkpoint import read_state
 from bonn_qat.training.results import RUNS
 from bonn_qat.training.trainer import Trainer
@@ -145,9 +146,9 @@ def test_what_a_file_says_gives_the_terminal_no_orders(tmp_path: Path, capsys: p
 def test_settings_and_jobs_reach_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def at_once(*args: Any, jobs: int, **others: Any) -> Any:
+    def at_once(*args: Any, jobs: int, around: Any, **others: Any) -> None:
         asked.append(jobs)
-        return in_turn(*args, **others)
+        in_turn(*args, **others)
 
     monkeypatch.setattr("bonn_qat.studies.compare.at_once", at_once)
     settings = ["--set", "momentum=0.5", "--set", "scheme_options.clip=0.5", "--set", "validation_images=8"]
@@ -158,6 +159,21 @@ def test_settings_and_jobs_reach_the_runs(tmp_path: Path, monkeypatch: pytest.Mo
     assert (result.recipe["momentum"], result.scheme) == (0.5, "bonn:clip=0.5")
     assert (found.data["train"], found.data["test"]) == (24, 8)
     assert asked == [3]
+
+
+def test_a_cluster_and_what_a_run_takes_of_it_reach_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[RayCluster] = []
+
+    def on_ray(*args: Any, cluster: RayCluster, **others: Any) -> None:
+        asked.append(cluster)
+        in_turn(*args, **others)
+
+    monkeypatch.setattr("bonn_qat.studies.compare.on_ray", on_ray)
+    monkeypatch.setattr("bonn_qat.studies.on_ray._is_installed", lambda: True)
+    options = ["--ray", "head:6379", "--cores-per-run", "4", "--gpus-per-run", "0.5", "--output", str(tmp_path)]
+    assert cli.main(["compare", "--schemes", "bonn", *TINY, *options]) == 0
+    assert cli.main(["compare", "--resume", str(tmp_path), "--ray", "auto"]) == 0
+    assert asked == [RayCluster(address="head:6379", cores=4, gpus=0.5), RayCluster(address="auto")]
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +274,7 @@ def test_what_a_signal_stopped_goes_on_with_resume_alone(
 
 
 def _options(verb: str) -> list[str]:
-    kept = ("resume", "jobs", "data_dir", "no_plugins")
+    kept = ("resume", "jobs", "ray", "cores_per_run", "gpus_per_run", "data_dir", "no_plugins")
     return [max(option.opts, key=len) for option in COMMANDS[verb].params if option.name not in kept]
 
 

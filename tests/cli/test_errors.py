@@ -184,7 +184,7 @@ def full(number: int) -> Patch:
 def killed(number: int) -> Patch:
     """The signal comes where the training would begin."""
     return lambda monkeypatch: monkeypatch.setattr(
-        "bonn_qat.studies.worker.train", lambda *args, **kwargs: os.kill(os.getpid(), number)
+        "bonn_qat.studies.run.train", lambda *args, **kwargs: os.kill(os.getpid(), number)
     )
 
 
@@ -220,6 +220,8 @@ COMMANDS: Mapping[str, tuple[Command, ...]] = {
             gives="train --recipe a.toml", names="0.5", when="one stage with `share = 0.5` in it",
             files={"a.toml": "[[stages]]\nshare = 0.5\n"},
         ),
+        Command(gives="compare --cores-per-run 2", names="--cores-per-run"),
+        Command(gives="compare --ray local", names="bonn-qat[ray]", when="without Ray", patch=absent("ray")),
         Command(gives="reproduce tabel3", names="tabel3"),
         Command(gives="reproduce table3 --scale 2", names="scale is 2"),
         Command(gives="reproduce table3 --set seed=3", names="seed=3"),
@@ -261,7 +263,7 @@ COMMANDS: Mapping[str, tuple[Command, ...]] = {
         ),
         Command(
             gives=f"train {TINY} --output results", names=RUN, when="too little memory", code=1,
-            patch=raises("bonn_qat.studies.worker.train", MemoryError()),
+            patch=raises("bonn_qat.studies.run.train", MemoryError()),
         ),
         Command(
             gives=f"train {TINY} --set model_options.depht=3 --output results", names="'depht'", code=1,

@@ -1,16 +1,17 @@
 """Several runs at once: in processes once, as a user has it; otherwise in threads, for a process costs seconds."""
 
-import contextlib
 import errno
 import importlib
 import json
 import multiprocessing
 import os
 import pickle
+import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,89 +23,63 @@ import pytest
 import torch
 from torch import nn
 
-from bonn_qat import hookimpl, hookspecs, plugins
+from bonn_qat import hookimpl, plugins
 from bonn_qat.errors import BonnQatError, InvalidData, InvalidRecipe, TrainingDiverged
 from bonn_qat.scheme import Stage
 from bonn_qat.studies import compare as comparing
-from bonn_qat.studies import jobs, worker
-from bonn_qat.studies.comparison import read_comparison
+from bonn_qat.studies import jobs
+from bonn_qat.studies import run as running
+from bonn_qat.studies.comparison import PAGE, Comparison, read_comparison, write_manifest
 from bonn_qat.training import data
+from bonn_qat.training.checkpoint import read_state
 from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.results import RUNS
 
-DEADLY = '''
+PLUGIN = '''
 import multiprocessing, os, signal
+from pathlib import Path
 from bonn_qat import Regularizer, hookimpl
 
+HERE = Path(__file__).parent
+
 class Deadly(Regularizer):
-    """Ends the process that it is in."""
+    """Ends the process that it is in, in the second epoch; with weight 2 only once, otherwise again and again."""
 
     name = "deadly"
 
     def __init__(self, model, *, weight=1.0):
         super().__init__(weight=weight)
+        self.steps = 0
 
     def loss(self, step):
-        os.kill(os.getpid(), signal.SIGKILL)
+        self.steps += 1
+        mark = HERE / f"died{self.weight:g}"
+        if not mark.exists() if self.steps == 3 else self.weight == 1 and mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 0 * step.targets.float().sum()
 
 @hookimpl
 def bonn_qat_regularizers():
     yield Deadly
 
+def note(recipe, *words):
+    with (HERE / "notes").open("a") as file:
+        print(os.getpid(), recipe.name, *words, file=file)
+
 @hookimpl
-def bonn_qat_before_run():
-    assert multiprocessing.parent_process() is None, "observers are called in the process that compares"
+def bonn_qat_before_run(recipe, model):
+    assert multiprocessing.parent_process() is not None, "observers are called in the process that trains"
+    note(recipe, "before", sum(parameter.numel() for parameter in model.parameters()))
+
+@hookimpl
+def bonn_qat_after_epoch(recipe, epoch):
+    note(recipe, "epoch", epoch)
+
+@hookimpl
+def bonn_qat_after_run(recipe, result):
+    note(recipe, "after", "a result" if result else "nothing")
 '''
-
-
-class Observer:
-    """Writes down what it is told of each run, and can do something at a moment."""
-
-    def __init__(self, **moments: Any) -> None:
-        self.seen: dict[str, list[str]] = {}
-        self.models: dict[str, nn.Module] = {}
-        self.moments = moments
-
-    def note(self, recipe: Recipe, moment: str, told: str = "") -> None:
-        self.seen.setdefault(recipe.name, []).append(moment + told)
-        self.moments.get(moment, lambda recipe: None)(recipe)
-
-    @hookimpl
-    def bonn_qat_before_run(self, recipe: Recipe) -> None:
-        self.note(recipe, "before")
-
-    @hookimpl
-    def bonn_qat_after_epoch(self, recipe: Recipe, epoch: int) -> None:
-        self.note(recipe, "epoch", f" {epoch}")
-
-    @hookimpl
-    def bonn_qat_after_run(self, recipe: Recipe, result: Any) -> None:
-        self.note(recipe, "after", "" if result else " nothing")
-
-
-class ModelObserver(Observer):
-    @hookimpl
-    def bonn_qat_before_run(self, recipe: Recipe, model: nn.Module) -> None:
-        super().bonn_qat_before_run(recipe)
-        self.models[recipe.name] = model
-
-
-class Bars:
-    """A ``watch`` that counts the steps of each run and notes how its context is left."""
-
-    def __init__(self) -> None:
-        self.steps: dict[str, tuple[int, int]] = {}
-        self.ends: dict[str, str] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, recipe: Recipe, steps: int) -> Iterator[Any]:
-        self.steps[recipe.name] = 0, steps
-        try:
-            yield lambda: self.steps.update({recipe.name: (self.steps[recipe.name][0] + 1, steps)})
-        except BaseException as error:
-            self.ends[recipe.name] = type(error).__name__
-            raise
-        self.ends[recipe.name] = "done"
 
 
 def _manager(*others: object) -> pluggy.PluginManager:
@@ -119,44 +94,55 @@ def _manager(*others: object) -> pluggy.PluginManager:
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """The same recipes with one job and with two, of which the second has one more, that is the end of its process."""
+    """The same recipes with one job and with two; of the latter two more end their processes, one of them always."""
     place = tmp_path_factory.mktemp("jobs")
     digits = data.load("digits", train_images=32, test_images=16)
     tiny = Recipe(model="wrn10_16", epochs=2, batch_size=16, latents="0.01")
-    recipes = [*comparing.plan(tiny, schemes=["bonn", "float"]), replace(tiny, scheme="xnor", lr=1e30)]
-    deadly = replace(tiny, stages=(Stage(regularizers={"deadly": 1.0}),), seed=1)
-    observer, bars = ModelObserver(), Bars()
+    wild = replace(tiny, scheme="xnor", lr=1e30)
+    once, deadly = (
+        replace(tiny, stages=(Stage(regularizers={"deadly": weight}),), seed=int(weight)) for weight in (2.0, 1.0)
+    )
+    recipes = [*comparing.plan(tiny, schemes=["bonn", "float"]), wild]
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("OMP_NUM_THREADS", raising=False)
-        (place / "deadly_plugin.py").write_text(DEADLY)
+        patch.setattr(comparing, "write_report", lambda comparison: comparison.directory / PAGE)  # it costs seconds
+        (place / "deadly_plugin.py").write_text(PLUGIN)
         patch.syspath_prepend(place)
         module = importlib.import_module("deadly_plugin")
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
-        one = comparing.compare(recipes, digits, place / "one")
-        torch.set_num_threads(threads)
-        pm = _manager(observer, module)
         patch.chdir(place)
-        two = comparing.compare([*recipes, deadly], digits, Path("two"), jobs=2, watch=bars, pm=pm)
-        patch.setattr(jobs, "_Worker", None)
+        two = comparing.compare([once, *recipes, deadly], digits, Path("two"), jobs=2, pm=_manager(module))
+        patch.setattr(module, "note", lambda *words: None)
+        patch.setattr(multiprocessing, "parent_process", lambda: "itself")
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
+        one = comparing.compare([once, *recipes], digits, place / "one", pm=_manager(module))  # it has died already
+        torch.set_num_threads(threads)
+        patch.setattr(jobs, "_Job", None)
         again = comparing.compare(recipes[:2], digits, Path("two"), jobs=2)
+    notes: dict[str, list[str]] = {}
+    pids = set()
+    for line in (place / "notes").read_text().splitlines():
+        pid, name, note = line.split(" ", 2)
+        notes.setdefault(name, []).append(note)
+        pids.add(int(pid))
     return SimpleNamespace(
-        place=place, recipes=recipes, deadly=deadly.name, data=digits, one=one, two=two, again=again,
-        observer=observer, bars=bars,
+        place=place, recipes=recipes, once=once.name, deadly=deadly.name, wild=wild.name, one=one, two=two, again=again,
+        notes=notes, pids=pids,
     )  # fmt: skip
 
 
 def test_two_jobs_leave_the_files_of_one(compared: SimpleNamespace) -> None:
     one, two = compared.place / "one" / RUNS, compared.place / "two" / RUNS
     names = {path.name for path in one.glob("[!.]*")}
-    # The run whose process died can go on from there.
+    # The run whose process died twice can be resumed.
     assert {path.name for path in two.glob("[!.]*")} == {*names, f"{compared.deadly}.unfinished.safetensors"}
-    assert len(names) == 2 * len(compared.one.results) == 4
+    assert len(names) == 2 * len(compared.one.results) == 6
+    changing = dict.fromkeys(("seconds", "run_id", "started", "times"))
     for name in names:
         if name.endswith(".safetensors"):
             assert (one / name).read_bytes() == (two / name).read_bytes()
         else:
-            results = [{**json.loads((place / name).read_text()), "seconds": None} for place in (one, two)]
+            results = [json.loads((place / name).read_text()) | changing for place in (one, two)]
             assert results[0] == results[1]
 
 
@@ -164,56 +150,104 @@ def test_two_jobs_give_what_is_on_disk(compared: SimpleNamespace) -> None:
     assert read_comparison(compared.place / "two").results == compared.two.results
     assert [run.name for run in compared.two.results] == [run.name for run in compared.one.results]
     assert not compared.two.missing
+    assert not compared.two.elsewhere
 
 
 def test_what_is_finished_needs_no_process(compared: SimpleNamespace) -> None:
-    assert compared.again.results == compared.two.results
+    assert {run.name for run in compared.again.results} == {run.name for run in compared.two.results}
 
 
-def test_a_run_that_fails_and_one_whose_process_dies_are_reported(compared: SimpleNamespace) -> None:
-    (wild,) = compared.one.failures
-    assert compared.two.failures[wild] == compared.one.failures[wild]
+def test_a_run_that_fails_and_one_whose_process_dies_twice_are_reported(compared: SimpleNamespace) -> None:
+    assert compared.two.failures[compared.wild] == compared.one.failures[compared.wild]
     assert compared.two.failures[compared.deadly] == (
         "its process ended: killed by SIGKILL, which may be for want of memory; try fewer jobs"
     )
     assert len(compared.two.failures) == 2
 
 
-def test_observers_are_told_here_and_of_each_run_in_order(compared: SimpleNamespace) -> None:
-    (wild,) = compared.one.failures
-    whole = ["before", "epoch 1", "epoch 2", "after"]
-    none = ["before", "after nothing"]
-    finished = {result.name: whole for result in compared.one.results}
-    assert compared.observer.seen == {**finished, wild: none, compared.deadly: none}
-
-
-def test_an_observer_gets_a_copy_of_the_network_as_it_was_built(compared: SimpleNamespace) -> None:
-    recipe = compared.recipes[0]
-    built, copy = worker.build(recipe, compared.data).state_dict(), compared.observer.models[recipe.name].state_dict()
-    assert built.keys() == copy.keys()
-    assert all(torch.equal(built[name], copy[name]) for name in built)
-
-
-def test_every_step_is_told_and_how_a_run_ended(compared: SimpleNamespace) -> None:
-    (wild,) = compared.one.failures
+def test_observers_are_told_in_the_process_that_trains_and_of_each_run_in_order(compared: SimpleNamespace) -> None:
+    assert os.getpid() not in compared.pids
+    assert len(compared.pids) >= 3
+    before = {name: notes[0] for name, notes in compared.notes.items()}
+    assert all(note.startswith("before ") and int(note.split()[1]) > 1e4 for note in before.values())
+    whole = ["epoch 1", "epoch 2", "after a result"]
     for result in compared.one.results:
-        assert compared.bars.steps[result.name] == (4, 4)
-        assert compared.bars.ends[result.name] == "done"
-    assert compared.bars.ends[wild] == compared.bars.ends[compared.deadly] == "BonnQatError"
+        if result.name != compared.once:
+            assert compared.notes[result.name] == [before[result.name], *whole]
+    assert compared.notes[compared.wild] == [before[compared.wild], "after nothing"]
+
+
+def test_a_run_whose_process_died_is_resumed_from_its_checkpoint(compared: SimpleNamespace) -> None:
+    before = compared.notes[compared.once][0]
+    # The first epoch is told again.
+    assert compared.notes[compared.once] == [before, "epoch 1", before, "epoch 1", "epoch 2", "after a result"]
+    before = compared.notes[compared.deadly][0]
+    assert compared.notes[compared.deadly] == [before, "epoch 1"] * 2
+
+
+def _children(pid: int) -> list[int]:
+    """The processes whose parent it is and that have imported torch or are about to."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            parent = next(line for line in status.read_text().splitlines() if line.startswith("PPid:"))
+            command = status.with_name("cmdline").read_text()
+        except (OSError, StopIteration):
+            continue
+        if int(parent.split()[1]) == pid and "spawn_main" in command:
+            found.append(int(status.parent.name))
+    return found
+
+
+_SECONDS = 600.0  # for what takes ten, on a machine that has nothing else to do
+
+
+def _until(condition: Callable[[], Any]) -> Any:
+    end = time.monotonic() + _SECONDS
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_signal_stops_all_jobs_after_their_step_with_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
+    options = ["--schemes", "bonn,float", "--model", "wrn10_16", "--epochs", "1", "-b", "2", "--jobs", "2"]
+    command = [sys.executable, "-m", "bonn_qat", "compare", *options, "--output", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            _until(lambda: len(list((tmp_path / RUNS).glob("[!.]*.unfinished.safetensors"))) == 2)
+            time.sleep(0.5)
+            children = _children(process.pid)
+            process.send_signal(number)
+            _, said = process.communicate(timeout=_SECONDS)
+        finally:
+            process.kill()
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
+    assert said.count("\n") == (number != signal.SIGKILL)
+    assert len(children) == 2
+    _until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+    steps = [read_state(path).progress.step for path in (tmp_path / RUNS).glob("[!.]*.unfinished.safetensors")]
+    assert len(steps) == 2
+    assert all(0 < step < 718 for step in steps)
 
 
 # In threads
 
 
 class Thread(threading.Thread):
-    """Stands in for a process: hears and tells the same through its end of the pipe."""
+    """Stands in for a process: sends the same through its end of the pipe."""
 
     exitcode: int | None = None
 
-    def __init__(self, target: Any, args: tuple[Connection, int], name: str) -> None:
-        connection, index = args
+    def __init__(self, target: Any, args: tuple[Path, int, Connection], name: str) -> None:
+        *first, connection = args
         self.connection = Connection(os.dup(connection.fileno()))
-        super().__init__(target=target, args=(self.connection, index), name=name)
+        super().__init__(target=target, args=(*first, self.connection), name=name)
 
     def run(self) -> None:
         try:
@@ -224,37 +258,63 @@ class Thread(threading.Thread):
         finally:
             self.connection.close()
 
+    def terminate(self) -> None:
+        STOPPED.set()
+
     def kill(self) -> None:
-        """Nothing: it ends with its pipe."""
+        """Nothing: it has stopped."""
+
+
+SEEN: list[str] = []  # what the observer was told, in all threads
+STOPPED = threading.Event()
+
+
+class Observer:
+    """Notes what it is told; pickled and unpickled it still writes to the same list."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    @hookimpl
+    def bonn_qat_before_comparison(self, directory: Path) -> None:
+        SEEN.append(f"{threading.current_thread().name} before {directory.name}")
+
+    @hookimpl
+    def bonn_qat_after_epoch(self) -> None:
+        if self.error:
+            raise self.error
+
+    @hookimpl
+    def bonn_qat_after_comparison(self, directory: Path) -> None:
+        SEEN.append(f"{threading.current_thread().name} after {directory.name}")
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def runs(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
     """What happens in each of a run's three steps, by the run's seed, instead of training."""
-    happens: dict[str, Any] = {}
+    happens: dict[int, Any] = {}
 
-    def train(model: nn.Module, recipe: Recipe, data: Any, *, tick: Any, pm: Any, **others: Any) -> tuple[str, str]:
-        pm.hook.bonn_qat_before_run(recipe=recipe, model=model, run_id="x")
-        report = None
-        try:
-            for epoch in (1, 2, 3):
-                happens.get(recipe.seed, lambda tick: None)(tick)
-                tick()
-                pm.hook.bonn_qat_after_epoch(recipe=recipe, epoch=epoch, metrics={})
-            report = {"name": recipe.name}
-        finally:
-            pm.hook.bonn_qat_after_run(recipe=recipe, result=report)
-        return recipe.name, "finished"
+    def train(model: nn.Module, recipe: Recipe, data: Any, *, pm: Any, device: Any, **others: Any) -> SimpleNamespace:
+        for epoch in (1, 2, 3):
+            happens.get(recipe.seed, lambda: None)()
+            if STOPPED.is_set():
+                raise SystemExit(143)
+            pm.hook.bonn_qat_after_epoch(recipe=recipe, epoch=epoch, metrics={}, time=0.0)
+        return SimpleNamespace(name=recipe.name, device=device)
 
+    def write_run(directory: Path, result: SimpleNamespace) -> None:
+        (directory / RUNS / f"{result.name}.json").write_text(str(result.device))
+
+    SEEN.clear()
+    STOPPED.clear()
     monkeypatch.setattr(jobs, "_CONTEXT", SimpleNamespace(Pipe=multiprocessing.Pipe, Process=Thread))
+    monkeypatch.setattr(jobs, "_stop_with_parent", lambda: None)
     monkeypatch.setattr(jobs, "_cores", lambda: 2 * torch.get_num_threads())
-    monkeypatch.setattr(jobs, "_SECONDS_TO_STOP", 60.0)
-    monkeypatch.setattr(worker, "_SECONDS_BETWEEN_TICKS", 0.0)
-    monkeypatch.setattr(worker, "build", lambda recipe, data, pm: nn.Linear(1, 1))
-    monkeypatch.setattr(worker, "steps", lambda recipe, data: 3)
-    monkeypatch.setattr(worker, "train", train)
-    monkeypatch.setattr(worker, "write_tensors", lambda path, tensors, header: None)
-    monkeypatch.setattr(worker, "write_run", lambda directory, result: None)
+    monkeypatch.setattr(running, "build", lambda recipe, data, pm: nn.Linear(1, 1))
+    monkeypatch.setattr(running, "train", train)
+    monkeypatch.setattr(running, "write_tensors", lambda path, tensors, header: None)
+    monkeypatch.setattr(running, "write_run", write_run)
+    monkeypatch.setattr(running, "read_run", lambda path: path.stem)
     return happens
 
 
@@ -263,140 +323,145 @@ DATA = data.TensorData(
     *[(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]))] * 2,
     classes=2, pad=0, flip=False,
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs of :func:`at_once` leave their locks in the working directory."""
-    monkeypatch.chdir(tmp_path)
-
-
-def at_once(
-    count: int, pm: pluggy.PluginManager, *, watch: Any = None, data: Any = DATA
-) -> Iterator[tuple[Recipe, worker.Outcome]]:
-    recipes = [Recipe(seed=seed) for seed in range(count)]
-    return jobs.at_once(recipes, data, Path("nowhere"), jobs=2, watch=watch or Bars(), pm=pm)
-
-
 NAMES = [Recipe(seed=seed).name for seed in range(5)]
-FINISHED = {name: (name, "finished") for name in NAMES}
-WHOLE = ["before", "epoch 1", "epoch 2", "epoch 3", "after"]
 
 
-def test_each_run_has_its_observers_and_its_bar(runs: dict[str, Any]) -> None:
-    observer, bars = Observer(), Bars()
-    outcomes = {recipe.name: outcome for recipe, outcome in at_once(5, _manager(observer), watch=bars)}
-    assert outcomes == FINISHED
-    assert observer.seen == dict.fromkeys(NAMES, WHOLE)
-    assert bars.steps == dict.fromkeys(NAMES, (3, 3))
-    assert bars.ends == dict.fromkeys(NAMES, "done")
+@pytest.fixture
+def at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[str], dict[str, str]]]:
+    """Runs recipes of seeds 0, 1, ... in two jobs; gives the names of those with a result, and the failures."""
+
+    def run(
+        count: int, *others: object, data: Any = DATA, around: Path | None = None
+    ) -> tuple[list[str], dict[str, str]]:
+        recipes = [Recipe(seed=seed) for seed in range(count)]
+        write_manifest(Comparison(directory=tmp_path, data=DATA.describe(), planned=NAMES[:count], results=()))
+        monkeypatch.setattr(running, "read_comparison", lambda directory: SimpleNamespace(failures=noted()))
+        monkeypatch.setattr(running, "replace", lambda comparison, failures: failures)
+        monkeypatch.setattr(running, "write_manifest", lambda found: failures.update(found))
+        monkeypatch.setattr(running, "_failures", lambda directory: noted())
+        jobs.at_once(recipes, data, tmp_path, jobs=2, pm=_manager(*others), around=around)
+        return sorted(path.stem for path in (tmp_path / RUNS).glob("*.json")), noted()
+
+    failures: dict[str, str] = {}
+
+    def noted() -> dict[str, str]:
+        return dict(failures)
+
+    return run
 
 
-def test_two_runs_go_on_at_once(runs: dict[str, Any]) -> None:
+def test_every_run_is_made_once(runs: dict[int, Any], at_once: Any) -> None:
+    made: list[int] = []
+    for seed in range(5):
+        runs[seed] = lambda seed=seed: made.append(seed)
+    assert at_once(5) == (NAMES, {})
+    assert sorted(made) == [seed for seed in range(5) for _ in range(3)]
+
+
+def test_two_runs_go_on_at_once(runs: dict[int, Any], at_once: Any) -> None:
     together = threading.Barrier(2, timeout=30)
-    runs[0] = runs[1] = lambda tick: together.wait()
-    assert len(list(at_once(2, _manager()))) == 2
+    runs[0] = runs[1] = together.wait
+    assert at_once(2) == (NAMES[:2], {})
 
 
-def _dies(tick: Any) -> None:
+def test_each_job_tells_its_observers_of_the_study_and_the_comparison(
+    runs: dict[int, Any], at_once: Any, tmp_path: Path
+) -> None:
+    together = threading.Barrier(2, timeout=30)
+    runs[0] = runs[1] = together.wait
+    study = tmp_path.parent
+    at_once(2, Observer(), around=study)
+    for job in ("bonn-qat job 0", "bonn-qat job 1"):
+        moments = [f"before {study.name}", f"before {tmp_path.name}", f"after {tmp_path.name}", f"after {study.name}"]
+        assert [line for line in SEEN if line.startswith(job)] == [f"{job} {moment}" for moment in moments]
+
+
+def _dies() -> None:
     sys.exit(-9)
 
 
-def test_another_process_takes_the_place_of_one_that_dies(runs: dict[str, Any]) -> None:
-    observer, bars = Observer(), Bars()
-    runs[0] = runs[1] = runs[2] = _dies
-    outcomes = {recipe.name: outcome for recipe, outcome in at_once(5, _manager(observer), watch=bars)}
-    assert [name for name in NAMES if "killed by SIGKILL" in str(outcomes[name])] == NAMES[:3]
-    assert all(outcomes[name] == FINISHED[name] for name in NAMES[3:])
-    assert [observer.seen[name] for name in NAMES] == [["before", "after nothing"]] * 3 + [WHOLE] * 2
-    assert [bars.ends[name] for name in NAMES] == ["BonnQatError"] * 3 + ["done"] * 2
+def test_another_process_takes_the_place_of_one_that_dies_and_its_run(runs: dict[int, Any], at_once: Any) -> None:
+    deaths: list[int] = []
+
+    def dies_once() -> None:
+        if not deaths:
+            deaths.append(1)
+            _dies()
+
+    runs[0] = dies_once
+    runs[1] = runs[2] = _dies
+    finished, failures = at_once(5)
+    assert finished == [NAMES[0], *NAMES[3:]]
+    assert failures.keys() == {*NAMES[1:3]}
+    assert all("killed by SIGKILL" in why for why in failures.values())
 
 
-LONG = 6000
+def _goes_on() -> None:
+    STOPPED.wait(60)
 
 
-def _goes_on(tick: Any) -> None:
-    for _ in range(LONG):
-        tick()
-        time.sleep(0.01)
-
-
-def _raise(error: BaseException) -> Any:
-    def moment(recipe: Recipe) -> None:
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ZeroDivisionError("of a plugin")])
+def test_an_error_in_one_job_stops_all_and_is_raised_here(runs: dict[int, Any], at_once: Any, error: Exception) -> None:
+    def fails() -> None:
         raise error
 
-    return moment
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), ZeroDivisionError()])
-def test_what_stops_the_observer_stops_all_runs_after_a_step(runs: dict[str, Any], error: BaseException) -> None:
-    observer, bars = Observer(epoch=_raise(error)), Bars()
-    begun = threading.Event()
-
-    def goes_on(tick: Any) -> None:
-        begun.set()
-        _goes_on(tick)
-
-    runs[0], runs[1] = lambda tick: begun.wait(30), goes_on
-    with pytest.raises(type(error)):
-        list(at_once(3, _manager(observer), watch=bars))
-    assert bars.steps[NAMES[1]][0] < LONG
-    assert {name: seen[-1] for name, seen in observer.seen.items()} == dict.fromkeys(NAMES[:2], "after nothing")
-    assert bars.ends == dict.fromkeys(NAMES[:2], type(error).__name__)
+    runs[0], runs[1] = fails, _goes_on
+    with pytest.raises(type(error), match=str(error.args[-1])) as raised:
+        at_once(3)
+    assert raised.value.args == error.args
+    assert "in fails" in raised.value.__notes__[0]
     assert not [thread for thread in threading.enumerate() if isinstance(thread, Thread)]
 
 
-def test_closing_stops_what_is_under_way(runs: dict[str, Any]) -> None:
-    observer = Observer()
-    runs[1] = _goes_on
-    outcomes = at_once(2, _manager(observer))
-    assert next(outcomes)[0].name == NAMES[0]
-    outcomes.close()
-    assert observer.seen[NAMES[0]] == WHOLE
+def test_an_error_of_an_observer_is_raised_here(runs: dict[int, Any], at_once: Any) -> None:
+    with pytest.raises(ZeroDivisionError):
+        at_once(3, Observer(ZeroDivisionError()))
+
+
+def test_an_interruption_here_stops_all(
+    runs: dict[int, Any], at_once: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted(running: Any) -> Any:
+        raise KeyboardInterrupt
+
+    runs[0] = runs[1] = _goes_on
+    monkeypatch.setattr(jobs, "_with_news", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        at_once(3)
+    assert not list((tmp_path / RUNS).glob("*.json"))
     assert not [thread for thread in threading.enumerate() if isinstance(thread, Thread)]
 
 
-def test_what_is_no_error_of_a_run_is_raised_here(runs: dict[str, Any]) -> None:
-    def full(tick: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    observer = Observer()
-    runs[0], runs[1] = full, _goes_on
-    with pytest.raises(OSError, match="No space left") as raised:
-        list(at_once(3, _manager(observer)))
-    assert raised.value.errno == errno.ENOSPC
-    assert "in full" in raised.value.__notes__[0]
-    assert {name: seen[-1] for name, seen in observer.seen.items()} == dict.fromkeys(NAMES[:2], "after nothing")
-
-
-def test_an_error_that_cannot_be_sent_is_told_in_words(runs: dict[str, Any]) -> None:
+def test_an_error_that_cannot_be_sent_is_told_in_words(runs: dict[int, Any], at_once: Any) -> None:
     class Local(Exception):
         pass
 
-    def fails(tick: Any) -> None:
+    def fails() -> None:
         raise Local("of its own")
 
     runs[0] = fails
     with pytest.raises(RuntimeError, match="Local: of its own"):
-        list(at_once(1, _manager()))
+        at_once(1)
 
 
 @pytest.mark.parametrize("error", [TrainingDiverged("nan"), torch.OutOfMemoryError("CUDA"), MemoryError()])
-def test_a_failed_run_fails_alone(runs: dict[str, Any], error: Exception) -> None:
-    def fails(tick: Any) -> None:
+def test_a_failed_run_fails_alone(runs: dict[int, Any], at_once: Any, error: Exception) -> None:
+    def fails() -> None:
         raise error
 
     runs[0] = fails
-    outcomes = {recipe.name: outcome for recipe, outcome in at_once(3, _manager())}
-    assert outcomes.pop(NAMES[0]) in ("nan", "out of memory; try fewer jobs, or a batch_size below 64")
-    assert outcomes == {name: FINISHED[name] for name in NAMES[1:3]}
+    finished, failures = at_once(3)
+    assert finished == NAMES[1:3]
+    assert failures[NAMES[0]] in ("nan", "out of memory; try fewer jobs, or a batch_size below 64")
 
 
-def test_a_process_that_does_not_begin_is_an_error(runs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "work", lambda connection, index: sys.exit(1))
+def test_a_process_that_does_not_begin_is_an_error(
+    runs: dict[int, Any], at_once: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "_work", lambda path, index, connection: sys.exit(1))
     words = r"ended before it began one \(exit code 1\); a script .* below `if __name__ == '__main__':`"
     with pytest.raises(BonnQatError, match=words):
-        list(at_once(3, _manager()))
+        at_once(3)
 
 
 def test_there_are_no_jobs_within_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,55 +471,91 @@ def test_there_are_no_jobs_within_a_job(monkeypatch: pytest.MonkeyPatch) -> None
         jobs.check_jobs(2)
 
 
-def test_less_than_one_job_is_an_error() -> None:
+def test_less_than_one_job_and_several_in_a_process_group_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidRecipe, match="jobs is 0; allowed: at least 1"):
         jobs.check_jobs(0)
+    monkeypatch.setattr("bonn_qat.distributed.world", lambda: 2)
+    jobs.check_jobs(1)
+    with pytest.raises(InvalidRecipe, match="jobs is 3 where each run has 2 processes; allowed: 1"):
+        jobs.check_jobs(3)
 
 
-def test_the_cores_are_shared_as_threads(runs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cores_are_shared_as_threads(runs: dict[int, Any], at_once: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     set_threads: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", set_threads.append)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for cores in (1, 5):
         monkeypatch.setattr(jobs, "_cores", lambda cores=cores: cores)
-        list(at_once(1, _manager()))
+        at_once(1)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    list(at_once(1, _manager()))
+    at_once(1)
     assert set_threads == [1, 2]
 
 
-def test_what_cannot_be_sent_is_named(runs: dict[str, Any]) -> None:
+def test_gpus_are_dealt_in_turn(
+    runs: dict[int, Any], at_once: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    together = threading.Barrier(2, timeout=30)
+    runs[0] = runs[1] = together.wait
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for gpus, devices in ((1, {"cuda:0"}), (2, {"cuda:0", "cuda:1"})):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        at_once(2)
+        results = list((tmp_path / RUNS).glob("*.json"))
+        assert {path.read_text() for path in results} == devices
+        for path in results:
+            path.unlink()
+
+
+# What is sent
+
+
+class LocalData:
+    name = "local"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("not this one")
+
+
+def test_what_cannot_be_sent_is_named(runs: dict[int, Any], at_once: Any) -> None:
     class Local:
         @hookimpl
         def bonn_qat_schemes(self) -> list[Any]:
             return []
 
-    class LocalData:
-        name = "local"
-
     with pytest.raises(InvalidData, match=r"the data 'local' cannot be sent to another process .* with jobs=1"):
-        list(at_once(1, _manager(), data=LocalData()))
+        at_once(1, data=LocalData())
     pm = _manager()
     pm.register(Local(), name="mine")
     with pytest.raises(BonnQatError, match=r"the plugin 'mine' cannot be sent to another process .* with jobs=1"):
-        list(at_once(1, pm))
+        jobs.sent_plugins(pm)
 
 
-def test_a_network_that_cannot_be_sent_fails_where_an_observer_asks_for_it(
-    runs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = nn.Linear(1, 1)
-    model.register_forward_hook(lambda module, inputs, output: None)
-    monkeypatch.setattr(worker, "build", lambda recipe, data, pm: model)
-    assert [outcome for _, outcome in at_once(1, _manager(Observer()))] == [FINISHED[NAMES[0]]]
-    ((_, outcome),) = at_once(1, _manager(ModelObserver()))
-    assert "Linear cannot be sent to an observer that asks for it" in str(outcome)
+class Both:
+    """Offers and observes."""
+
+    @hookimpl
+    def bonn_qat_schemes(self) -> list[Any]:
+        return [replace(plugins.find_scheme("bonn"), name="mine")]
+
+    @hookimpl
+    def bonn_qat_after_epoch(self) -> None:
+        raise AssertionError
 
 
-def test_every_moment_of_a_run_is_forwarded() -> None:
-    moments = {name for name in vars(hookspecs) if name.startswith(("bonn_qat_before_", "bonn_qat_after_"))}
-    moments -= {"bonn_qat_before_comparison", "bonn_qat_after_comparison"}
-    assert moments == {name for name in vars(worker._Parent) if name.startswith("bonn_qat_")}
+def test_a_plugin_manager_is_the_same_after_it_was_sent() -> None:
+    pm = _manager(Both(), Observer())
+    left_out = next(name for name, _ in pm.list_name_plugin() if name.startswith("baselines."))
+    pm.unregister(name=left_out)
+    again = pickle.loads(pickle.dumps(jobs.sent_plugins(pm))).manager()
+    assert plugins.schemes(again).keys() == plugins.schemes(pm).keys() >= {"mine", "bonn"}
+    assert not again.has_plugin(left_out)
+    assert len(again.hook.bonn_qat_after_epoch.get_hookimpls()) == 2
+    offering = jobs.sent_plugins(pm, observers=False)
+    assert len(offering.others) == 1
+    again = pickle.loads(pickle.dumps(offering)).manager(observers=False)
+    assert plugins.schemes(again).keys() == plugins.schemes(pm).keys()
+    assert not again.hook.bonn_qat_after_epoch.get_hookimpls()
 
 
 def test_data_are_the_same_after_they_were_sent(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Running studies: a few tiny networks on a few digits; most tests share one finished study."""
 
-import contextlib
 import dataclasses
 import shutil
 from collections.abc import Iterator, Sequence
@@ -46,22 +45,24 @@ def write(folder: Path, *settings: Sequence[str], name: str = "mine", recipe: st
     return study.load(str(folder / f"{name}.toml"))
 
 
-class Bars:
-    """A ``watch`` that keeps the recipes and counts the steps of the runs that begin."""
+class Begun:
+    """An observer that keeps the recipes of the runs that begin and counts their epochs; it can interrupt one."""
 
     def __init__(self, stop_at: int = 0) -> None:
-        self.begun: list[Recipe] = []
-        self.steps: dict[int, tuple[int, int]] = {}
+        self.recipes: list[Recipe] = []
+        self.epochs: list[int] = []
         self.stop_at = stop_at
 
-    @contextlib.contextmanager
-    def __call__(self, recipe: Recipe, steps: int) -> Iterator[Any]:
-        self.begun.append(recipe)
-        run = len(self.begun)
-        if run == self.stop_at:
+    @hookimpl
+    def bonn_qat_before_run(self, recipe: Recipe) -> None:
+        self.recipes.append(recipe)
+        self.epochs.append(0)
+        if len(self.recipes) == self.stop_at:
             raise KeyboardInterrupt
-        self.steps[run] = 0, steps
-        yield lambda: self.steps.update({run: (self.steps[run][0] + 1, steps)})
+
+    @hookimpl
+    def bonn_qat_after_epoch(self) -> None:
+        self.epochs[-1] += 1
 
 
 class Observer:
@@ -77,9 +78,10 @@ class Observer:
         self.calls.append(("after", page))
 
 
-def watched(observer: Observer) -> pluggy.PluginManager:
+def watched(*observers: object) -> pluggy.PluginManager:
     pm = plugins.create_manager()
-    pm.register(observer)
+    for observer in observers:
+        pm.register(observer)
     return pm
 
 
@@ -95,7 +97,7 @@ def _no_pages_of_comparisons() -> Iterator[None]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A study of three arms and two seeds, with a search among two rates, and what it was trained on."""
     place = tmp_path_factory.mktemp("study")
-    mine, bars, observer = write(place, [FLOAT, XNOR, BONN]), Bars(), Observer()
+    mine, begun, observer = write(place, [FLOAT, XNOR, BONN]), Begun(), Observer()
     used: dict[Path, Any] = {}
 
     def compare(recipes: Sequence[Recipe], data: Any, directory: Path, **others: Any) -> Comparison:
@@ -104,9 +106,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reproduce, "compare", SimpleNamespace(compare=compare))
-        result = reproduce.reproduce(mine, place / "out", rates=RATES, watch=bars, pm=watched(observer))
+        result = reproduce.reproduce(mine, place / "out", rates=RATES, pm=watched(begun, observer))
     return SimpleNamespace(
-        study=mine, folder=place, directory=place / "out", result=result, bars=bars, used=used, calls=observer.calls
+        study=mine, folder=place, directory=place / "out", result=result, begun=begun, used=used, calls=observer.calls
     )
 
 
@@ -120,12 +122,11 @@ def again(finished: SimpleNamespace, tmp_path: Path) -> Path:
 
 
 def test_as_many_runs_are_made_as_were_announced(finished: SimpleNamespace) -> None:
-    assert len(finished.bars.begun) == runs(finished.study, None, RATES) == 3 * (2 + len(RATES))
+    assert len(finished.begun.recipes) == runs(finished.study, None, RATES) == 3 * (2 + len(RATES))
     assert runs(finished.study, 5, ()) == 15
     assert runs(finished.study, 5, (0.1, 0.1)) == 18
-    for number, recipe in enumerate(finished.bars.begun, 1):
-        done, whole = finished.bars.steps[number]
-        assert done < whole if recipe.lr == WILD else done == whole
+    for recipe, done in zip(finished.begun.recipes, finished.begun.epochs, strict=True):
+        assert done == (0 if recipe.lr == WILD else recipe.epochs)
     planned = {(arm.recipe.name, seed) for arm in finished.study.settings[0].arms for seed in range(2)}
     (setting,) = finished.result.settings
     assert {(dataclasses.replace(Recipe.from_dict(run.recipe), seed=0).name, run.seed)
@@ -158,7 +159,7 @@ def test_the_search_trains_and_tests_on_training_images_alone(finished: SimpleNa
         assert (len(trained), len(held_out)) == (64 // 2, 64 // 5)
         assert not trained & held_out
         assert trained | held_out <= images(whole._train)
-    for recipe in finished.bars.begun:
+    for recipe in finished.begun.recipes:
         searched = recipe.validation_images > 0
         assert (recipe.epochs, recipe.validation_images) == ((1, 12) if searched else (2, 0))
         assert not (searched and recipe.seed)
@@ -191,20 +192,20 @@ def test_a_study_is_a_comparison_around_its_own(finished: SimpleNamespace) -> No
 
 
 def test_the_same_study_again_trains_nothing(finished: SimpleNamespace, again: Path) -> None:
-    bars = Bars()
+    begun = Begun()
     kept = {path: path.stat().st_mtime_ns for path in again.rglob(f"{RUNS}/*.json")}
-    result = reproduce.reproduce(finished.study, again, rates=[*reversed(RATES), 0.1], watch=bars)
+    result = reproduce.reproduce(finished.study, again, rates=[*reversed(RATES), 0.1], pm=watched(begun))
     # What failed is tried again.
-    assert {recipe.lr for recipe in bars.begun} == {WILD}
+    assert {recipe.lr for recipe in begun.recipes} == {WILD}
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert study_report.markdown(result) == study_report.markdown(finished.result)
 
 
 def test_more_seeds_are_added_to_those_that_are_there(finished: SimpleNamespace, again: Path) -> None:
     only_xnor = write(finished.folder, [XNOR], name="xnor")
-    bars = Bars()
-    result = reproduce.reproduce(only_xnor, again, seeds=3, settings=["lr=0.1"], watch=bars)
-    assert [recipe.name for recipe in bars.begun] == ["xnor-0.01-seed2"]
+    begun = Begun()
+    result = reproduce.reproduce(only_xnor, again, seeds=3, settings=["lr=0.1"], pm=watched(begun))
+    assert [recipe.name for recipe in begun.recipes] == ["xnor-0.01-seed2"]
     (row,) = study_report.rows(result.settings[0], chain=False)
     assert (row.label, row.seeds) == ("XNOR", 3)
 
@@ -214,9 +215,9 @@ def test_a_study_in_the_directory_of_another_runs_only_what_is_new_and_reports_o
 ) -> None:
     (again / "small" / RUNS / "float-float-seed1.json").unlink()
     part = write(finished.folder, [BONN.replace("both losses", "BONN"), XNOR], name="part")
-    bars = Bars()
-    result = reproduce.reproduce(part, again, settings=["lr=0.1"], watch=bars)
-    assert bars.begun == []
+    begun = Begun()
+    result = reproduce.reproduce(part, again, settings=["lr=0.1"], pm=watched(begun))
+    assert begun.recipes == []
     (setting,) = result.settings
     assert not setting.comparison.missing
     assert [run.scheme for run in setting.comparison.results] == ["bonn:feature=0.01"] * 2 + ["xnor"] * 2
@@ -250,15 +251,15 @@ def test_an_interruption_leaves_a_page_of_what_there_is_and_the_same_call_goes_o
     mine = write(tmp_path, [FLOAT, XNOR], [BONN], top=TOP.replace('["final"]', "[]"))
     observer = Observer()
     with pytest.raises(KeyboardInterrupt):
-        reproduce.reproduce(mine, tmp_path / "out", seeds=1, watch=Bars(stop_at=2), pm=watched(observer))
+        reproduce.reproduce(mine, tmp_path / "out", seeds=1, pm=watched(Begun(stop_at=2), observer))
     text = (tmp_path / "out" / "mine.md").read_text()
     assert "| Full precision |" in text
     assert "- missing: xnor-0.01-seed0" in text
     assert observer.calls[-1] == ("after", tmp_path / "out" / "mine.html")
     assert observer.calls[-1][1].is_file()
-    bars = Bars()
-    reproduce.reproduce(mine, tmp_path / "out", seeds=1, watch=bars)
-    assert [recipe.name for recipe in bars.begun] == ["xnor-0.01-seed0", "bonn_feature=0.01-0.01-seed0"]
+    begun = Begun()
+    reproduce.reproduce(mine, tmp_path / "out", seeds=1, pm=watched(begun))
+    assert [recipe.name for recipe in begun.recipes] == ["xnor-0.01-seed0", "bonn_feature=0.01-0.01-seed0"]
     assert "missing" not in (tmp_path / "out" / "mine.md").read_text()
 
 

@@ -1,8 +1,8 @@
-import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from bonn_qat.errors import InvalidData, InvalidModel, TrainingDiverged, Unknown
 from bonn_qat.files.tensors import read_tensors, write_tensors
 from bonn_qat.inspection.diagnose import first_non_finite
 from bonn_qat.scheme import Stage
-from bonn_qat.studies.worker import run
+from bonn_qat.studies.run import run
 from bonn_qat.training import data
 from bonn_qat.training.network import build, restore, weights_header
 from bonn_qat.training.recipe import Recipe
@@ -188,10 +188,9 @@ def test_a_run_leaves_weights_that_restore_the_network_without_its_data(digits: 
     )
     write_tensors(start, build(dataclasses.replace(recipe, checkpoint=""), digits).state_dict())
     kept: list[nn.Module] = []
-    result = run(
-        recipe, digits, tmp_path, watch=lambda recipe, steps: contextlib.nullcontext(lambda: None), pm=None,
-        built=kept.append,
-    )  # fmt: skip
+    pm = plugins.create_manager()
+    pm.register(SimpleNamespace(bonn_qat_before_run=hookimpl(lambda model: kept.append(model))))
+    result = run(recipe, digits, tmp_path, pm=pm)
     assert isinstance(result, RunResult)
     start.unlink()
     state = torch.get_rng_state()
