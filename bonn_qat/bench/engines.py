@@ -16,7 +16,7 @@ Load = Callable[[Path, int, Sequence[int]], Run]  # a file, threads, and the sha
 FIRST_RESULT = "first result"  # what the process says then
 
 # How long a thread of onnxruntime waits awake for its next work. By default up to half a second, in which it takes the
-# processor from the arm whose turn is next; a millisecond is longer than the gap between two calls.
+# processor from the backend whose turn is next; a millisecond is longer than the gap between two calls.
 _SPIN_MICROSECONDS = 1000
 
 

@@ -13,18 +13,18 @@ from rich.table import Table
 from bonn_qat import plotting
 from bonn_qat.bench import chart
 
-_TEXT = ("arm",)  # columns that are not numbers
+_TEXT = ("backend",)  # columns that are not numbers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """One arm at one batch size and number of threads.
+    """One backend at one batch size and number of threads.
 
     ``milliseconds`` of one call, an entry for each round; ``speedups``, the reference's time in the same round divided
-    by this arm's, so that above 1 this arm is faster; empty where the reference was not measured.
+    by this backend's, so that above 1 this backend is faster; empty where the reference was not measured.
     """
 
-    arm: str
+    backend: str
     batch: int
     threads: int
     milliseconds: tuple[float, ...]
@@ -58,14 +58,14 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True)
 class Startup:
-    """One arm in processes of its own, each entry of one round: from the start of the process to its first result.
+    """One backend in processes of its own, each entry of one round: from the start of the process to its first result.
 
     ``cold_seconds`` without compiled kernels, ``warm_seconds`` with them. ``process_kib`` is the most memory that a
     warm process held, ``added_kib`` the most beyond what it held before it loaded the network, which is Python and
     libraries; both are empty where the system does not tell.
     """
 
-    arm: str
+    backend: str
     batch: int
     threads: int
     cold_seconds: tuple[float, ...]
@@ -76,10 +76,10 @@ class Startup:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchReport:
-    """Latency and size of the arms of one network; ``input_size`` is ``(C, H, W)`` of an image.
+    """Latency and size of the backends of one network; ``input_size`` is ``(C, H, W)`` of an image.
 
-    ``reference`` is the arm that the others are set against, None if there is no arm. ``size_bytes`` on disk and
-    ``notes`` are by arm; ``missing`` says of an arm which package it lacks, ``failures`` what went wrong with it.
+    ``reference`` is the backend that the others are compared with, None if no backend works. ``size_bytes`` (on disk)
+    and ``notes`` are by backend; ``missing`` says which package a backend lacks, ``failures`` why it failed.
     """
 
     model: str
@@ -113,7 +113,7 @@ class BenchReport:
         """The latencies as an SVG element, None without any. Raises MatplotlibMissing without matplotlib."""
         bars = [
             chart.LatencyBar(
-                arm=x.arm,
+                backend=x.backend,
                 batch=x.batch,
                 threads=x.threads,
                 milliseconds=x.median_milliseconds,
@@ -129,7 +129,7 @@ class BenchReport:
         lines = [f"{self.model}, scheme {self.scheme}, images of {size}"]
         if self.latencies:
             lines += [
-                f"latency of one call: median (quartiles) of {self.rounds} rounds in which the arms take turns; "
+                f"latency of one call: median (quartiles) of {self.rounds} rounds in which the backends take turns; "
                 f"speed-up over {self.reference} in the same round",
                 _table(_latency_columns(self.latencies), grouped=2),
             ]
@@ -138,9 +138,9 @@ class BenchReport:
         if self.startups:
             lines += ["", _startup_title(self.startups[0]), _table(_startup_columns(self.startups))]
         lines.append("")
-        lines += [f"{arm}: {note}" for arm, note in self.notes.items()]
-        lines += [f"{arm}: not measured: {why}" for arm, why in self.missing.items()]
-        lines += [f"{arm}: failed: {why}" for arm, why in self.failures.items()]
+        lines += [f"{backend}: {note}" for backend, note in self.notes.items()]
+        lines += [f"{backend}: not measured: {why}" for backend, why in self.missing.items()]
+        lines += [f"{backend}: failed: {why}" for backend, why in self.failures.items()]
         lines.append(", ".join(f"{key} {value}" for key, value in self.environment.items()))
         return "\n".join(lines)
 
@@ -156,7 +156,7 @@ def _latency_columns(latencies: Sequence[Latency]) -> dict[str, list[str]]:
     return {
         "threads": [str(x.threads) for x in latencies],
         "batch": [str(x.batch) for x in latencies],
-        "arm": [x.arm for x in latencies],
+        "backend": [x.backend for x in latencies],
         "ms": [plotting.digits(x.median_milliseconds) for x in latencies],
         "(quartiles)": [_range(x.quartiles_milliseconds) for x in latencies],
         "images/s": [plotting.digits(x.images_per_second) for x in latencies],
@@ -171,7 +171,7 @@ def _range(quartiles: tuple[float, float] | None) -> str:
 
 def _size_columns(size_bytes: Mapping[str, int], reference: str) -> dict[str, list[str]]:
     return {
-        "arm": list(size_bytes),
+        "backend": list(size_bytes),
         "KiB": [f"{size / 2**10:,.1f}" for size in size_bytes.values()],
         f"times smaller than {reference}": [
             plotting.digits(size_bytes[reference] / size) for size in size_bytes.values()
@@ -189,7 +189,7 @@ def _startup_title(first: Startup) -> str:
 
 def _startup_columns(startups: Sequence[Startup]) -> dict[str, list[str]]:
     return {
-        "arm": [x.arm for x in startups],
+        "backend": [x.backend for x in startups],
         "cold s": [f"{statistics.median(x.cold_seconds):.2f}" for x in startups],
         "warm s": [f"{statistics.median(x.warm_seconds):.2f}" for x in startups],
         "process MiB": [_mib(x.process_kib) for x in startups],

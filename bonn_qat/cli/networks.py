@@ -46,9 +46,9 @@ def bench(
     num_classes: Annotated[int, typer.Option()] = 1000,
     batch_sizes: Annotated[str, typer.Option(help="Comma-separated numbers of images in a call.")] = "1,32",
     threads: Annotated[str, typer.Option(help="Comma-separated numbers of threads; by default 1 and all cores.")] = "",
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the arms take turns.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the backends take turns.")] = 20,
     startup: Annotated[
-        bool, typer.Option("--startup", help="Also start each arm in processes of its own: time and peak memory.")
+        bool, typer.Option("--startup", help="Also start each backend in processes of its own: time and peak memory.")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="Directory for bench.json and bench.svg.")] = None,
     no_plugins: NoPlugins = False,

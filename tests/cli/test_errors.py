@@ -548,7 +548,7 @@ same exit codes, and no words in front.
 | exit code | meaning |
 |---|---|
 | 0 | all is done, or another process is at what is left |
-| 1 | a run failed, an arm of a benchmark did, or MLflow's store is out of reach; the reason is printed |
+| 1 | a run failed, a backend of a benchmark did, or MLflow's store is out of reach; the reason is printed |
 | 2 | something that was given is wrong or not there; nothing was run |
 | 3 | results cannot be written any more, as on a full disk; what is finished stays, and `--resume` goes on |
 | 130 | Ctrl-C, after the step that a run was at; `--resume` goes on |

@@ -1,4 +1,4 @@
-"""Arms: the forms of one network that are measured side by side, each made from its modules into a file and a call."""
+"""Backends: the forms of one network that are measured side by side, each a file and a function that runs it."""
 
 import copy
 import importlib.util
@@ -19,15 +19,15 @@ from bonn_qat.files.tensors import write_tensors
 _CALIBRATION_IMAGES = 16
 
 
-class ArmMissing(BonnQatError, ImportError):
-    """An arm needs a package that is not installed."""
+class BackendMissing(BonnQatError, ImportError):
+    """A backend needs a package that is not installed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Networks:
-    """What the arms are made of: two modules on the CPU in evaluation mode, which an arm must leave as they are.
+    """What the backends are made of: two modules on the CPU in evaluation mode, which a backend must leave as they are.
 
-    ``size`` is that of an image, ``(C, H, W)``; ``directory`` is for the arms' files, and empty at first.
+    ``size`` is that of an image, ``(C, H, W)``; ``directory`` is for the backends' files, and empty at first.
     """
 
     float_model: nn.Module
@@ -38,7 +38,7 @@ class Networks:
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How a process of its own starts an arm: an engine's name, its file, and what to import before loading."""
+    """How a process of its own starts a backend: an engine's name, its file, and what to import before loading."""
 
     engine: str
     path: Path
@@ -46,7 +46,7 @@ class Launch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
+class Backend:
     """One form of a network.
 
     ``make(threads, images)`` gives one call with float images ``(B, C, H, W)``; torch has ``threads`` threads then.
@@ -59,13 +59,13 @@ class Arm:
     launch: Callable[[], Launch] | None = None
 
 
-def torch_float(networks: Networks) -> Arm:
+def torch_float(networks: Networks) -> Backend:
     """The float network, eager."""
     note = "eager, inference mode, channels_last without trying the other layout; size of the state dict"
     return _torch(networks.float_model, networks.directory / "float", note)
 
 
-def torch_binary(networks: Networks) -> Arm:
+def torch_binary(networks: Networks) -> Backend:
     """The training network with its weights quantized once and for all, eager."""
     frozen = copy.deepcopy(networks.binary_model)
     for _, layer in binary_layers(frozen):
@@ -74,14 +74,14 @@ def torch_binary(networks: Networks) -> Arm:
     return _torch(frozen, networks.directory / "binary", note)
 
 
-def onnxruntime_float(networks: Networks) -> Arm:
-    """The float network in onnxruntime. Raises ArmMissing without onnxruntime, onnx or onnxscript."""
+def onnxruntime_float(networks: Networks) -> Backend:
+    """The float network in onnxruntime. Raises BackendMissing without onnxruntime, onnx or onnxscript."""
     note = "exported with a free batch size, all graph optimizations, CPU provider"
     return _onnxruntime(_float_file(networks), note)
 
 
-def onnxruntime_int8(networks: Networks) -> Arm:
-    """The float network quantized to 8 bits for onnxruntime. Raises ArmMissing as :func:`onnxruntime_float`.
+def onnxruntime_int8(networks: Networks) -> Backend:
+    """The float network quantized to 8 bits for onnxruntime. Raises BackendMissing as :func:`onnxruntime_float`.
 
     Static quantization with QuantizeLinear and DequantizeLinear, weights int8 for each channel, activations uint8, the
     pair that is fastest without VNNI. A norm that is not folded into a convolution stays float, for onnxruntime has
@@ -111,7 +111,7 @@ def onnxruntime_int8(networks: Networks) -> Arm:
     return _onnxruntime(path, note)
 
 
-def packed(networks: Networks) -> Arm:
+def packed(networks: Networks) -> Backend:
     """The binary network packed into bits, in our runtime."""
     from bonn_qat.packing.pack import pack
     from bonn_qat.runtime.packed import PackedModel
@@ -122,7 +122,7 @@ def packed(networks: Networks) -> Arm:
     compiled = importlib.util.find_spec("numba") is not None
     loops = "kernels compiled by numba" if compiled else "in plain torch, as numba is missing"
     modules = ("bonn_qat.runtime.kernels",) if compiled else ()  # which would be imported in the first call
-    return Arm(
+    return Backend(
         make=lambda threads, images: engines.forward(model, images),
         size_bytes=path.stat().st_size,
         note=f"{bits} of {len(model.layers)} binary layers on bits, {loops}; images in channels_last",
@@ -130,7 +130,7 @@ def packed(networks: Networks) -> Arm:
     )
 
 
-ARMS: Mapping[str, Callable[[Networks], Arm]] = {
+BACKENDS: Mapping[str, Callable[[Networks], Backend]] = {
     "torch float": torch_float,
     "torch binary": torch_binary,
     "onnxruntime float": onnxruntime_float,
@@ -139,7 +139,7 @@ ARMS: Mapping[str, Callable[[Networks], Arm]] = {
 }
 
 
-def _torch(model: nn.Module, stem: Path, note: str) -> Arm:
+def _torch(model: nn.Module, stem: Path, note: str) -> Backend:
     state = write_tensors(stem.with_suffix(".safetensors"), model.state_dict())
     # A copy, because the layout stays with the parameters.
     model = copy.deepcopy(model).to(memory_format=torch.channels_last)
@@ -149,7 +149,7 @@ def _torch(model: nn.Module, stem: Path, note: str) -> Arm:
         torch.save(model, path)
         return Launch(engine="torch", path=path, modules=tuple(sorted({type(m).__module__ for m in model.modules()})))
 
-    return Arm(
+    return Backend(
         make=lambda threads, images: engines.forward(model, images),
         size_bytes=state.stat().st_size,
         note=note,
@@ -157,8 +157,8 @@ def _torch(model: nn.Module, stem: Path, note: str) -> Arm:
     )
 
 
-def _onnxruntime(path: Path, note: str) -> Arm:
-    return Arm(
+def _onnxruntime(path: Path, note: str) -> Backend:
+    return Backend(
         make=lambda threads, images: engines.feed(engines.session(path, threads), images.numpy()),
         size_bytes=path.stat().st_size,
         note=note,
@@ -195,4 +195,4 @@ def _noise(size: tuple[int, ...]) -> Iterator[dict[str, Any]]:
 def _require(*packages: str) -> None:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise ArmMissing(f"needs {' and '.join(missing)}: pip install 'bonn-qat[bench]'")
+        raise BackendMissing(f"needs {' and '.join(missing)}: pip install 'bonn-qat[bench]'")
