@@ -1,19 +1,17 @@
 """What a benchmark found, as frozen data, as tables and as a chart."""
 
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from rich.console import Group, RenderableType
+from rich.text import Text
 
-from bonn_qat import plotting
 from bonn_qat.bench import chart
-
-_TEXT = ("backend",)  # columns that are not numbers
+from bonn_qat.files.plain import printable
+from bonn_qat.plotting import digits
+from bonn_qat.tables import Column, Table, as_text, facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,25 +122,19 @@ class BenchReport:
         ]
         return chart.latencies(bars, self.reference or "")
 
-    def __str__(self) -> str:
+    def __rich__(self) -> Group:
         size = " x ".join(map(str, self.input_size))
-        lines = [f"{self.model}, scheme {self.scheme}, images of {size}"]
-        if self.latencies:
-            lines += [
-                f"latency of one call: median (quartiles) of {self.rounds} rounds in which the backends take turns; "
-                f"speed-up over {self.reference} in the same round",
-                _table(_latency_columns(self.latencies), grouped=2),
-            ]
-        if self.reference is not None:
-            lines += ["", "size on disk", _table(_size_columns(self.size_bytes, self.reference))]
-        if self.startups:
-            lines += ["", _startup_title(self.startups[0]), _table(_startup_columns(self.startups))]
-        lines.append("")
-        lines += [f"{backend}: {note}" for backend, note in self.notes.items()]
-        lines += [f"{backend}: not measured: {why}" for backend, why in self.missing.items()]
-        lines += [f"{backend}: failed: {why}" for backend, why in self.failures.items()]
-        lines.append(", ".join(f"{key} {value}" for key, value in self.environment.items()))
-        return "\n".join(lines)
+        blocks: list[RenderableType] = [Text(printable(f"{self.model}, scheme {self.scheme}, images of {size}"))]
+        for table in (_latencies(self), _sizes(self), _startups(self)):
+            blocks += ["", table] if table.rows else []
+        notes = [(name, note) for name, note in self.notes.items()]
+        notes += [(name, f"not measured: {why}") for name, why in self.missing.items()]
+        notes += [(name, f"failed: {why}") for name, why in self.failures.items()]
+        machine = ", ".join(f"{key} {value}" for key, value in self.environment.items())
+        return Group(*blocks, "", facts([*notes, ("machine", machine)]))
+
+    def __str__(self) -> str:
+        return as_text(self)
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float]:
@@ -152,64 +144,48 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
     return first, third
 
 
-def _latency_columns(latencies: Sequence[Latency]) -> dict[str, list[str]]:
-    return {
-        "threads": [str(x.threads) for x in latencies],
-        "batch": [str(x.batch) for x in latencies],
-        "backend": [x.backend for x in latencies],
-        "ms": [plotting.digits(x.median_milliseconds) for x in latencies],
-        "(quartiles)": [_range(x.quartiles_milliseconds) for x in latencies],
-        "images/s": [plotting.digits(x.images_per_second) for x in latencies],
-        "speed-up": ["" if x.median_speedup is None else plotting.digits(x.median_speedup) for x in latencies],
-        " (quartiles)": [_range(x.quartiles_speedup) for x in latencies],
-    }
+def _latencies(report: BenchReport) -> Table:
+    columns = [
+        Column("threads"), Column("batch"), Column("backend", text=True), Column("ms"), Column("quartiles"),
+        Column("images/s", drop=1), Column("speed-up"), Column("quartiles", optional=True),
+    ]  # fmt: skip
+    rows = [
+        (str(x.threads), str(x.batch), x.backend, digits(x.median_milliseconds), _range(x.quartiles_milliseconds),
+         digits(x.images_per_second), digits(x.median_speedup) if x.median_speedup else "", _range(x.quartiles_speedup))
+        for x in report.latencies
+    ]  # fmt: skip
+    title = f"milliseconds of one call, median of {report.rounds} rounds; speed-up over {report.reference}"
+    return Table(columns, rows, title=title, grouped=2)
 
 
 def _range(quartiles: tuple[float, float] | None) -> str:
-    return f"({plotting.digits(quartiles[0])} to {plotting.digits(quartiles[1])})" if quartiles else ""
+    return f"{digits(quartiles[0])}\N{EN DASH}{digits(quartiles[1])}" if quartiles else ""
 
 
-def _size_columns(size_bytes: Mapping[str, int], reference: str) -> dict[str, list[str]]:
-    return {
-        "backend": list(size_bytes),
-        "KiB": [f"{size / 2**10:,.1f}" for size in size_bytes.values()],
-        f"times smaller than {reference}": [
-            plotting.digits(size_bytes[reference] / size) for size in size_bytes.values()
-        ],
-    }
+def _sizes(report: BenchReport) -> Table:
+    columns = [Column("backend", text=True), Column("KiB"), Column("times smaller")]
+    reference = report.size_bytes.get(report.reference or "", 0)
+    rows = [(name, f"{size / 2**10:,.1f}", digits(reference / size)) for name, size in report.size_bytes.items()]
+    return Table(columns, rows, title=f"size on disk, and how many times smaller than {report.reference}")
 
 
-def _startup_title(first: Startup) -> str:
-    return (
-        f"from the start of a process to its first result, batch {first.batch}, {first.threads} thread"
-        f"{'s' * (first.threads > 1)}: medians of {len(first.cold_seconds)} rounds; cold: without compiled kernels; "
-        "peak memory of the warm process, and what the network added to the libraries"
-    )
-
-
-def _startup_columns(startups: Sequence[Startup]) -> dict[str, list[str]]:
-    return {
-        "backend": [x.backend for x in startups],
-        "cold s": [f"{statistics.median(x.cold_seconds):.2f}" for x in startups],
-        "warm s": [f"{statistics.median(x.warm_seconds):.2f}" for x in startups],
-        "process MiB": [_mib(x.process_kib) for x in startups],
-        "added MiB": [_mib(x.added_kib) for x in startups],
-    }
+def _startups(report: BenchReport) -> Table:
+    columns = [Column("backend", text=True), *map(Column, ("cold s", "warm s", "process MiB", "added MiB"))]
+    rows = [
+        (x.backend, f"{statistics.median(x.cold_seconds):.2f}", f"{statistics.median(x.warm_seconds):.2f}",
+         _mib(x.process_kib), _mib(x.added_kib))
+        for x in report.startups
+    ]  # fmt: skip
+    title = ""
+    if report.startups:
+        first = report.startups[0]
+        title = (
+            f"seconds from the start of a process to its first result, batch {first.batch}, {first.threads} "
+            f"thread{'s' * (first.threads > 1)}, medians of {len(first.cold_seconds)} rounds, without (cold) and with "
+            "(warm) compiled kernels; peak memory of the warm process, and the part beyond Python and the libraries"
+        )
+    return Table(columns, rows, title=title)
 
 
 def _mib(kib: Sequence[int]) -> str:
     return f"{statistics.median(kib) / 2**10:,.1f}" if kib else "unknown"
-
-
-def _table(columns: Mapping[str, list[str]], *, grouped: int = 0) -> str:
-    """Columns as text, with a line between rows that differ in the first ``grouped`` columns."""
-    table = Table(box=box.SIMPLE)
-    for header in columns:
-        table.add_column(header, no_wrap=True, justify="left" if header in _TEXT else "right")
-    rows = list(zip(*columns.values(), strict=True))
-    for row, following in zip(rows, [*rows[1:], None], strict=True):
-        table.add_row(*row, end_section=following is not None and following[:grouped] != row[:grouped])
-    text = io.StringIO()
-    # Wide enough that nothing is cut, as in a summary.
-    Console(file=text, width=400, markup=False, emoji=False, highlight=False, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).rstrip("\n")

@@ -36,7 +36,7 @@ def summary(
     network = binarize(
         timm.create_model(model, num_classes=num_classes), scheme_of(scheme), input_size=size, inplace=True
     )
-    typer.echo(str(summarise(network, size)))
+    console.print(summarise(network, size))
 
 
 def bench(
@@ -77,7 +77,7 @@ def bench(
             network, binary, size, name=model, batches=batches, threads=counts or None, rounds=rounds,
             startup_rounds=3 if startup else 0, watch=status.update,
         )  # fmt: skip
-    typer.echo(str(found))
+    console.print(found)
     if output:
         written = [write_json(output / "bench.json", found.to_json())]
         try:
