@@ -83,8 +83,7 @@ class Table:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         table = self.shown._fitted(options.max_width)
         drawn = RichTable(
-            title=Text(printable(self.title)) if self.title else None, title_justify="left", box=_RULE, show_edge=False,
-            pad_edge=False, padding=(0, _GAP // 2, 0, 0), show_header=self.has_headings,
+            box=_RULE, show_edge=False, pad_edge=False, padding=(0, _GAP // 2, 0, 0), show_header=self.has_headings,
         )  # fmt: skip
         for place, column in enumerate(table.columns):
             drawn.add_column(
@@ -94,6 +93,8 @@ class Table:
         ends = [one[: self.grouped] != other[: self.grouped] for one, other in pairwise(self.rows)]
         for row, end in zip(table.rows, [*ends, False], strict=True):
             drawn.add_row(*map(_rich, row), end_section=end)
+        if self.title:
+            yield Text(printable(self.title), style="bold")
         yield drawn
         if dropped := [c.name for c in self.shown.columns if c not in table.columns]:
             yield Text(f"not shown at this width: {', '.join(dropped)}", style="dim")
@@ -119,7 +120,7 @@ class Table:
 
     def _heading(self, place: int) -> str:
         """A heading, in lines that are not much longer than the cells below."""
-        width = max([10, *(cell_len(row[place]) for row in self.rows)])
+        width = max([6, *(cell_len(row[place]) for row in self.rows)])
         name = self.columns[place].name
         return "\n".join(textwrap.wrap(name, width, break_on_hyphens=False, break_long_words=False))
 

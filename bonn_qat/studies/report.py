@@ -18,8 +18,8 @@ from bonn_qat.tables import Column, Table, facts
 def results(comparison: Comparison) -> Table:
     """A row for each arm that has a finished run."""
     columns = [
-        Column("scheme", text=True), Column("bits W/A", text=True), Column("latents", text=True), Column("seeds"),
-        Column("test top-1 (%)"), Column("size (Mbit)"), Column("times smaller"), Column("binary MACs", drop=1),
+        Column("scheme", text=True, wraps=True), Column("bits W/A", text=True), Column("latents", text=True),
+        Column("seeds"), Column("test top-1 (%)"), Column("size (Mbit)"), Column("times smaller"), Column("binary MACs", drop=1),
         Column("flips (%/epoch)"), Column("s/epoch", drop=2),
     ]  # fmt: skip
     rows = [
