@@ -19,8 +19,8 @@ def results(comparison: Comparison) -> Table:
     """A row for each arm that has a finished run."""
     columns = [
         Column("scheme", text=True, wraps=True), Column("bits W/A", text=True), Column("latents", text=True),
-        Column("seeds"), Column("test top-1 (%)"), Column("size (Mbit)"), Column("times smaller"), Column("binary MACs", drop=1),
-        Column("flips (%/epoch)"), Column("s/epoch", drop=2),
+        Column("seeds"), Column("test top-1 (%)"), Column("size (Mbit)"), Column("times smaller"),
+        Column("binary MACs", drop=1), Column("flips (%/epoch)"), Column("s/epoch", drop=2),
     ]  # fmt: skip
     rows = [
         (row.title, row.bits, row.latents, str(len(row.seeds)), row.accuracy, f"{row.mbit:.2f}",
