@@ -91,7 +91,7 @@ class Table:
                 overflow="fold",
             )  # fmt: skip
         ends = [one[: self.grouped] != other[: self.grouped] for one, other in pairwise(self.rows)]
-        for row, end in zip(table.rows, [*ends, False], strict=True):
+        for row, end in zip(table.rows, [*ends, False], strict=False):
             drawn.add_row(*map(_rich, row), end_section=end)
         if self.title:
             yield Text(printable(self.title), style="bold")

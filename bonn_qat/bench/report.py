@@ -154,7 +154,7 @@ def _latencies(report: BenchReport) -> Table:
          digits(x.images_per_second), digits(x.median_speedup) if x.median_speedup else "", _range(x.quartiles_speedup))
         for x in report.latencies
     ]  # fmt: skip
-    title = f"milliseconds of one call, median of {report.rounds} rounds; speed-up over {report.reference}"
+    title = f"time of one call, median of {report.rounds} rounds; speed-up over {report.reference} in the same round"
     return Table(columns, rows, title=title, grouped=2)
 
 

@@ -1,4 +1,4 @@
-"""Figures: the paper's pictures of a comparison, as SVG text. They need the extra ``compare`` (matplotlib)."""
+"""Figures: a comparison drawn as in the paper's figures, as SVG text. Needs the extra ``compare`` (matplotlib)."""
 
 import math
 import textwrap
@@ -38,7 +38,7 @@ def pictures(comparison: Comparison) -> list[Picture]:
 
 
 def colours(comparison: Comparison) -> dict[str, str]:
-    """One colour per scheme, the same in all figures; BONN's and float's are the same in all comparisons."""
+    """A colour for each scheme, the same in all figures; those of BONN and float are the same in all comparisons."""
     result: dict[str, str] = {}
     for run in (arm[0] for arm in arms(comparison)):
         if run.scheme == HERO:
@@ -52,7 +52,7 @@ def colours(comparison: Comparison) -> dict[str, str]:
 
 
 def strokes(comparison: Comparison) -> dict[str, Any]:
-    """A line style per scheme: solid, and others for the schemes that repeat a colour."""
+    """A line style for each scheme: solid, or dashed where a scheme repeats a colour."""
     laps: dict[str, int] = {}
     result = {}
     for scheme, colour in colours(comparison).items():
@@ -64,7 +64,7 @@ def strokes(comparison: Comparison) -> dict[str, Any]:
 def accuracy_curves(comparison: Comparison) -> str | None:
     """Test and train (thin, dashed) top-1 over epochs: mean line and min-max band over seeds (Fig. 6).
 
-    Where there are more arms than colours, the training curves would bury the others and are left out.
+    Training curves are left out if there are more arms than colours, as they would hide the test curves.
     """
     facets, colour, stroke = _facets(comparison), colours(comparison), strokes(comparison)
     if not facets:
@@ -85,7 +85,7 @@ def accuracy_curves(comparison: Comparison) -> str | None:
 
 
 def latent_histograms(comparison: Comparison) -> str | None:
-    """Histograms of the latent weights over epochs, of one seed: a row per arm, a column per layer (Figs. 3, 4)."""
+    """Histograms of the latent weights over the epochs, for one seed: arms by layers (Figs. 3 and 4)."""
     layers = _chosen_layers(comparison)
     shown = [arm for arm in arms(comparison) if any(_snapshots(arm, layer) for layer in layers)]
     if not shown:
@@ -106,7 +106,7 @@ def latent_histograms(comparison: Comparison) -> str | None:
 
 
 def binary_values(comparison: Comparison) -> str | None:
-    """The binary value ``|x^|`` of a weight over epochs: a panel per layer, a line per arm (Fig. 5)."""
+    """The magnitude ``|x^|`` of the binary weights over the epochs: a panel per layer, a line per arm (Fig. 5)."""
     layers, colour, stroke = _chosen_layers(comparison), colours(comparison), strokes(comparison)
     crowded = any(style != LAPS[0] for style in stroke.values())
     facets = {
@@ -134,7 +134,7 @@ def binary_values(comparison: Comparison) -> str | None:
 
 
 def flip_ratios(comparison: Comparison) -> str | None:
-    """The share of binary weights whose sign an epoch changed, over the epochs: a line per arm."""
+    """The share of binary weights that change sign in an epoch, over the epochs: a line per arm."""
     colour, stroke = colours(comparison), strokes(comparison)
     facets = {
         latents: group
@@ -230,29 +230,29 @@ TITLES = {
     "final": "Final accuracy",
     "accuracy": "Accuracy over the epochs",
     "histograms": "Latent weights over the epochs",
-    "values": "Binary values over the epochs",
-    "flips": "Flips over the epochs",
-    "sweep": "Accuracy over the weights of the losses",
+    "values": "Magnitude of the binary weights over the epochs",
+    "flips": "Sign flips over the epochs",
+    "sweep": "Accuracy for different weights of the losses",
 }
 CAPTIONS = {
-    "final": "A point is a seed, the bar and the number are the mean. Look at whether the points of two schemes "
-    "overlap before looking at the means; the axis does not start at zero.",
-    "accuracy": "Thick: test; thin and dashed: training images (after one epoch: filled and hollow points), left out "
-    "where there are more arms than colours; the band reaches from the worst to the best seed. A wide gap between thin "
-    "and thick is overfitting; a jump is a step of the learning rate or a new stage of the scheme. Mirrors Fig. 6 of "
-    "the paper.",
-    "histograms": "The real-valued weights behind the signs, in the first, middle and last binary layer, for one "
-    "seed: time runs downwards and from light to dark, each ridge is scaled to its own peak, and each panel "
-    "has a horizontal axis of its own. BONN's prior should part one hump into two modes, one per sign. "
-    "Mirrors Figs. 3 and 4.",
-    "values": "The magnitude that every binary weight of a layer shares (its mean, where each filter has its own), "
-    "on a logarithmic axis. In the paper BONN's values grow by several times and settle high, while those of "
-    "XNOR-Net shrink. Mirrors Fig. 5.",
-    "sweep": "A point is a seed, the line goes through the means; squares are the paper's figures. The horizontal axis "
-    "has the values that were tried, one beside the other, and no scale.",
-    "flips": "The part of all binary weights whose sign at the end of an epoch is not that of its beginning, on a "
-    "logarithmic axis; the mean over the seeds. Signs that still change late have not settled; signs that never change "
-    "were decided by the start.",
+    "final": "Each point is a seed; the bar and the number are the mean. Check whether the points of two schemes "
+    "overlap before comparing the means. The axis does not start at zero.",
+    "accuracy": "Thick lines: test images. Thin dashed lines: training images, left out if there are more arms than "
+    "colours. After a single epoch: filled and hollow points. The band reaches from the worst to the best seed. A wide "
+    "gap between training and test is overfitting; a jump is a step of the learning rate or a new stage of the scheme. "
+    "Compare Fig. 6 of the paper.",
+    "histograms": "The latent weights, that is the real-valued weights behind the signs, of the first, middle and last "
+    "binary layer, for one seed. Time runs downwards and from light to dark. Each ridge is scaled to its own peak and "
+    "each panel has its own horizontal axis. BONN's prior should split one mode into two, one for each sign. "
+    "Compare Figs. 3 and 4 of the paper.",
+    "values": "The magnitude of the binary weights of a layer (averaged over its filters if each has its own), on a "
+    "logarithmic axis. In the paper BONN's values grow several times and settle high, while those of XNOR-Net shrink. "
+    "Compare Fig. 5 of the paper.",
+    "sweep": "Each point is a seed; the line connects the means; squares are the paper's numbers. The values on the "
+    "horizontal axis are evenly spaced, not to scale.",
+    "flips": "The share of binary weights whose sign differs between the start and the end of an epoch, averaged over "
+    "the seeds, on a logarithmic axis. Signs that still change late have not settled; signs that never change were "
+    "decided by the initialization.",
 }
 
 

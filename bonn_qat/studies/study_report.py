@@ -1,4 +1,4 @@
-"""Study report: the paper's numbers beside ours, as a page, as Markdown, and the figures as files."""
+"""Study report: the paper's numbers beside ours, as a page and as Markdown, with the figures as files."""
 
 import functools
 import re
@@ -22,7 +22,7 @@ SWEEP = "sweep"
 
 @dataclass(frozen=True, kw_only=True)
 class SettingResult:
-    """A setting that was run: as the study has it, its arms as they were run, and what came out."""
+    """A setting as the study defines it, its arms as they were run, and their results."""
 
     paper: Setting
     arms: tuple[StudyArm, ...]
@@ -32,7 +32,7 @@ class SettingResult:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyResult:
-    """A study, as far as it was run."""
+    """The results of a study so far."""
 
     study: Study
     scale: float
@@ -41,13 +41,13 @@ class StudyResult:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyRow:
-    """One arm: accuracies in percent. ``verdict`` sets it against ``against``, the arm that it is compared with."""
+    """One arm, its accuracies in percent; ``against`` is its difference from the arm that it is compared with."""
 
     label: str
     bits: str
     latents: str
     lr: float
-    edge: bool  # the rate is the lowest or highest of more than two that were searched
+    edge: bool  # whether the rate is the lowest or highest of more than two searched
     seeds: int
     paper: Mapping[str, float]
     top1: float
@@ -67,7 +67,7 @@ class StudyRow:
 
 
 def accuracies(arm: StudyArm, searched: Mapping[float, Comparison]) -> dict[float, float]:
-    """Learning rate -> accuracy of the arm in the search, of those rates that came to an end."""
+    """Accuracy of the arm in the search by learning rate, for the rates whose runs finished."""
     return {
         rate: fmean(run.top1 for run in found)
         for rate, comparison in searched.items()
@@ -76,12 +76,12 @@ def accuracies(arm: StudyArm, searched: Mapping[float, Comparison]) -> dict[floa
 
 
 def runs_of(arm: StudyArm, comparison: Comparison) -> list[RunResult]:
-    """The finished runs of the arm, in the comparison's order, whatever their seeds."""
+    """The finished runs of the arm, of all seeds, in the comparison's order."""
     return [run for run in comparison.results if run.epochs and run.name == replace(arm.recipe, seed=run.seed).name]
 
 
 def rows(result: SettingResult, *, chain: bool) -> list[StudyRow]:
-    """The arms that have a result, in the study's order; each against the last, or with ``chain`` the one above it."""
+    """The arms that have a result, each compared with the last arm, or with ``chain`` with the arm above it."""
     finished = [arm for arm in result.arms if runs_of(arm, result.comparison)]
     made = []
     for place, arm in enumerate(finished):
@@ -107,7 +107,7 @@ def rows(result: SettingResult, *, chain: bool) -> list[StudyRow]:
 
 
 def changes(result: SettingResult) -> list[str]:
-    """Where the recipes that were run differ from the study's, in words."""
+    """How the recipes that were run differ from those of the study, in words."""
     found: dict[str, None] = {}
     for arm, paper in zip(result.arms, result.paper.arms, strict=True):
         ours, papers = _flat(arm), _flat(paper)
@@ -171,7 +171,7 @@ def results(setting: SettingResult, study: Study) -> Table:
 
 
 def pictures(result: SettingResult, study: Study) -> list[plotting.Picture]:
-    """The study's figures of a setting, under the study's own labels. Raises MatplotlibMissing without matplotlib."""
+    """The study's figures of a setting, with the study's labels. Raises MatplotlibMissing without matplotlib."""
     shown = _under_labels(result)
     made = []
     for name in study.figures:
@@ -183,7 +183,7 @@ def pictures(result: SettingResult, study: Study) -> list[plotting.Picture]:
 
 
 def write(result: StudyResult, directory: Path) -> Path:
-    """Write page, Markdown and, where there is matplotlib, figures into ``directory``; returns the page's path."""
+    """Write page, Markdown and, if matplotlib is installed, figures into ``directory``; return the page's path."""
     study = result.study
     drawn: dict[str, list[plotting.Picture]] = {}
     lacking = ""
@@ -238,7 +238,7 @@ def _latents(run: RunResult) -> str:
 
 
 def _under_labels(result: SettingResult) -> Comparison:
-    """The arms' runs, titled as the study has it; arms of one scheme whose labels differ have colours of their own."""
+    """The comparison with the study's labels as titles; arms of one scheme with different labels differ in colour."""
     found = [(_label(arm, run), run) for arm in result.arms for run in runs_of(arm, result.comparison)]
     labels: dict[str, set[str]] = {}
     for label, run in found:
@@ -251,7 +251,7 @@ def _under_labels(result: SettingResult) -> Comparison:
 
 
 def _names(result: SettingResult) -> dict[str, str]:
-    """Name of an arm's recipe -> what to call it in a sentence: its label, and its start where two share a label."""
+    """The label of each arm by its recipe's name, with the initialization of its latents if two share a label."""
     found = {
         arm.recipe.name: (_label(arm, runs[0]), runs[0].latents)
         for arm in result.arms

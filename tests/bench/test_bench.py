@@ -141,11 +141,11 @@ def test_the_report_names_every_backend_with_time_size_and_note() -> None:
     backends = {"quick": clock.backend("quick", 0.001), "slow one": clock.backend("slow one", 0.002)}
     lines = rows(measured(clock, backends, batches=[1, 32], name="resnet18"))
     assert lines[0] == "resnet18, scheme none, images of 3 x 2 x 2"
-    assert lines[1].endswith("speed-up over quick in the same round")
-    assert "1 1 quick 1.00 (1.00 to 1.00) 1,000 1.00 (1.00 to 1.00)" in lines
-    assert "1 32 slow one 2.00 (2.00 to 2.00) 16,000 0.500 (0.500 to 0.500)" in lines
+    assert lines[2].endswith("speed-up over quick in the same round")
+    assert "1 1 quick 1.00 1.00\N{EN DASH}1.00 1,000 1.00 1.00\N{EN DASH}1.00" in lines
+    assert "1 32 slow one 2.00 2.00\N{EN DASH}2.00 16,000 0.500 0.500\N{EN DASH}0.500" in lines
     assert {"quick 5.0 1.00", "slow one 8.0 0.625"} <= set(lines)  # KiB, times smaller
-    assert "slow one: fake slow one" in lines
+    assert "slow one fake slow one" in lines
     assert f"torch {torch.__version__.partition('+')[0]}" in lines[-1]
     assert "threads 1, " in lines[-1]
 
@@ -174,7 +174,7 @@ def test_a_backend_that_cannot_be_is_left_out_with_the_reason() -> None:
     assert [(x.backend, x.median_speedup) for x in report.latencies] == [("a", None), ("b", None)]
     assert report.missing == {"base": "needs what: pip install 'bonn-qat[bench]'"}
     assert report.failures == {"exporter": "ValueError: words", "runtime": "RuntimeError: words"}
-    assert "base: not measured: needs what: pip install 'bonn-qat[bench]'" in str(report)
+    assert "base not measured: needs what: pip install 'bonn-qat[bench]'" in rows(report)
     del backends["runtime"]
     report = measured(clock, backends)
     assert report.reference == "a"
@@ -183,7 +183,7 @@ def test_a_backend_that_cannot_be_is_left_out_with_the_reason() -> None:
 
 def test_a_report_without_any_backend_says_why() -> None:
     report = measured(Clock(), {"a": functools.partial(fail, error=BackendMissing, words="needs a")})
-    assert "a: not measured: needs a" in str(report)
+    assert "a not measured: needs a" in rows(report)
     assert report.chart() is None
 
 
@@ -307,7 +307,7 @@ def test_startups_stand_in_the_report() -> None:
     clock = Clock()
     once = Startup(backend="a", batch=1, threads=2, cold_seconds=(9, 7, 8), warm_seconds=(1, 2, 3), added_kib=(2048,))
     lines = rows(dataclasses.replace(measured(clock, {"a": clock.backend("a", 1.0)}), startups=(once,)))
-    assert any("batch 1, 2 threads: medians of 3 rounds" in line for line in lines)
+    assert any("batch 1, 2 threads, medians of 3 rounds" in line for line in lines)
     assert "a 8.00 2.00 unknown 2.0" in lines
 
 
@@ -392,4 +392,4 @@ def test_a_backend_that_fails_gives_exit_code_1(
     backends = {"a": functools.partial(fail, error=ValueError)}
     monkeypatch.setattr("bonn_qat.bench.bench", lambda *args, **options: measured(Clock(), backends))
     assert cli.main(["bench", "wrn10_16", "--img-size", "32"]) == 1
-    assert "a: failed: ValueError: words" in capsys.readouterr().out
+    assert "a failed: ValueError: words" in " ".join(capsys.readouterr().out.split())
