@@ -1,4 +1,4 @@
-"""bench: what one network costs on this machine as float PyTorch, in onnxruntime, and packed.
+"""Benchmarks of one network on this machine: float PyTorch, onnxruntime, and packed.
 
 ``backends`` writes the networks to files, ``engines`` loads and runs a file, ``measure`` times the backends in turns,
 ``startup`` times fresh processes, and ``report`` holds the results.

@@ -1,4 +1,4 @@
-"""Chart: the latencies of a benchmark as bars, as SVG text. Needs matplotlib."""
+"""Chart: the latencies of a benchmark as a bar chart in SVG. Needs matplotlib."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from bonn_qat.plotting import HERO_COLOUR, canvas, digits, plain_text
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyBar:
-    """What a call of one form of a network takes, and how many times as fast as a reference that is."""
+    """The latency of one backend, and its speed-up over the reference."""
 
     backend: str
     batch: int
@@ -22,7 +22,7 @@ class LatencyBar:
 
 
 def latencies(bars: Sequence[LatencyBar], reference: str, *, hero: str = "packed") -> str | None:
-    """Milliseconds of a call: a bar from zero to the median for each backend, ``hero`` in colour; whiskers: quartiles.
+    """Milliseconds of a call: a bar for each backend's median, whiskers for the quartiles; ``hero`` is in colour.
 
     A row of panels for each batch size, a column for each number of threads. The bars' speed-ups are relative to the
     backend ``reference``. None without bars.
@@ -40,13 +40,13 @@ def latencies(bars: Sequence[LatencyBar], reference: str, *, hero: str = "packed
                 _bars(axis, shown, names, hero)
                 axis.set_title(f"batch {batch}, {count} thread{'s' * (count > 1)}")
             axes[0].set_yticks(range(len(names)), [plain_text(backend) for backend in names])
-        speedups = f"; in brackets: how many times as fast as {reference}" if any(bar.speedup for bar in bars) else ""
+        speedups = f"; in brackets: speed-up over {reference}" if any(bar.speedup for bar in bars) else ""
         figure.supxlabel(f"milliseconds of a call, median and quartiles{plain_text(speedups)}", fontsize=10)
     return svg()
 
 
 def _bars(axis: "Axes", bars: Sequence[LatencyBar], names: Sequence[str], hero: str) -> None:
-    """Horizontal bars at the places of ``names``, the first on top, with their numbers beside the whiskers."""
+    """Horizontal bars in the order of ``names``, the first on top, with their numbers beside the whiskers."""
     places = [names.index(bar.backend) for bar in bars]
     values = [bar.milliseconds for bar in bars]
     colours_ = [HERO_COLOUR if bar.backend == hero else "#A9A9A9" for bar in bars]

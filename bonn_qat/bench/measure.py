@@ -1,4 +1,4 @@
-"""bench: a float network and its binary form -> BenchReport. Processors only; GPUs have clocks of their own."""
+"""bench: measure a float network and its binary form on the CPU."""
 
 import contextlib
 import copy
@@ -24,7 +24,7 @@ from bonn_qat.environment import environment, processor
 from bonn_qat.errors import BonnQatError, UnknownName
 
 REFERENCE = "onnxruntime float"
-WARMUP = 3  # calls before the first round: compilation, allocation, the choice of kernels
+WARMUP = 3  # calls before the first round, for compilation, allocation and the choice of kernels
 
 Clock = Callable[[], float]
 Turn = Callable[[Run], float]
@@ -106,9 +106,7 @@ def bench(
 def _check(**numbers: Sequence[int]) -> None:
     for name, given in numbers.items():
         if not given or min(given) < 1:
-            raise InvalidBenchmark(
-                f"{name} of a benchmark are {list(given)}; each must be at least 1, and one be there"
-            )
+            raise InvalidBenchmark(f"{name} of a benchmark are {list(given)}; give at least one, each at least 1")
 
 
 def _cores() -> int:
@@ -117,7 +115,7 @@ def _cores() -> int:
 
 
 def _load() -> str:
-    """How many processes wanted a processor in the last minute, so that a reader knows how busy the machine was."""
+    """The load average of the last minute: how busy the machine was before."""
     return f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown"
 
 
@@ -141,7 +139,7 @@ def _restored_threads() -> Iterator[None]:
 def _make(
     backends: Mapping[str, Callable[[Networks], Backend]], networks: Networks, tell: Watch
 ) -> tuple[dict[str, Backend], dict[str, str], dict[str, str]]:
-    """The backends that are there, then which packages the others lack, then what else went wrong."""
+    """The backends that work, which packages the others lack, and which failed and why."""
     made: dict[str, Backend] = {}
     missing: dict[str, str] = {}
     failures: dict[str, str] = {}
@@ -159,7 +157,7 @@ def _make(
 def _warm(
     backends: Mapping[str, Backend], images: Tensor, threads: int, turn: Turn, failures: dict[str, str]
 ) -> dict[str, Run]:
-    """A call of each backend, repeated until it is at its pace; ``failures`` takes the backends that do not work."""
+    """A warmed-up call of each backend; backends that fail are added to ``failures``."""
     runs: dict[str, Run] = {}
     for name, backend in backends.items():
         try:
@@ -175,7 +173,7 @@ def _warm(
 
 
 def _turn(run: Run, seconds: float, clock: Clock) -> float:
-    """Seconds of one call: the median of as many as fit ``seconds``."""
+    """Seconds of one call: the median of as many calls as fit into ``seconds``."""
     times: list[float] = []
     end = clock() + seconds
     while not times or clock() < end:
@@ -186,7 +184,7 @@ def _turn(run: Run, seconds: float, clock: Clock) -> float:
 
 
 def _alternate(runs: Mapping[str, Run], rounds: int, turn: Turn) -> dict[str, list[float]]:
-    """Seconds of one call, by backend, in rounds that each start with another backend."""
+    """Seconds of one call in each round, by backend; each round starts with a different backend."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
     for number in range(rounds):
@@ -211,7 +209,7 @@ def _latencies(times: Mapping[str, list[float]], batch: int, threads: int, refer
 
 
 def _environment(threads: Sequence[int]) -> dict[str, str]:
-    """Processor, threads, and the versions of what ran."""
+    """Processor, threads, and the versions of the packages."""
     found = {"processor": processor(), "cores": str(_cores())}
     found |= {**environment(torch.device("cpu")), "threads": " and ".join(map(str, threads))}
     for package in ("onnxruntime", "onnx", "numba"):

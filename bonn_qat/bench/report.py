@@ -1,4 +1,4 @@
-"""What a benchmark found, as frozen data, as tables and as a chart."""
+"""The results of a benchmark as data, as tables and as a chart."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -16,10 +16,10 @@ from bonn_qat.tables import Column, Table, as_text, facts
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """One backend at one batch size and number of threads.
+    """The latency of a backend for one batch size and number of threads.
 
-    ``milliseconds`` of one call, an entry for each round; ``speedups``, the reference's time in the same round divided
-    by this backend's, so that above 1 this backend is faster; empty where the reference was not measured.
+    ``milliseconds`` of one call and ``speedups`` have an entry for each round. A speed-up is the reference's time in
+    the same round divided by this backend's; there are none if the reference was not measured.
     """
 
     backend: str
@@ -30,37 +30,37 @@ class Latency:
 
     @property
     def median_milliseconds(self) -> float:
-        """Of one call, the median of the rounds."""
+        """The median of the rounds."""
         return statistics.median(self.milliseconds)
 
     @property
     def quartiles_milliseconds(self) -> tuple[float, float]:
-        """Of one call, the first and the third quartile of the rounds."""
+        """The first and third quartile of the rounds."""
         return _quartiles(self.milliseconds)
 
     @property
     def images_per_second(self) -> float:
-        """At the median."""
+        """Images per second at the median."""
         return self.batch / self.median_milliseconds * 1e3
 
     @property
     def median_speedup(self) -> float | None:
-        """The median of the rounds' speed-ups, which is not the quotient of the medians."""
+        """The median of the rounds' speed-ups (not the quotient of the medians)."""
         return statistics.median(self.speedups) if self.speedups else None
 
     @property
     def quartiles_speedup(self) -> tuple[float, float] | None:
-        """The first and the third quartile of the rounds' speed-ups."""
+        """The first and third quartile of the rounds' speed-ups."""
         return _quartiles(self.speedups) if self.speedups else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Startup:
-    """One backend in processes of its own, each entry of one round: from the start of the process to its first result.
+    """The start-up of a backend in new processes, with an entry for each round.
 
-    ``cold_seconds`` without compiled kernels, ``warm_seconds`` with them. ``process_kib`` is the most memory that a
-    warm process held, ``added_kib`` the most beyond what it held before it loaded the network, which is Python and
-    libraries; both are empty where the system does not tell.
+    ``cold_seconds`` (without compiled kernels) and ``warm_seconds`` (with them) reach from the start of the process to
+    its first result. ``process_kib`` is the peak memory of the warm process, ``added_kib`` the part beyond Python and
+    the libraries; both are empty where the system does not report them.
     """
 
     backend: str
@@ -94,7 +94,7 @@ class BenchReport:
     startups: tuple[Startup, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Every number of every round, with medians and quartiles, as what JSON can hold."""
+        """All numbers of all rounds, with medians and quartiles, for JSON."""
         latencies = [
             asdict(x)
             | {

@@ -1,4 +1,4 @@
-"""startup: backends -> what it takes a process of its own to come to its first result, in time and memory."""
+"""startup: the time and memory that a new process needs to reach its first result."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ from bonn_qat.errors import BonnQatError
 
 
 class DidNotStart(BonnQatError, RuntimeError):
-    """The process of a backend ended before its first result."""
+    """The process of a backend failed."""
 
 
 def startup(
@@ -56,7 +56,7 @@ def startup(
 
 
 def first_line(error: Exception) -> str:
-    """An exception in one line: its type, and the first line of what it says."""
+    """The type and the first line of an exception."""
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
@@ -82,7 +82,7 @@ def _start(launch: Launch, shape: Sequence[int], threads: int, cache: str) -> tu
             command, env={**os.environ, "NUMBA_CACHE_DIR": cache}, stdout=subprocess.PIPE, stderr=errors, text=True
         ) as process:
             assert process.stdout is not None
-            # What a module says while it is imported comes before.
+            # Modules may print while they are imported.
             any(line.strip() == engines.FIRST_RESULT for line in iter(process.stdout.readline, ""))
             seconds = time.perf_counter() - begin
             memory = process.stdout.read()

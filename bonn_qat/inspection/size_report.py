@@ -1,4 +1,4 @@
-"""Size report: the bits and MACs of a network as frozen data, per layer and in total, and as a table."""
+"""Size report: the bits and MACs of a network, per layer and in total, as data and as a table."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ FLOAT_BITS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
-    """A convolution, a linear layer, or another that stayed float for a reason; MACs are per input image.
+    """A convolution, a linear layer, or another layer that stays float for a reason; MACs are per image.
 
-    ``output`` is the shape that came out for one image, its first axis aside, None for a layer that was not called;
-    ``kept`` is why the layer stayed float, ``scheme`` the name of one of its own. Layers that are neither convolutions
-    nor linear have no MACs here.
+    ``output`` is the shape for one image without the batch axis, None for a layer that was not called. ``kept`` is the
+    reason why the layer stays float, ``scheme`` the name of its own scheme if it has one. MACs are counted for
+    convolutions and linear layers only.
     """
 
     name: str
@@ -35,7 +35,7 @@ class LayerReport:
 
     @property
     def size_bits(self) -> int:
-        """Weights at their bits, scales and biases at 32."""
+        """Weights at their own bits, scales and biases at 32 bits."""
         return self.weights * self.weight_bits + (self.scales + self.biases) * FLOAT_BITS
 
     @property
@@ -50,12 +50,12 @@ class LayerReport:
 
     @property
     def binary_macs(self) -> int:
-        """MACs of one bit by one bit."""
+        """MACs of a binary weight and a binary input."""
         return self.macs if self.is_binary else 0
 
     @property
     def float_macs(self) -> int:
-        """MACs with a float, or many-bit, weight or input."""
+        """MACs in which a factor has more than one bit."""
         return self.macs - self.binary_macs
 
     @property
@@ -80,11 +80,11 @@ class OtherReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A network's bits and MACs, per layer and in total; ``input_size`` is ``(C, H, W)``, a Mbit 10^6 bits.
+    """A network's bits and MACs, per layer and in total; ``input_size`` is ``(C, H, W)``.
 
-    ``trainable`` counts the parameters that learn, those of the quantizers among them. ``scheme``, ``kept``
-    (layer -> reason) and ``revived`` (norms that started at zero) repeat what :func:`bonn_qat.binarize` did; a float
-    network has scheme None.
+    ``trainable`` counts the trained parameters, including those of quantizers. What :func:`bonn_qat.binarize` did is in
+    ``scheme`` (None for a float network), ``kept`` (layer -> reason) and ``revived`` (norms whose weights were zero).
+    ``print`` shows the report as a table; a rich console fits it to the terminal.
     """
 
     model: str
@@ -98,37 +98,37 @@ class Report:
 
     @property
     def parameters(self) -> int:
-        """Parameters that deploy, scales of binary weights aside: those of the same network all float."""
+        """Deployed parameters without the scales of binary weights: as many as the float network has."""
         return sum(x.weights + x.biases for x in self.layers) + sum(x.parameters for x in self.others)
 
     @property
     def binary_weights(self) -> int:
-        """Parameters of one bit."""
+        """Parameters with one bit."""
         return sum(x.weights for x in self.layers if x.weight_bits == 1)
 
     @property
     def binarized_weights_share(self) -> float:
-        """The part of the parameters that has one bit, 0 to 1."""
+        """The share of the parameters that have one bit, 0 to 1."""
         return self.binary_weights / self.parameters if self.parameters else 0.0
 
     @property
     def uncounted(self) -> tuple[str, ...]:
-        """The layers whose MACs are not known: neither convolutions nor linear, or not called themselves."""
+        """The layers whose MACs are not counted: not called, or neither a convolution nor linear."""
         return tuple(x.name for x in self.layers if not x.macs)
 
     @property
     def mbit(self) -> float:
-        """The packed network."""
+        """Size of the packed network, in 10^6 bits."""
         return (sum(x.size_bits for x in self.layers) + sum(x.parameters for x in self.others) * FLOAT_BITS) / 1e6
 
     @property
     def float_mbit(self) -> float:
-        """The same network all float."""
+        """Size of the float network, in 10^6 bits."""
         return self.parameters * FLOAT_BITS / 1e6
 
     @property
     def compression(self) -> float:
-        """How many times smaller the packed network is."""
+        """How many times smaller the packed network is than the float one."""
         return self.float_mbit / self.mbit if self.mbit else 1.0
 
     @property
@@ -138,12 +138,12 @@ class Report:
 
     @property
     def binary_macs(self) -> int:
-        """MACs of one bit by one bit, per image."""
+        """MACs of a binary weight and a binary input, per image."""
         return sum(x.binary_macs for x in self.layers)
 
     @property
     def binarized_share(self) -> float:
-        """The part of the MACs that is binary, 0 to 1."""
+        """The share of the MACs that are binary, 0 to 1."""
         return self.binary_macs / self.macs if self.macs else 0.0
 
     @property
@@ -177,7 +177,7 @@ class Report:
 def _table(report: Report) -> Table:
     """A row for each layer, then one for each other type of module.
 
-    Parameters stand under their bits, as in Larq's summary, biases and scales under 32.
+    Parameters are listed by their bits, as in Larq's summary; biases and scales have 32.
     """
     precisions = sorted({FLOAT_BITS, *(x.weight_bits for x in report.layers)})
     unit = 1e6 if max((x.macs for x in report.layers), default=0) >= 1e6 else 1
@@ -218,7 +218,7 @@ def _number(number: int) -> str:
 
 
 def _listed(names: Iterable[str]) -> str:
-    """Names of layers; those that differ in their numbers alone as one pattern, with how many they are."""
+    """Names of layers, with those that differ only in their numbers as one pattern and a count."""
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(".".join("*" if part.isdigit() else part for part in name.split(".")), []).append(name)

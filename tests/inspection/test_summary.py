@@ -115,7 +115,8 @@ def test_the_text_shows_every_layer_and_total(report):
     text = str(report)
     for layer in report.layers:
         assert layer.name in text
-    for word in ("33.73 Mbit", "1,676,279,808", "first layer", "36 x BatchNorm2d", "bonn", "layer1.*.bn2 (2)", "64x56x56"):
+    words = ("33.73 Mbit", "1,676,279,808", "first layer", "36 x BatchNorm2d", "bonn", "layer1.*.bn2 (2)", "64x56x56")
+    for word in words:
         assert word in text
     assert "scheme" not in text.splitlines()[2]
     assert "no MACs" not in text
