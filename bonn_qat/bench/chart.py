@@ -1,27 +1,16 @@
 """Chart: the latencies of a benchmark as a bar chart in SVG. Needs matplotlib."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from bonn_qat.bench.report import Latency
+from bonn_qat.plotting import HERO_COLOUR, canvas, digits, plain_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-from bonn_qat.plotting import HERO_COLOUR, canvas, digits, plain_text
 
 
-@dataclass(frozen=True, kw_only=True)
-class LatencyBar:
-    """The latency of one backend, and its speed-up over the reference."""
-
-    backend: str
-    batch: int
-    threads: int
-    milliseconds: float
-    quartiles_milliseconds: tuple[float, float]
-    speedup: float | None = None
-
-
-def latencies(bars: Sequence[LatencyBar], reference: str, *, hero: str = "packed") -> str | None:
+def latencies(bars: Sequence[Latency], reference: str, *, hero: str = "packed") -> str | None:
     """Milliseconds of a call: a bar for each backend's median, whiskers for the quartiles; ``hero`` is in colour.
 
     A row of panels for each batch size, a column for each number of threads. The bars' speed-ups are relative to the
@@ -40,24 +29,32 @@ def latencies(bars: Sequence[LatencyBar], reference: str, *, hero: str = "packed
                 _bars(axis, shown, names, hero)
                 axis.set_title(f"batch {batch}, {count} thread{'s' * (count > 1)}")
             axes[0].set_yticks(range(len(names)), [plain_text(backend) for backend in names])
-        speedups = f"; in brackets: speed-up over {reference}" if any(bar.speedup for bar in bars) else ""
+        speedups = f"; in brackets: speed-up over {reference}" if any(bar.median_speedup for bar in bars) else ""
         figure.supxlabel(f"milliseconds of a call, median and quartiles{plain_text(speedups)}", fontsize=10)
     return svg()
 
 
-def _bars(axis: "Axes", bars: Sequence[LatencyBar], names: Sequence[str], hero: str) -> None:
+def _bars(axis: "Axes", bars: Sequence[Latency], names: Sequence[str], hero: str) -> None:
     """Horizontal bars in the order of ``names``, the first on top, with their numbers beside the whiskers."""
     places = [names.index(bar.backend) for bar in bars]
-    values = [bar.milliseconds for bar in bars]
+    values = [bar.median_milliseconds for bar in bars]
     colours_ = [HERO_COLOUR if bar.backend == hero else "#A9A9A9" for bar in bars]
-    below = [bar.milliseconds - bar.quartiles_milliseconds[0] for bar in bars]
-    above = [bar.quartiles_milliseconds[1] - bar.milliseconds for bar in bars]
+    below = [bar.median_milliseconds - bar.quartiles_milliseconds[0] for bar in bars]
+    above = [bar.quartiles_milliseconds[1] - bar.median_milliseconds for bar in bars]
     whiskers: Any = {"elinewidth": 1.2, "ecolor": "black"}
     axis.barh(places, values, height=0.62, color=colours_, xerr=[below, above], capsize=2.5, error_kw=whiskers)
     for place, bar in zip(places, bars, strict=True):
-        text = digits(bar.milliseconds) + ("" if bar.speedup is None else f" ({digits(bar.speedup)}x)")
-        end = (max(bar.milliseconds, bar.quartiles_milliseconds[1]), place)
-        axis.annotate(text, end, xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
+        text = digits(bar.median_milliseconds)
+        text += "" if bar.median_speedup is None else f" ({digits(bar.median_speedup)}x)"
+        end = (max(bar.median_milliseconds, bar.quartiles_milliseconds[1]), place)
+        axis.annotate(
+            digits(bar.median_milliseconds) + speedup,
+            end,
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_yticks(range(len(names)), [""] * len(names))
     axis.tick_params(axis="y", length=0)

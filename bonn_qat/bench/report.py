@@ -8,7 +8,6 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from bonn_qat.bench import chart
 from bonn_qat.files.plain import printable
 from bonn_qat.plotting import digits
 from bonn_qat.tables import Column, Table, as_text, facts
@@ -109,18 +108,9 @@ class BenchReport:
 
     def chart(self) -> str | None:
         """The latencies as an SVG element, None without any. Raises MatplotlibMissing without matplotlib."""
-        bars = [
-            chart.LatencyBar(
-                backend=x.backend,
-                batch=x.batch,
-                threads=x.threads,
-                milliseconds=x.median_milliseconds,
-                quartiles_milliseconds=x.quartiles_milliseconds,
-                speedup=x.median_speedup,
-            )
-            for x in self.latencies
-        ]
-        return chart.latencies(bars, self.reference or "")
+        from bonn_qat.bench import chart
+
+        return chart.latencies(self.latencies, self.reference or "")
 
     def __rich__(self) -> Group:
         size = " x ".join(map(str, self.input_size))

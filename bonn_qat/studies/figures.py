@@ -2,10 +2,10 @@
 
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bonn_qat.studies.comparison import Comparison
 
@@ -66,10 +66,9 @@ def accuracy_curves(comparison: Comparison) -> str | None:
 
     Training curves are left out if there are more arms than colours, as they would hide the test curves.
     """
-    facets, colour, stroke = _facets(comparison), colours(comparison), strokes(comparison)
+    facets, colour, stroke, crowded = looks = _looks(comparison, ["test/top1"])
     if not facets:
         return None
-    crowded = any(style != LAPS[0] for style in stroke.values())
     with canvas("accuracy", height=4.6, title=TITLES["accuracy"]) as (figure, svg):
         for axis, (latents, group) in zip(row(figure, len(facets)), facets.items(), strict=True):
             for arm in group:
@@ -80,7 +79,7 @@ def accuracy_curves(comparison: Comparison) -> str | None:
             _epochs_axis(axis)
             axis.set_title(_panel_title(latents, facets))
         figure.axes[0].set_ylabel("top-1 accuracy (%)")
-        _legend(figure, comparison, {} if crowded else {"test": "-", "train": TRAIN})
+        _legend(figure, looks, {} if crowded else {"test": "-", "train": TRAIN})
     return svg()
 
 
@@ -107,13 +106,8 @@ def latent_histograms(comparison: Comparison) -> str | None:
 
 def binary_values(comparison: Comparison) -> str | None:
     """The magnitude ``|x^|`` of the binary weights over the epochs: a panel per layer, a line per arm (Fig. 5)."""
-    layers, colour, stroke = _chosen_layers(comparison), colours(comparison), strokes(comparison)
-    crowded = any(style != LAPS[0] for style in stroke.values())
-    facets = {
-        latents: group
-        for latents, arms_ in _facets(comparison).items()
-        if (group := [arm for arm in arms_ if any(_series(arm, f"scale/{layer}") for layer in layers)])
-    }
+    layers = _chosen_layers(comparison)
+    facets, colour, stroke, crowded = looks = _looks(comparison, [f"scale/{layer}" for layer in layers])
     if not facets:
         return None
     with canvas("values", height=2.9 * len(facets) + 0.6, title=TITLES["values"]) as (figure, svg):
@@ -129,18 +123,13 @@ def binary_values(comparison: Comparison) -> str | None:
             axes[0].set_ylabel("binary value |x̂|" + (f"\n{start}" if start else ""))
         for axis, layer in zip(grid[0], layers, strict=True):
             axis.set_title(plain_text(layer))
-        _legend(figure, comparison, {}, [arm for group in facets.values() for arm in group])
+        _legend(figure, looks, {})
     return svg()
 
 
 def flip_ratios(comparison: Comparison) -> str | None:
     """The share of binary weights that change sign in an epoch, over the epochs: a line per arm."""
-    colour, stroke = colours(comparison), strokes(comparison)
-    facets = {
-        latents: group
-        for latents, arms_ in _facets(comparison).items()
-        if (group := [arm for arm in arms_ if _series(arm, "flips")])
-    }
+    facets, colour, stroke, _ = looks = _looks(comparison, ["flips"])
     if not facets:
         return None
     with canvas("flips", height=4.2, title=TITLES["flips"]) as (figure, svg):
@@ -152,7 +141,7 @@ def flip_ratios(comparison: Comparison) -> str | None:
             _epochs_axis(axis)
             axis.set_title(_panel_title(latents, facets))
         figure.axes[0].set_ylabel("flips / weights, per epoch")
-        _legend(figure, comparison, {}, [arm for group in facets.values() for arm in group])
+        _legend(figure, looks, {})
     return svg()
 
 
@@ -262,13 +251,23 @@ def _panel_title(latents: str, facets: Mapping[str, Any]) -> str:
     return "latents start as float" if latents == "float" else plain_text(f"latents start at std {latents}")
 
 
-def _facets(comparison: Comparison) -> dict[str, list[ArmRuns]]:
-    """Start of the latent weights -> its arms; float networks, which have none, stand in every panel."""
-    groups = arms(comparison)
-    starts = dict.fromkeys(arm[0].latents for arm in groups if binary_layers(arm[0]))
-    if not starts:
-        return {"": groups} if groups else {}
-    return {start: [arm for arm in groups if not binary_layers(arm[0]) or arm[0].latents == start] for start in starts}
+class _Looks(NamedTuple):
+    """The arms of each panel by the initialization of their latents, and how a scheme's lines look."""
+
+    facets: dict[str, list[ArmRuns]]
+    colour: dict[str, str]
+    stroke: dict[str, Any]
+    crowded: bool  # whether there are more schemes than colours
+
+
+def _looks(comparison: Comparison, keys: Sequence[str]) -> _Looks:
+    """The looks of the arms that have one of the metrics ``keys``; a float network is in every panel."""
+    shown = [arm for arm in arms(comparison) if any(_series(arm, key) for key in keys)]
+    starts = dict.fromkeys(arm[0].latents for arm in shown if binary_layers(arm[0])) or ("",)
+    facets = {start: [x for x in shown if not binary_layers(x[0]) or x[0].latents == start] for start in starts}
+    stroke = strokes(comparison)
+    crowded = any(style != LAPS[0] for style in stroke.values())
+    return _Looks(facets if shown else {}, colours(comparison), stroke, crowded)
 
 
 def _chosen_layers(comparison: Comparison) -> list[str]:
@@ -362,15 +361,12 @@ def _epochs_axis(axis: "Axes") -> None:
     axis.label_outer()
 
 
-def _legend(
-    figure: "Figure", comparison: Comparison, meanings: Mapping[str, Any], shown: Iterable[ArmRuns] | None = None
-) -> None:
-    """A legend below the panels: a line per scheme, then what a stroke means."""
+def _legend(figure: "Figure", looks: _Looks, meanings: Mapping[str, Any]) -> None:
+    """A legend below the panels: a line for each scheme, then ``meanings``, names of line styles."""
     from matplotlib.lines import Line2D
 
-    colour, stroke = colours(comparison), strokes(comparison)
-    titles = {run.scheme: label(run, start=False) for run, *_ in (arms(comparison) if shown is None else shown)}
-    handles = [Line2D([], [], color=colour[name], linestyle=stroke[name], linewidth=2.5) for name in titles]
+    titles = {arm[0].scheme: label(arm[0], start=False) for group in looks.facets.values() for arm in group}
+    handles = [Line2D([], [], color=looks.colour[name], linestyle=looks.stroke[name], linewidth=2.5) for name in titles]
     handles += [Line2D([], [], color="#777777", linestyle=meaning) for meaning in meanings.values()]
     # matplotlib leaves out labels that start with an underscore; a space before it is not seen.
     names = [plain_text(f" {title}" if title.startswith("_") else title) for title in (*titles.values(), *meanings)]

@@ -392,7 +392,7 @@ def test_schemes_are_those_of_the_plugins_that_are_wanted(
     else:
         other_plugins.setenv("BONN_QAT_PLUGINS", wanted)
     assert cli.main(["schemes", *arguments]) == 0
-    assert {line.split()[0] for line in capsys.readouterr().out.splitlines() if "bits W/A" in line} == names
+    assert set(re.findall(r"^(\S+) +\d+/\d+ ", capsys.readouterr().out, re.MULTILINE)) == names
 
 
 def _told_before(arguments: list[str], output: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
