@@ -47,14 +47,7 @@ def _bars(axis: "Axes", bars: Sequence[Latency], names: Sequence[str], hero: str
         text = digits(bar.median_milliseconds)
         text += "" if bar.median_speedup is None else f" ({digits(bar.median_speedup)}x)"
         end = (max(bar.median_milliseconds, bar.quartiles_milliseconds[1]), place)
-        axis.annotate(
-            digits(bar.median_milliseconds) + speedup,
-            end,
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-        )
+        axis.annotate(text, end, xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_yticks(range(len(names)), [""] * len(names))
     axis.tick_params(axis="y", length=0)
