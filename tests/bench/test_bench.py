@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import sys
@@ -13,6 +14,7 @@ from xml.etree import ElementTree
 import pytest
 import timm
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 import bonn_qat
@@ -148,6 +150,17 @@ def test_the_report_names_every_backend_with_time_size_and_note() -> None:
     assert "slow one fake slow one" in lines
     assert f"torch {torch.__version__.partition('+')[0]}" in lines[-1]
     assert "threads 1, " in lines[-1]
+
+
+def test_the_report_fits_a_terminal() -> None:
+    clock = Clock()
+    report = measured(clock, {name: clock.backend(name, 123.4) for name in BACKENDS}, batches=[1, 32], threads=[1, 16])
+    once = Startup(backend="a", batch=1, threads=2, cold_seconds=(9,), warm_seconds=(1,))
+    console = Console(file=io.StringIO(), width=80)
+    console.print(dataclasses.replace(report, startups=(once,)))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert all(len(line.rstrip()) <= 80 for line in lines)
+    assert sum(line.count("123,400") > 0 for line in lines) == 4 * len(BACKENDS)
 
 
 def test_the_data_are_json_with_every_round() -> None:

@@ -80,8 +80,8 @@ class Page(HTMLParser):
         self.text += data
 
 
-def printed(of: Comparison) -> str:
-    console = Console(file=io.StringIO(), width=200)
+def printed(of: Comparison, width: int = 200) -> str:
+    console = Console(file=io.StringIO(), width=width)
     console.print(report.results(of))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -229,6 +229,15 @@ def test_the_table_shows_titles_as_they_are() -> None:
     shown = printed(comparison(*arm("bonn", [60.0, 62.0], title="[bold]<b>")))
     assert "[bold]<b>" in shown
     assert "61.00 ± 1.41" in shown
+
+
+def test_the_table_fits_a_terminal_and_says_what_it_leaves_out() -> None:
+    of = comparison(*arm("float", [90.0, 91.0]), *arm("bonn", [60.0, 62.0], title="BONN with a long title of its own"))
+    lines = printed(of, 80).splitlines()
+    assert all(len(line.rstrip()) <= 80 for line in lines)
+    assert lines[-1] == "not shown at this width: binary MACs, s/epoch"
+    assert "61.00 ± 1.41" in printed(of, 80)
+    assert "not shown" not in printed(of)
 
 
 MARKUP = "<b>\"&'<script>"
