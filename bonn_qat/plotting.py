@@ -1,4 +1,4 @@
-"""Plotting: a matplotlib canvas in the package's style, palette, and number format; SVG text comes out."""
+"""Plotting: a matplotlib canvas that gives SVG text, with the package's style, palette and number format."""
 
 import io
 import re
@@ -41,12 +41,12 @@ STYLE: Any = {  # matplotlib's annotations want every key as a literal
 
 
 class MatplotlibMissing(BonnQatError, ImportError):
-    """Figures are asked for, and matplotlib is not installed."""
+    """A figure was asked for, but matplotlib is not installed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A figure as one SVG element (no XML header), with the words around it."""
+    """A figure as one SVG element (no XML header), with its title and caption."""
 
     name: str
     title: str
@@ -55,12 +55,16 @@ class Picture:
 
 
 def digits(value: float) -> str:
-    """Three significant digits, or all before the point, none of them an exponent."""
+    """``value`` with three significant digits, or all digits before the point; never with an exponent.
+
+    >>> digits(0.00031), digits(9.999), digits(12345.6)
+    ('0.000310', '10.0', '12,346')
+    """
     return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
 def plain_text(text: str) -> str:
-    """Text that matplotlib does not read as mathematics, nor as a label to leave out."""
+    """``text`` escaped, so that matplotlib does not read it as a formula."""
     return text.replace("$", r"\$")
 
 
@@ -76,7 +80,7 @@ def row(figure: "Figure", panels: int) -> list["Axes"]:
 
 
 def logarithmic(axis: "Axes") -> None:
-    """A logarithmic axis with labels of plain text: with mathematical ones matplotlib keeps memory of each figure."""
+    """Make the vertical axis logarithmic, with plain labels: matplotlib's formulas leak memory for each figure."""
     from matplotlib.ticker import LogFormatter
 
     class Plain(LogFormatter):
@@ -90,9 +94,9 @@ def logarithmic(axis: "Axes") -> None:
 
 @contextmanager
 def canvas(name: str, *, height: float, title: str) -> Iterator[tuple["Figure", Callable[[], str]]]:
-    """A figure to draw on in the package's style, and what gives its SVG once the block is left.
+    """A figure to draw on, and a function that returns its SVG after the block.
 
-    ``title`` is what a screen reader says in place of the picture.
+    A screen reader reads ``title``. Raises MatplotlibMissing.
     """
     try:
         import matplotlib
@@ -109,7 +113,7 @@ def canvas(name: str, *, height: float, title: str) -> Iterator[tuple["Figure", 
 
 
 def _inline(svg: str, name: str, title: str) -> str:
-    """An SVG file as an element of a page: no header, ids that no other figure has, and as wide as its column."""
+    """An SVG file as an element of a page: without a header and a fixed size, its ids prefixed by ``name``."""
     svg = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", svg[svg.index("<svg") :])
     head, body = svg.split(">", 1)
     head = re.sub(r' (width|height)="[^"]*"', "", head)

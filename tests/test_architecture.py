@@ -20,7 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 RANKS = (
     ("errors", "functional", "modes", "environment", "conv_types"),
     ("files", "heads", "plotting", "distributed"),
-    ("quantizers", "runtime"),
+    ("quantizers", "runtime", "tables"),
     ("scheme", "regularizers"),
     ("hookspecs",),
     ("layers", "plugins", "bonn"),

@@ -1,18 +1,18 @@
-"""bench: what one network costs on this machine as float PyTorch, in onnxruntime, and packed.
+"""Benchmarks of one network on this machine: float PyTorch, onnxruntime, and packed.
 
-``engines`` load a file and run it, ``arms`` make the files out of the networks, ``measure`` lets the arms take turns,
-``startup`` starts processes of their own, and ``report`` is what was found.
+``backends`` writes the networks to files, ``engines`` loads and runs a file, ``measure`` times the backends in turns,
+``startup`` times fresh processes, and ``report`` holds the results.
 """
 
-from bonn_qat.bench.arms import ARMS, Arm, ArmMissing, Launch, Networks
+from bonn_qat.bench.backends import BACKENDS, Backend, BackendMissing, Launch, Networks
 from bonn_qat.bench.measure import InvalidBenchmark, bench
 from bonn_qat.bench.report import BenchReport, Latency, Startup
 from bonn_qat.bench.startup import startup
 
 __all__ = [
-    "ARMS",
-    "Arm",
-    "ArmMissing",
+    "BACKENDS",
+    "Backend",
+    "BackendMissing",
     "BenchReport",
     "InvalidBenchmark",
     "Latency",

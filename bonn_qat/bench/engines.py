@@ -1,6 +1,6 @@
-"""Engines: what loads a network's file and runs it; as a program, the one fresh process that :func:`startup` times.
+"""Engines load a network's file and run it. As a program: the new process that :func:`startup` measures.
 
-Run as a file and not as a module of the package, so that a process imports what its engine needs and nothing else.
+The program is run as a file and not as a module, so that a process imports only what its engine needs.
 """
 
 import importlib
@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-Run = Callable[[], object]  # one call of a network, its images bound to it
-Load = Callable[[Path, int, Sequence[int]], Run]  # a file, threads, and the shape (B, C, H, W) of the images
+Run = Callable[[], object]  # runs a network once on its images
+Load = Callable[[Path, int, Sequence[int]], Run]  # from a file, threads, and the shape (B, C, H, W) of the images
 
-FIRST_RESULT = "first result"  # what the process says then
+FIRST_RESULT = "first result"  # the line that the process prints after its first result
 
-# How long a thread of onnxruntime waits awake for its next work. By default up to half a second, in which it takes the
-# processor from the arm whose turn is next; a millisecond is longer than the gap between two calls.
+# How long an idle thread of onnxruntime spins. The default of up to half a second would slow down the next backend; a
+# millisecond is longer than the gap between two calls.
 _SPIN_MICROSECONDS = 1000
 
 
@@ -102,11 +102,11 @@ def _restart_peak() -> bool:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Import, load and run once; then say FIRST_RESULT, and as the last line in JSON the memory that it took.
+    """Import, load and run once; print FIRST_RESULT, and then a line of JSON with the memory used.
 
-    ``arguments`` are an engine, a file, threads, the images' shape with commas, and modules to import before. The JSON
-    has ``process_kib``, the most that the process held, and ``added_kib``, the most that loading and running held
-    beyond the imports; null where the system does not tell.
+    ``arguments`` are the engine, the file, the threads, the shape of the images separated by commas, and modules to
+    import first. The JSON holds ``process_kib``, the peak of the process, and ``added_kib``, the peak of loading and
+    running beyond the imports; null where the system does not report it.
     """
     name, path, threads, shape, *modules = arguments
     for module in modules:

@@ -1,4 +1,4 @@
-"""bench: a float network and its binary form -> BenchReport. Processors only; GPUs have clocks of their own."""
+"""bench: measure a float network and its binary form on the CPU."""
 
 import contextlib
 import copy
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bonn_qat.bench.arms import ARMS, Arm, ArmMissing, Networks
+from bonn_qat.bench.backends import BACKENDS, Backend, BackendMissing, Networks
 from bonn_qat.bench.engines import Run
 from bonn_qat.bench.report import BenchReport, Latency
 from bonn_qat.bench.startup import first_line, startup
@@ -24,7 +24,7 @@ from bonn_qat.environment import environment, processor
 from bonn_qat.errors import BonnQatError, UnknownName
 
 REFERENCE = "onnxruntime float"
-WARMUP = 3  # calls before the first round: compilation, allocation, the choice of kernels
+WARMUP = 3  # calls before the first round, for compilation, allocation and the choice of kernels
 
 Clock = Callable[[], float]
 Turn = Callable[[Run], float]
@@ -44,29 +44,29 @@ def bench(
     batches: Sequence[int] = (1, 32),
     threads: Sequence[int] | None = None,
     rounds: int = 20,
-    arms: Mapping[str, Callable[[Networks], Arm]] = ARMS,
+    backends: Mapping[str, Callable[[Networks], Backend]] = BACKENDS,
     reference: str = REFERENCE,
     startup_rounds: int = 0,
     turn_seconds: float = 0.05,
     clock: Clock = time.perf_counter,
     watch: Watch | None = None,
 ) -> BenchReport:
-    """Measure ``arms`` on random images of ``size`` ``(C, H, W)``, on the CPU; the models stay as they are.
+    """Measure ``backends`` on random images of ``size`` ``(C, H, W)``, on the CPU; the models stay as they are.
 
-    For each of ``threads`` (None: 1 and all cores) and ``batches`` the arms take turns in each of ``rounds`` rounds,
-    which start with another arm each time. A turn is as many calls as fit ``turn_seconds``, at least one, and counts as
-    their median, because the first ones find the caches as another arm left them. Before the first round each arm is
-    called WARMUP times and has a turn that does not count. Speed-ups are over ``reference``, or over the first arm that
-    is there if that one is not. ``startup_rounds`` above 0 adds :func:`startup`. ``name`` is what the report calls the
-    network, ``watch`` is told what is under way.
+    For each of ``threads`` (None: 1 and all cores) and ``batches``, the backends take turns in ``rounds`` rounds; each
+    round starts with a different backend. A turn makes as many calls as fit into ``turn_seconds``, at least one, and
+    counts as their median, because the first calls find the caches as another backend left them. Before the first
+    round each backend is called WARMUP times and has one turn that does not count. Speed-ups are relative to
+    ``reference``, or to the first backend that works if that one does not. ``startup_rounds`` above 0 adds
+    :func:`startup`. The report calls the network ``name``; ``watch`` is told what is being measured.
 
-    An arm that lacks a package or fails is left out, and the report says why. torch has as many threads afterwards as
-    before. Raises InvalidBenchmark for numbers below 1, and UnknownName for a reference that is no arm.
+    A backend that lacks a package or fails is left out, and the report says why. torch's number of threads is restored
+    afterwards. Raises InvalidBenchmark for numbers below 1, and UnknownName for a reference that is no backend.
     """
     counts = sorted({1, _cores()} if threads is None else set(threads))
     _check(batches=batches, threads=counts, rounds=[rounds])
-    if reference not in arms:
-        raise UnknownName("arm", reference, arms)
+    if reference not in backends:
+        raise UnknownName("backend", reference, backends)
     tell, load = watch or _ignore, _load()
     turn = functools.partial(_turn, seconds=turn_seconds, clock=clock)
     latencies: list[Latency] = []
@@ -77,7 +77,7 @@ def bench(
             size=tuple(size),
             directory=Path(folder),
         )
-        made, missing, failures = _make(arms, networks, tell)
+        made, missing, failures = _make(backends, networks, tell)
         base = reference if reference in made else next(iter(made), None)
         for count, batch in itertools.product(counts, dict.fromkeys(batches)):
             torch.set_num_threads(count)
@@ -94,8 +94,8 @@ def bench(
         rounds=rounds,
         reference=base,
         latencies=tuple(latencies),
-        size_bytes={name: arm.size_bytes for name, arm in made.items()},
-        notes={name: arm.note for name, arm in made.items()},
+        size_bytes={name: backend.size_bytes for name, backend in made.items()},
+        notes={name: backend.note for name, backend in made.items()},
         missing=missing,
         failures=failures | broken,
         environment=_environment(counts) | {"load average before": load},
@@ -106,9 +106,7 @@ def bench(
 def _check(**numbers: Sequence[int]) -> None:
     for name, given in numbers.items():
         if not given or min(given) < 1:
-            raise InvalidBenchmark(
-                f"{name} of a benchmark are {list(given)}; each must be at least 1, and one be there"
-            )
+            raise InvalidBenchmark(f"{name} of a benchmark are {list(given)}; give at least one, each at least 1")
 
 
 def _cores() -> int:
@@ -117,7 +115,7 @@ def _cores() -> int:
 
 
 def _load() -> str:
-    """How many processes wanted a processor in the last minute, so that a reader knows how busy the machine was."""
+    """The load average of the last minute: how busy the machine was before."""
     return f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown"
 
 
@@ -139,17 +137,17 @@ def _restored_threads() -> Iterator[None]:
 
 
 def _make(
-    arms: Mapping[str, Callable[[Networks], Arm]], networks: Networks, tell: Watch
-) -> tuple[dict[str, Arm], dict[str, str], dict[str, str]]:
-    """The arms that are there, then which packages the others lack, then what else went wrong."""
-    made: dict[str, Arm] = {}
+    backends: Mapping[str, Callable[[Networks], Backend]], networks: Networks, tell: Watch
+) -> tuple[dict[str, Backend], dict[str, str], dict[str, str]]:
+    """The backends that work, which packages the others lack, and which failed and why."""
+    made: dict[str, Backend] = {}
     missing: dict[str, str] = {}
     failures: dict[str, str] = {}
-    for name, make in arms.items():
+    for name, make in backends.items():
         tell(f"making {name}")
         try:
             made[name] = make(networks)
-        except ArmMissing as error:
+        except BackendMissing as error:
             missing[name] = str(error)
         except Exception as error:  # whatever an exporter raises
             failures[name] = first_line(error)
@@ -157,13 +155,13 @@ def _make(
 
 
 def _warm(
-    arms: Mapping[str, Arm], images: Tensor, threads: int, turn: Turn, failures: dict[str, str]
+    backends: Mapping[str, Backend], images: Tensor, threads: int, turn: Turn, failures: dict[str, str]
 ) -> dict[str, Run]:
-    """A call of each arm, repeated until it is at its pace; ``failures`` takes the arms that do not work."""
+    """A warmed-up call of each backend; backends that fail are added to ``failures``."""
     runs: dict[str, Run] = {}
-    for name, arm in arms.items():
+    for name, backend in backends.items():
         try:
-            run = arm.make(threads, images)
+            run = backend.make(threads, images)
             for _ in range(WARMUP):
                 run()
             turn(run)
@@ -175,7 +173,7 @@ def _warm(
 
 
 def _turn(run: Run, seconds: float, clock: Clock) -> float:
-    """Seconds of one call: the median of as many as fit ``seconds``."""
+    """Seconds of one call: the median of as many calls as fit into ``seconds``."""
     times: list[float] = []
     end = clock() + seconds
     while not times or clock() < end:
@@ -186,7 +184,7 @@ def _turn(run: Run, seconds: float, clock: Clock) -> float:
 
 
 def _alternate(runs: Mapping[str, Run], rounds: int, turn: Turn) -> dict[str, list[float]]:
-    """Seconds of one call, by arm, in rounds that each start with another arm."""
+    """Seconds of one call in each round, by backend; each round starts with a different backend."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
     for number in range(rounds):
@@ -200,7 +198,7 @@ def _latencies(times: Mapping[str, list[float]], batch: int, threads: int, refer
     base = times.get(reference or "", [])
     return [
         Latency(
-            arm=name,
+            backend=name,
             batch=batch,
             threads=threads,
             milliseconds=tuple(1e3 * x for x in seconds),
@@ -211,7 +209,7 @@ def _latencies(times: Mapping[str, list[float]], batch: int, threads: int, refer
 
 
 def _environment(threads: Sequence[int]) -> dict[str, str]:
-    """Processor, threads, and the versions of what ran."""
+    """Processor, threads, and the versions of the packages."""
     found = {"processor": processor(), "cores": str(_cores())}
     found |= {**environment(torch.device("cpu")), "threads": " and ".join(map(str, threads))}
     for package in ("onnxruntime", "onnx", "numba"):

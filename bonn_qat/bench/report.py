@@ -1,30 +1,27 @@
-"""What a benchmark found, as frozen data, as tables and as a chart."""
+"""The results of a benchmark as data, as tables and as a chart."""
 
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from rich.console import Group, RenderableType
+from rich.text import Text
 
-from bonn_qat import plotting
-from bonn_qat.bench import chart
-
-_TEXT = ("arm",)  # columns that are not numbers
+from bonn_qat.files.plain import printable
+from bonn_qat.plotting import digits
+from bonn_qat.tables import Column, Table, as_text, facts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """One arm at one batch size and number of threads.
+    """The latency of a backend for one batch size and number of threads.
 
-    ``milliseconds`` of one call, an entry for each round; ``speedups``, the reference's time in the same round divided
-    by this arm's, so that above 1 this arm is faster; empty where the reference was not measured.
+    ``milliseconds`` of one call and ``speedups`` have an entry for each round. A speed-up is the reference's time in
+    the same round divided by this backend's; there are none if the reference was not measured.
     """
 
-    arm: str
+    backend: str
     batch: int
     threads: int
     milliseconds: tuple[float, ...]
@@ -32,40 +29,40 @@ class Latency:
 
     @property
     def median_milliseconds(self) -> float:
-        """Of one call, the median of the rounds."""
+        """The median of the rounds."""
         return statistics.median(self.milliseconds)
 
     @property
     def quartiles_milliseconds(self) -> tuple[float, float]:
-        """Of one call, the first and the third quartile of the rounds."""
+        """The first and third quartile of the rounds."""
         return _quartiles(self.milliseconds)
 
     @property
     def images_per_second(self) -> float:
-        """At the median."""
+        """Images per second at the median."""
         return self.batch / self.median_milliseconds * 1e3
 
     @property
     def median_speedup(self) -> float | None:
-        """The median of the rounds' speed-ups, which is not the quotient of the medians."""
+        """The median of the rounds' speed-ups (not the quotient of the medians)."""
         return statistics.median(self.speedups) if self.speedups else None
 
     @property
     def quartiles_speedup(self) -> tuple[float, float] | None:
-        """The first and the third quartile of the rounds' speed-ups."""
+        """The first and third quartile of the rounds' speed-ups."""
         return _quartiles(self.speedups) if self.speedups else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Startup:
-    """One arm in processes of its own, each entry of one round: from the start of the process to its first result.
+    """The start-up of a backend in new processes, with an entry for each round.
 
-    ``cold_seconds`` without compiled kernels, ``warm_seconds`` with them. ``process_kib`` is the most memory that a
-    warm process held, ``added_kib`` the most beyond what it held before it loaded the network, which is Python and
-    libraries; both are empty where the system does not tell.
+    ``cold_seconds`` (without compiled kernels) and ``warm_seconds`` (with them) reach from the start of the process to
+    its first result. ``process_kib`` is the peak memory of the warm process, ``added_kib`` the part beyond Python and
+    the libraries; both are empty where the system does not report them.
     """
 
-    arm: str
+    backend: str
     batch: int
     threads: int
     cold_seconds: tuple[float, ...]
@@ -76,10 +73,10 @@ class Startup:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchReport:
-    """Latency and size of the arms of one network; ``input_size`` is ``(C, H, W)`` of an image.
+    """Latency and size of the backends of one network; ``input_size`` is ``(C, H, W)`` of an image.
 
-    ``reference`` is the arm that the others are set against, None if there is no arm. ``size_bytes`` on disk and
-    ``notes`` are by arm; ``missing`` says of an arm which package it lacks, ``failures`` what went wrong with it.
+    ``reference`` is the backend that the others are compared with, None if no backend works. ``size_bytes`` (on disk)
+    and ``notes`` are by backend; ``missing`` says which package a backend lacks, ``failures`` why it failed.
     """
 
     model: str
@@ -96,7 +93,7 @@ class BenchReport:
     startups: tuple[Startup, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Every number of every round, with medians and quartiles, as what JSON can hold."""
+        """All numbers of all rounds, with medians and quartiles, for JSON."""
         latencies = [
             asdict(x)
             | {
@@ -111,38 +108,23 @@ class BenchReport:
 
     def chart(self) -> str | None:
         """The latencies as an SVG element, None without any. Raises MatplotlibMissing without matplotlib."""
-        bars = [
-            chart.LatencyBar(
-                arm=x.arm,
-                batch=x.batch,
-                threads=x.threads,
-                milliseconds=x.median_milliseconds,
-                quartiles_milliseconds=x.quartiles_milliseconds,
-                speedup=x.median_speedup,
-            )
-            for x in self.latencies
-        ]
-        return chart.latencies(bars, self.reference or "")
+        from bonn_qat.bench import chart
+
+        return chart.latencies(self.latencies, self.reference or "")
+
+    def __rich__(self) -> Group:
+        size = " x ".join(map(str, self.input_size))
+        blocks: list[RenderableType] = [Text(printable(f"{self.model}, scheme {self.scheme}, images of {size}"))]
+        for table in (_latencies(self), _sizes(self), _startups(self)):
+            blocks += ["", table] if table.rows else []
+        notes = [(name, note) for name, note in self.notes.items()]
+        notes += [(name, f"not measured: {why}") for name, why in self.missing.items()]
+        notes += [(name, f"failed: {why}") for name, why in self.failures.items()]
+        machine = ", ".join(f"{key} {value}" for key, value in self.environment.items())
+        return Group(*blocks, "", facts([*notes, ("machine", machine)]))
 
     def __str__(self) -> str:
-        size = " x ".join(map(str, self.input_size))
-        lines = [f"{self.model}, scheme {self.scheme}, images of {size}"]
-        if self.latencies:
-            lines += [
-                f"latency of one call: median (quartiles) of {self.rounds} rounds in which the arms take turns; "
-                f"speed-up over {self.reference} in the same round",
-                _table(_latency_columns(self.latencies), grouped=2),
-            ]
-        if self.reference is not None:
-            lines += ["", "size on disk", _table(_size_columns(self.size_bytes, self.reference))]
-        if self.startups:
-            lines += ["", _startup_title(self.startups[0]), _table(_startup_columns(self.startups))]
-        lines.append("")
-        lines += [f"{arm}: {note}" for arm, note in self.notes.items()]
-        lines += [f"{arm}: not measured: {why}" for arm, why in self.missing.items()]
-        lines += [f"{arm}: failed: {why}" for arm, why in self.failures.items()]
-        lines.append(", ".join(f"{key} {value}" for key, value in self.environment.items()))
-        return "\n".join(lines)
+        return as_text(self)
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float]:
@@ -152,64 +134,48 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
     return first, third
 
 
-def _latency_columns(latencies: Sequence[Latency]) -> dict[str, list[str]]:
-    return {
-        "threads": [str(x.threads) for x in latencies],
-        "batch": [str(x.batch) for x in latencies],
-        "arm": [x.arm for x in latencies],
-        "ms": [plotting.digits(x.median_milliseconds) for x in latencies],
-        "(quartiles)": [_range(x.quartiles_milliseconds) for x in latencies],
-        "images/s": [plotting.digits(x.images_per_second) for x in latencies],
-        "speed-up": ["" if x.median_speedup is None else plotting.digits(x.median_speedup) for x in latencies],
-        " (quartiles)": [_range(x.quartiles_speedup) for x in latencies],
-    }
+def _latencies(report: BenchReport) -> Table:
+    columns = [
+        Column("threads"), Column("batch"), Column("backend", text=True), Column("ms"), Column("quartiles"),
+        Column("images/s", drop=1), Column("speed-up"), Column("quartiles", optional=True),
+    ]  # fmt: skip
+    rows = [
+        (str(x.threads), str(x.batch), x.backend, digits(x.median_milliseconds), _range(x.quartiles_milliseconds),
+         digits(x.images_per_second), digits(x.median_speedup) if x.median_speedup else "", _range(x.quartiles_speedup))
+        for x in report.latencies
+    ]  # fmt: skip
+    title = f"time of one call, median of {report.rounds} rounds; speed-up over {report.reference} in the same round"
+    return Table(columns, rows, title=title, grouped=2)
 
 
 def _range(quartiles: tuple[float, float] | None) -> str:
-    return f"({plotting.digits(quartiles[0])} to {plotting.digits(quartiles[1])})" if quartiles else ""
+    return f"{digits(quartiles[0])}\N{EN DASH}{digits(quartiles[1])}" if quartiles else ""
 
 
-def _size_columns(size_bytes: Mapping[str, int], reference: str) -> dict[str, list[str]]:
-    return {
-        "arm": list(size_bytes),
-        "KiB": [f"{size / 2**10:,.1f}" for size in size_bytes.values()],
-        f"times smaller than {reference}": [
-            plotting.digits(size_bytes[reference] / size) for size in size_bytes.values()
-        ],
-    }
+def _sizes(report: BenchReport) -> Table:
+    columns = [Column("backend", text=True), Column("KiB"), Column("times smaller")]
+    reference = report.size_bytes.get(report.reference or "", 0)
+    rows = [(name, f"{size / 2**10:,.1f}", digits(reference / size)) for name, size in report.size_bytes.items()]
+    return Table(columns, rows, title=f"size on disk, and how many times smaller than {report.reference}")
 
 
-def _startup_title(first: Startup) -> str:
-    return (
-        f"from the start of a process to its first result, batch {first.batch}, {first.threads} thread"
-        f"{'s' * (first.threads > 1)}: medians of {len(first.cold_seconds)} rounds; cold: without compiled kernels; "
-        "peak memory of the warm process, and what the network added to the libraries"
-    )
-
-
-def _startup_columns(startups: Sequence[Startup]) -> dict[str, list[str]]:
-    return {
-        "arm": [x.arm for x in startups],
-        "cold s": [f"{statistics.median(x.cold_seconds):.2f}" for x in startups],
-        "warm s": [f"{statistics.median(x.warm_seconds):.2f}" for x in startups],
-        "process MiB": [_mib(x.process_kib) for x in startups],
-        "added MiB": [_mib(x.added_kib) for x in startups],
-    }
+def _startups(report: BenchReport) -> Table:
+    columns = [Column("backend", text=True), *map(Column, ("cold s", "warm s", "process MiB", "added MiB"))]
+    rows = [
+        (x.backend, f"{statistics.median(x.cold_seconds):.2f}", f"{statistics.median(x.warm_seconds):.2f}",
+         _mib(x.process_kib), _mib(x.added_kib))
+        for x in report.startups
+    ]  # fmt: skip
+    title = ""
+    if report.startups:
+        first = report.startups[0]
+        title = (
+            f"seconds from the start of a process to its first result, batch {first.batch}, {first.threads} "
+            f"thread{'s' * (first.threads > 1)}, medians of {len(first.cold_seconds)} rounds, without (cold) and with "
+            "(warm) compiled kernels; peak memory of the warm process, and the part beyond Python and the libraries"
+        )
+    return Table(columns, rows, title=title)
 
 
 def _mib(kib: Sequence[int]) -> str:
     return f"{statistics.median(kib) / 2**10:,.1f}" if kib else "unknown"
-
-
-def _table(columns: Mapping[str, list[str]], *, grouped: int = 0) -> str:
-    """Columns as text, with a line between rows that differ in the first ``grouped`` columns."""
-    table = Table(box=box.SIMPLE)
-    for header in columns:
-        table.add_column(header, no_wrap=True, justify="left" if header in _TEXT else "right")
-    rows = list(zip(*columns.values(), strict=True))
-    for row, following in zip(rows, [*rows[1:], None], strict=True):
-        table.add_row(*row, end_section=following is not None and following[:grouped] != row[:grouped])
-    text = io.StringIO()
-    # Wide enough that nothing is cut, as in a summary.
-    Console(file=text, width=400, markup=False, emoji=False, highlight=False, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).rstrip("\n")

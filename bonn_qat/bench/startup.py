@@ -1,4 +1,4 @@
-"""startup: arms -> what it takes a process of its own to come to its first result, in time and memory."""
+"""startup: the time and memory that a new process needs to reach its first result."""
 
 import functools
 import json
@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from bonn_qat.bench import engines
-from bonn_qat.bench.arms import Arm, Launch
+from bonn_qat.bench.backends import Backend, Launch
 from bonn_qat.bench.report import Startup
 from bonn_qat.errors import BonnQatError
 
 
 class DidNotStart(BonnQatError, RuntimeError):
-    """The process of an arm ended before its first result."""
+    """The process of a backend failed."""
 
 
 def startup(
-    arms: Mapping[str, Arm],
+    backends: Mapping[str, Backend],
     size: Sequence[int],
     *,
     rounds: int = 3,
@@ -30,13 +30,15 @@ def startup(
     threads: int = 1,
     watch: Callable[[str], None] | None = None,
 ) -> tuple[tuple[Startup, ...], dict[str, str]]:
-    """Start each of ``arms`` in fresh processes, ``rounds`` times in turns; images of ``size`` ``(C, H, W)``.
+    """Start each of ``backends`` in fresh processes, ``rounds`` times in turns; images of ``size`` ``(C, H, W)``.
 
-    In each round an arm starts twice: first without compiled kernels (numba's cache is an empty directory), then with
-    those that the first start left. Arms that no process can start are left out; the second result says for each arm
-    that did not start what its process said last.
+    In each round a backend starts twice: first without compiled kernels (numba's cache is an empty directory), then
+    with those that the first start left. Backends without ``launch`` are left out. The second result holds, for each
+    backend that did not start, the last line that its process wrote to stderr.
     """
-    launches = {name: functools.cache(arm.launch) for name, arm in arms.items() if arm.launch is not None}
+    launches = {
+        name: functools.cache(backend.launch) for name, backend in backends.items() if backend.launch is not None
+    }
     found: dict[str, list[_Start]] = {name: [] for name in launches}
     failures: dict[str, str] = {}
     for number in range(rounds):
@@ -54,7 +56,7 @@ def startup(
 
 
 def first_line(error: Exception) -> str:
-    """An exception in one line: its type, and the first line of what it says."""
+    """The type and the first line of an exception."""
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
@@ -80,7 +82,7 @@ def _start(launch: Launch, shape: Sequence[int], threads: int, cache: str) -> tu
             command, env={**os.environ, "NUMBA_CACHE_DIR": cache}, stdout=subprocess.PIPE, stderr=errors, text=True
         ) as process:
             assert process.stdout is not None
-            # What a module says while it is imported comes before.
+            # Modules may print while they are imported.
             any(line.strip() == engines.FIRST_RESULT for line in iter(process.stdout.readline, ""))
             seconds = time.perf_counter() - begin
             memory = process.stdout.read()
@@ -94,7 +96,7 @@ def _start(launch: Launch, shape: Sequence[int], threads: int, cache: str) -> tu
 def _startup(name: str, starts: Sequence[_Start], batch: int, threads: int) -> Startup:
     cold, warm, memory = zip(*starts, strict=True)
     return Startup(
-        arm=name,
+        backend=name,
         batch=batch,
         threads=threads,
         cold_seconds=cold,

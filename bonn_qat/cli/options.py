@@ -1,6 +1,7 @@
 """Options that several commands share, and the values that are parsed from their text."""
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,10 @@ from bonn_qat.errors import BonnQatError, InvalidRecipe
 if TYPE_CHECKING:
     from bonn_qat.scheme import Scheme
 
-console = Console(quiet=os.environ.get("RANK", "0") != "0")  # under a launcher the first process speaks
+console = Console(
+    quiet=os.environ.get("RANK", "0") != "0",  # under a launcher, rank 0 alone prints
+    width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120,  # rich takes 80 for a file or a pipe
+)
 
 DataOption = Annotated[
     str | None,

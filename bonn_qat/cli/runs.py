@@ -173,7 +173,7 @@ def _compare(
 ) -> None:
     from bonn_qat.studies import compare as comparing
     from bonn_qat.studies.comparison import MANIFEST, PAGE, read_comparison
-    from bonn_qat.studies.report import terminal_table
+    from bonn_qat.studies.report import results
     from bonn_qat.studies.statistics import differences
     from bonn_qat.training.data import load
 
@@ -196,7 +196,7 @@ def _compare(
     again = f"bonn-qat compare --resume {shlex.quote(str(directory))}{place}"
     with stoppable(again):
         comparison = comparing.compare(planned, loaded, directory, jobs=jobs, ray=ray, pm=_observed())
-    console.print(terminal_table(comparison))
+    console.print(results(comparison))
     for difference in differences(comparison):
         say(str(difference))
     say(f"report: {directory / PAGE}")
@@ -263,8 +263,8 @@ def reproduce(
             settings=settings or [], data=data, data_directory=data_dir, size=img_size, workers=workers, jobs=jobs,
             ray=cluster, pm=_observed(),
         )  # fmt: skip
-    for table in study_report.terminal_tables(result):
-        console.print(table)
+    for setting in result.settings:
+        console.print(study_report.results(setting, result.study))
     say(f"report: {directory / f'{chosen.name}.html'}")
     comparisons = [setting.comparison for setting in result.settings]
     for name in (name for comparison in comparisons for name in comparison.elsewhere):
@@ -278,11 +278,11 @@ def reproduce(
 def report(directory: Annotated[Path, typer.Argument(help="The results of a comparison.")]) -> None:
     """Write the report of a comparison again, from its results."""
     from bonn_qat.studies.comparison import read_comparison
-    from bonn_qat.studies.report import terminal_table, write_report
+    from bonn_qat.studies.report import results, write_report
 
     comparison = read_comparison(directory)
     page = write_report(comparison)
-    console.print(terminal_table(comparison))
+    console.print(results(comparison))
     say(f"report: {page}")
 
 

@@ -13,6 +13,7 @@ from bonn_qat.binarization.binarize import binary_layers
 from bonn_qat.errors import InvalidModel
 from bonn_qat.layers import BinaryLayer
 from bonn_qat.modes import modes
+from bonn_qat.tables import Column, Table
 
 LOW, HIGH = 0.05, 0.95
 
@@ -37,11 +38,11 @@ class Diagnosis:
         return tuple(name for name, share in self.shares.items() if not LOW <= share <= HIGH)
 
     def __str__(self) -> str:
-        width = max(map(len, [*self.shares, "layer"]))
-        rows = [f"{name:<{width}}  {s:6.1%}{'  dead' if name in self.dead else ''}" for name, s in self.shares.items()]
+        rows = [(name, f"{share:.1%}", "dead" if name in self.dead else "") for name, share in self.shares.items()]
+        columns = [Column("layer", text=True), Column("share of +1 inputs"), Column("", text=True, optional=True)]
         verdict = f"{len(self.dead)} of {len(self.shares)} binary layers are dead: below {LOW:.0%} or above {HIGH:.0%}"
         never = [f"not reached: {', '.join(self.unreached)}"] if self.unreached else []
-        return "\n".join([f"{'layer':<{width}}  share of +1 inputs", *rows, verdict, *never])
+        return "\n".join([str(Table(columns, rows)), verdict, *never])
 
 
 def diagnose(model: nn.Module, images: Tensor) -> Diagnosis:

@@ -1,4 +1,4 @@
-"""The size report of a packed network: what its graph multiplies, and what its file holds."""
+"""The size report of a packed network: the MACs of its graph and the bits of its file."""
 
 import math
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ _FLOAT = (torch.ops.aten.conv1d.default, torch.ops.aten.conv2d.default, torch.op
 
 
 def packed_report(packed: PackedModel) -> Report:
-    """The bits and MACs of a packed network; ``mbit`` is what its file holds beside the header."""
+    """The bits and MACs of a packed network; ``mbit`` is the size of its file without the header."""
     outputs = _Outputs(packed.network)
     packed.check(1)
     with torch.no_grad(), packed.computing():
@@ -37,7 +37,7 @@ def packed_report(packed: PackedModel) -> Report:
 
 @final
 class _Outputs(fx.Interpreter):
-    """Runs a graph and keeps the shapes that its products give."""
+    """Runs a graph and records the output shapes of its convolutions and linear layers."""
 
     def __init__(self, network: fx.GraphModule) -> None:
         super().__init__(network)
@@ -55,14 +55,14 @@ class _Outputs(fx.Interpreter):
 
 
 class _Rows:
-    """The rows of a report; ``left`` holds the numbers in each tensor that no row has counted."""
+    """The rows of a report; ``left`` holds how many numbers of each tensor no row has counted yet."""
 
     def __init__(self, names: Mapping[str, str], left: dict[str, int]) -> None:
         self.names, self.left = names, left
         self.layers: list[LayerReport] = []
 
     def add(self, node: fx.Node, shape: tuple[int, ...]) -> None:
-        """Count a product, once if it shares its weights."""
+        """Count a convolution or linear layer, once if its weights are shared."""
         if node.target in _BINARY:
             self._binary(node, shape)
         else:
@@ -116,7 +116,7 @@ class _Rows:
 
 
 def _words(node: Any) -> fx.Node | None:
-    """The call that unpacks the weights that ``node`` is made of."""
+    """The call that unpacks the weights that ``node`` is computed from."""
     while isinstance(node, fx.Node) and node.op == "call_function":
         if node.target is torch.ops.bonn_qat.unpack_signs.default:
             return node
@@ -125,7 +125,7 @@ def _words(node: Any) -> fx.Node | None:
 
 
 def _others(left: Mapping[str, int]) -> tuple[OtherReport, ...]:
-    """What no product has counted, by the last part of its name."""
+    """The numbers that no row has counted, by the last part of the tensor's name."""
     kinds: dict[str, list[int]] = {}
     for name, count in left.items():
         if count:

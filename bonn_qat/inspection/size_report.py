@@ -1,23 +1,24 @@
-"""Size report: the bits and MACs of a network as frozen data, per layer and in total, and as a table."""
+"""Size report: the bits and MACs of a network, per layer and in total, as data and as a table."""
 
-import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from rich.console import Group
+from rich.text import Text
+
+from bonn_qat.files.plain import printable
+from bonn_qat.tables import Column, Table, as_text, facts
 
 FLOAT_BITS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
-    """A convolution, a linear layer, or another that stayed float for a reason; MACs are per input image.
+    """A convolution, a linear layer, or another layer that stays float for a reason; MACs are per image.
 
-    ``output`` is the shape that came out for one image, its first axis aside, None for a layer that was not called;
-    ``kept`` is why the layer stayed float, ``scheme`` the name of one of its own. Layers that are neither convolutions
-    nor linear have no MACs here.
+    ``output`` is the shape for one image without the batch axis, None for a layer that was not called. ``kept`` is the
+    reason why the layer stays float, ``scheme`` the name of its own scheme if it has one. MACs are counted for
+    convolutions and linear layers only.
     """
 
     name: str
@@ -34,7 +35,7 @@ class LayerReport:
 
     @property
     def size_bits(self) -> int:
-        """Weights at their bits, scales and biases at 32."""
+        """Weights at their own bits, scales and biases at 32 bits."""
         return self.weights * self.weight_bits + (self.scales + self.biases) * FLOAT_BITS
 
     @property
@@ -49,12 +50,12 @@ class LayerReport:
 
     @property
     def binary_macs(self) -> int:
-        """MACs of one bit by one bit."""
+        """MACs of a binary weight and a binary input."""
         return self.macs if self.is_binary else 0
 
     @property
     def float_macs(self) -> int:
-        """MACs with a float, or many-bit, weight or input."""
+        """MACs in which a factor has more than one bit."""
         return self.macs - self.binary_macs
 
     @property
@@ -79,11 +80,11 @@ class OtherReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A network's bits and MACs, per layer and in total; ``input_size`` is ``(C, H, W)``, a Mbit 10^6 bits.
+    """A network's bits and MACs, per layer and in total; ``input_size`` is ``(C, H, W)``.
 
-    ``trainable`` counts the parameters that learn, those of the quantizers among them. ``scheme``, ``kept``
-    (layer -> reason) and ``revived`` (norms that started at zero) repeat what :func:`bonn_qat.binarize` did; a float
-    network has scheme None.
+    ``trainable`` counts the trained parameters, including those of quantizers. What :func:`bonn_qat.binarize` did is in
+    ``scheme`` (None for a float network), ``kept`` (layer -> reason) and ``revived`` (norms whose weights were zero).
+    ``print`` shows the report as a table; a rich console fits it to the terminal.
     """
 
     model: str
@@ -97,37 +98,37 @@ class Report:
 
     @property
     def parameters(self) -> int:
-        """Parameters that deploy, scales of binary weights aside: those of the same network all float."""
+        """Deployed parameters without the scales of binary weights: as many as the float network has."""
         return sum(x.weights + x.biases for x in self.layers) + sum(x.parameters for x in self.others)
 
     @property
     def binary_weights(self) -> int:
-        """Parameters of one bit."""
+        """Parameters with one bit."""
         return sum(x.weights for x in self.layers if x.weight_bits == 1)
 
     @property
     def binarized_weights_share(self) -> float:
-        """The part of the parameters that has one bit, 0 to 1."""
+        """The share of the parameters that have one bit, 0 to 1."""
         return self.binary_weights / self.parameters if self.parameters else 0.0
 
     @property
     def uncounted(self) -> tuple[str, ...]:
-        """The layers whose MACs are not known: neither convolutions nor linear, or not called themselves."""
+        """The layers whose MACs are not counted: not called, or neither a convolution nor linear."""
         return tuple(x.name for x in self.layers if not x.macs)
 
     @property
     def mbit(self) -> float:
-        """The packed network."""
+        """Size of the packed network, in 10^6 bits."""
         return (sum(x.size_bits for x in self.layers) + sum(x.parameters for x in self.others) * FLOAT_BITS) / 1e6
 
     @property
     def float_mbit(self) -> float:
-        """The same network all float."""
+        """Size of the float network, in 10^6 bits."""
         return self.parameters * FLOAT_BITS / 1e6
 
     @property
     def compression(self) -> float:
-        """How many times smaller the packed network is."""
+        """How many times smaller the packed network is than the float one."""
         return self.float_mbit / self.mbit if self.mbit else 1.0
 
     @property
@@ -137,12 +138,12 @@ class Report:
 
     @property
     def binary_macs(self) -> int:
-        """MACs of one bit by one bit, per image."""
+        """MACs of a binary weight and a binary input, per image."""
         return sum(x.binary_macs for x in self.layers)
 
     @property
     def binarized_share(self) -> float:
-        """The part of the MACs that is binary, 0 to 1."""
+        """The share of the MACs that are binary, 0 to 1."""
         return self.binary_macs / self.macs if self.macs else 0.0
 
     @property
@@ -150,68 +151,75 @@ class Report:
         """Bit operations per image."""
         return sum(x.bops for x in self.layers)
 
-    def __str__(self) -> str:
+    def __rich__(self) -> Group:
         size = " x ".join(map(str, self.input_size))
-        lines = [
-            f"{self.model}, scheme {self.scheme or 'none (float)'}, one image of {size}",
-            _table(_columns(self)),
-            f"parameters  {self.parameters:,}, of which {self.binary_weights:,} of one bit "
-            f"({self.binarized_weights_share:.1%}); {self.trainable:,} learn",
-            f"size        {self.mbit:,.2f} Mbit, {self.compression:.2f} times smaller than {self.float_mbit:,.2f} Mbit",
-            f"MACs        {self.macs:,}, of which {self.binary_macs:,} binary ({self.binarized_share:.1%})",
-            f"BOPs        {self.bops:,}",
-        ]
-        if self.uncounted:
-            lines.append(f"MACs not counted of what is not called or of another kind: {', '.join(self.uncounted)}")
-        if self.revived:
-            lines.append(f"norms that started at zero and now start at one: {', '.join(self.revived)}")
-        return "\n".join(lines)
+        stay: dict[str, list[str]] = {}
+        for layer in self.layers:
+            if layer.kept:
+                stay.setdefault(layer.kept, []).append(layer.name)
+        lines = {
+            "parameters": f"{self.parameters:,}, of which {self.binary_weights:,} have one bit "
+            f"({self.binarized_weights_share:.1%}); {self.trainable:,} are trained",
+            "size": f"{self.mbit:,.2f} Mbit, {self.compression:.2f} times smaller than {self.float_mbit:,.2f} Mbit",
+            "MACs": f"{self.macs:,}, of which {self.binary_macs:,} are binary ({self.binarized_share:.1%})",
+            "BOPs": f"{self.bops:,}",
+            "stay float": "\n".join(f"{reason}: {_listed(names)}" for reason, names in stay.items()),
+            "no MACs": self.uncounted and f"not called, or of another kind: {_listed(self.uncounted)}",
+            "norms reset": self.revived and f"start at one instead of zero: {_listed(self.revived)}",
+        }
+        head = f"{self.model}, scheme {self.scheme or 'none (float)'}, one image of {size}"
+        return Group(Text(printable(head)), "", _table(self), "", facts((k, str(v)) for k, v in lines.items() if v))
+
+    def __str__(self) -> str:
+        return as_text(self)
 
 
-def _columns(report: Report) -> dict[str, list[str]]:
-    """The table by columns: a row for each layer, then one for each other type of module.
+def _table(report: Report) -> Table:
+    """A row for each layer, then one for each other type of module.
 
-    Parameters stand under their bits, as in Larq's summary, biases and scales under 32.
+    Parameters are listed by their bits, as in Larq's summary; biases and scales have 32.
     """
-    layers, others = report.layers, report.others
-    precisions = sorted({FLOAT_BITS, *(x.weight_bits for x in layers)})
-    columns = {
-        "layer": [*(x.name for x in layers), *("" for _ in others)],
-        "type": [*(x.type for x in layers), *(f"{x.modules} x {x.type}" for x in others)],
-        "output": [*(_shape(x) for x in layers), *("" for _ in others)],
-        "bits W/A": [*(f"{x.weight_bits}/{x.input_bits}" for x in layers), *(str(FLOAT_BITS) for _ in others)],
-    }
-    for bits in precisions:
-        numbers = [*(_parameters(x, bits) for x in layers), *(x.parameters * (bits == FLOAT_BITS) for x in others)]
-        columns[f"{bits}-bit"] = _numbers(numbers)
-    columns["KiB"] = [f"{kib:,.2f}" for kib in (*(x.size_kib for x in layers), *(x.size_kib for x in others))]
-    columns["binary MACs"] = _numbers([*(x.binary_macs for x in layers), *(0 for _ in others)])
-    columns["float MACs"] = _numbers([*(x.float_macs for x in layers), *(0 for _ in others)])
-    columns["scheme"] = [*(x.scheme or "" for x in layers), *("" for _ in others)]
-    columns["stays float as"] = [*(x.kept or "" for x in layers), *("" for _ in others)]
-    return {header: cells for header, cells in columns.items() if header != "scheme" or any(cells)}
+    precisions = sorted({FLOAT_BITS, *(x.weight_bits for x in report.layers)})
+    unit = 1e6 if max((x.macs for x in report.layers), default=0) >= 1e6 else 1
+    columns = [
+        Column("layer", text=True, wraps=True),
+        Column("type", text=True, drop=3),
+        Column("output", drop=2),
+        Column("bits W/A"),
+        *(Column(f"{bits}-bit") for bits in precisions),
+        Column("KiB", drop=1),
+        Column("MACs" if unit == 1 else "MACs (M)"),
+        Column("scheme", text=True, optional=True),
+    ]
+    rows = [
+        [
+            x.name,
+            x.type,
+            "not called" if x.output is None else "x".join(map(str, x.output)),
+            f"{x.weight_bits}/{x.input_bits}",
+            *(
+                _number(x.weights * (bits == x.weight_bits) + (x.biases + x.scales) * (bits == FLOAT_BITS))
+                for bits in precisions
+            ),
+            f"{x.size_kib:,.2f}",
+            _number(x.macs) if unit == 1 else f"{x.macs / unit:,.2f}" if x.macs else "",
+            x.scheme or "",
+        ]
+        for x in report.layers
+    ]
+    for x in report.others:
+        floats = [_number(x.parameters * (bits == FLOAT_BITS)) for bits in precisions]
+        rows.append([f"{x.modules} x {x.type}", "", "", str(FLOAT_BITS), *floats, f"{x.size_kib:,.2f}", "", ""])
+    return Table(columns, rows)
 
 
-def _shape(layer: LayerReport) -> str:
-    return "not called" if layer.output is None else "x".join(map(str, layer.output))
+def _number(number: int) -> str:
+    return f"{number:,}" if number else ""
 
 
-def _parameters(layer: LayerReport, bits: int) -> int:
-    return layer.weights * (bits == layer.weight_bits) + (layer.biases + layer.scales) * (bits == FLOAT_BITS)
-
-
-def _numbers(numbers: list[int]) -> list[str]:
-    return [f"{number:,}" if number else "" for number in numbers]
-
-
-def _table(columns: Mapping[str, list[str]]) -> str:
-    table = Table(box=box.SIMPLE)
-    for header in columns:
-        is_text = header in ("layer", "type", "scheme", "stays float as")
-        table.add_column(header, no_wrap=True, justify="left" if is_text else "right")
-    for row in zip(*columns.values(), strict=True):
-        table.add_row(*row)
-    text = io.StringIO()
-    # Wide enough that nothing is cut: a file has no width, and the caller knows the terminal's.
-    Console(file=text, width=400, markup=False, emoji=False, highlight=False, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).rstrip("\n")
+def _listed(names: Iterable[str]) -> str:
+    """Names of layers, with those that differ only in their numbers as one pattern and a count."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(".".join("*" if part.isdigit() else part for part in name.split(".")), []).append(name)
+    return ", ".join(found[0] if len(found) == 1 else f"{key} ({len(found)})" for key, found in alike.items())

@@ -1,9 +1,9 @@
-"""summary: model -> Report, what a network costs when its binary weights are stored as bits.
+"""summary: count the bits and MACs of a network whose binary weights are stored as bits.
 
-Counted are multiply-accumulates (MACs) of convolutions and linear layers, and parameters as deployed: weights at
-their bits, every scale and every other parameter at 32. A weight quantizer's own parameters, such as BONN's
-modulation, serve training only; buffers, such as running statistics, are not counted, nor is what has no weights, such
-as the products of attention.
+It counts the multiply-accumulates (MACs) of convolutions and linear layers, and the parameters as deployed: weights at
+their own bits, scales and all other parameters at 32. Not counted are the parameters that a weight quantizer needs for
+training only, such as BONN's modulation, buffers such as running statistics, and products without weights, as in
+attention.
 """
 
 import math
@@ -32,9 +32,13 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 def summary(model: nn.Module, input_size: Sequence[int] | None = None) -> Report:
     """Count the bits and MACs of ``model`` for one image of ``input_size`` ``(C, H, W)``.
 
-    None is the size that it was binarized for, else timm's default. One forward pass of zeros in evaluation mode, on
-    the model's device; the model is as before afterwards. Raises InvalidModel if the size is unknown, or the model does
-    not take it.
+    By default that is the size that the model was binarized for, else timm's. The model runs once on zeros, in
+    evaluation mode and on its own device, and is left unchanged. Raises InvalidModel if the size is unknown or the
+    model does not take it.
+
+    >>> report = summary(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), (3, 8, 8))
+    >>> report.macs, report.parameters
+    (3888, 112)
     """
     if isinstance(model, PackedModel):
         return packed_report(model)
@@ -89,7 +93,7 @@ class _Call:
 
 
 def _calls(model: nn.Module, layers: list[nn.Module], size: tuple[int, ...]) -> dict[nn.Module, _Call]:
-    """What each of ``layers`` gives in one forward pass, and its MACs; a shared layer's add up."""
+    """The output shape and MACs of each of ``layers`` in one forward pass; those of a shared layer add up."""
     found: dict[nn.Module, _Call] = {}
 
     def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -149,7 +153,7 @@ def _layer(
     kept: str | None,
     scheme: str | None,
 ) -> LayerReport:
-    # By name, because other parameters may have as many axes, as the gain of a scaled weight standardisation.
+    # By name, because other parameters may have as many axes, such as the gain of a standardized convolution.
     weights = sum(p.numel() for key, p in own.items() if "weight" in key)
     return LayerReport(
         name=name,
@@ -170,7 +174,7 @@ def _layer(
 def _scales(layer: nn.Module) -> int:
     proxy: Any = layer.weight_quant
     quantizer: Any = getattr(proxy, "tensor_quant", proxy)
-    # A clone, because Brevitas' stock quantizer clamps the latent weights that it is given.
+    # A clone, because Brevitas' stock quantizer clamps its input in place.
     weight: Tensor = (layer.latent() if isinstance(layer, BinaryLayer) else layer.weight).clone()  # type: ignore[operator]
     return quantizer.constants(weight) if isinstance(quantizer, WeightQuantizer) else quantizer(weight)[1].numel()
 

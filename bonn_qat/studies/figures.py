@@ -1,11 +1,11 @@
-"""Figures: the paper's pictures of a comparison, as SVG text. They need the extra ``compare`` (matplotlib)."""
+"""Figures: a comparison drawn as in the paper's figures, as SVG text. Needs the extra ``compare`` (matplotlib)."""
 
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bonn_qat.studies.comparison import Comparison
 
@@ -38,7 +38,7 @@ def pictures(comparison: Comparison) -> list[Picture]:
 
 
 def colours(comparison: Comparison) -> dict[str, str]:
-    """One colour per scheme, the same in all figures; BONN's and float's are the same in all comparisons."""
+    """A colour for each scheme, the same in all figures; those of BONN and float are the same in all comparisons."""
     result: dict[str, str] = {}
     for run in (arm[0] for arm in arms(comparison)):
         if run.scheme == HERO:
@@ -52,7 +52,7 @@ def colours(comparison: Comparison) -> dict[str, str]:
 
 
 def strokes(comparison: Comparison) -> dict[str, Any]:
-    """A line style per scheme: solid, and others for the schemes that repeat a colour."""
+    """A line style for each scheme: solid, or dashed where a scheme repeats a colour."""
     laps: dict[str, int] = {}
     result = {}
     for scheme, colour in colours(comparison).items():
@@ -64,12 +64,11 @@ def strokes(comparison: Comparison) -> dict[str, Any]:
 def accuracy_curves(comparison: Comparison) -> str | None:
     """Test and train (thin, dashed) top-1 over epochs: mean line and min-max band over seeds (Fig. 6).
 
-    Where there are more arms than colours, the training curves would bury the others and are left out.
+    Training curves are left out if there are more arms than colours, as they would hide the test curves.
     """
-    facets, colour, stroke = _facets(comparison), colours(comparison), strokes(comparison)
+    facets, colour, stroke, crowded = looks = _looks(comparison, ["test/top1"])
     if not facets:
         return None
-    crowded = any(style != LAPS[0] for style in stroke.values())
     with canvas("accuracy", height=4.6, title=TITLES["accuracy"]) as (figure, svg):
         for axis, (latents, group) in zip(row(figure, len(facets)), facets.items(), strict=True):
             for arm in group:
@@ -80,12 +79,12 @@ def accuracy_curves(comparison: Comparison) -> str | None:
             _epochs_axis(axis)
             axis.set_title(_panel_title(latents, facets))
         figure.axes[0].set_ylabel("top-1 accuracy (%)")
-        _legend(figure, comparison, {} if crowded else {"test": "-", "train": TRAIN})
+        _legend(figure, looks, {} if crowded else {"test": "-", "train": TRAIN})
     return svg()
 
 
 def latent_histograms(comparison: Comparison) -> str | None:
-    """Histograms of the latent weights over epochs, of one seed: a row per arm, a column per layer (Figs. 3, 4)."""
+    """Histograms of the latent weights over the epochs, for one seed: arms by layers (Figs. 3 and 4)."""
     layers = _chosen_layers(comparison)
     shown = [arm for arm in arms(comparison) if any(_snapshots(arm, layer) for layer in layers)]
     if not shown:
@@ -106,14 +105,9 @@ def latent_histograms(comparison: Comparison) -> str | None:
 
 
 def binary_values(comparison: Comparison) -> str | None:
-    """The binary value ``|x^|`` of a weight over epochs: a panel per layer, a line per arm (Fig. 5)."""
-    layers, colour, stroke = _chosen_layers(comparison), colours(comparison), strokes(comparison)
-    crowded = any(style != LAPS[0] for style in stroke.values())
-    facets = {
-        latents: group
-        for latents, arms_ in _facets(comparison).items()
-        if (group := [arm for arm in arms_ if any(_series(arm, f"scale/{layer}") for layer in layers)])
-    }
+    """The magnitude ``|x^|`` of the binary weights over the epochs: a panel per layer, a line per arm (Fig. 5)."""
+    layers = _chosen_layers(comparison)
+    facets, colour, stroke, crowded = looks = _looks(comparison, [f"scale/{layer}" for layer in layers])
     if not facets:
         return None
     with canvas("values", height=2.9 * len(facets) + 0.6, title=TITLES["values"]) as (figure, svg):
@@ -129,18 +123,13 @@ def binary_values(comparison: Comparison) -> str | None:
             axes[0].set_ylabel("binary value |x̂|" + (f"\n{start}" if start else ""))
         for axis, layer in zip(grid[0], layers, strict=True):
             axis.set_title(plain_text(layer))
-        _legend(figure, comparison, {}, [arm for group in facets.values() for arm in group])
+        _legend(figure, looks, {})
     return svg()
 
 
 def flip_ratios(comparison: Comparison) -> str | None:
-    """The share of binary weights whose sign an epoch changed, over the epochs: a line per arm."""
-    colour, stroke = colours(comparison), strokes(comparison)
-    facets = {
-        latents: group
-        for latents, arms_ in _facets(comparison).items()
-        if (group := [arm for arm in arms_ if _series(arm, "flips")])
-    }
+    """The share of binary weights that change sign in an epoch, over the epochs: a line per arm."""
+    facets, colour, stroke, _ = looks = _looks(comparison, ["flips"])
     if not facets:
         return None
     with canvas("flips", height=4.2, title=TITLES["flips"]) as (figure, svg):
@@ -152,7 +141,7 @@ def flip_ratios(comparison: Comparison) -> str | None:
             _epochs_axis(axis)
             axis.set_title(_panel_title(latents, facets))
         figure.axes[0].set_ylabel("flips / weights, per epoch")
-        _legend(figure, comparison, {}, [arm for group in facets.values() for arm in group])
+        _legend(figure, looks, {})
     return svg()
 
 
@@ -230,29 +219,29 @@ TITLES = {
     "final": "Final accuracy",
     "accuracy": "Accuracy over the epochs",
     "histograms": "Latent weights over the epochs",
-    "values": "Binary values over the epochs",
-    "flips": "Flips over the epochs",
-    "sweep": "Accuracy over the weights of the losses",
+    "values": "Magnitude of the binary weights over the epochs",
+    "flips": "Sign flips over the epochs",
+    "sweep": "Accuracy for different weights of the losses",
 }
 CAPTIONS = {
-    "final": "A point is a seed, the bar and the number are the mean. Look at whether the points of two schemes "
-    "overlap before looking at the means; the axis does not start at zero.",
-    "accuracy": "Thick: test; thin and dashed: training images (after one epoch: filled and hollow points), left out "
-    "where there are more arms than colours; the band reaches from the worst to the best seed. A wide gap between thin "
-    "and thick is overfitting; a jump is a step of the learning rate or a new stage of the scheme. Mirrors Fig. 6 of "
-    "the paper.",
-    "histograms": "The real-valued weights behind the signs, in the first, middle and last binary layer, for one "
-    "seed: time runs downwards and from light to dark, each ridge is scaled to its own peak, and each panel "
-    "has a horizontal axis of its own. BONN's prior should part one hump into two modes, one per sign. "
-    "Mirrors Figs. 3 and 4.",
-    "values": "The magnitude that every binary weight of a layer shares (its mean, where each filter has its own), "
-    "on a logarithmic axis. In the paper BONN's values grow by several times and settle high, while those of "
-    "XNOR-Net shrink. Mirrors Fig. 5.",
-    "sweep": "A point is a seed, the line goes through the means; squares are the paper's figures. The horizontal axis "
-    "has the values that were tried, one beside the other, and no scale.",
-    "flips": "The part of all binary weights whose sign at the end of an epoch is not that of its beginning, on a "
-    "logarithmic axis; the mean over the seeds. Signs that still change late have not settled; signs that never change "
-    "were decided by the start.",
+    "final": "Each point is a seed; the bar and the number are the mean. Check whether the points of two schemes "
+    "overlap before comparing the means. The axis does not start at zero.",
+    "accuracy": "Thick lines: test images. Thin dashed lines: training images, left out if there are more arms than "
+    "colours. After a single epoch: filled and hollow points. The band reaches from the worst to the best seed. A wide "
+    "gap between training and test is overfitting; a jump is a step of the learning rate or a new stage of the scheme. "
+    "Compare Fig. 6 of the paper.",
+    "histograms": "The latent weights, that is the real-valued weights behind the signs, of the first, middle and last "
+    "binary layer, for one seed. Time runs downwards and from light to dark. Each ridge is scaled to its own peak and "
+    "each panel has its own horizontal axis. BONN's prior should split one mode into two, one for each sign. "
+    "Compare Figs. 3 and 4 of the paper.",
+    "values": "The magnitude of the binary weights of a layer (averaged over its filters if each has its own), on a "
+    "logarithmic axis. In the paper BONN's values grow several times and settle high, while those of XNOR-Net shrink. "
+    "Compare Fig. 5 of the paper.",
+    "sweep": "Each point is a seed; the line connects the means; squares are the paper's numbers. The values on the "
+    "horizontal axis are evenly spaced, not to scale.",
+    "flips": "The share of binary weights whose sign differs between the start and the end of an epoch, averaged over "
+    "the seeds, on a logarithmic axis. Signs that still change late have not settled; signs that never change were "
+    "decided by the initialization.",
 }
 
 
@@ -262,13 +251,23 @@ def _panel_title(latents: str, facets: Mapping[str, Any]) -> str:
     return "latents start as float" if latents == "float" else plain_text(f"latents start at std {latents}")
 
 
-def _facets(comparison: Comparison) -> dict[str, list[ArmRuns]]:
-    """Start of the latent weights -> its arms; float networks, which have none, stand in every panel."""
-    groups = arms(comparison)
-    starts = dict.fromkeys(arm[0].latents for arm in groups if binary_layers(arm[0]))
-    if not starts:
-        return {"": groups} if groups else {}
-    return {start: [arm for arm in groups if not binary_layers(arm[0]) or arm[0].latents == start] for start in starts}
+class _Looks(NamedTuple):
+    """The arms of each panel by the initialization of their latents, and how a scheme's lines look."""
+
+    facets: dict[str, list[ArmRuns]]
+    colour: dict[str, str]
+    stroke: dict[str, Any]
+    crowded: bool  # whether there are more schemes than colours
+
+
+def _looks(comparison: Comparison, keys: Sequence[str]) -> _Looks:
+    """The looks of the arms that have one of the metrics ``keys``; a float network is in every panel."""
+    shown = [arm for arm in arms(comparison) if any(_series(arm, key) for key in keys)]
+    starts = dict.fromkeys(arm[0].latents for arm in shown if binary_layers(arm[0])) or ("",)
+    facets = {start: [x for x in shown if not binary_layers(x[0]) or x[0].latents == start] for start in starts}
+    stroke = strokes(comparison)
+    crowded = any(style != LAPS[0] for style in stroke.values())
+    return _Looks(facets if shown else {}, colours(comparison), stroke, crowded)
 
 
 def _chosen_layers(comparison: Comparison) -> list[str]:
@@ -362,15 +361,12 @@ def _epochs_axis(axis: "Axes") -> None:
     axis.label_outer()
 
 
-def _legend(
-    figure: "Figure", comparison: Comparison, meanings: Mapping[str, Any], shown: Iterable[ArmRuns] | None = None
-) -> None:
-    """A legend below the panels: a line per scheme, then what a stroke means."""
+def _legend(figure: "Figure", looks: _Looks, meanings: Mapping[str, Any]) -> None:
+    """A legend below the panels: a line for each scheme, then ``meanings``, names of line styles."""
     from matplotlib.lines import Line2D
 
-    colour, stroke = colours(comparison), strokes(comparison)
-    titles = {run.scheme: label(run, start=False) for run, *_ in (arms(comparison) if shown is None else shown)}
-    handles = [Line2D([], [], color=colour[name], linestyle=stroke[name], linewidth=2.5) for name in titles]
+    titles = {arm[0].scheme: label(arm[0], start=False) for group in looks.facets.values() for arm in group}
+    handles = [Line2D([], [], color=looks.colour[name], linestyle=looks.stroke[name], linewidth=2.5) for name in titles]
     handles += [Line2D([], [], color="#777777", linestyle=meaning) for meaning in meanings.values()]
     # matplotlib leaves out labels that start with an underscore; a space before it is not seen.
     names = [plain_text(f" {title}" if title.startswith("_") else title) for title in (*titles.values(), *meanings)]

@@ -1,4 +1,4 @@
-"""Statistics: one row per arm of a comparison, and how much of a difference between two arms may be noise."""
+"""Statistics: mean and spread of each arm of a comparison, and whether a difference of two arms exceeds the noise."""
 
 import math
 import textwrap
@@ -14,7 +14,7 @@ ArmRuns = list[RunResult]
 
 
 def arms(comparison: Comparison) -> list[ArmRuns]:
-    """The finished runs, in the planned order, grouped by scheme and start of the latent weights."""
+    """The finished runs in the planned order, grouped by scheme and by how the latent weights were initialized."""
     place = {name: index for index, name in enumerate(comparison.planned)}
     found: dict[tuple[str, str], ArmRuns] = {}
     for run in sorted(comparison.results, key=lambda run: place.get(run.name, len(place))):
@@ -29,20 +29,20 @@ def binary_layers(run: RunResult) -> list[str]:
 
 
 def labels(comparison: Comparison) -> dict[tuple[str, str], str]:
-    """What to call each arm: its title, with the start of its latent weights where the comparison has several."""
+    """The label of each arm: its title, and the initialization of its latent weights if that differs between arms."""
     firsts = [arm[0] for arm in arms(comparison)]
     several = len({run.latents for run in firsts if binary_layers(run)}) > 1
     return {run.arm: label(run, start=several and bool(binary_layers(run))) for run in firsts}
 
 
 def label(run: RunResult, *, start: bool) -> str:
-    """The title of a run's scheme, shortened; with ``start`` also where its latent weights started."""
+    """The title of a run's scheme, shortened; with ``start`` also how its latent weights were initialized."""
     title = textwrap.shorten(run.title, 40, placeholder="…") or run.scheme
     return f"{title} ({_start(run.latents)})" if start else title
 
 
 def _start(latents: str) -> str:
-    # A line of a label may break before the start, but not within it.
+    # A label may break before the start, but not within it.
     return f"start\N{NO-BREAK SPACE}{latents}"
 
 
@@ -54,13 +54,13 @@ STUDENT = (
     2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
     2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
-NO_SEED, ONE_SEED = "no seed in common: no statement", "one seed: no statement"
+NO_SEED, ONE_SEED = "no common seed, so no verdict", "one seed, so no verdict"
 LARGER, WITHIN = "larger than the noise", "within the noise"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One arm: its finished seeds taken together. ``top1`` and ``std`` are in percent, ``mbit`` in 10^6 bits."""
+    """One arm over its finished seeds. ``top1`` and ``std`` are in percent, ``mbit`` is in 10^6 bits."""
 
     scheme: str
     title: str
@@ -72,7 +72,7 @@ class Row:
     mbit: float
     compression: float
     binary_share: float  # of the MACs, 0 to 1
-    flips: float | None  # percent of the binary weights whose sign an epoch changed, mean over epochs and seeds
+    flips: float | None  # percent of binary weights that change sign in an epoch, mean over epochs and seeds
     seconds_per_epoch: float
 
     @property
@@ -83,15 +83,15 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Accuracy of a reference arm minus that of another, in points, by seed; and how much of it may be noise."""
+    """Accuracy of a reference arm minus that of another arm, in points, by seed, with both margins of error."""
 
     reference: str
     other: str
     by_seed: dict[int, float]
     test_images: int
-    test_margin: float  # points; half a 95% interval for the choice of test images, as if each arm had its own
-    std: float | None  # of one paired difference, in points: what the choice of the seed is worth; None if unknown
-    dof: int  # degrees of freedom that ``std`` was estimated with
+    test_margin: float  # points; half of the 95% interval over test images, as if each arm had its own
+    std: float | None  # of one paired difference over the seeds, in points; None if unknown
+    dof: int  # degrees of freedom of ``std``
 
     @property
     def mean(self) -> float:
@@ -100,20 +100,20 @@ class Difference:
 
     @property
     def seed_margin(self) -> float | None:
-        """Half of the 95% interval of the mean that the seeds alone give, in points; None for fewer than two."""
+        """Half of the 95% interval of the mean over the seeds, in points; None for fewer than two seeds."""
         n = len(self.by_seed)
         return None if self.std is None or n < 2 else student(self.dof) * self.std / math.sqrt(n)
 
     @property
     def verdict(self) -> str:
-        """Whether the mean stands out of both noises, that of the seeds and that of the test images."""
+        """Whether the mean exceeds both margins, that of the seeds and that of the test images."""
         if self.seed_margin is None:
             return ONE_SEED if self.by_seed else NO_SEED
         return LARGER if abs(self.mean) > max(self.seed_margin, self.test_margin) else WITHIN
 
     @property
     def statement(self) -> str:
-        """What was seen: which arm is ahead, and by how much."""
+        """Which arm is ahead, and by how much."""
         if not self.by_seed:
             return f"{self.reference} and {self.other}"
         if self.mean == 0:
@@ -123,7 +123,7 @@ class Difference:
 
     @property
     def noise(self) -> str:
-        """How large the two noises are; empty where nothing is stated."""
+        """Both margins in words; empty without a verdict."""
         if self.seed_margin is None:
             return ""
         seeds = f"±{self.seed_margin:.2f} from {len(self.by_seed)} seeds"
@@ -146,10 +146,10 @@ def rows(comparison: Comparison) -> list[Row]:
 def differences(comparison: Comparison, reference: tuple[str, str] | None = None) -> list[Difference]:
     """Paired differences of a reference arm (scheme, latents) against every other arm.
 
-    Without ``reference``: each BONN arm against the arms whose latent weights start alike and against float
-    networks; an arm whose start no BONN arm shares is set against all of them.
-    The spread over the seeds is estimated from all arms together (:func:`residual_spread`), where two seeds are common
-    to them; else from the two arms alone. Raises UnknownName if no run of ``reference`` is finished.
+    Without ``reference``, each BONN arm is compared with the arms whose latent weights are initialized alike and with
+    float networks; an arm whose initialization no BONN arm shares is compared with all of them. The spread over the
+    seeds is estimated from all arms together (:func:`residual_spread`) if they have two seeds in common, else from the
+    two arms alone. Raises UnknownName if no run of ``reference`` is finished.
     """
     by_key = {arm[0].arm: arm for arm in arms(comparison)}
     if reference is not None and reference not in by_key:
@@ -179,9 +179,12 @@ def difference(comparison: Comparison, reference: tuple[str, str], other: tuple[
 def residual_spread(arms: Sequence[Mapping[int, float]]) -> tuple[float, int] | None:
     """Standard deviation of one paired difference and its degrees of freedom, from ``arms``: seed -> accuracy.
 
-    The residual of accuracy less the arm's mean, less the seed's mean, over the A arms and the n seeds that all of
-    them have (a randomized block design): ``sqrt(2 S / d)`` with S the sum of squares and ``d = (A - 1)(n - 1)``. It
-    takes the spread to be the same in all arms; of two arms it is that of their paired differences. None if d is 0.
+    A randomized block design of A arms and the n seeds that all of them have: ``sqrt(2 S / d)``, where S is the sum of
+    the squared residuals after removing the means of arms and seeds, and ``d = (A - 1)(n - 1)``. It assumes the same
+    spread in all arms; for two arms it is the standard deviation of their paired differences. None if d is 0.
+
+    >>> residual_spread([{0: 60.0, 1: 62.0}, {0: 50.0, 1: 54.0}])
+    (1.4142135623730951, 1)
     """
     common = sorted(set.intersection(*(set(arm) for arm in arms))) if arms else []
     dof = (len(arms) - 1) * (len(common) - 1)

@@ -1,35 +1,28 @@
-"""Study report: the paper's numbers beside ours, as a page, as Markdown, and the figures as files."""
+"""Study report: the paper's numbers beside ours, as a page and as Markdown, with the figures as files."""
 
+import functools
 import re
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
 from bonn_qat import plotting
 from bonn_qat.bonn import BONN
 from bonn_qat.files.atomic import write_text
-from bonn_qat.files.plain import printable
 from bonn_qat.studies import figures, report, statistics
 from bonn_qat.studies.comparison import PAGE, Comparison
 from bonn_qat.studies.study import Setting, Study, StudyArm
+from bonn_qat.tables import Column, Strong, Table
 from bonn_qat.training.results import RunResult
 
 SWEEP = "sweep"
-ARM = "arm"
-TEXTS = (ARM, "W/A", "latents")  # columns that hold no numbers
-PAGE_ONLY = ("W/A", "paper top-5", "top-5 (%)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SettingResult:
-    """A setting that was run: as the study has it, its arms as they were run, and what came out."""
+    """A setting as the study defines it, its arms as they were run, and their results."""
 
     paper: Setting
     arms: tuple[StudyArm, ...]
@@ -39,7 +32,7 @@ class SettingResult:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyResult:
-    """A study, as far as it was run."""
+    """The results of a study so far."""
 
     study: Study
     scale: float
@@ -48,13 +41,13 @@ class StudyResult:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyRow:
-    """One arm: accuracies in percent. ``verdict`` sets it against ``against``, the arm that it is compared with."""
+    """One arm, its accuracies in percent; ``against`` is its difference from the arm that it is compared with."""
 
     label: str
     bits: str
     latents: str
     lr: float
-    edge: bool  # the rate is the lowest or highest of more than two that were searched
+    edge: bool  # whether the rate is the lowest or highest of more than two searched
     seeds: int
     paper: Mapping[str, float]
     top1: float
@@ -74,7 +67,7 @@ class StudyRow:
 
 
 def accuracies(arm: StudyArm, searched: Mapping[float, Comparison]) -> dict[float, float]:
-    """Learning rate -> accuracy of the arm in the search, of those rates that came to an end."""
+    """Accuracy of the arm in the search by learning rate, for the rates whose runs finished."""
     return {
         rate: fmean(run.top1 for run in found)
         for rate, comparison in searched.items()
@@ -83,12 +76,12 @@ def accuracies(arm: StudyArm, searched: Mapping[float, Comparison]) -> dict[floa
 
 
 def runs_of(arm: StudyArm, comparison: Comparison) -> list[RunResult]:
-    """The finished runs of the arm, in the comparison's order, whatever their seeds."""
+    """The finished runs of the arm, of all seeds, in the comparison's order."""
     return [run for run in comparison.results if run.epochs and run.name == replace(arm.recipe, seed=run.seed).name]
 
 
 def rows(result: SettingResult, *, chain: bool) -> list[StudyRow]:
-    """The arms that have a result, in the study's order; each against the last, or with ``chain`` the one above it."""
+    """The arms that have a result, each compared with the last arm, or with ``chain`` with the arm above it."""
     finished = [arm for arm in result.arms if runs_of(arm, result.comparison)]
     made = []
     for place, arm in enumerate(finished):
@@ -114,7 +107,7 @@ def rows(result: SettingResult, *, chain: bool) -> list[StudyRow]:
 
 
 def changes(result: SettingResult) -> list[str]:
-    """Where the recipes that were run differ from the study's, in words."""
+    """How the recipes that were run differ from those of the study, in words."""
     found: dict[str, None] = {}
     for arm, paper in zip(result.arms, result.paper.arms, strict=True):
         ours, papers = _flat(arm), _flat(paper)
@@ -128,62 +121,57 @@ def changes(result: SettingResult) -> list[str]:
 
 
 def markdown(result: StudyResult) -> str:
-    """The study as Markdown, with tables alone."""
+    """The study as Markdown: tables and lists, without figures."""
     study = result.study
     parts = [f"# {study.title}", study.source and f"Source: {study.source}.", study.note]
-    for setting in result.settings:
-        parts += [f"## {setting.paper.title}", _setting(setting, result.scale)]
-        head, body = _cells(setting, study)
-        parts.append(_markdown_table(head, body))
-        parts.append("\n".join(map(_markdown_item, _statements(setting, study))))
-        if setting.search:
-            head, body = _search_cells(setting)
-            parts += [_SEARCH_NOTE, _markdown_table(head, body)]
-        parts.append(_environment(setting.comparison))
+    for section in map(functools.partial(_section, result), result.settings):
+        parts += [f"## {section.title}", section.setting, section.results.to_markdown()]
+        parts.append("\n".join(map(_markdown_item, section.statements)))
+        if section.search:
+            parts += [SEARCH_NOTE, section.search.to_markdown()]
+        parts.append(section.environment)
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def terminal_tables(result: StudyResult) -> list[Table]:
-    """One table for each setting, for rich to print in 80 characters: all columns but those of ``PAGE_ONLY``."""
-    tables = []
-    for setting in result.settings:
-        head, body = _cells(setting, result.study)
-        table = Table(title=Text(printable(setting.paper.title)), box=None, padding=(0, 2, 0, 0), pad_edge=False)
-        shown = [place for place, name in enumerate(head) if name not in PAGE_ONLY]
-        for name in (head[place] for place in shown):
-            lines = "\n".join(textwrap.wrap(name, 10, break_on_hyphens=False))
-            table.add_column(lines, justify="right" if _is_number(name) else "left", no_wrap=name != ARM)
-        for cells in body:
-            table.add_row(*(Text(printable(cells[place])) for place in shown))
-        tables.append(table)
-    return tables
-
-
-def html(result: StudyResult, drawn: Mapping[str, Sequence[plotting.Picture]], lacking: str = "") -> str:
-    """The study as a page that stands alone, with the figures of each setting, or ``lacking``, why there are none."""
+def html(result: StudyResult, pictures: Mapping[str, Sequence[plotting.Picture]], no_figures: str = "") -> str:
+    """The page: ``pictures`` by setting, or ``no_figures``, the reason why there are none."""
     study = result.study
-    body = [f"<header><h1>{escape(study.title)}</h1><p>{escape(study.source)}</p></header>"]
-    if study.note:
-        body.append(f"<p>{escape(study.note)}</p>")
-    if lacking:
-        body.append(f'<section class="box open"><p>{escape(lacking)}</p></section>')
-    for setting in result.settings:
-        body.append(f"<section><h2>{escape(setting.paper.title)}</h2><p>{escape(_setting(setting, result.scale))}</p>")
-        body.append(_html_table(*_cells(setting, study)))
-        if items := "".join(f"<li>{escape(line)}</li>" for line in _statements(setting, study)):
-            body.append(f'<ul class="verdicts">{items}</ul><p class="note">{escape(report.METHOD)}</p>')
-        if setting.search:
-            body.append(f'<h3>Search for the learning rate</h3><p class="note">{escape(_SEARCH_NOTE)}</p>')
-            body.append(_html_table(*_search_cells(setting)))
-        body += [report.figure(picture) for picture in drawn.get(setting.paper.name, ())]
-        place = escape(f"{setting.paper.name}/{PAGE}")
-        body.append(f'<p class="note"><a href="{place}">All figures and recipes of this comparison</a>. ')
-        body.append(f"{escape(_environment(setting.comparison))}</p></section>")
-    return report.page(study.title, "\n".join(body))
+    return report.render(
+        "study",
+        title=study.title,
+        source=study.source,
+        note=study.note,
+        sections=[_section(result, setting) for setting in result.settings],
+        pictures=pictures,
+        no_figures=no_figures,
+        search_note=SEARCH_NOTE,
+        page=PAGE,
+    )
+
+
+def results(setting: SettingResult, study: Study) -> Table:
+    """A row for each arm that has a finished run: the paper's numbers beside ours."""
+    made = rows(setting, chain=study.chain)
+    has_top5 = any("top5" in row.paper for row in made)
+    columns = [
+        Column("arm", text=True, wraps=True), Column("W/A", text=True, drop=3), Column("latents", text=True),
+        Column("lr"), Column("seeds"), Column("paper top-1", optional=True), Column("top-1 (%)"),
+        Column("difference", optional=True), Column("paper top-5", optional=True, drop=2),
+        Column("top-5 (%)", optional=True, drop=1), *[Column("to the row above")] * study.chain,
+    ]  # fmt: skip
+    cells = [
+        [row.label, row.bits, row.latents, f"{row.lr:g}{'*' * row.edge}", str(row.seeds),
+         f"{row.paper['top1']:.2f}" if "top1" in row.paper else "", row.accuracy, row.difference,
+         f"{row.paper['top5']:.1f}" if "top5" in row.paper else "",
+         f"{row.top5:.2f}" if has_top5 and row.top5 is not None else "",
+         *[f"{row.against.mean:+.2f}" if row.against and row.against.by_seed else ""] * study.chain]
+        for row in made
+    ]  # fmt: skip
+    return Table(columns, cells, title=setting.paper.title)
 
 
 def pictures(result: SettingResult, study: Study) -> list[plotting.Picture]:
-    """The study's figures of a setting, under the study's own labels. Raises MatplotlibMissing without matplotlib."""
+    """The study's figures of a setting, with the study's labels. Raises MatplotlibMissing without matplotlib."""
     shown = _under_labels(result)
     made = []
     for name in study.figures:
@@ -195,7 +183,7 @@ def pictures(result: SettingResult, study: Study) -> list[plotting.Picture]:
 
 
 def write(result: StudyResult, directory: Path) -> Path:
-    """Write page, Markdown and, where there is matplotlib, figures into ``directory``; returns the page's path."""
+    """Write page, Markdown and, if matplotlib is installed, figures into ``directory``; return the page's path."""
     study = result.study
     drawn: dict[str, list[plotting.Picture]] = {}
     lacking = ""
@@ -209,10 +197,36 @@ def write(result: StudyResult, directory: Path) -> Path:
     return write_text(directory / f"{study.name}.html", html(result, drawn, lacking))
 
 
-_SEARCH_NOTE = (
-    "Accuracy (%) on training images that were held out, by learning rate, one seed, on a part of the work; each arm "
-    "was then trained with its best rate. * marks a best rate at the edge of those searched."
+SEARCH_NOTE = (
+    "Accuracy (%) on held-out training images for each learning rate, with one seed and a part of the epochs; each arm "
+    "was then trained with its best rate. * marks a best rate that is the lowest or highest of those searched."
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Section:
+    """A setting as page and Markdown show it."""
+
+    name: str
+    title: str
+    setting: str
+    results: Table
+    statements: Sequence[str]
+    search: Table | None
+    environment: str
+
+
+def _section(result: StudyResult, setting: SettingResult) -> _Section:
+    environment = report.environment(setting.comparison)
+    return _Section(
+        name=setting.paper.name,
+        title=setting.paper.title,
+        setting=_setting(setting, result.scale),
+        results=results(setting, result.study),
+        statements=list(_statements(setting, result.study)),
+        search=_search(setting) if setting.search else None,
+        environment=", ".join(f"{key} {' / '.join(values)}" for key, values in environment.items()),
+    )
 
 
 def _label(arm: StudyArm, run: RunResult) -> str:
@@ -224,7 +238,7 @@ def _latents(run: RunResult) -> str:
 
 
 def _under_labels(result: SettingResult) -> Comparison:
-    """The arms' runs, titled as the study has it; arms of one scheme whose labels differ have colours of their own."""
+    """The comparison with the study's labels as titles; arms of one scheme with different labels differ in colour."""
     found = [(_label(arm, run), run) for arm in result.arms for run in runs_of(arm, result.comparison)]
     labels: dict[str, set[str]] = {}
     for label, run in found:
@@ -237,7 +251,7 @@ def _under_labels(result: SettingResult) -> Comparison:
 
 
 def _names(result: SettingResult) -> dict[str, str]:
-    """Name of an arm's recipe -> what to call it in a sentence: its label, and its start where two share a label."""
+    """The label of each arm by its recipe's name, with the initialization of its latents if two share a label."""
     found = {
         arm.recipe.name: (_label(arm, runs[0]), runs[0].latents)
         for arm in result.arms
@@ -259,38 +273,18 @@ def _difference(result: SettingResult, arm: StudyArm, other: StudyArm | None) ->
     return replace(found, reference=names[arm.recipe.name], other=names[other.recipe.name])
 
 
-def _cells(result: SettingResult, study: Study) -> tuple[list[str], list[list[str]]]:
-    made = rows(result, chain=study.chain)
-    has_top5 = any("top5" in row.paper for row in made)
-    has_paper = any(row.paper for row in made)
-    head = [ARM, "W/A", "latents", "lr", "seeds"]
-    head += ["paper top-1"] * has_paper + ["top-1 (%)"] + ["difference"] * has_paper
-    head += ["paper top-5", "top-5 (%)"] * has_top5 + ["to the row above"] * study.chain
-    body = []
-    for row in made:
-        cells = [row.label, row.bits, row.latents, f"{row.lr:g}{'*' if row.edge else ''}", str(row.seeds)]
-        cells += [f"{row.paper['top1']:.2f}" if "top1" in row.paper else ""] * has_paper
-        cells += [row.accuracy] + [row.difference] * has_paper
-        if has_top5:
-            cells += [f"{row.paper['top5']:.1f}" if "top5" in row.paper else ""]
-            cells += ["" if row.top5 is None else f"{row.top5:.2f}"]
-        if study.chain:
-            cells.append(f"{row.against.mean:+.2f}" if row.against and row.against.by_seed else "")
-        body.append(cells)
-    return head, body
-
-
-def _search_cells(result: SettingResult) -> tuple[list[str], list[list[str]]]:
-    """Rates as columns; the best of an arm's in asterisks."""
+def _search(result: SettingResult) -> Table:
+    """A column for each rate; the best of each arm stands out."""
     body = []
     for arm in result.arms:
         found = accuracies(arm, result.search)
         cells = [f"{found[rate]:.2f}" if rate in found else "failed" for rate in result.search]
-        cells = [f"**{c}**" if rate == arm.recipe.lr else c for rate, c in zip(result.search, cells, strict=True)]
         runs = [run for c in (result.comparison, *result.search.values()) for run in runs_of(arm, c)]
-        body.append([_label(arm, runs[0]), _latents(runs[0])] if runs else [arm.recipe.scheme_spec, arm.recipe.latents])
-        body[-1] += cells
-    return [ARM, "latents", *(f"lr {rate:g}" for rate in result.search)], body
+        names = [_label(arm, runs[0]), _latents(runs[0])] if runs else [arm.recipe.scheme_spec, arm.recipe.latents]
+        best = [Strong(c) if rate == arm.recipe.lr else c for rate, c in zip(result.search, cells, strict=True)]
+        body.append([*names, *best])
+    rates = [Column(f"lr {rate:g}") for rate in result.search]
+    return Table([Column("arm", text=True, wraps=True), Column("latents", text=True), *rates], body)
 
 
 def _statements(result: SettingResult, study: Study) -> Iterable[str]:
@@ -329,14 +323,6 @@ def _plain(value: Any, key: str) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _environment(comparison: Comparison) -> str:
-    seen: dict[str, dict[str, None]] = {}
-    for run in comparison.results:
-        for key, value in run.environment.items():
-            seen.setdefault(key, {})[value] = None
-    return ", ".join(f"{key} {' / '.join(values)}" for key, values in seen.items())
-
-
 def _sweep_points(result: SettingResult) -> list[figures.SweepPoint]:
     points = []
     for arm in result.arms:
@@ -354,37 +340,6 @@ def _sweep_points(result: SettingResult) -> list[figures.SweepPoint]:
     return points
 
 
-def _markdown_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    def row(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(_markdown_line(text).replace("|", r"\|") for text in cells) + " |"
-
-    return "\n".join(map(row, [head, ["---:" if _is_number(name) else "---" for name in head], *body]))
-
-
 def _markdown_item(text: str) -> str:
     # A label such as "+ PReLU" would begin a list of its own.
-    return "- " + re.sub(r"^(?=[-+*#])", r"\\", _markdown_line(text))
-
-
-def _markdown_line(text: str) -> str:
-    return " ".join(text.split()).replace("<", "&lt;")
-
-
-def _is_number(name: str) -> bool:
-    return name not in TEXTS
-
-
-def _html_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    kinds = ["number" if _is_number(name) else "text" for name in head]
-
-    def cell(place: int, text: str) -> str:
-        strong = text.startswith("**")
-        text = escape(text.strip("*") if strong else text)
-        return f'<td class="{kinds[place]}">{f"<strong>{text}</strong>" if strong else text}</td>'
-
-    top = "".join(
-        f'<th class="{kind}">{escape(name).replace("-", "&#8209;")}</th>'
-        for kind, name in zip(kinds, head, strict=True)
-    )
-    rest = "".join(f"<tr>{''.join(cell(*entry) for entry in enumerate(cells))}</tr>" for cells in body)
-    return f'<div class="scroll"><table class="rows"><thead><tr>{top}</tr></thead><tbody>{rest}</tbody></table></div>'
+    return "- " + re.sub(r"^(?=[-+*#])", r"\\", " ".join(text.split()).replace("<", "&lt;"))

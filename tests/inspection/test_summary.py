@@ -1,12 +1,14 @@
 """Bits and MACs against arithmetic on paper and against three other counters."""
 
 import dataclasses
+import io
 import math
 import warnings
 
 import pytest
 import timm
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from bonn_qat import functional
@@ -113,14 +115,49 @@ def test_the_text_shows_every_layer_and_total(report):
     text = str(report)
     for layer in report.layers:
         assert layer.name in text
-    for word in ("33.73 Mbit", "1,676,279,808", "first layer", "36 x BatchNorm2d", "bonn", "layer1.0.bn2", "64x56x56"):
+    words = ("33.73 Mbit", "1,676,279,808", "first layer", "36 x BatchNorm2d", "bonn", "layer1.*.bn2 (2)", "64x56x56")
+    for word in words:
         assert word in text
-    header = text.splitlines()[2]
-    assert header.split("  ")[-1].strip() == "stays float as"
-    assert "scheme" not in header
-    assert "not counted" not in text
+    assert "scheme" not in text.splitlines()[2]
+    assert "no MACs" not in text
+    notes = [" ".join(line.split()) for line in text.splitlines()]
+    assert notes[notes.index("stay float first layer: conv1") :][:3] == [
+        "stay float first layer: conv1",
+        "shortcut projection: layer2.0.downsample.0, layer3.0.downsample.0, layer4.0.downsample.0",
+        "classifier: fc",
+    ]
     assert "\x1b" not in text
     assert not any(line != line.rstrip() for line in text.splitlines())
+
+
+def test_names_that_differ_in_numbers_alone_are_one_pattern(report):
+    layers = [dataclasses.replace(report.layers[0], name=f"blocks.{i}.1.se", kept="gate") for i in range(12)]
+    text = str(dataclasses.replace(report, layers=(*report.layers, *layers)))
+    assert "gate: blocks.*.*.se (12)\n" in text
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_a_terminal_is_never_too_narrow(report, width):
+    lines = printed(report, width)
+    assert all(len(line) <= width for line in lines)
+    if width == 40:  # where the names break
+        assert " ".join(lines[-1].split()).endswith("layer4.*.bn2 (2)")
+        return
+    numbers = {line.split()[0]: line.split()[-1] for line in lines if line.strip()}
+    assert (numbers["conv1"], numbers["layer1.0.conv1"], numbers["fc"]) == ("118.01", "115.61", "0.51")
+    left_out = [line for line in lines if line.startswith("not shown")]
+    assert bool(left_out) == (width < 120)
+
+
+def test_control_characters_do_not_reach_the_terminal(report):
+    odd = dataclasses.replace(report, model="a\x1b[31m", layers=(dataclasses.replace(report.layers[0], name="\x07"),))
+    assert not any(character in "".join(printed(odd, 80)) for character in "\x1b\x07")
+
+
+def printed(report: Report, width: int) -> list[str]:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(report)
+    return console.file.getvalue().splitlines()
 
 
 def test_a_pattern_with_brackets_is_shown_as_it_is():
@@ -237,12 +274,13 @@ def test_what_has_no_macs_here_is_told():
     assert (layers["grid"].type, layers["grid"].output, layers["grid"].weights) == ("Bilinear", (5,), 180)
     assert report.uncounted == ("read", "unused", "grid")
     assert report.macs == 24 + 10
-    rows = {line.split()[0]: line for line in str(report).splitlines() if line.strip()}
+    text = str(report)
+    rows = {line.split()[0]: line for line in text.splitlines() if line.strip()}
     assert "not called" in rows["read"]
-    assert rows["read"].endswith("the model reads its weight itself")
-    assert rows["unused"].endswith("not reached by a forward pass")
-    assert rows["grid"].endswith("Bilinear is neither a Conv2d nor a Linear")
-    assert "not called or of another kind: read, unused, grid" in str(report)
+    assert "the model reads its weight itself: read\n" in text
+    assert "not reached by a forward pass: unused\n" in text
+    assert "Bilinear is neither a Conv2d nor a Linear: grid\n" in text
+    assert "not called, or of another kind: read, unused, grid" in text
 
 
 def test_a_scheme_of_its_own_is_told():

@@ -80,9 +80,9 @@ class Page(HTMLParser):
         self.text += data
 
 
-def printed(of: Comparison) -> str:
-    console = Console(file=io.StringIO(), width=200)
-    console.print(report.terminal_table(of))
+def printed(of: Comparison, width: int = 200) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(report.results(of))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -231,6 +231,15 @@ def test_the_table_shows_titles_as_they_are() -> None:
     assert "61.00 ± 1.41" in shown
 
 
+def test_the_table_fits_a_terminal_and_says_what_it_leaves_out() -> None:
+    of = comparison(*arm("float", [90.0, 91.0]), *arm("bonn", [60.0, 62.0], title="BONN with a long title of its own"))
+    lines = printed(of, 80).splitlines()
+    assert all(len(line.rstrip()) <= 80 for line in lines)
+    assert lines[-1] == "not shown at this width: binary MACs, s/epoch"
+    assert "61.00 ± 1.41" in printed(of, 80)
+    assert "not shown" not in printed(of)
+
+
 MARKUP = "<b>\"&'<script>"
 PAGES = {
     "whole": comparison(*arm("float", [90.0, 91.0]), *arm("bonn", [80.0, 81.0]), *arm("xnor", [70.0, 71.0])),
@@ -255,7 +264,7 @@ PAGES = {
 
 @pytest.mark.parametrize("case", PAGES)
 def test_the_page_is_well_formed_and_stands_alone(case: str) -> None:
-    page = report.html_report(PAGES[case])
+    page = report.html(PAGES[case])
     parsed = Page(page)
     assert page.startswith("<!DOCTYPE html>")
     assert {"title", "h1", "style"} <= set(parsed.seen)
@@ -269,14 +278,14 @@ def test_the_page_is_well_formed_and_stands_alone(case: str) -> None:
 
 
 def test_text_is_shown_as_it_was_given() -> None:
-    page = report.html_report(PAGES["markup"])
+    page = report.html(PAGES["markup"])
     assert "<b>" not in page
     assert Page(page).text.count(MARKUP) >= 8
 
 
 def test_runs_that_are_not_there_are_named_before_the_results() -> None:
     of = comparison(*arm("bonn", [50.0]), missing=["lost-0", "broken-0"], failures={"broken-0": "loss became NaN"})
-    text = Page(report.html_report(of)).text
+    text = Page(report.html(of)).text
     top = text[text.index("Incomplete") : text.index("Results")]
     assert "1 of 3 planned runs" in top
     assert "lost-0: not run yet" in top
@@ -285,17 +294,17 @@ def test_runs_that_are_not_there_are_named_before_the_results() -> None:
 
 def test_a_run_that_was_finished_after_a_failure_is_not_named_as_lost() -> None:
     of = comparison(run("bonn", 0, 50.0), failures={"bonn-0.01-0": "interrupted"})
-    assert "Incomplete" not in Page(report.html_report(of)).text
+    assert "Incomplete" not in Page(report.html(of)).text
 
 
 def test_a_page_without_results_says_so() -> None:
-    text = Page(report.html_report(PAGES["nothing finished"])).text
+    text = Page(report.html(PAGES["nothing finished"])).text
     assert "No run is finished" in text
     assert "bonn-0.01-0" in text
 
 
 def test_the_page_states_verdict_recipe_and_environment() -> None:
-    text = Page(report.html_report(PAGES["whole"])).text
+    text = Page(report.html(PAGES["whole"])).text
     for needed in ("BONN is 10.00 points ahead of XNOR", "behind FLOAT", LARGER, "bonn_wrn22", "0123abc", "Fig. 6"):
         assert needed in text
     assert "Incomplete" not in text
@@ -303,12 +312,12 @@ def test_the_page_states_verdict_recipe_and_environment() -> None:
 
 def test_an_environment_that_changed_shows_all_it_was() -> None:
     of = comparison(run("bonn", 0, 1.0), run("bonn", 1, 1.0, environment={"commit": "fedc"}))
-    assert "0123abc · fedc" in Page(report.html_report(of)).text
+    assert "0123abc · fedc" in Page(report.html(of)).text
 
 
 def test_without_matplotlib_the_page_keeps_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    text = Page(report.html_report(PAGES["whole"])).text
+    text = Page(report.html(PAGES["whole"])).text
     assert "bonn-qat[compare]" in text
     assert "80.50 ± 0.71" in text
 
@@ -317,4 +326,4 @@ def test_the_page_is_written_beside_the_runs(tmp_path: Path) -> None:
     of = dataclasses.replace(PAGES["nothing finished"], directory=tmp_path)
     path = report.write_report(of)
     assert path == tmp_path / "report.html"
-    assert path.read_text(encoding="utf-8") == report.html_report(of)
+    assert path.read_text(encoding="utf-8") == report.html(of)

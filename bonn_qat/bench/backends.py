@@ -1,4 +1,4 @@
-"""Arms: the forms of one network that are measured side by side, each made from its modules into a file and a call."""
+"""Backends: the forms of one network that are measured side by side, each a file and a function that runs it."""
 
 import copy
 import importlib.util
@@ -19,15 +19,15 @@ from bonn_qat.files.tensors import write_tensors
 _CALIBRATION_IMAGES = 16
 
 
-class ArmMissing(BonnQatError, ImportError):
-    """An arm needs a package that is not installed."""
+class BackendMissing(BonnQatError, ImportError):
+    """A backend needs a package that is not installed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Networks:
-    """What the arms are made of: two modules on the CPU in evaluation mode, which an arm must leave as they are.
+    """The networks to measure, on the CPU and in evaluation mode; a backend must not change them.
 
-    ``size`` is that of an image, ``(C, H, W)``; ``directory`` is for the arms' files, and empty at first.
+    ``size`` is that of an image, ``(C, H, W)``; the backends write their files to ``directory``.
     """
 
     float_model: nn.Module
@@ -38,7 +38,7 @@ class Networks:
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How a process of its own starts an arm: an engine's name, its file, and what to import before loading."""
+    """How to start a backend in a new process: the engine, the network's file, and modules to import first."""
 
     engine: str
     path: Path
@@ -46,11 +46,12 @@ class Launch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One form of a network.
+class Backend:
+    """One form of a network, ready to be measured.
 
-    ``make(threads, images)`` gives one call with float images ``(B, C, H, W)``; torch has ``threads`` threads then.
-    ``launch()`` says how a process starts it, None if none can. ``note`` is what a reader of the figures must know.
+    ``make(threads, images)`` returns a function that runs the float images ``(B, C, H, W)`` once; torch is already set
+    to ``threads`` threads. ``launch()`` tells how to start it in a new process; None if that is not possible. ``note``
+    tells what the measurement includes.
     """
 
     make: Callable[[int, Tensor], Run]
@@ -59,33 +60,33 @@ class Arm:
     launch: Callable[[], Launch] | None = None
 
 
-def torch_float(networks: Networks) -> Arm:
+def torch_float(networks: Networks) -> Backend:
     """The float network, eager."""
-    note = "eager, inference mode, channels_last without trying the other layout; size of the state dict"
+    note = "eager, inference mode, channels_last (the other layout is not tried); size of the state dict"
     return _torch(networks.float_model, networks.directory / "float", note)
 
 
-def torch_binary(networks: Networks) -> Arm:
-    """The training network with its weights quantized once and for all, eager."""
+def torch_binary(networks: Networks) -> Backend:
+    """The training network with frozen (already quantized) weights, eager."""
     frozen = copy.deepcopy(networks.binary_model)
     for _, layer in binary_layers(frozen):
         layer.freeze()
-    note = "the training network, frozen: bits are int8 on disk and float in the product; else as torch float"
+    note = "the training network, frozen: signs are int8 on disk and float in the product; else like torch float"
     return _torch(frozen, networks.directory / "binary", note)
 
 
-def onnxruntime_float(networks: Networks) -> Arm:
-    """The float network in onnxruntime. Raises ArmMissing without onnxruntime, onnx or onnxscript."""
+def onnxruntime_float(networks: Networks) -> Backend:
+    """The float network in onnxruntime. Raises BackendMissing without onnxruntime, onnx or onnxscript."""
     note = "exported with a free batch size, all graph optimizations, CPU provider"
     return _onnxruntime(_float_file(networks), note)
 
 
-def onnxruntime_int8(networks: Networks) -> Arm:
-    """The float network quantized to 8 bits for onnxruntime. Raises ArmMissing as :func:`onnxruntime_float`.
+def onnxruntime_int8(networks: Networks) -> Backend:
+    """The float network quantized to 8 bits for onnxruntime. Raises BackendMissing as :func:`onnxruntime_float`.
 
-    Static quantization with QuantizeLinear and DequantizeLinear, weights int8 for each channel, activations uint8, the
-    pair that is fastest without VNNI. A norm that is not folded into a convolution stays float, for onnxruntime has
-    none in 8 bits. The ranges come from noise, so that the latency counts and the accuracy does not.
+    Static quantization with QuantizeLinear and DequantizeLinear: int8 weights per channel and uint8 activations, the
+    fastest pair without VNNI. A norm that is not folded into a convolution stays float, because onnxruntime has none
+    in 8 bits. The ranges are calibrated on noise: the latency is meaningful, the accuracy is not.
     """
     source, path = _float_file(networks), networks.directory / "int8.onnx"
     import onnx
@@ -107,12 +108,12 @@ def onnxruntime_int8(networks: Networks) -> Arm:
         prepared, path, Noise(), quant_format=quantization.QuantFormat.QDQ, op_types_to_quantize=sorted(operators),
         activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8, per_channel=True,
     )  # fmt: skip
-    note = "static, QDQ, uint8 activations, int8 weights per channel, calibrated on noise: latency only, no accuracy"
+    note = "static, QDQ, uint8 activations, int8 weights per channel; calibrated on noise, so only latency counts"
     return _onnxruntime(path, note)
 
 
-def packed(networks: Networks) -> Arm:
-    """The binary network packed into bits, in our runtime."""
+def packed(networks: Networks) -> Backend:
+    """The packed binary network."""
     from bonn_qat.packing.pack import pack
     from bonn_qat.runtime.packed import PackedModel
 
@@ -120,17 +121,17 @@ def packed(networks: Networks) -> Arm:
     model = PackedModel.load(path)
     bits = sum(layer.kind == "bits" for layer in model.layers)
     compiled = importlib.util.find_spec("numba") is not None
-    loops = "kernels compiled by numba" if compiled else "in plain torch, as numba is missing"
-    modules = ("bonn_qat.runtime.kernels",) if compiled else ()  # which would be imported in the first call
-    return Arm(
+    loops = "kernels compiled by numba" if compiled else "in plain torch, because numba is missing"
+    modules = ("bonn_qat.runtime.kernels",) if compiled else ()  # else the first call imports them
+    return Backend(
         make=lambda threads, images: engines.forward(model, images),
         size_bytes=path.stat().st_size,
-        note=f"{bits} of {len(model.layers)} binary layers on bits, {loops}; images in channels_last",
+        note=f"{bits} of {len(model.layers)} binary layers compute with bits, {loops}; images in channels_last",
         launch=lambda: Launch(engine="packed", path=path, modules=modules),
     )
 
 
-ARMS: Mapping[str, Callable[[Networks], Arm]] = {
+BACKENDS: Mapping[str, Callable[[Networks], Backend]] = {
     "torch float": torch_float,
     "torch binary": torch_binary,
     "onnxruntime float": onnxruntime_float,
@@ -139,9 +140,9 @@ ARMS: Mapping[str, Callable[[Networks], Arm]] = {
 }
 
 
-def _torch(model: nn.Module, stem: Path, note: str) -> Arm:
+def _torch(model: nn.Module, stem: Path, note: str) -> Backend:
     state = write_tensors(stem.with_suffix(".safetensors"), model.state_dict())
-    # A copy, because the layout stays with the parameters.
+    # A copy, because the memory format is a property of the parameters.
     model = copy.deepcopy(model).to(memory_format=torch.channels_last)
 
     def launch() -> Launch:
@@ -149,7 +150,7 @@ def _torch(model: nn.Module, stem: Path, note: str) -> Arm:
         torch.save(model, path)
         return Launch(engine="torch", path=path, modules=tuple(sorted({type(m).__module__ for m in model.modules()})))
 
-    return Arm(
+    return Backend(
         make=lambda threads, images: engines.forward(model, images),
         size_bytes=state.stat().st_size,
         note=note,
@@ -157,8 +158,8 @@ def _torch(model: nn.Module, stem: Path, note: str) -> Arm:
     )
 
 
-def _onnxruntime(path: Path, note: str) -> Arm:
-    return Arm(
+def _onnxruntime(path: Path, note: str) -> Backend:
+    return Backend(
         make=lambda threads, images: engines.feed(engines.session(path, threads), images.numpy()),
         size_bytes=path.stat().st_size,
         note=note,
@@ -167,20 +168,20 @@ def _onnxruntime(path: Path, note: str) -> Arm:
 
 
 def _float_file(networks: Networks) -> Path:
-    """The float network as an ONNX file, exported at the first call."""
+    """The float network as an ONNX file, exported once."""
     path = networks.directory / "float.onnx"
     _require("onnxruntime", "onnx", "onnxscript")
     if path.exists():
         return path
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    images = torch.zeros(2, *networks.size)  # two, because one would be taken for a constant
+    images = torch.zeros(2, *networks.size)  # two, because a batch of one is exported as a constant
     exported = torch.onnx.export(
         networks.float_model, (images,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},),
         input_names=["images"], output_names=["logits"], verbose=False,
     )  # fmt: skip
     assert exported is not None
-    # Where each node comes from is no part of a network's size.
+    # Metadata about the source code must not count as size.
     ClearMetadataAndDocStringPass()(exported.model)
     exported.save(path)
     return path
@@ -195,4 +196,4 @@ def _noise(size: tuple[int, ...]) -> Iterator[dict[str, Any]]:
 def _require(*packages: str) -> None:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise ArmMissing(f"needs {' and '.join(missing)}: pip install 'bonn-qat[bench]'")
+        raise BackendMissing(f"needs {' and '.join(missing)}: pip install 'bonn-qat[bench]'")
