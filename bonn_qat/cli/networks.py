@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-from rich.padding import Padding
-from rich.text import Text
+import click
 
 from bonn_qat.cli.exits import say
-from bonn_qat.cli.options import NoPlugins, Size, console, numbers, scheme_of
+from bonn_qat.cli.options import Argument, NoPlugins, Option, Size, console, numbers, scheme_of
 from bonn_qat.errors import InvalidRecipe
 
 if TYPE_CHECKING:
@@ -16,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def summary(
-    model: Annotated[str, typer.Argument(help="Any timm model.")],
-    scheme: Annotated[str, typer.Option(help="The scheme, or float.")] = "bonn",
-    num_classes: Annotated[int, typer.Option()] = 1000,
+    model: Annotated[str, Argument(help="Any timm model.")],
+    scheme: Annotated[str, Option(help="The scheme, or float.")] = "bonn",
+    num_classes: Annotated[int, Option()] = 1000,
     img_size: Size = 224,
     no_plugins: NoPlugins = False,
 ) -> None:
@@ -36,21 +34,21 @@ def summary(
     network = binarize(
         timm.create_model(model, num_classes=num_classes), scheme_of(scheme), input_size=size, inplace=True
     )
-    typer.echo(str(summarise(network, size)))
+    click.echo(str(summarise(network, size)))
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="Any timm model.")],
-    scheme: Annotated[str, typer.Option(help="The scheme of the binary network.")] = "bonn",
+    model: Annotated[str, Argument(help="Any timm model.")],
+    scheme: Annotated[str, Option(help="The scheme of the binary network.")] = "bonn",
     img_size: Size = 224,
-    num_classes: Annotated[int, typer.Option()] = 1000,
-    batch_sizes: Annotated[str, typer.Option(help="Comma-separated numbers of images in a call.")] = "1,32",
-    threads: Annotated[str, typer.Option(help="Comma-separated numbers of threads; by default 1 and all cores.")] = "",
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the arms take turns.")] = 20,
+    num_classes: Annotated[int, Option()] = 1000,
+    batch_sizes: Annotated[str, Option(help="Comma-separated numbers of images in a call.")] = "1,32",
+    threads: Annotated[str, Option(help="Comma-separated numbers of threads; by default 1 and all cores.")] = "",
+    rounds: Annotated[int, Option(min=1, help="Rounds in which the arms take turns.")] = 20,
     startup: Annotated[
-        bool, typer.Option("--startup", help="Also start each arm in processes of its own: time and peak memory.")
+        bool, Option("--startup", help="Also start each arm in processes of its own: time and peak memory.")
     ] = False,
-    output: Annotated[Path | None, typer.Option(help="Directory for bench.json and bench.svg.")] = None,
+    output: Annotated[Path | None, Option(help="Directory for bench.json and bench.svg.")] = None,
     no_plugins: NoPlugins = False,
 ) -> None:
     """Latency and size of a network on this machine: float PyTorch, onnxruntime float and int8, packed.
@@ -72,12 +70,12 @@ def bench(
     size = (3, img_size, img_size)
     network = timm.create_model(model, num_classes=num_classes)
     binary = binarize(network, scheme_of(scheme), input_size=size)
-    with console.status("starting") as status:
+    with console().status("starting") as status:
         found = measure(
             network, binary, size, name=model, batches=batches, threads=counts or None, rounds=rounds,
             startup_rounds=3 if startup else 0, watch=status.update,
         )  # fmt: skip
-    typer.echo(str(found))
+    click.echo(str(found))
     if output:
         written = [write_json(output / "bench.json", found.to_json())]
         try:
@@ -87,20 +85,18 @@ def bench(
             say(str(error))
         say(f"written: {', '.join(map(str, written))}")
     if found.failures:
-        raise typer.Exit(1)
+        raise click.exceptions.Exit(1)
 
 
 def export(
     source: Annotated[
-        str, typer.Argument(help="The weights that a comparison left, runs/NAME.safetensors, or any timm model.")
+        str, Argument(help="The weights that a comparison left, runs/NAME.safetensors, or any timm model.")
     ],
-    format: Annotated[str, typer.Option(help="onnx, qonnx, pt2, packed or c.")],
-    output: Annotated[Path, typer.Option(help="The file to write.")],
-    scheme: Annotated[str | None, typer.Option(help="The scheme of a timm model; by default bonn.")] = None,
-    img_size: Annotated[
-        int | None, typer.Option(help="Height and width; by default those of the training, or 224.")
-    ] = None,
-    num_classes: Annotated[int | None, typer.Option(help="Classes of a timm model; by default 1000.")] = None,
+    format: Annotated[str, Option(help="onnx, qonnx, pt2, packed or c.")],
+    output: Annotated[Path, Option(help="The file to write.")],
+    scheme: Annotated[str | None, Option(help="The scheme of a timm model; by default bonn.")] = None,
+    img_size: Annotated[int | None, Option(help="Height and width; by default those of the training, or 224.")] = None,
+    num_classes: Annotated[int | None, Option(help="Classes of a timm model; by default 1000.")] = None,
     no_plugins: NoPlugins = False,
 ) -> None:
     """Write a binary network as a file for another runtime, and compare what the two give.
@@ -111,16 +107,16 @@ def export(
     from bonn_qat.exporting.export import export as write
 
     network, size = _source(source, scheme, img_size, num_classes)
-    with console.status(f"writing {output}"):
+    with console().status(f"writing {output}"):
         path = write(network, output, format, input_size=size)
-    typer.echo(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+    click.echo(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
     try:
-        with console.status(f"running {output}"):
+        with console().status(f"running {output}"):
             agreement = verify(network, path, format, input_size=size)
     except PackageMissing as missing:
-        typer.echo(f"not compared with the network: {missing}")
+        click.echo(f"not compared with the network: {missing}")
         return
-    typer.echo(
+    click.echo(
         f"difference from the network's outputs on random images: at most {agreement.difference:.2g}, "
         f"median {agreement.median:.2g}; the same class for {agreement.same:.1%}"
     )
@@ -128,15 +124,18 @@ def export(
 
 def schemes(no_plugins: NoPlugins = False) -> None:
     """The schemes that are installed, with their bits, references and options."""
+    from rich.padding import Padding
+    from rich.text import Text
+
     from bonn_qat import plugins
 
     for scheme in sorted(plugins.schemes().values(), key=lambda scheme: scheme.name):
         options = ", ".join(f"{name}={value!r}" for name, value in scheme.options.items())
-        console.print(f"[bold]{scheme.name}[/bold]  {scheme.bits} bits W/A", highlight=False)
-        console.print(Padding(Text(scheme.reference), (0, 0, 0, 4)))
+        console().print(f"[bold]{scheme.name}[/bold]  {scheme.bits} bits W/A", highlight=False)
+        console().print(Padding(Text(scheme.reference), (0, 0, 0, 4)))
         if options:
-            console.print(Padding(Text(f"options: {options}"), (0, 0, 0, 4)))
-    console.print(
+            console().print(Padding(Text(f"options: {options}"), (0, 0, 0, 4)))
+    console().print(
         "Set options in a recipe's table scheme_options, or: compare --schemes xnor:input_scale=true+gradient=plain"
     )
 
