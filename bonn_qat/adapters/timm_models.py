@@ -7,10 +7,12 @@ networks are registered now if timm is imported already, else right after timm i
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.abc import Loader  # which would import tempfile and random at run time
 
 
 def register_models() -> None:
@@ -26,7 +28,7 @@ def register_models() -> None:
         sys.meta_path.insert(0, _TimmFinder())
 
 
-class _TimmFinder(MetaPathFinder):
+class _TimmFinder:
     """Finds timm where the other finders find it, and adds the registration to its import."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
@@ -36,15 +38,15 @@ class _TimmFinder(MetaPathFinder):
             spec = None if finder is self else finder.find_spec(name, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _TimmLoader(spec.loader, self)
+                    spec.loader = _TimmLoader(spec.loader, self)  # type: ignore[assignment]
                 return spec
         return None
 
 
-class _TimmLoader(Loader):
+class _TimmLoader:
     """timm's own loader, followed by the registration. Afterwards timm has its own loader again."""
 
-    def __init__(self, loader: Loader, finder: _TimmFinder) -> None:
+    def __init__(self, loader: "Loader", finder: _TimmFinder) -> None:
         self._loader, self._finder = loader, finder
 
     def __getattr__(self, name: str) -> Any:

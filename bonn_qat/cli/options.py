@@ -69,9 +69,9 @@ DataOption = Annotated[
     str | None,
     Option(help="digits, cifar10, cifar100, fashion-mnist, or the path of an image folder; by default digits."),
 ]
-DataDir = Annotated[Path | None, Option(help="Where named data sets lie or are downloaded to.")]
+DataDir = Annotated[Path | None, Option(help="Where named data sets are stored or downloaded to.")]
 Model = Annotated[str | None, Option(help="Any timm model; by default the recipe's.")]
-RecipeFile = Annotated[Path | None, Option("--recipe", help="A TOML recipe instead of the one for the data.")]
+RecipeFile = Annotated[Path | None, Option("--recipe", help="A TOML recipe; by default the one for the data.")]
 Settings = Annotated[
     tuple[str, ...],
     Option(
@@ -82,18 +82,18 @@ Settings = Annotated[
 ]
 Jobs = Annotated[
     int,
-    Option(min=1, help="Runs at once, each a process of its own; on a CPU at most the number of cores."),
+    Option(min=1, help="Number of runs at once, each in its own process; on a CPU at most the number of cores."),
 ]
 Size = Annotated[int, Option(help="Height and width of an image.")]
 Epochs = Annotated[int | None, Option(help="Epochs of every run.")]
-BatchSize = Annotated[int | None, Option("--batch-size", "-b", help="Of all processes together.")]
+BatchSize = Annotated[int | None, Option("--batch-size", "-b", help="Images in a batch, over all processes together.")]
 Rate = Annotated[float | None, Option(help="Learning rate of every run.")]
-TrainImages = Annotated[int | None, Option(help="Train on a fixed random part.")]
-TestImages = Annotated[int | None, Option(help="Test on a fixed random part.")]
-Output = Annotated[Path | None, Option(help="Directory for the results; an existing one is continued.")]
+TrainImages = Annotated[int | None, Option(help="Train on a fixed random subset of this size.")]
+TestImages = Annotated[int | None, Option(help="Test on a fixed random subset of this size.")]
+Output = Annotated[Path | None, Option(help="Directory for the results; runs in an existing one are continued.")]
 Resume = Annotated[
     Path | None,
-    Option(metavar="DIRECTORY", help="Go on with what was begun there, as it was planned, and in its MLflow run."),
+    Option(metavar="DIRECTORY", help="Continue the runs planned in this directory, in the same MLflow run."),
 ]
 
 
@@ -131,11 +131,11 @@ def scheme_of(spec: str) -> "Scheme":
 
 
 def rate(text: str) -> float:
-    """A learning rate. Raises InvalidRecipe for what is no number."""
+    """A learning rate. Raises InvalidRecipe if ``text`` is not a number."""
     try:
         return float(text)
     except ValueError as error:
-        raise InvalidRecipe(f"{text!r} in --rates is no number; write --rates 0.01,0.1") from error
+        raise InvalidRecipe(f"{text!r} in --rates is not a number; write --rates 0.01,0.1") from error
 
 
 def numbers(text: str, option: str) -> list[int]:
@@ -143,9 +143,9 @@ def numbers(text: str, option: str) -> list[int]:
     try:
         return [int(part) for part in parts(text)]
     except ValueError as error:
-        raise BonnQatError(f"{text!r} is no list of whole numbers; write {option} 1,4") from error
+        raise BonnQatError(f"{text!r} is not a list of whole numbers; write {option} 1,4") from error
 
 
 def parts(text: str) -> list[str]:
-    """The comma-separated parts of ``text``, without spaces and empty ones."""
+    """The comma-separated parts of ``text``, stripped of spaces; empty ones are dropped."""
     return [part.strip() for part in text.split(",") if part.strip()]
