@@ -359,7 +359,7 @@ def test_a_report_or_an_export_that_cannot_be_written_gives_exit_code_3_too(
     def fail(path: Path, content: bytes) -> Path:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
-    for module in ("results", "export"):
+    for module in ("files.atomic", "exporting.export"):
         monkeypatch.setattr(importlib.import_module(f"bonn_qat.{module}"), "write_whole", fail)
     monkeypatch.setitem(FORMATS, "pt2", FORMATS["pt2"]._replace(write=lambda model, size: b""))
     weights, net = str(whole / RUNS / f"{BONN}.safetensors"), str(tmp_path / "net.pt2")
