@@ -3,6 +3,7 @@
 import functools
 import inspect
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
@@ -23,7 +24,7 @@ class Option:
 
     parameter: type[click.Parameter] = click.Option
 
-    def __init__(self, *flags: str, min: int | None = None, **keywords: Any) -> None:
+    def __init__(self, *flags: str, min: float | None = None, **keywords: Any) -> None:
         self.flags, self.min, self.keywords = flags, min, keywords
 
     def declare(self, name: str, kind: Any, default: Any) -> click.Parameter:
@@ -39,7 +40,8 @@ class Option:
         elif kind is Path:
             keywords["type"] = click.Path(path_type=Path)
         else:
-            keywords["type"] = kind if self.min is None else click.IntRange(min=self.min)
+            ranges: dict[Any, Any] = {int: click.IntRange, float: click.FloatRange}
+            keywords["type"] = kind if self.min is None else ranges[kind](min=self.min)
         if default is inspect.Parameter.empty:
             keywords["required"] = True
         elif default is not None:
@@ -119,7 +121,10 @@ def console() -> "Console":
     """The terminal. Under a launcher only rank 0 prints."""
     from rich.console import Console
 
-    return Console(quiet=os.environ.get("RANK", "0") != "0")
+    return Console(
+        quiet=os.environ.get("RANK", "0") != "0",
+        width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120,  # rich takes 80 for a file or a pipe
+    )
 
 
 def scheme_of(spec: str) -> "Scheme":
