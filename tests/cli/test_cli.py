@@ -369,6 +369,17 @@ def test_a_report_or_an_export_that_cannot_be_written_gives_exit_code_3_too(
     assert capsys.readouterr().err.startswith(f"bonn-qat: {file}: Read-only file system")
 
 
+def test_ctrl_c_in_any_command_gives_exit_code_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(COMMANDS["schemes"], "callback", interrupted)
+    assert cli.main(["schemes"]) == 130
+    assert capsys.readouterr().err.strip() == "bonn-qat: interrupted"
+
+
 ASK = """
 import sys
 from bonn_qat.cli import main
