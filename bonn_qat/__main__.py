@@ -1,4 +1,4 @@
-"""``python -m bonn_qat``: the command ``bonn-qat``, as ``torchrun -m`` and ``accelerate launch -m`` want it."""
+"""``python -m bonn_qat`` is the command ``bonn-qat``, so that ``torchrun -m bonn_qat`` works too."""
 
 import sys
 

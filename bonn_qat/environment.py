@@ -1,4 +1,4 @@
-"""Environment: what a result depends on beside its recipe."""
+"""The environment of a run: the versions, commit and machine that its result depends on beside the recipe."""
 
 import platform
 import subprocess
@@ -12,7 +12,11 @@ _INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asim
 
 
 def environment(device: torch.device) -> Mapping[str, str]:
-    """What a result depends on beside its recipe: versions, commit, machine."""
+    """Versions, commit and machine, as text by name; ``device`` is where the run trains.
+
+    >>> environment(torch.device("cpu"))["device"]
+    'cpu'
+    """
     found = {
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -29,7 +33,7 @@ def environment(device: torch.device) -> Mapping[str, str]:
 
 
 def processor() -> str:
-    """The processor's name, with those of its instructions that count for networks."""
+    """The processor's name, and which of the vector instructions that matter for networks it has."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

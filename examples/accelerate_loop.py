@@ -1,4 +1,4 @@
-"""Train a binary network with Hugging Face Accelerate: it prepares the model and its losses.
+"""Train a binary network with Hugging Face Accelerate, which prepares the model together with its losses.
 
 pip install -e '.[compare,accelerate]'
 python examples/accelerate_loop.py
@@ -12,9 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, TensorDataset
 
-import bonn_qat
-import bonn_qat.models  # registers wrn10_16 with timm
-import bonn_qat.training.data
+import bonn_qat  # registers wrn10_16 with timm
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--epochs", type=int, default=10)
@@ -23,7 +21,7 @@ arguments = parser.parse_args()
 
 set_seed(arguments.seed)
 accelerator = Accelerator()
-digits = bonn_qat.training.data.load("digits")
+digits = bonn_qat.load_data("digits")
 train_set, test_set = (
     TensorDataset(*map(torch.cat, zip(*batches, strict=True)))
     for batches in (digits.measure_batches(), digits.test_batches())

@@ -1,4 +1,4 @@
-"""Train a binary network of Brevitas' layers: another layer map, and the losses.
+"""Train a binary network of Brevitas layers: a different layer map, and BONN's losses.
 
 pip install -e '.[compare]'
 python examples/brevitas_layers.py
@@ -9,16 +9,15 @@ import argparse
 import logging
 import warnings
 
-logging.disable(logging.WARNING)  # told at the import of Brevitas
+logging.disable(logging.WARNING)  # Brevitas logs some when it is imported
 warnings.filterwarnings("ignore", module="brevitas")
 
 import timm
 import torch
 from brevitas.graph.quantize import layerwise_quantize
 
-import bonn_qat.models  # registers wrn10_16 with timm
-import bonn_qat.training.data
-from bonn_qat.adapters.brevitas import layer_map
+import bonn_qat  # registers wrn10_16 with timm
+from bonn_qat.adapters.brevitas import float_layers, layer_map
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--epochs", type=int, default=10)
@@ -27,9 +26,9 @@ arguments = parser.parse_args()
 
 torch.manual_seed(arguments.seed)
 generator = torch.Generator().manual_seed(arguments.seed)
-digits = bonn_qat.training.data.load("digits")
+digits = bonn_qat.load_data("digits")
 model = timm.create_model("wrn10_16", num_classes=digits.classes, in_chans=digits.image[0])
-model = layerwise_quantize(model, layer_map("bonn"), list(bonn_qat.binarization.policy.float_layers(model)))
+model = layerwise_quantize(model, layer_map("bonn"), list(float_layers(model)))
 objective = bonn_qat.Objective(model, regularizers={"kernel": 1e-4, "feature": 1e-3})
 optimizer = torch.optim.SGD(bonn_qat.parameter_groups(objective, lr=0.1, weight_decay=5e-4), momentum=0.9)
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.epochs)

@@ -1,4 +1,4 @@
-"""Train a binary network with Lightning: the Objective is a part of the module.
+"""Train a binary network with Lightning: the Objective is a submodule of the LightningModule.
 
 pip install -e '.[compare,lightning]'
 python examples/lightning_module.py
@@ -15,9 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import bonn_qat
-import bonn_qat.models  # registers wrn10_16 with timm
-import bonn_qat.training.data
+import bonn_qat  # registers wrn10_16 with timm
 
 Batch = tuple[Tensor, Tensor]
 
@@ -56,9 +54,9 @@ parser.add_argument("--seed", type=int, default=0)
 arguments = parser.parse_args()
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", module="lightning")  # advice on the number of workers
+warnings.filterwarnings("ignore", module="lightning")  # it suggests more data loading workers
 lightning.seed_everything(arguments.seed, verbose=False)
-digits = bonn_qat.training.data.load("digits")
+digits = bonn_qat.load_data("digits")
 train_set, test_set = (
     TensorDataset(*map(torch.cat, zip(*batches, strict=True)))
     for batches in (digits.measure_batches(), digits.test_batches())

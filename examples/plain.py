@@ -1,4 +1,4 @@
-"""Train a binary network in a plain loop of torch.
+"""Train a binary network in a plain PyTorch loop.
 
 pip install -e '.[compare]'
 python examples/plain.py
@@ -9,9 +9,7 @@ import argparse
 import timm
 import torch
 
-import bonn_qat
-import bonn_qat.models  # registers wrn10_16 with timm
-import bonn_qat.training.data
+import bonn_qat  # registers wrn10_16 with timm
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--epochs", type=int, default=10)
@@ -20,7 +18,7 @@ arguments = parser.parse_args()
 
 torch.manual_seed(arguments.seed)
 generator = torch.Generator().manual_seed(arguments.seed)
-digits = bonn_qat.training.data.load("digits")
+digits = bonn_qat.load_data("digits")
 model = timm.create_model("wrn10_16", num_classes=digits.classes, in_chans=digits.image[0])
 model = bonn_qat.binarize(model)
 criterion = torch.nn.CrossEntropyLoss()

@@ -1,11 +1,11 @@
-"""Search learning rate, lambda and theta of BONN with Optuna, each trial a run in MLflow.
+"""Search for BONN's learning rate, lambda and theta with Optuna; each trial is a run in MLflow.
 
     pip install -e '.[compare,search]' -e plugins/bonn-qat-mlflow
     python examples/search_optuna.py --trials 12 --storage sqlite:///search.db
 
-The search sees images that are held out of the training set; the test set is for the best trial, at the end. With a
-storage the same command goes on with the search, and several at once share it. In MLflow's store the trials are
-children of one run: mlflow ui --backend-store-uri sqlite:///mlflow.db
+Trials are judged by images held out of the training set; only the best one sees the test set, at the end. With
+--storage, running the same command again continues the search, and several processes share it. In MLflow the trials are
+child runs of one run: mlflow ui --backend-store-uri sqlite:///mlflow.db
 """
 
 import argparse
@@ -16,43 +16,40 @@ import mlflow
 import optuna
 import pluggy
 
-from bonn_qat import hookimpl, plugins
+from bonn_qat import Recipe, hookimpl, load_data, plugins, train
 from bonn_qat.errors import TrainingDiverged
-from bonn_qat.training import data
 from bonn_qat.training.network import build
-from bonn_qat.training.recipe import Recipe
-from bonn_qat.training.train import train
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--trials", type=int, default=12)
 parser.add_argument("--epochs", type=int, default=5)
 parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--storage", help="a database of Optuna's, such as sqlite:///search.db")
+parser.add_argument("--storage", help="an Optuna database, such as sqlite:///search.db")
 arguments = parser.parse_args()
 
 
 class Reporter:
-    """Tells Optuna the accuracy of each epoch, and ends a run that is not worth going on."""
+    """Reports the accuracy of each epoch to Optuna, and stops a run that Optuna prunes."""
 
     def __init__(self, trial: optuna.Trial) -> None:
         self.trial = trial
 
     @hookimpl(trylast=True)  # MLflow logs the epoch first
     def bonn_qat_after_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        """In the test set's place are the images that were held out."""
+        """``test/top1`` is measured on the held-out images here."""
         self.trial.report(metrics["test/top1"], epoch)
         if self.trial.should_prune():
             raise optuna.TrialPruned
 
 
 def accuracy(recipe: Recipe, pm: pluggy.PluginManager) -> float:
-    """What training by the recipe gives, in percent."""
-    digits = data.load(recipe.data, validation_images=recipe.validation_images)
+    """Train by the recipe; the accuracy in percent."""
+    digits = load_data(recipe.data, validation_images=recipe.validation_images)
     return train(build(recipe, digits, pm), recipe, digits, pm=pm).top1
 
 
 def suggested(trial: optuna.trial.BaseTrial) -> Recipe:
-    """The recipe of a trial."""
+    """The recipe with the values that Optuna suggests."""
     losses = {
         "kernel": trial.suggest_float("lambda", 1e-6, 1e-2, log=True),
         "feature": trial.suggest_float("theta", 1e-5, 1e-1, log=True),
@@ -62,7 +59,7 @@ def suggested(trial: optuna.trial.BaseTrial) -> Recipe:
 
 
 def objective(trial: optuna.Trial) -> float:
-    """Accuracy on 300 held-out images; a run that diverges counts as one that was ended."""
+    """Accuracy on 300 held-out images; a run that diverges counts as pruned."""
     pm = plugins.create_manager()
     pm.register(Reporter(trial))
     try:

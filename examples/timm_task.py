@@ -1,4 +1,4 @@
-"""Train a binary timm backbone with timm's own parts: the task is ours, everything else stays.
+"""Train a binary timm backbone with timm's own training code; only the task is replaced.
 
 pip install -e '.[compare]'
 python examples/timm_task.py
@@ -13,7 +13,6 @@ from timm.scheduler import CosineLRScheduler
 
 import bonn_qat
 from bonn_qat.adapters.timm import BonnTask
-from bonn_qat.training import data
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--epochs", type=int, default=10)
@@ -22,7 +21,7 @@ arguments = parser.parse_args()
 
 torch.manual_seed(arguments.seed)
 generator = torch.Generator().manual_seed(arguments.seed)
-digits = data.load("digits")
+digits = bonn_qat.load_data("digits")
 model = timm.create_model("test_resnet", num_classes=digits.classes, in_chans=digits.image[0])
 model = bonn_qat.binarize(model)
 task = BonnTask(model, torch.nn.CrossEntropyLoss())

@@ -1,4 +1,4 @@
-"""Train a binary network in a loop that has torch.ao's prepare_qat already. torch.ao is deprecated: not for new code.
+"""Train a binary network in a loop that already uses torch.ao's prepare_qat. New code should not: it is deprecated.
 
 pip install -e '.[compare]'
 python examples/torch_ao_qconfig.py
@@ -11,11 +11,10 @@ import warnings
 import timm
 import torch
 
-import bonn_qat.models  # registers wrn10_16 with timm
-import bonn_qat.training.data
+import bonn_qat  # registers wrn10_16 with timm
 from bonn_qat.adapters.torch_ao import assign_qconfig, prepare_qat
 
-warnings.simplefilter("ignore")  # it is known that torch.ao is deprecated
+warnings.simplefilter("ignore")  # torch.ao is deprecated
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--epochs", type=int, default=10)
 parser.add_argument("--seed", type=int, default=0)
@@ -23,7 +22,7 @@ arguments = parser.parse_args()
 
 torch.manual_seed(arguments.seed)
 generator = torch.Generator().manual_seed(arguments.seed)
-digits = bonn_qat.training.data.load("digits")
+digits = bonn_qat.load_data("digits")
 model = timm.create_model("wrn10_16", num_classes=digits.classes, in_chans=digits.image[0])
 assign_qconfig(model)
 model = prepare_qat(model.train())

@@ -1,4 +1,4 @@
-"""Train a binary network by torchao's steps: prepared, trained, converted to int8 signs and one scale a layer.
+"""Train a binary network in torchao's steps: prepare, train, convert to int8 signs with one scale for each layer.
 
 pip install -e '.[compare,torchao]'
 python examples/torchao_quantize.py
@@ -8,14 +8,13 @@ python examples/torchao_quantize.py
 import argparse
 import logging
 
-logging.disable(logging.WARNING)  # told at the import of torchao
+logging.disable(logging.WARNING)  # torchao logs some when it is imported
 
 import timm
 import torch
 from torchao import quantize_
 
-import bonn_qat.models  # registers wrn10_16 with timm
-import bonn_qat.training.data
+import bonn_qat  # registers wrn10_16 with timm
 from bonn_qat.adapters.torchao import BonnConfig, whole_model
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -25,7 +24,7 @@ arguments = parser.parse_args()
 
 torch.manual_seed(arguments.seed)
 generator = torch.Generator().manual_seed(arguments.seed)
-digits = bonn_qat.training.data.load("digits")
+digits = bonn_qat.load_data("digits")
 model = timm.create_model("wrn10_16", num_classes=digits.classes, in_chans=digits.image[0])
 
 

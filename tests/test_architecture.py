@@ -1,6 +1,8 @@
 """Import rules, the cost of importing the package, and docstrings of public names."""
 
 import ast
+import importlib
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -99,14 +101,44 @@ def test_functional_needs_torch_alone():
     assert own - sys.stdlib_module_names == {"torch"}
 
 
-def test_importing_the_package_loads_no_host():
-    code = "import bonn_qat, json, sys; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+COSTLY = {*HOSTS, "torch", "numpy", "pluggy", "rich"}
+
+
+@pytest.mark.parametrize("code", ["import bonn_qat", "import bonn_qat; bonn_qat.BonnQatError", "import bonn_qat.cli"])
+def test_importing_the_package_or_the_command_line_loads_neither_torch_nor_a_host(code):
+    code += "; import json, sys; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert HOSTS & set(json.loads(done.stdout)) == set()
+    assert COSTLY & set(json.loads(done.stdout)) == set()
+
+
+def test_the_lazy_names_are_those_that_type_checkers_see():
+    block, _ = filter(is_type_checking, ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8")).body)
+    seen = {
+        alias.asname or alias.name: (node.module.removeprefix("bonn_qat."), alias.name)
+        for node in block.body
+        for alias in node.names
+    }
+    assert seen == bonn_qat._HOME
+    assert sorted(seen) == bonn_qat.__all__
+
+
+def test_no_module_has_the_name_of_a_function():
+    assert not set(bonn_qat.__all__) & set(RANK)
+
+
+@pytest.mark.parametrize("name", ["functional", "quantizers", "plugins", "models", "adapters", "bench"])
+def test_a_module_is_an_attribute_of_the_package(name):
+    assert getattr(bonn_qat, name) is importlib.import_module(f"bonn_qat.{name}")
+
+
+def test_a_misspelt_name_is_an_error():
+    with pytest.raises(AttributeError, match="module 'bonn_qat' has no attribute 'binarise'"):
+        _ = bonn_qat.binarise
+    assert {*bonn_qat.__all__, "__version__"} <= set(dir(bonn_qat))
+    assert bonn_qat.__version__ == importlib.metadata.version("bonn-qat")
 
 
 def test_every_public_name_exists_and_says_what_it_is():
-    assert sorted(bonn_qat.__all__) == list(bonn_qat.__all__)
     for name in bonn_qat.__all__:
         public = getattr(bonn_qat, name)
         if callable(public):

@@ -1,17 +1,17 @@
-"""Schemes for Brevitas' layers: quantizers to name in ``weight_quant=``, ``act_quant=`` and ``input_quant=``.
+"""Schemes for Brevitas layers: quantizers to pass as ``weight_quant=``, ``act_quant=`` and ``input_quant=``.
 
 >>> import brevitas.nn as qnn
 >>> sign = qnn.QuantIdentity(act_quant=SignedBinaryBonnActPerTensorConst)
 >>> conv = qnn.QuantConv2d(16, 32, 3, bias=False, weight_quant=SignedBinaryBonnWeightPerTensorFloat)
 
-The tensor quantizers are the modules of :mod:`bonn_qat.quantizers`, so the losses see them too. Options of a
-scheme's weight quantizer are keywords of the layer: ``QuantConv2d(..., weight_granularity="plane")``.
-Norms, nonlinearities and the scale of the latent weights are the user's: after a ReLU every sign is +1, so that
-:func:`layer_map` replaces ReLUs too. :func:`from_brevitas` leads back to layers of this package.
+The tensor quantizers are the modules of :mod:`bonn_qat.quantizers`, so the losses find them. Options of a scheme's
+weight quantizer are keywords of the layer: ``QuantConv2d(..., weight_granularity="plane")``. Norms, nonlinearities and
+the scale of the latent weights are up to you. Every sign after a ReLU is +1, so :func:`layer_map` replaces ReLUs too.
+:func:`from_brevitas` converts a model to layers of this package.
 
-The state dict is complete from construction on, and loading one keeps every Parameter object, so optimizers
-stay valid. A float layer's state dict loads strictly: the quantizer's parameters follow from its weights.
-Brevitas' models cannot be pickled, for their quantizers are nested classes: keep the state dict.
+The state dict is complete from construction on, and loading one keeps every Parameter object, so optimizers stay
+valid. The state dict of a float layer loads strictly: the quantizer's parameters are computed from the weights.
+Brevitas models cannot be pickled, because their quantizers are nested classes: save the state dict.
 """
 
 import copy
@@ -27,6 +27,7 @@ from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInject
 from torch import Tensor, nn
 
 from bonn_qat.binarization.binarize import Binarization, binary_layers
+from bonn_qat.binarization.policy import float_layers
 from bonn_qat.bonn import BONN
 from bonn_qat.errors import BonnQatError, InvalidModel
 from bonn_qat.layers import BinaryLayer, binary_form
@@ -40,13 +41,14 @@ __all__ = [
     "SignedBinaryBonnActPerTensorConst",
     "SignedBinaryBonnWeightPerTensorFloat",
     "activation_quantizer",
+    "float_layers",
     "from_brevitas",
     "layer_map",
     "skip_quant_tensors",
     "weight_quantizer",
 ]
 
-# Brevitas finds export handlers by the exact type of the proxy, so all that is ours is in the tensor quantizer.
+# Brevitas finds export handlers by the exact type of the proxy, so only the tensor quantizer is ours.
 
 
 class _Weight(ExtendedInjector):  # type: ignore[misc]
@@ -60,14 +62,14 @@ class _Weight(ExtendedInjector):  # type: ignore[misc]
         layers = module if isinstance(module, tuple) else (module,)
         if any(layer.output_channel_dim != 0 for layer in layers):
             raise InvalidModel(
-                f"{type(layers[0]).__name__} has its kernels on axis 1; a binary layer has them on axis 0"
+                f"{type(layers[0]).__name__} has its output channels on axis 1; a binary layer needs them on axis 0"
             )
         assert scheme.weight is not None
         fresh = scheme.weight(tracked_parameter_list[0].detach(), **_options(proxy_module.quant_injector))
         if not fresh.scaled_sign:
             raise InvalidModel(
-                f"the weights of the scheme {scheme.name!r} are not a scale times a sign, as 1 bit is for Brevitas; "
-                "use bonn_qat.binarize"
+                f"the weights of the scheme {scheme.name!r} are not a scale times a sign, which is what Brevitas means "
+                "by 1 bit; use bonn_qat.binarize"
             )
         is_owner = proxy_module.tracked_parameter_list[0] is tracked_parameter_list[0]
         return _keep_parameters(proxy_module, fresh) if is_owner else fresh
@@ -82,7 +84,7 @@ class _Activation(ExtendedInjector):  # type: ignore[misc]
     @value  # type: ignore[untyped-decorator]
     def tensor_quant(scheme: Scheme, module: Any, proxy_module: Any) -> nn.Module:
         if brevitas.config.JIT_ENABLED:
-            raise BonnQatError("BREVITAS_JIT=1 cannot script the quantizers of bonn_qat; unset it")
+            raise BonnQatError("BREVITAS_JIT=1: torch.jit cannot script the quantizers of bonn_qat; unset it")
         assert scheme.activation is not None
         layers = list(module) if isinstance(module, tuple) else [module]
         # A QuantIdentity does not know its channels.
@@ -90,7 +92,7 @@ class _Activation(ExtendedInjector):  # type: ignore[misc]
         fresh = scheme.activation(channels)
         if fresh.bits != 1:
             raise InvalidModel(
-                f"the activations of the scheme {scheme.name!r} have {fresh.bits} bits, this adapter knows 1; "
+                f"the activations of the scheme {scheme.name!r} have {fresh.bits} bits; this adapter supports 1 bit; "
                 "use bonn_qat.binarize"
             )
         is_owner = all(a is b for a, b in zip(layers, proxy_module.tracked_module_list, strict=True))
@@ -101,7 +103,7 @@ _WIRING = {*_Weight.__dependencies__, "module", "proxy_module", "tracked_paramet
 
 
 def _options(injector: Any) -> dict[str, Any]:
-    """Options of the scheme's weight quantizer: keywords of the layer, or of the injector's ``let``."""
+    """Options of the scheme's weight quantizer, given as keywords of the layer or of the injector's ``let``."""
     return {name: getattr(injector, name) for name in injector.__dependencies__ if name not in _WIRING}
 
 
@@ -120,29 +122,42 @@ class SignedBinaryBonnActPerTensorConst(_Activation):
 
 
 def weight_quantizer(scheme: str | Scheme) -> type[ExtendedInjector]:
-    """What ``weight_quant=`` takes, for any scheme. Raises UnknownName, and InvalidModel where the scheme has none."""
+    """The value for ``weight_quant=`` for any scheme.
+
+    Raises UnknownName for an unknown scheme, InvalidModel for one that leaves weights float.
+
+    >>> weight_quantizer("bonn").__name__
+    'SignedBinaryBonnWeight'
+    """
     chosen = find_scheme(scheme)
     if chosen.weight is None:
-        raise InvalidModel(f"the scheme {chosen.name!r} leaves weights float; there is no weight_quant for it")
+        raise InvalidModel(f"the scheme {chosen.name!r} leaves weights float, so it has no weight_quant")
     return _named(_Weight, f"SignedBinary{_camel(chosen.name)}Weight", chosen)
 
 
 def activation_quantizer(scheme: str | Scheme) -> type[ExtendedInjector]:
-    """What ``act_quant=`` and ``input_quant=`` take. Raises UnknownName, and InvalidModel where the scheme has none."""
+    """The value for ``act_quant=`` and ``input_quant=`` for any scheme.
+
+    Raises UnknownName for an unknown scheme, InvalidModel for one that leaves activations float.
+
+    >>> activation_quantizer("bonn").__name__
+    'SignedBinaryBonnAct'
+    """
     chosen = find_scheme(scheme)
     if chosen.activation is None:
-        raise InvalidModel(f"the scheme {chosen.name!r} leaves activations float; there is no act_quant for it")
+        raise InvalidModel(f"the scheme {chosen.name!r} leaves activations float, so it has no act_quant")
     return _named(_Activation, f"SignedBinary{_camel(chosen.name)}Act", chosen)
 
 
 def layer_map(scheme: str | Scheme) -> dict[type[nn.Module], tuple[Callable[..., nn.Module], dict[str, Any]]]:
-    """The ``compute_layer_map`` of ``brevitas.graph.quantize.layerwise_quantize``: convolutions, linear layers, ReLUs.
+    """The ``compute_layer_map`` for ``brevitas.graph.quantize.layerwise_quantize``: convolutions, linear layers, ReLUs.
 
-    >>> blacklist = list(bonn_qat.binarization.policy.float_layers(model))
+    >>> blacklist = list(float_layers(model))  # first layer, classifier, shortcuts ...
     >>> model = layerwise_quantize(model, compute_layer_map=layer_map("bonn"), name_blacklist=blacklist)
 
-    A ReLU becomes the scheme's nonlinearity. Brevitas matches exact classes: subclasses of ``nn.Conv2d``, such as
-    timm's ``Conv2dSame``, stay float. Raises UnknownName, and InvalidModel for a scheme that leaves weights float.
+    A ReLU is replaced by the scheme's nonlinearity. Brevitas compares exact classes: subclasses of ``nn.Conv2d``, such
+    as timm's ``Conv2dSame``, stay float. Raises UnknownName for an unknown scheme, InvalidModel for one that leaves
+    weights float.
     """
     chosen = find_scheme(scheme)
     arguments = {
@@ -168,11 +183,15 @@ def layer_map(scheme: str | Scheme) -> dict[type[nn.Module], tuple[Callable[...,
 
 
 def from_brevitas(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` with layers of this package where Brevitas' layers carry quantizers of this module.
+    """A copy of ``model`` in which Brevitas layers with quantizers of this module are layers of this package.
 
-    Weights and the quantizers' parameters are taken over and the outputs stay the same, as plain tensors; layers that
-    Brevitas quantizes by other quantizers stay Brevitas'. ``binarization`` is recorded as by :func:`bonn_qat.binarize`.
-    Raises InvalidModel where no layer has such weights, and for one that quantizes its input, bias or output otherwise.
+    Weights and quantizer parameters are kept, and the outputs are the same, as plain tensors. Layers with other
+    quantizers remain Brevitas layers. ``binarization`` is recorded as by :func:`bonn_qat.binarize`. Raises InvalidModel
+    if no layer has such weights, or if one quantizes its input, bias or output with another quantizer.
+
+    >>> conv = qnn.QuantConv2d(3, 8, 3, weight_quant=SignedBinaryBonnWeightPerTensorFloat)
+    >>> type(from_brevitas(nn.Sequential(conv))[0]).__name__
+    'BinaryConv2d'
     """
     result = copy.deepcopy(model)
     schemes: dict[str, Scheme] = {}
@@ -188,7 +207,7 @@ def from_brevitas(model: nn.Module) -> nn.Module:
         result.set_submodule(name, done[layer])
     if not schemes:
         raise InvalidModel(
-            f"{type(model).__name__} has no layer of Brevitas with a weight_quant of bonn_qat.adapters.brevitas"
+            f"{type(model).__name__} has no Brevitas layer whose weight_quant comes from bonn_qat.adapters.brevitas"
         )
     scheme = next(iter(schemes.values()))
     kept = [name for name, m in result.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and name not in schemes]
@@ -202,14 +221,14 @@ def from_brevitas(model: nn.Module) -> nn.Module:
 
 
 class BonnKernelLoss(SimpleBaseLoss):  # type: ignore[misc]
-    """BONN's kernel loss as Brevitas' own losses are used: a hook adds it up in each forward pass of a training.
+    """BONN's kernel loss with the interface of Brevitas' losses: a hook adds it up in each forward pass in training.
 
     >>> kernel = BonnKernelLoss(model)
     >>> loss = criterion(model(images), targets) + kernel.retrieve()
     >>> loss.backward()
     >>> kernel.zero_accumulated_values()
 
-    ``kernel.log()`` is the value for a log, ``kernel.loss`` the module for :func:`bonn_qat.parameter_groups`.
+    ``kernel.log()`` returns the value to log; ``kernel.loss`` is the module for :func:`bonn_qat.parameter_groups`.
     ``options`` are those of :class:`bonn_qat.KernelLoss`. Raises InvalidModel for a model without binary weights.
     """
 
@@ -219,7 +238,7 @@ class BonnKernelLoss(SimpleBaseLoss):  # type: ignore[misc]
         super().__init__(model, reg_coeff)
 
     def register_hooks(self) -> None:
-        """Called by Brevitas at construction."""
+        """Register the forward hook; Brevitas calls this in its constructor."""
         self.model.register_forward_hook(self._accumulate)
 
     def _accumulate(self, model: nn.Module, *_: object) -> None:
@@ -228,10 +247,10 @@ class BonnKernelLoss(SimpleBaseLoss):  # type: ignore[misc]
 
 
 def skip_quant_tensors(model: nn.Module, skip: bool = True) -> nn.Module:
-    """Let every proxy of ``model`` pass plain tensors, in place; returns ``model``.
+    """Make every proxy of ``model`` return plain tensors, in place; returns ``model``.
 
-    What a QuantTensor checks depends on data: without it ``torch.compile(fullgraph=True)`` and ``torch.export``
-    take the whole model. Not for layers with ``return_quant_tensor=True``.
+    A QuantTensor runs checks that depend on the data. Without them ``torch.compile(fullgraph=True)`` and
+    ``torch.export`` accept the whole model. Not for layers with ``return_quant_tensor=True``.
     """
     for module in model.modules():
         if hasattr(module, "skip_create_quant_tensor"):
@@ -240,7 +259,7 @@ def skip_quant_tensors(model: nn.Module, skip: bool = True) -> nn.Module:
 
 
 class _Binarized(nn.Module):
-    """The value that an activation quantizer gives: what is left of a QuantIdentity."""
+    """Applies an activation quantizer; replaces a QuantIdentity."""
 
     def __init__(self, quantizer: ActivationQuantizer) -> None:
         super().__init__()
@@ -251,7 +270,7 @@ class _Binarized(nn.Module):
 
 
 def _own(name: str, layer: Any) -> nn.Module | None:
-    """What takes the place of a layer of Brevitas, None for one that stays."""
+    """The replacement of a Brevitas layer, None if it stays."""
     if isinstance(layer, qnn.QuantIdentity):
         _, quantizer = _quantizer(layer.act_quant)
         return _Binarized(quantizer) if isinstance(quantizer, ActivationQuantizer) else None
@@ -267,7 +286,7 @@ def _own(name: str, layer: Any) -> nn.Module | None:
     for part, is_foreign in foreign.items():
         if is_foreign:
             raise InvalidModel(
-                f"{name}: a layer of bonn_qat cannot have the {part} that this {type(layer).__name__} has"
+                f"{name}: the {part} of this {type(layer).__name__} has no counterpart in a layer of bonn_qat"
             )
     injector = layer.weight_quant.quant_injector
     options = _options(injector)
@@ -277,12 +296,12 @@ def _own(name: str, layer: Any) -> nn.Module | None:
     new.input_quant = inputs if isinstance(inputs, ActivationQuantizer) else None
     new.output = None
     for mine, other in zip(new.weight_quant.state_dict().values(), theirs.state_dict().values(), strict=True):
-        mine.copy_(other.reshape(mine.shape))  # those of a linear layer have two axes, here four
+        mine.copy_(other.reshape(mine.shape))  # two axes in a linear layer, four here
     return new.train(layer.training)
 
 
 def _plain(layer: Any) -> nn.Conv2d | nn.Linear:
-    """Torch's own layer with the parameters of a layer of Brevitas."""
+    """The torch layer with the parameters of a Brevitas layer."""
     plain: nn.Conv2d | nn.Linear
     if isinstance(layer, qnn.QuantLinear):
         plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
@@ -296,7 +315,7 @@ def _plain(layer: Any) -> nn.Conv2d | nn.Linear:
 
 
 def _complete(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    """Before loading: a float model has no parameters where it has a ReLU."""
+    """Add the nonlinearity's parameters to a state dict that lacks them, such as that of a float model with ReLUs."""
     for key, own in module.state_dict().items():
         state_dict.setdefault(prefix + key, own.clone())
 
@@ -321,9 +340,9 @@ def _quantizer(proxy: Any) -> tuple[str, nn.Module | None]:
 
 @torch.no_grad()
 def _keep_parameters(proxy: Any, fresh: nn.Module, rederive: bool = True) -> nn.Module:
-    """The proxy's quantizer with the values of ``fresh``, or ``fresh`` if it has none that fits.
+    """The proxy's current quantizer, updated to the values of ``fresh``; ``fresh`` itself if the two differ in shape.
 
-    Brevitas makes a new quantizer at each ``load_state_dict``; an optimizer would keep the old one's parameters.
+    Brevitas creates a new quantizer in each ``load_state_dict``; an optimizer would still hold the old parameters.
     """
     _, current = _quantizer(proxy)
     if current is None:
@@ -353,7 +372,7 @@ def _before_loading(
     missing: list[str],
     *_: object,
 ) -> None:
-    # A deep copy's injector still holds the original's proxy and layer.
+    # After a deep copy the injector still refers to the original proxy and layer.
     proxy.quant_injector = proxy.quant_injector.let(proxy_module=proxy)
     proxy.update_tracked_modules()
     path, quantizer = _quantizer(proxy)

@@ -1,14 +1,14 @@
-"""Binary layers for loops that train with ``torch.ao.quantization``, which torch has deprecated.
+"""Binary layers for training loops that use ``torch.ao.quantization``, which torch has deprecated.
 
 >>> assign_qconfig(model, "bonn")
 >>> model = prepare_qat(model.train())
 
-A ``QConfig`` quantizes what comes out of a layer, and its factories do not know the layer; a binary layer needs its
-input binarized, and parameters in the shape of its weight. So the ``QConfig`` here only names the scheme, and the layer
-comes by torch.ao's own means for that, the ``mapping`` of ``prepare_qat`` to classes with a ``from_float``.
+A ``QConfig`` quantizes a layer's output, and its factories do not know the layer. A binary layer needs its input
+binarized, and parameters in the shape of its weight. So the ``QConfig`` here only names the scheme; the layer is
+replaced through the ``mapping`` of ``prepare_qat``, from classes to classes with a ``from_float``.
 
-This is for the training alone: ``torch.ao.quantization.convert`` knows no binary kernel and leaves the layers as they
-are. ``layer.freeze()`` keeps of one what inference needs. torch.ao turns a layer that stands at two places into two.
+This is for training only: ``torch.ao.quantization.convert`` has no binary kernel and leaves binary layers unchanged.
+``layer.freeze()`` reduces a layer to what inference needs. torch.ao turns a layer used in two places into two layers.
 """
 
 import functools
@@ -30,7 +30,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"torch {torch.__version__} has no torch.ao.quantization; use bonn_qat.binarize, or torchao's quantize_ with "
-        "bonn_qat.adapters.torchao"
+        "bonn_qat.adapters.torchao.BonnConfig"
     ) from error
 
 __all__ = ["assign_qconfig", "bonn_qconfig", "prepare_qat"]
@@ -40,30 +40,33 @@ _REPLACED = (nn.Conv2d, nn.Linear, nn.ReLU, nn.ReLU6)
 
 @dataclass(frozen=True)
 class _SchemeOf:
-    """Stands where a ``QConfig`` has the factory of a weight's fake quantizer."""
+    """Takes the place of the weight's fake quantizer factory in a ``QConfig``, and names the scheme."""
 
     scheme: Scheme
 
     def __call__(self, **_: Any) -> NoReturn:
         raise InvalidModel(
-            f"the QConfig of the scheme {self.scheme.name!r} is for bonn_qat.adapters.torch_ao.prepare_qat; that of "
-            "torch.ao alone cannot binarize the inputs of a layer"
+            f"the QConfig of the scheme {self.scheme.name!r} needs bonn_qat.adapters.torch_ao.prepare_qat; the "
+            "prepare_qat of torch.ao cannot binarize a layer's input"
         )
 
 
 def bonn_qconfig(scheme: str | Scheme = "bonn") -> Any:
-    """A ``QConfig`` that makes a convolution or a linear layer binary, and of a ReLU the scheme's nonlinearity.
+    """A ``QConfig`` that makes a convolution or linear layer binary and turns a ReLU into the scheme's nonlinearity.
 
-    Raises UnknownName.
+    Raises UnknownName for an unknown scheme.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    >>> model[0].qconfig = bonn_qconfig("bonn")
     """
     return ao.QConfig(activation=nn.Identity, weight=_SchemeOf(find_scheme(scheme)))  # type: ignore[no-untyped-call]
 
 
 def assign_qconfig(model: nn.Module, scheme: str | Scheme = "bonn", **options: Any) -> None:
-    """Give a ``qconfig`` to the layers that :func:`bonn_qat.binarize` would replace, in place; ``options`` are its own.
+    """Set ``qconfig`` on the layers that :func:`bonn_qat.binarize` would replace, in place; ``options`` are passed on.
 
-    What has a ``qconfig`` already keeps it, None for float included. Norms that start at zero start at one, as there.
-    Raises what :func:`bonn_qat.binarize` raises.
+    A module that already has a ``qconfig`` keeps it, also if it is None (float). As in ``binarize``, norms whose
+    weights start at zero start at one. Raises what :func:`bonn_qat.binarize` raises.
     """
     twin = binarize(model, scheme, **options)
     record: Any = twin.binarization
@@ -78,9 +81,9 @@ def assign_qconfig(model: nn.Module, scheme: str | Scheme = "bonn", **options: A
 
 
 def prepare_qat(model: nn.Module, mapping: dict[Any, Any] | None = None, inplace: bool = False) -> nn.Module:
-    """``torch.ao.quantization.prepare_qat``, which also knows :func:`bonn_qconfig`; other layers are torch.ao's.
+    """``torch.ao.quantization.prepare_qat`` that also understands :func:`bonn_qconfig`; torch.ao handles other layers.
 
-    Warns of the deprecation once. Raises InvalidModel for a layer that cannot become binary.
+    Warns once that torch.ao is deprecated. Raises InvalidModel for a layer that cannot become binary.
     """
     _warn_once()
     mapping = dict(ao.get_default_qat_module_mappings() if mapping is None else mapping)
@@ -89,7 +92,7 @@ def prepare_qat(model: nn.Module, mapping: dict[Any, Any] | None = None, inplace
         mapping[kind] = _from_float_of(mapping.get(kind))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.ao.quantization is deprecated", DeprecationWarning)
-        if ours:  # torch.ao looks for a qconfig after it has taken the layers that had one
+        if ours:  # torch.ao looks for a qconfig after it replaced the layers that had one
             warnings.filterwarnings("ignore", "None of the submodule got qconfig", UserWarning)
         prepare: Any = ao.prepare_qat
         prepared: nn.Module = prepare(model, mapping=mapping, inplace=inplace)
@@ -102,7 +105,7 @@ def _scheme(module: nn.Module) -> Scheme | None:
 
 
 def _from_float_of(stock: Any) -> type:
-    """What a mapping names: it makes a module binary, or hands one with another ``QConfig`` to ``stock``."""
+    """A class for ``mapping``: makes a module binary, or passes one with another ``QConfig`` to ``stock``."""
 
     class Binary:
         @staticmethod
@@ -123,7 +126,7 @@ def _replacement(module: nn.Module, scheme: Scheme) -> nn.Module:
         layer.to(layer.weight.device, layer.weight.dtype)
         layer.adopt(scheme.latent_std)
         new = layer
-    # None, for torch.ao passes a qconfig on to all below; the hooks it carries over itself.
+    # torch.ao passes a qconfig on to child modules, so it is None here; torch.ao copies the hooks itself.
     new.qconfig = None  # type: ignore[assignment]
     new._forward_hooks.clear()
     new._forward_pre_hooks.clear()
@@ -133,8 +136,8 @@ def _replacement(module: nn.Module, scheme: Scheme) -> nn.Module:
 @functools.cache
 def _warn_once() -> None:
     warnings.warn(
-        "torch.ao.quantization is deprecated and will go from torch. It still trains binary layers; new code takes "
-        "bonn_qat.binarize, or torchao's quantize_ with bonn_qat.adapters.torchao",
+        "torch.ao.quantization is deprecated and will be removed from torch. It still trains binary layers; in new "
+        "code use bonn_qat.binarize, or torchao's quantize_ with bonn_qat.adapters.torchao",
         DeprecationWarning,
         stacklevel=3,
     )

@@ -4,12 +4,11 @@
 >>> train(model)
 >>> quantize_(model, BonnConfig("bonn", step="convert"), whole_model)
 
-``whole_model`` hands the model over as a whole: what comes out is what :func:`bonn_qat.binarize` gives, in place. Any
-other ``filter_fn``, or a ``FqnToConfig``, picks single convolutions, linear layers and ReLUs. torchao shows a handler
-one module without its name and its parent, so layer by layer a norm that starts at zero stays at zero, a layer that
-stands at two places becomes two, the model loads no float state dict any more and has no ``binarization`` for
-:class:`bonn_qat.Objective` to read the regularizers from: name them. torchao's own default filter takes the linear
-layers and nothing else.
+``whole_model`` selects the model as a whole: the result is that of :func:`bonn_qat.binarize`, in place. Any other
+``filter_fn``, or a ``FqnToConfig``, selects single convolutions, linear layers and ReLUs. torchao passes a handler one
+module without its name or parent. So, layer by layer, a norm whose weights start at zero keeps them, a layer used in
+two places becomes two, the model no longer loads a float state dict, and it has no ``binarization`` from which
+:class:`bonn_qat.Objective` could read the regularizers: name them. torchao's default filter selects linear layers only.
 """
 
 from dataclasses import dataclass
@@ -32,11 +31,14 @@ _STEPS = ("prepare", "convert")
 
 @dataclass(frozen=True)
 class BonnConfig(AOBaseConfig):  # type: ignore[misc]
-    """What ``quantize_`` does: ``"prepare"`` makes layers binary, ``"convert"`` keeps of them what inference needs.
+    """A config for ``quantize_``: ``"prepare"`` makes layers binary, ``"convert"`` reduces them to inference.
 
     ``skip`` and ``include`` are those of :func:`bonn_qat.binarize`, for :func:`whole_model`. Converting changes no
-    output and cannot be undone. Raises UnknownName for another step or scheme; ``quantize_`` raises InvalidModel for
-    what cannot become binary and for what has nothing to convert.
+    output and cannot be undone. Raises UnknownName for an unknown step or scheme; ``quantize_`` raises InvalidModel for
+    a module that cannot become binary, and for one without a binary layer to convert.
+
+    >>> BonnConfig("bonn", step="prepare").step
+    'prepare'
     """
 
     scheme: str | Scheme = "bonn"
@@ -51,7 +53,12 @@ class BonnConfig(AOBaseConfig):  # type: ignore[misc]
 
 
 def whole_model(module: nn.Module, name: str) -> bool:
-    """The ``filter_fn`` that leaves the choice of layers to the policy of :func:`bonn_qat.binarize`."""
+    """A ``filter_fn`` that leaves the choice of layers to the policy of :func:`bonn_qat.binarize`.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    >>> whole_model(model, ""), whole_model(model[0], "0")
+    (True, False)
+    """
     return name == ""
 
 
@@ -63,7 +70,7 @@ def _apply(module: nn.Module, config: BonnConfig) -> nn.Module:
 def _prepare(module: nn.Module, config: BonnConfig) -> nn.Module:
     scheme = find_scheme(config.scheme)
     if isinstance(module, BinaryLayer):
-        raise InvalidModel(f"{type(module).__name__} is already binary; prepare a model once")
+        raise InvalidModel(f"{type(module).__name__} is already binary; use the step 'prepare' only once")
     if isinstance(module, nn.ReLU | nn.ReLU6) and scheme.nonlinearity is not None:
         return scheme.nonlinearity(1)
     if not isinstance(module, nn.Conv2d | nn.Linear) and next(module.children(), None) is not None:
@@ -78,8 +85,8 @@ def _convert(module: nn.Module) -> nn.Module:
     layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, BinaryLayer)]
     if not layers:
         raise InvalidModel(
-            f"nothing to convert in {type(module).__name__}, it has no binary layer; the step 'prepare' comes first, "
-            "and filter_fn picks the same modules in both"
+            f"nothing to convert in {type(module).__name__}: it has no binary layer; use the step 'prepare' first, "
+            "with the same filter_fn"
         )
     for layer in layers:
         layer.freeze()

@@ -1,13 +1,45 @@
-"""The command ``bonn-qat``: parse, call a verb, print."""
+"""The command ``bonn-qat``: parse the arguments, call the library, print.
 
-import typer
+``--help`` and TAB completion load neither torch nor rich: each command imports what it needs in its body.
+"""
 
+import contextlib
+import os
+
+import click
+
+import bonn_qat
 from bonn_qat.cli import networks, runs
-from bonn_qat.cli.exits import NOT_WRITTEN, Stopped, fail, why
+from bonn_qat.cli.exits import INTERRUPTED, NOT_WRITTEN, Stopped, fail, why
+from bonn_qat.cli.options import command
 from bonn_qat.errors import BonnQatError
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Train and compare 1-bit networks.")
-for command in (
+
+def _print_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        click.echo(f"bonn-qat {bonn_qat.__version__}")
+        context.exit()
+
+
+class _Group(click.Group):
+    def list_commands(self, _: click.Context) -> list[str]:
+        return list(self.commands)  # click would sort them
+
+
+@click.group(
+    cls=_Group,
+    context_settings={"max_content_width": 120},
+    epilog='TAB completion in bash: eval "$(_BONN_QAT_COMPLETE=bash_source bonn-qat)"; also zsh_source, fish_source.',
+)
+@click.option(
+    "--version", is_flag=True, callback=_print_version, expose_value=False, is_eager=True,
+    help="Show the version and exit.",
+)  # fmt: skip
+def app() -> None:
+    """Train and compare 1-bit networks."""
+
+
+for function in (
     runs.train,
     runs.compare,
     runs.reproduce,
@@ -17,7 +49,7 @@ for command in (
     networks.export,
     networks.schemes,
 ):
-    app.command()(command)
+    app.add_command(command(function))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,23 +58,31 @@ def main(arguments: list[str] | None = None) -> int:
     0; 1 when a run failed; 2 for bad input, 3 for results that cannot be written, as on a full disk, 130 for Ctrl-C,
     143 for SIGTERM, each with one line on stderr.
     """
-    from bonn_qat.distributed import process_group
-
     try:
-        with process_group():
-            code: int | None = app(args=arguments, standalone_mode=False)
+        with _process_group():
+            code: int | None = app.main(arguments, standalone_mode=False)
     except Stopped as stopped:
         return fail(stopped.code, str(stopped))
     except BonnQatError as error:
         return fail(2, str(error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
+    except click.ClickException as error:
+        return fail(2, error.format_message())
+    except click.Abort:
+        return fail(INTERRUPTED, "interrupted")
     except OSError as error:
         if error.errno not in NOT_WRITTEN:
             raise
         return fail(3, why(error))
-    except Exception as error:
-        # typer's own, of whichever library it has its parser from
-        if not hasattr(error, "format_message"):
-            raise
-        words = error.format_message()
-        return fail(2, words) if words else 2  # the help was printed
     return code or 0
+
+
+def _process_group() -> contextlib.AbstractContextManager[None]:
+    """A process group if a launcher started this process, without importing torch if none did."""
+    if "WORLD_SIZE" not in os.environ:
+        return contextlib.nullcontext()
+    from bonn_qat.distributed import process_group
+
+    return process_group()

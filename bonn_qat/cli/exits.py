@@ -5,24 +5,20 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-import typer
+import click
 
 from bonn_qat.cli.options import console
 from bonn_qat.files import plain
 from bonn_qat.training.interrupts import TERMINATED
 
-if TYPE_CHECKING:
-    pass
-
-
+INTERRUPTED = 128 + signal.SIGINT
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 NOT_WRITTEN = {*_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
 
 
 class Stopped(Exception):
-    """A command that was interrupted, or could not write its results: an exit code and a line for the user."""
+    """A command was interrupted, or could not write its results: an exit code and a line for the user."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
@@ -30,19 +26,19 @@ class Stopped(Exception):
 
 
 def say(line: str) -> None:
-    """Print ``line`` as it is, but for what would be an order to the terminal: it may be of a file of somebody else."""
-    console.print(plain.printable(line), soft_wrap=True, markup=False, highlight=False)
+    """Print ``line`` with control characters escaped: parts of it may come from somebody else's file."""
+    console().print(plain.printable(line), soft_wrap=True, markup=False, highlight=False)
 
 
 @contextmanager
 def stoppable(again: str) -> Iterator[None]:
-    """Turn Ctrl-C, SIGTERM and a full disk within the block into :class:`Stopped`; ``again`` says how to go on."""
+    """Turn Ctrl-C, SIGTERM and a full disk within the block into :class:`Stopped`; ``again`` is how to continue."""
     kept = f"finished runs are kept, and the one under way up to its last checkpoint; {again} goes on from there"
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         yield
     except KeyboardInterrupt:
-        raise Stopped(130, f"interrupted; {kept}") from None
+        raise Stopped(INTERRUPTED, f"interrupted; {kept}") from None
     except SystemExit:
         raise Stopped(TERMINATED, f"terminated; {kept}") from None
     except OSError as error:
@@ -54,11 +50,11 @@ def stoppable(again: str) -> Iterator[None]:
 
 
 def why(error: OSError) -> str:
-    """What the system said, in words."""
+    """The reason of ``error`` in words, with the file's name."""
     return "the disk is full" if error.errno in _FULL else f"{error.filename or 'a file'}: {error.strerror}"
 
 
 def fail(code: int, message: str) -> int:
     """Print ``message`` on stderr and return ``code``."""
-    typer.echo(f"bonn-qat: {plain.printable(message)}", err=True)
+    click.echo(f"bonn-qat: {plain.printable(message)}", err=True)
     return code

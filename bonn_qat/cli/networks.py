@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+import click
 
 from bonn_qat.cli.exits import say
-from bonn_qat.cli.options import NoPlugins, Size, console, numbers, scheme_of
+from bonn_qat.cli.options import Argument, NoPlugins, Option, Size, console, numbers, scheme_of
 from bonn_qat.errors import InvalidRecipe, UnknownName
 
 if TYPE_CHECKING:
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def summary(
-    model: Annotated[str, typer.Argument(help="Any timm model.")],
-    scheme: Annotated[str, typer.Option(help="The scheme, or float.")] = "bonn",
-    num_classes: Annotated[int, typer.Option(help="Classes of the network.")] = 1000,
+    model: Annotated[str, Argument(help="Any timm model.")],
+    scheme: Annotated[str, Option(help="The scheme, or float.")] = "bonn",
+    num_classes: Annotated[int, Option(help="Classes of the network.")] = 1000,
     img_size: Size = 224,
     no_plugins: NoPlugins = False,
 ) -> None:
@@ -26,23 +26,21 @@ def summary(
 
     size = (3, img_size, img_size)
     network = binarize(_float(model, num_classes), scheme_of(scheme), input_size=size, inplace=True)
-    console.print(summarise(network, size))
+    console().print(summarise(network, size))
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="Any timm model.")],
-    scheme: Annotated[str, typer.Option(help="The scheme of the binary network.")] = "bonn",
+    model: Annotated[str, Argument(help="Any timm model.")],
+    scheme: Annotated[str, Option(help="The scheme of the binary network.")] = "bonn",
     img_size: Size = 224,
-    num_classes: Annotated[int, typer.Option(help="Classes of the network.")] = 1000,
-    batch_sizes: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,32",
-    threads: Annotated[
-        str, typer.Option(help="Numbers of threads, separated by commas; by default 1 and all cores.")
-    ] = "",
-    rounds: Annotated[int, typer.Option(min=1, help="How many times each backend is measured, in turns.")] = 20,
+    num_classes: Annotated[int, Option(help="Classes of the network.")] = 1000,
+    batch_sizes: Annotated[str, Option(help="Batch sizes, separated by commas.")] = "1,32",
+    threads: Annotated[str, Option(help="Numbers of threads, separated by commas; by default 1 and all cores.")] = "",
+    rounds: Annotated[int, Option(min=1, help="How many times each backend is measured, in turns.")] = 20,
     startup: Annotated[
-        bool, typer.Option("--startup", help="Also measure start-up time and peak memory in new processes.")
+        bool, Option("--startup", help="Also measure start-up time and peak memory in new processes.")
     ] = False,
-    output: Annotated[Path | None, typer.Option(help="Directory to write bench.json and bench.svg to.")] = None,
+    output: Annotated[Path | None, Option(help="Directory to write bench.json and bench.svg to.")] = None,
     no_plugins: NoPlugins = False,
 ) -> None:
     """Measure latency and size of a network on this machine: float PyTorch, onnxruntime float and int8, and packed.
@@ -58,12 +56,12 @@ def bench(
     size = (3, img_size, img_size)
     network = _float(model, num_classes)
     binary = binarize(network, scheme_of(scheme), input_size=size)
-    with console.status("starting") as status:
+    with console().status("starting") as status:
         found = measure(
             network, binary, size, name=model, batches=batches, threads=counts or None, rounds=rounds,
             startup_rounds=3 if startup else 0, watch=status.update,
         )  # fmt: skip
-    console.print(found)
+    console().print(found)
     if output:
         written = [write_json(output / "bench.json", found.to_json())]
         try:
@@ -73,20 +71,18 @@ def bench(
             say(str(error))
         say(f"written: {', '.join(map(str, written))}")
     if found.failures:
-        raise typer.Exit(1)
+        raise click.exceptions.Exit(1)
 
 
 def export(
-    source: Annotated[
-        str, typer.Argument(help="A weights file of a comparison, runs/NAME.safetensors, or any timm model.")
-    ],
-    format: Annotated[str, typer.Option(help="onnx, qonnx, pt2, packed or c.")],
-    output: Annotated[Path, typer.Option(help="The file to write.")],
-    scheme: Annotated[str | None, typer.Option(help="The scheme of a timm model; by default bonn.")] = None,
+    source: Annotated[str, Argument(help="A weights file of a comparison, runs/NAME.safetensors, or any timm model.")],
+    format: Annotated[str, Option(help="onnx, qonnx, pt2, packed or c.")],
+    output: Annotated[Path, Option(help="The file to write.")],
+    scheme: Annotated[str | None, Option(help="The scheme of a timm model; by default bonn.")] = None,
     img_size: Annotated[
-        int | None, typer.Option(help="Height and width of an image; by default as in training, or 224.")
+        int | None, Option(help="Height and width of an image; by default as in training, or 224.")
     ] = None,
-    num_classes: Annotated[int | None, typer.Option(help="Classes of a timm model; by default 1000.")] = None,
+    num_classes: Annotated[int | None, Option(help="Classes of a timm model; by default 1000.")] = None,
     no_plugins: NoPlugins = False,
 ) -> None:
     """Write a binary network to a file for another runtime, run the file, and compare the outputs.
@@ -97,16 +93,16 @@ def export(
     from bonn_qat.exporting.export import export as write
 
     network, size = _source(source, scheme, img_size, num_classes)
-    with console.status(f"writing {output}"):
+    with console().status(f"writing {output}"):
         path = write(network, output, format, input_size=size)
-    typer.echo(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+    click.echo(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
     try:
-        with console.status(f"running {output}"):
+        with console().status(f"running {output}"):
             agreement = verify(network, path, format, input_size=size)
     except PackageMissing as missing:
-        typer.echo(f"outputs not compared: {missing}")
+        click.echo(f"outputs not compared: {missing}")
         return
-    typer.echo(
+    click.echo(
         f"difference from the network's outputs on random images: at most {agreement.difference:.2g}, "
         f"median {agreement.median:.2g}; the same class for {agreement.same:.1%}"
     )
@@ -125,8 +121,8 @@ def schemes(no_plugins: NoPlugins = False) -> None:
     for name, scheme in sorted(plugins.schemes().items()):
         options = ", ".join(f"{key}={value!r}" for key, value in scheme.options.items())
         rows.append((name, scheme.bits, scheme.reference + (f"\noptions: {options}" if options else "")))
-    console.print(Table(columns, rows, grouped=1))
-    console.print(
+    console().print(Table(columns, rows, grouped=1))
+    console().print(
         "\nSet options in a recipe's table scheme_options, or on the command line:\n"
         "bonn-qat compare --schemes xnor:input_scale=true+gradient=plain",
         highlight=False,

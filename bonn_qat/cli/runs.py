@@ -1,15 +1,17 @@
 """Commands that train: train, compare, reproduce; and report, which writes a comparison's page again."""
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+import click
 
 from bonn_qat.cli.exits import say, stoppable
 from bonn_qat.cli.options import (
+    Argument,
     BatchSize,
     CoresPerRun,
     DataDir,
@@ -19,6 +21,7 @@ from bonn_qat.cli.options import (
     Jobs,
     Model,
     NoPlugins,
+    Option,
     Output,
     Rate,
     Ray,
@@ -42,10 +45,9 @@ if TYPE_CHECKING:
 
 
 def train(
-    context: typer.Context,
     data: DataOption = None,
-    scheme: Annotated[str, typer.Option(help="A scheme, such as xnor:input_scale=true.")] = "bonn",
-    seed: Annotated[int, typer.Option(min=0, help="Decides everything that is random.")] = 0,
+    scheme: Annotated[str, Option(help="A scheme, such as xnor:input_scale=true.")] = "bonn",
+    seed: Annotated[int, Option(min=0, help="Decides everything that is random.")] = 0,
     model: Model = None,
     epochs: Epochs = None,
     batch_size: BatchSize = None,
@@ -53,7 +55,7 @@ def train(
     train_images: TrainImages = None,
     test_images: TestImages = None,
     recipe: RecipeFile = None,
-    settings: Settings = None,
+    settings: Settings = (),
     data_dir: DataDir = None,
     img_size: Size = 224,
     output: Output = None,
@@ -67,7 +69,7 @@ def train(
     from bonn_qat.studies import compare as comparing
 
     if resume:
-        base, planned = _planned(context, resume)
+        base, planned = _planned(resume)
     else:
         flags = {"data": data, "model": model, "epochs": epochs, "batch_size": batch_size, "lr": lr,
                  "train_images": train_images, "test_images": test_images}  # fmt: skip
@@ -77,17 +79,16 @@ def train(
 
 
 def compare(
-    context: typer.Context,
     data: DataOption = None,
     schemes: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Comma-separated schemes, such as xnor:input_scale=true, or all; by default the float "
             "network, xnor, bireal, pcnn and bonn."
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, counted from 0.")] = 1,
-    latents: Annotated[str, typer.Option(help="Comma-separated starts of the latent weights: 0.01, float, ...")] = "",
+    seeds: Annotated[int, Option(min=1, help="Number of seeds, counted from 0.")] = 1,
+    latents: Annotated[str, Option(help="Comma-separated starts of the latent weights: 0.01, float, ...")] = "",
     model: Model = None,
     epochs: Epochs = None,
     batch_size: BatchSize = None,
@@ -95,7 +96,7 @@ def compare(
     train_images: TrainImages = None,
     test_images: TestImages = None,
     recipe: RecipeFile = None,
-    settings: Settings = None,
+    settings: Settings = (),
     jobs: Jobs = 1,
     ray: Ray = None,
     cores_per_run: CoresPerRun = 1,
@@ -115,7 +116,7 @@ def compare(
     from bonn_qat.studies import compare as comparing
 
     if resume:
-        base, planned = _planned(context, resume)
+        base, planned = _planned(resume)
     else:
         flags = {"data": data, "model": model, "epochs": epochs, "batch_size": batch_size, "lr": lr,
                  "train_images": train_images, "test_images": test_images}  # fmt: skip
@@ -126,24 +127,25 @@ def compare(
     _compare(base, planned, resume or output, data_dir, img_size, jobs=jobs, ray=cluster)
 
 
-def _base(recipe: Path | None, flags: dict[str, Any], settings: list[str] | None, own: dict[str, str]) -> "Recipe":
+def _base(recipe: Path | None, flags: dict[str, Any], settings: Sequence[str], own: dict[str, str]) -> "Recipe":
     """The recipe that all runs share; ``own`` maps the keys that each run has for itself to their options."""
     from bonn_qat.training.recipe import Recipe
     from bonn_qat.training.settings import with_settings
 
     base = Recipe.from_toml(recipe) if recipe else Recipe.default(flags["data"] or "digits")
     base = replace(base, **{key: value for key, value in flags.items() if value is not None})
-    for setting in settings or []:
+    for setting in settings:
         if option := own.get(setting.partition("=")[0].strip()):
             raise InvalidRecipe(f"{setting} cannot be set; use {option}")
-    return with_settings(base, settings or [])
+    return with_settings(base, settings)
 
 
-def _planned(context: typer.Context, directory: Path) -> tuple["Recipe", list["Recipe"]]:
+def _planned(directory: Path) -> tuple["Recipe", list["Recipe"]]:
     """The first recipe and all recipes that were planned in the directory of a comparison."""
     from bonn_qat.studies.comparison import read_comparison
     from bonn_qat.training.recipe import Recipe
 
+    context = click.get_current_context()
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
     given -= {"resume", "jobs", "ray", "cores_per_run", "gpus_per_run", "data_dir", "no_plugins"}
@@ -196,7 +198,7 @@ def _compare(
     again = f"bonn-qat compare --resume {shlex.quote(str(directory))}{place}"
     with stoppable(again):
         comparison = comparing.compare(planned, loaded, directory, jobs=jobs, ray=ray, pm=_observed())
-    console.print(results(comparison))
+    console().print(results(comparison))
     for difference in differences(comparison):
         say(str(difference))
     say(f"report: {directory / PAGE}")
@@ -205,7 +207,7 @@ def _compare(
     for name, reason in comparison.failures.items():
         say(f"failed: {name}: {reason}")
     if comparison.failures or set(comparison.missing) - set(comparison.elsewhere):
-        raise typer.Exit(1)
+        raise click.exceptions.Exit(1)
 
 
 def say_plugins(directory: Path) -> None:
@@ -218,27 +220,25 @@ def say_plugins(directory: Path) -> None:
 
 
 def reproduce(
-    study: Annotated[str, typer.Argument(help="table2, table3, table4, fig3 to fig6, ablation, ..., or a TOML file.")],
-    scale: Annotated[float, typer.Option(help="The share of the paper's work: epochs and images shrink alike.")] = 1.0,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds; by default the study's.")] = None,
+    study: Annotated[str, Argument(help="table2, table3, table4, fig3 to fig6, ablation, ..., or a TOML file.")],
+    scale: Annotated[float, Option(help="The share of the paper's work: epochs and images shrink alike.")] = 1.0,
+    seeds: Annotated[int | None, Option(min=1, help="Number of seeds; by default the study's.")] = None,
     rates: Annotated[
-        str, typer.Option(help="Comma-separated learning rates: each arm takes its best, by held-out images.")
+        str, Option(help="Comma-separated learning rates: each arm takes its best, by held-out images.")
     ] = "",
-    search_scale: Annotated[float, typer.Option(help="The share of a run's work that the search trains for.")] = 0.25,
-    only: Annotated[str, typer.Option(help="Comma-separated settings of the study; by default all.")] = "",
-    data: Annotated[
-        str | None, typer.Option(help="Other data, or the image folder of table2, table4 and fig6.")
-    ] = None,
-    settings: Settings = None,
+    search_scale: Annotated[float, Option(help="The share of a run's work that the search trains for.")] = 0.25,
+    only: Annotated[str, Option(help="Comma-separated settings of the study; by default all.")] = "",
+    data: Annotated[str | None, Option(help="Other data, or the image folder of table2, table4 and fig6.")] = None,
+    settings: Settings = (),
     jobs: Jobs = 1,
     ray: Ray = None,
     cores_per_run: CoresPerRun = 1,
     gpus_per_run: GpusPerRun = None,
-    workers: Annotated[int, typer.Option(help="Processes that read an image folder.")] = 8,
+    workers: Annotated[int, Option(help="Processes that read an image folder.")] = 8,
     data_dir: DataDir = None,
     img_size: Size = 224,
     output: Annotated[
-        Path | None, typer.Option(help="Directory for the results; an existing one is continued, or shared by studies.")
+        Path | None, Option(help="Directory for the results; an existing one is continued, or shared by studies.")
     ] = None,
     no_plugins: NoPlugins = False,
 ) -> None:
@@ -260,11 +260,11 @@ def reproduce(
     with stoppable(f"the same command with --output {shlex.quote(str(directory))}"):
         result = reproducing.reproduce(
             chosen, directory, scale=scale, seeds=seeds, rates=searched, search_scale=search_scale,
-            settings=settings or [], data=data, data_directory=data_dir, size=img_size, workers=workers, jobs=jobs,
+            settings=settings, data=data, data_directory=data_dir, size=img_size, workers=workers, jobs=jobs,
             ray=cluster, pm=_observed(),
         )  # fmt: skip
     for setting in result.settings:
-        console.print(study_report.results(setting, result.study))
+        console().print(study_report.results(setting, result.study))
     say(f"report: {directory / f'{chosen.name}.html'}")
     comparisons = [setting.comparison for setting in result.settings]
     for name in (name for comparison in comparisons for name in comparison.elsewhere):
@@ -272,17 +272,17 @@ def reproduce(
     for name, reason in (failure for comparison in comparisons for failure in comparison.failures.items()):
         say(f"failed: {name}: {reason}")
     if any(c.failures or set(c.missing) - set(c.elsewhere) for c in comparisons):
-        raise typer.Exit(1)
+        raise click.exceptions.Exit(1)
 
 
-def report(directory: Annotated[Path, typer.Argument(help="The results of a comparison.")]) -> None:
+def report(directory: Annotated[Path, Argument(help="The results of a comparison.")]) -> None:
     """Write the report of a comparison again, from its results."""
     from bonn_qat.studies.comparison import read_comparison
     from bonn_qat.studies.report import results, write_report
 
     comparison = read_comparison(directory)
     page = write_report(comparison)
-    console.print(results(comparison))
+    console().print(results(comparison))
     say(f"report: {page}")
 
 

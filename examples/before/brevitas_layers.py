@@ -1,19 +1,18 @@
-"""Train a small wide residual network with 8 bits on the embedded digits, quantized by Brevitas."""
+"""Train a small wide residual network on scikit-learn's digits, quantized to 8 bits by Brevitas."""
 
 # ruff: noqa: E402
 import argparse
 import logging
 import warnings
 
-logging.disable(logging.WARNING)  # told at the import of Brevitas
+logging.disable(logging.WARNING)  # Brevitas logs some when it is imported
 warnings.filterwarnings("ignore", module="brevitas")
 
 import timm
 import torch
 from brevitas.graph.quantize import layerwise_quantize
 
-import bonn_qat.models  # registers wrn10_16 with timm
-import bonn_qat.training.data
+import bonn_qat  # registers wrn10_16 with timm
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--epochs", type=int, default=10)
@@ -22,7 +21,7 @@ arguments = parser.parse_args()
 
 torch.manual_seed(arguments.seed)
 generator = torch.Generator().manual_seed(arguments.seed)
-digits = bonn_qat.training.data.load("digits")
+digits = bonn_qat.load_data("digits")
 model = timm.create_model("wrn10_16", num_classes=digits.classes, in_chans=digits.image[0])
 model = layerwise_quantize(model)
 criterion = torch.nn.CrossEntropyLoss()

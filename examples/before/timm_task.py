@@ -1,4 +1,4 @@
-"""Train a timm backbone on the embedded digits with timm's own parts: task, optimizer, schedule, average, evaluator."""
+"""Train a timm backbone on scikit-learn's digits with timm's task, optimizer, schedule and evaluator."""
 
 import argparse
 
@@ -8,7 +8,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.task import ClassificationTask
 
-from bonn_qat.training import data
+import bonn_qat
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--epochs", type=int, default=10)
@@ -17,7 +17,7 @@ arguments = parser.parse_args()
 
 torch.manual_seed(arguments.seed)
 generator = torch.Generator().manual_seed(arguments.seed)
-digits = data.load("digits")
+digits = bonn_qat.load_data("digits")
 model = timm.create_model("test_resnet", num_classes=digits.classes, in_chans=digits.image[0])
 task = ClassificationTask(model, torch.nn.CrossEntropyLoss())
 optimizer = create_optimizer_v2(task.get_trainable_module(), opt="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4)

@@ -1,4 +1,4 @@
-"""Train a small wide residual network with 8 bits on the embedded digits, quantized by torch.ao."""
+"""Train a small wide residual network on scikit-learn's digits, quantized to 8 bits by torch.ao."""
 
 # mypy: disable-error-code=no-untyped-call
 import argparse
@@ -8,10 +8,9 @@ import timm
 import torch
 from torch.ao.quantization import get_default_qat_qconfig, prepare_qat
 
-import bonn_qat.models  # registers wrn10_16 with timm
-import bonn_qat.training.data
+import bonn_qat  # registers wrn10_16 with timm
 
-warnings.simplefilter("ignore")  # it is known that torch.ao is deprecated
+warnings.simplefilter("ignore")  # torch.ao is deprecated
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--epochs", type=int, default=10)
 parser.add_argument("--seed", type=int, default=0)
@@ -19,7 +18,7 @@ arguments = parser.parse_args()
 
 torch.manual_seed(arguments.seed)
 generator = torch.Generator().manual_seed(arguments.seed)
-digits = bonn_qat.training.data.load("digits")
+digits = bonn_qat.load_data("digits")
 model = timm.create_model("wrn10_16", num_classes=digits.classes, in_chans=digits.image[0])
 model.qconfig = get_default_qat_qconfig()
 model = prepare_qat(model.train())

@@ -1,10 +1,10 @@
-"""Train a small wide residual network on the embedded digits, its classifier with 8 bits, quantized by torchao."""
+"""Train a small wide residual network on scikit-learn's digits, its classifier quantized to 8 bits by torchao."""
 
 # ruff: noqa: E402
 import argparse
 import logging
 
-logging.disable(logging.WARNING)  # told at the import of torchao
+logging.disable(logging.WARNING)  # torchao logs some when it is imported
 
 import timm
 import torch
@@ -12,8 +12,7 @@ from torchao import quantize_
 from torchao.quantization import Int8DynamicActivationIntxWeightConfig
 from torchao.quantization.qat import QATConfig
 
-import bonn_qat.models  # registers wrn10_16 with timm
-import bonn_qat.training.data
+import bonn_qat  # registers wrn10_16 with timm
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--epochs", type=int, default=10)
@@ -22,7 +21,7 @@ arguments = parser.parse_args()
 
 torch.manual_seed(arguments.seed)
 generator = torch.Generator().manual_seed(arguments.seed)
-digits = bonn_qat.training.data.load("digits")
+digits = bonn_qat.load_data("digits")
 model = timm.create_model("wrn10_16", num_classes=digits.classes, in_chans=digits.image[0])
 
 

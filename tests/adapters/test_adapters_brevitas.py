@@ -392,14 +392,14 @@ def test_there_and_back_is_the_float_model_binarized_without_norms() -> None:
 
 
 def test_what_a_layer_of_ours_cannot_have_is_told() -> None:
-    with pytest.raises(InvalidModel, match="FloatNet has no layer of Brevitas"):
+    with pytest.raises(InvalidModel, match="FloatNet has no Brevitas layer"):
         adapter.from_brevitas(FloatNet())
-    with pytest.raises(InvalidModel, match="Net has no layer of Brevitas"):
+    with pytest.raises(InvalidModel, match="Net has no Brevitas layer"):
         adapter.from_brevitas(Net(SignedBinaryWeightPerTensorConst, SignedBinaryActPerTensorConst))
     eight_bits = qnn.QuantReLU().act_quant.quant_injector
     for part in ("input_quant", "output_quant"):
         net = Net(**{part: eight_bits})
-        with pytest.raises(InvalidModel, match=f"conv: a layer of bonn_qat cannot have the {part}"):
+        with pytest.raises(InvalidModel, match=f"conv: the {part} of this QuantConv2d has no counterpart"):
             adapter.from_brevitas(net)
 
 

@@ -386,7 +386,7 @@ def test_the_command_prints_the_tables_and_writes_both_files(
     [
         (["wrn10_61"], "unknown model 'wrn10_61'; did you mean 'wrn10_16'"),
         (["wrn10_16", "--scheme", "bon"], "unknown scheme 'bon'; did you mean 'bonn'"),
-        (["wrn10_16", "--threads", "1,all"], "'1,all' is no list of whole numbers; write --threads 1,4"),
+        (["wrn10_16", "--threads", "1,all"], "'1,all' is not a list of whole numbers; write --threads 1,4"),
         (["wrn10_16", "--img-size", "32", "--batch-sizes", "0"], "batches of a benchmark are [0]"),
     ],
 )

@@ -5,7 +5,9 @@ import os
 import re
 import shlex
 import signal
-from collections.abc import Iterator, Mapping
+import subprocess
+import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import typer
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -32,12 +33,12 @@ from bonn_qat.training.trainer import Trainer
 TINY = ["--train-images", "32", "--test-images", "16", "--epochs", "1", "-b", "16"]
 TWO_EPOCHS = ["--train-images", "32", "--test-images", "16", "--epochs", "2", "-b", "16"]
 BONN = "bonn-0.01-seed0"
-COMMANDS: Mapping[str, Any] = typer.main.get_group(cli.app).commands
+COMMANDS = cli.app.commands
 
 
 @pytest.fixture(autouse=True)
 def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(options.console, "_width", 200)
+    monkeypatch.setattr(options.console(), "_width", 200)
 
 
 @pytest.fixture
@@ -383,6 +384,53 @@ def test_a_report_or_an_export_that_cannot_be_written_gives_exit_code_3_too(
     assert cli.main([verb, *arguments[verb]]) == 3
     file = {"report": whole / PAGE, "export": net}[verb]
     assert capsys.readouterr().err.startswith(f"bonn-qat: {file}: Read-only file system")
+
+
+def test_ctrl_c_in_any_command_gives_exit_code_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(COMMANDS["schemes"], "callback", interrupted)
+    assert cli.main(["schemes"]) == 130
+    assert capsys.readouterr().err.strip() == "bonn-qat: interrupted"
+
+
+ASK = """
+import sys
+from bonn_qat.cli import main
+sys.argv[0] = "bonn-qat"
+try:
+    code = main()
+except SystemExit as end:  # a completion
+    code = end.code
+sys.exit("too much is imported" if {"torch", "rich"} & set(sys.modules) else code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "answer"),
+    [
+        ([], {}, "Usage: bonn-qat"),
+        (["--help"], {}, "train and compare 1-bit networks"),
+        (["compare", "--help"], {}, "--schemes"),
+        (["--version"], {}, f"bonn-qat {version('bonn-qat')}\n"),
+        ([], {"_BONN_QAT_COMPLETE": "bash_complete", "COMP_WORDS": "bonn-qat rep", "COMP_CWORD": "1"}, "plain,report"),
+        (
+            [],
+            {"_BONN_QAT_COMPLETE": "zsh_complete", "COMP_WORDS": "bonn-qat compare --see", "COMP_CWORD": "2"},
+            "--seeds\n",
+        ),
+    ],
+)
+def test_help_and_completion_answer_without_torch(
+    arguments: list[str], environment: dict[str, str], answer: str
+) -> None:
+    script = [sys.executable, "-c", ASK, *arguments]
+    done = subprocess.run(script, capture_output=True, text=True, env={**os.environ, **environment})
+    assert done.returncode == (0 if arguments or environment else 2), done.stderr
+    assert answer.lower() in (done.stdout or done.stderr).lower()
 
 
 @pytest.mark.parametrize("verb", COMMANDS)

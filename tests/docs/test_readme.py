@@ -7,7 +7,6 @@ import types
 from pathlib import Path
 
 import pytest
-import typer
 
 import bonn_qat
 from bonn_qat import cli, hookspecs, plugins
@@ -65,7 +64,7 @@ def test_the_commands_are_environments_of_tox() -> None:
 def test_the_other_commands_name_known_studies_settings_and_options() -> None:
     lines = [shlex.split(line, comments=True) for block in _blocks("sh")[3:] for line in block.splitlines()]
     lines = [words for words in lines if words]
-    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    commands = cli.app.commands
     names = []
     for words in lines:
         name = next(word for word in words if word in commands)

@@ -424,7 +424,7 @@ def test_the_command_prints_the_table_in_80_columns(
         (["table5"], "unknown study 'table5'; did you mean 'table4'"),
         (["table3", "--only", "cifar10"], "unknown setting of table3 'cifar10'; did you mean 'cifar10-wrn22-"),
         (["none.toml"], "cannot read the study none.toml: No such file or directory"),
-        (["table3", "--rates", "0.1,x"], "'x' in --rates is no number"),
+        (["table3", "--rates", "0.1,x"], "'x' in --rates is not a number"),
         (["table3", "--set", "epochs=many"], "epochs of a recipe is 'many'; a value of type int is needed"),
         (["table4"], "table4 reads an image folder of yours; name it: --data DIR"),
     ],
