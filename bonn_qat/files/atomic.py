@@ -11,7 +11,7 @@ from bonn_qat.errors import InvalidData
 from bonn_qat.files import plain
 
 
-def write_whole(path: Path, content: bytes) -> Path:
+def write_bytes(path: Path, content: bytes) -> Path:
     """Write a file, and the folders above it; one that is there already is replaced in one moment.
 
     Raises OSError where the system refuses to write; what was there before is then there still.
@@ -30,8 +30,8 @@ def write_whole(path: Path, content: bytes) -> Path:
     return path
 
 
-def sweep(path: Path) -> None:
-    """Remove what :func:`write_whole` left of ``path`` in a process that was killed; nobody else may be writing it."""
+def remove_leftovers(path: Path) -> None:
+    """Remove what :func:`write_bytes` left of ``path`` in a process that was killed; nobody else may be writing it."""
     prefix = f".{path.name}."
     with contextlib.suppress(OSError):  # it costs room, nothing else
         for file in path.parent.iterdir():
@@ -69,7 +69,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> Path:
 
 def write_text(path: Path, text: str) -> Path:
     """Write text to a file that is there whole or not at all; half a character becomes a question mark."""
-    return write_whole(path, text.encode(errors="replace"))
+    return write_bytes(path, text.encode(errors="replace"))
 
 
 def read_json(path: Path) -> dict[str, Any]:

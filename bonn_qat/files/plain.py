@@ -97,7 +97,7 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
-def words_of(error: BaseException | str) -> str:
+def one_line(error: BaseException | str) -> str:
     """What another library says, as a message takes it over: one line, no longer than some lines of a terminal."""
     text = " ".join(str(error).split())
     return text if len(text) <= _WORDS else f"{text[: _WORDS - 3]}..."

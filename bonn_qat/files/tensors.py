@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bonn_qat.errors import InvalidData
 from bonn_qat.files import plain
-from bonn_qat.files.atomic import write_whole
+from bonn_qat.files.atomic import write_bytes
 
 _KEY = "bonn_qat"
 _TENSORS = 2**15  # in a file; the largest networks of timm have a few thousand
@@ -32,7 +32,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     Raises OSError where the system refuses to write.
     """
     # Not save_file, which turns a full disk into an error of its own.
-    return write_whole(path, dump_tensors(tensors, header))
+    return write_bytes(path, dump_tensors(tensors, header))
 
 
 def dump_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> bytes:
@@ -76,7 +76,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         reason = error.strerror or ("no such file" if not path.is_file() else str(error))
         raise InvalidData(f"cannot read {path}: {reason}") from error
     except (safetensors.SafetensorError, ValueError) as error:
-        raise InvalidData(f"{path} is not a whole safetensors file: {plain.words_of(error)}") from error
+        raise InvalidData(f"{path} is not a whole safetensors file: {plain.one_line(error)}") from error
     except MemoryError as error:
         raise InvalidData(f"{path} does not fit into memory") from error
     if not isinstance(header, dict):

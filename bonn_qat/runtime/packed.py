@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from bonn_qat.errors import InvalidData
 from bonn_qat.files import plain
-from bonn_qat.files.atomic import write_whole
+from bonn_qat.files.atomic import write_bytes
 from bonn_qat.files.tensors import digest, dump_tensors, read_tensors
 from bonn_qat.runtime import graph as graphs
 from bonn_qat.runtime.layout import Geometry
@@ -117,7 +117,7 @@ class PackedModel(nn.Module):
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file with a header of JSON, whole or not at all. Raises OSError where that fails."""
-        return write_whole(Path(path), self.dump())
+        return write_bytes(Path(path), self.dump())
 
     def dump(self) -> bytes:
         """What :meth:`save` writes."""

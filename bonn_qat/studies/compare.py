@@ -10,7 +10,7 @@ import pluggy
 
 from bonn_qat import distributed, plugins
 from bonn_qat.errors import InvalidData, InvalidRecipe
-from bonn_qat.files.atomic import sweep
+from bonn_qat.files.atomic import remove_leftovers
 from bonn_qat.files.locks import locked
 from bonn_qat.studies.comparison import MANIFEST, PAGE, Comparison, read_comparison, write_manifest
 from bonn_qat.studies.jobs import at_once, check_jobs, in_turn
@@ -18,7 +18,7 @@ from bonn_qat.studies.report import write_report
 from bonn_qat.studies.statistics import REFERENCE
 from bonn_qat.studies.worker import Elsewhere, Watch
 from bonn_qat.training.data import Data
-from bonn_qat.training.interrupts import held
+from bonn_qat.training.interrupts import deferred_interrupts
 from bonn_qat.training.network import check
 from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.results import RUNS, RunResult
@@ -126,7 +126,7 @@ def compare(
         comparison = replace(comparison, elsewhere=[recipe.name for recipe in left])
     finally:
         if is_first:
-            with held():  # what draws the figures may swallow an interruption
+            with deferred_interrupts():  # what draws the figures may swallow an interruption
                 comparison, page = _end(comparison)
             hook.bonn_qat_after_comparison(directory=directory, page=page)
     return comparison
@@ -150,7 +150,7 @@ def _begin(recipes: Sequence[Recipe], data: Data, directory: Path) -> Comparison
         try:
             if distributed.rank() == 0:
                 for name in (MANIFEST, PAGE):
-                    sweep(directory / name)
+                    remove_leftovers(directory / name)
                 for run in comparison.results:  # of a process that was killed when it had finished them
                     (directory / RUNS / f"{run.name}.unfinished.safetensors").unlink(missing_ok=True)
                     (directory / RUNS / f".{run.name}.lock").unlink(missing_ok=True)

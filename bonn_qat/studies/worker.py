@@ -19,7 +19,7 @@ from torch import nn
 
 from bonn_qat import distributed, plugins
 from bonn_qat.errors import BonnQatError, InvalidModel, TrainingDiverged
-from bonn_qat.files.atomic import sweep
+from bonn_qat.files.atomic import remove_leftovers
 from bonn_qat.files.locks import locked
 from bonn_qat.files.tensors import write_tensors
 from bonn_qat.hookspecs import hookimpl
@@ -75,7 +75,7 @@ def run(
                 return read_run(result)
             if distributed.rank() == 0:
                 for path in (result, weights, unfinished):
-                    sweep(path)
+                    remove_leftovers(path)
             return _carried_out(recipe, data, directory, weights, unfinished, watch, pm, device, built)
         except TrainingDiverged as error:
             if distributed.rank() == 0:

@@ -126,10 +126,10 @@ def fits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | N
 
 
 @final
-class Keeper:
+class Checkpointer:
     """Writes a run's state at the moments that are told to it, and stops the run there when it is to stop.
 
-    ``path`` None keeps nothing. A state is written by :meth:`save`, by :meth:`stepped` when ``seconds`` have passed
+    ``path`` None keeps nothing. A state is written by :meth:`save`, by :meth:`after_step` when ``seconds`` have passed
     since the last one, and before a run stops: for Ctrl-C or SIGTERM, which ``interrupts`` holds back, and for
     whatever ``tick`` raises. In a process group all processes tell the same moments, agree, and the first writes.
     """
@@ -156,8 +156,8 @@ class Keeper:
             write_state(self._path, state)
         self._saved = time.monotonic()
 
-    def stepped(self, device: torch.device, *, looks: bool) -> None:
-        """A step was made; ``looks`` where one may wait for the device."""
+    def after_step(self, device: torch.device, *, may_wait: bool) -> None:
+        """A step was made; ``may_wait`` where one may wait for the device."""
         try:
             self._tick()
         except BaseException as error:
@@ -167,7 +167,7 @@ class Keeper:
                 except OSError as second:
                     error.add_note(f"the state of the run could not be written either: {second}")
             raise
-        if not looks:
+        if not may_wait:
             return
         stops, is_due = bool(self._interrupts), time.monotonic() - self._saved >= self._seconds
         if distributed.world() > 1:
@@ -176,12 +176,12 @@ class Keeper:
         if stops or is_due:
             self.save()
         if stops:
-            self._interrupts.let_through()
+            self._interrupts.deliver()
             sys.exit(TERMINATED)  # another process of the group is to stop
 
-    def between(self, *, whole: bool) -> None:
-        """Between two batches without a step; ``whole`` unless the state is one that nobody could go on from."""
+    def between_batches(self, *, resumable: bool) -> None:
+        """Between two batches without a step; ``resumable`` unless the state is one that nobody could go on from."""
         if self._interrupts and distributed.world() == 1:
-            if whole:
+            if resumable:
                 self.save()
-            self._interrupts.let_through()
+            self._interrupts.deliver()

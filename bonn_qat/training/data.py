@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bonn_qat.errors import InvalidData, UnknownName
-from bonn_qat.files.plain import words_of
+from bonn_qat.files.plain import one_line
 
 Batch = tuple[Tensor, Tensor]
 Shard = tuple[int, int]
@@ -348,7 +348,7 @@ def _open_or_download(maker: Any, name: str, root: Path, train: bool) -> Any:
         return maker(root, train=train, download=True)
     except (OSError, RuntimeError) as error:
         raise InvalidData(
-            f"{name} is not in {root} and could not be downloaded ({words_of(error)}); name the folder that holds it"
+            f"{name} is not in {root} and could not be downloaded ({one_line(error)}); name the folder that holds it"
         ) from error
 
 
@@ -405,7 +405,7 @@ def _image_folder(root: Path, transform: Any) -> Any:
     try:
         return ImageFolder(root, transform=transform)
     except FileNotFoundError as error:
-        raise InvalidData(f"{root} holds no images in one folder for each class: {words_of(error)}") from error
+        raise InvalidData(f"{root} holds no images in one folder for each class: {one_line(error)}") from error
 
 
 def _classes(dataset: Any) -> list[str]:

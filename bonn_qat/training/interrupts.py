@@ -15,7 +15,7 @@ _HELD = (signal.SIGINT, signal.SIGTERM)
 
 @final
 class Interrupts:
-    """What came within :func:`held`."""
+    """What came within :func:`deferred_interrupts`."""
 
     def __init__(self) -> None:
         self._before: dict[int, Any] = {}
@@ -24,7 +24,7 @@ class Interrupts:
     def __bool__(self) -> bool:
         return self._came is not None
 
-    def let_through(self) -> None:
+    def deliver(self) -> None:
         """Do what the first one that came would have done, if one came; SIGTERM raises SystemExit(143) at least."""
         if self._came is None:
             return
@@ -58,8 +58,8 @@ class Interrupts:
 
 
 @contextlib.contextmanager
-def held() -> Iterator[Interrupts]:
-    """Within the block SIGINT and SIGTERM wait for :meth:`Interrupts.let_through`; the second does not wait.
+def deferred_interrupts() -> Iterator[Interrupts]:
+    """Within the block SIGINT and SIGTERM wait for :meth:`Interrupts.deliver`; the second does not wait.
 
     What came and was not let through is let through at the block's end. In another thread than the main one nothing
     is held.
@@ -70,4 +70,4 @@ def held() -> Iterator[Interrupts]:
         yield interrupts
     finally:
         interrupts._release()
-    interrupts.let_through()
+    interrupts.deliver()

@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from bonn_qat import plugins
 from bonn_qat.binarization.binarize import binarize, binary_layers
 from bonn_qat.errors import BonnQatError, InvalidData, InvalidRecipe, UnknownName
-from bonn_qat.files.plain import shown, words_of
+from bonn_qat.files.plain import one_line, shown
 from bonn_qat.files.tensors import read_tensors
 from bonn_qat.scheme import Scheme
 from bonn_qat.training.data import Data
@@ -82,7 +82,7 @@ def float_network(recipe: Recipe, classes: int, channels: int) -> nn.Module:
     except Exception as error:  # whatever a network of timm makes of its arguments
         raise InvalidRecipe(
             f"timm cannot make {recipe.model!r} for {classes} classes with model_options "
-            f"{shown(dict(recipe.model_options))}: {type(error).__name__}: {words_of(error)}"
+            f"{shown(dict(recipe.model_options))}: {type(error).__name__}: {one_line(error)}"
         ) from error
     return network
 
@@ -98,7 +98,7 @@ def _load(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     except RuntimeError as error:
         first, *rest = (line.strip() for line in str(error).splitlines() if line.strip())
         raise InvalidData(
-            f"{path} is no checkpoint of this {type(model).__name__}: {words_of(' '.join(rest) or first)}"
+            f"{path} is no checkpoint of this {type(model).__name__}: {one_line(' '.join(rest) or first)}"
         ) from error
 
 

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from bonn_qat import distributed, plugins
-from bonn_qat.training.checkpoint import Keeper
+from bonn_qat.training.checkpoint import Checkpointer
 from bonn_qat.training.data import Data
-from bonn_qat.training.interrupts import held
+from bonn_qat.training.interrupts import deferred_interrupts
 from bonn_qat.training.network import float_network, load_file
-from bonn_qat.training.precision import products
+from bonn_qat.training.precision import matmul_precision
 from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.results import RunResult
-from bonn_qat.training.trainer import Trainer, lay_out
+from bonn_qat.training.trainer import Trainer, to_memory_format
 
 CHECKPOINT_SECONDS = 600.0
 
@@ -63,24 +63,26 @@ def train(
     hook = (pm or plugins.manager()).hook
     if distributed.rank():
         hook = plugins.create_manager(entry_points=False).hook  # the first process reports
-    with held() as interrupts:
-        run.keeper = Keeper(run.state, checkpoint, seconds=checkpoint_seconds, interrupts=interrupts, tick=tick)
+    with deferred_interrupts() as interrupts:
+        run.checkpointer = Checkpointer(
+            run.state, checkpoint, seconds=checkpoint_seconds, interrupts=interrupts, tick=tick
+        )
         # Before anybody hears of the run, for its number is in there; and a disk that is full is told at once.
-        run.keeper.save()
+        run.checkpointer.save()
         hook.bonn_qat_before_run(recipe=recipe, model=model, run_id=run.run_id)
         report: dict[str, Any] | None = None
         try:
-            with products(recipe.precision), run.norms.on():
+            with matmul_precision(recipe.precision), run.norms.on():
                 for metrics in run.epochs:
                     hook.bonn_qat_after_epoch(recipe=recipe, epoch=int(metrics["epoch"]), metrics=metrics)
                 for epoch in range(done + 1, recipe.epochs + 1):
                     metrics = run.epoch(epoch)
-                    run.keeper.save()
+                    run.checkpointer.save()
                     hook.bonn_qat_after_epoch(recipe=recipe, epoch=epoch, metrics=metrics)
             result = run.result()
             report = asdict(result)
         finally:
-            lay_out(model, torch.contiguous_format)  # as safetensors wants it
+            to_memory_format(model, torch.contiguous_format)  # as safetensors wants it
             hook.bonn_qat_after_run(recipe=recipe, result=report)
     return result
 

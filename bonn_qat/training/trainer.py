@@ -24,7 +24,7 @@ from bonn_qat.inspection.summary import summary
 from bonn_qat.objective import Losses, Objective, advance, parameter_groups
 from bonn_qat.regularizers import latent_weights
 from bonn_qat.scheme import Stage, reweighed
-from bonn_qat.training.checkpoint import Keeper, Progress, RunState, fits, read_state
+from bonn_qat.training.checkpoint import Checkpointer, Progress, RunState, fits, read_state
 from bonn_qat.training.data import Batch, Data
 from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.results import RunResult
@@ -42,7 +42,7 @@ class Trainer:
 
     ``distillation`` is what :class:`bonn_qat.Objective` takes. In a process group every process has a part of each
     batch, the gradients are averaged over all of them, and so are, within ``norms.on()``, the batch norms' statistics.
-    ``keeper`` is told of each moment at which the run may be left.
+    ``checkpointer`` is told of each moment at which the run may be left.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Trainer:
         self.size = summary(model, data.image)
         self.layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.model = model.to(device=device)
-        lay_out(self.model, self.layout)
+        to_memory_format(self.model, self.layout)
         self.recipe, self.data, self.device = recipe, data.to(device), device
         self.scheme = record.scheme
         own = tuple(reweighed(stage, recipe.scheme_options) for stage in recipe.stages)
@@ -88,7 +88,7 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.run_id = distributed.broadcast(uuid.uuid4().hex)
         self.norms = SynchronisedNorms(self.model, wanted=recipe.sync_norms)
-        self.keeper: Keeper | None = None
+        self.checkpointer: Checkpointer | None = None
         self.shard = distributed.rank(), distributed.world()
         self.steps_in_epoch = math.ceil(data.train_size / recipe.batch_size)
         self.layers = dict(binary_layers(model))
@@ -173,7 +173,7 @@ class Trainer:
             index, _, key = name.partition(".")
             state.setdefault(int(index), {})[key] = tensor
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        _lay_out_like_parameters(self.optimizer)
+        _match_memory_format(self.optimizer)
         self.scaler.load_state_dict(dict(progress.scaler))
         random = found.part("random")
         self.order = random["data"]
@@ -291,7 +291,7 @@ class Trainer:
             self.optimizer.state.clear()  # the momentum of weights that had another scale
         for name, weight in self._stage.regularizers.items():
             if weight and not (before and before.regularizers.get(name)):
-                batches = self._on_device(self.data.measure_batches(shard=self.shard), whole=False)
+                batches = self._on_device(self.data.measure_batches(shard=self.shard), resumable=False)
                 self.objective.regularizers[name].start(batches)  # type: ignore[operator]
 
     def _set_stage(self, stage: int) -> None:
@@ -326,8 +326,8 @@ class Trainer:
         for images, targets in self._on_device(batches):
             self._set_lr((epoch - 1) + self.done / self.steps_in_epoch)
             losses = self.step(images, targets)
-            looks = self.device.type == "cpu" or self.done % _CHECK_EVERY == 0
-            if looks:
+            may_wait = self.device.type == "cpu" or self.done % _CHECK_EVERY == 0
+            if may_wait:
                 self._check(losses, images, epoch, self.done + 1)
             with torch.no_grad():
                 hits = (losses.logits.argmax(1) == targets).double().mean()
@@ -335,8 +335,8 @@ class Trainer:
                 weighted = torch.stack([value.double() for value in values]) * len(targets)
                 self.sums = weighted if self.sums is None else self.sums.add_(weighted)
             self.done += 1
-            if self.keeper is not None:
-                self.keeper.stepped(self.device, looks=looks)
+            if self.checkpointer is not None:
+                self.checkpointer.after_step(self.device, may_wait=may_wait)
         if losses is not None:
             self._check(losses, images, epoch, self.done)
         assert self.sums is not None, "an epoch has at least one batch"
@@ -351,9 +351,9 @@ class Trainer:
         return ["loss", "task", *(name for name in self.objective.regularizers if stage.regularizers.get(name)), "top1"]
 
     def _recompute_norms(self) -> None:
-        if self.keeper is not None:
-            self.keeper.save()  # for it cannot be left in the middle
-        batches = self._on_device(self.data.measure_batches(shard=self.shard), whole=False)
+        if self.checkpointer is not None:
+            self.checkpointer.save()  # for it cannot be left in the middle
+        batches = self._on_device(self.data.measure_batches(shard=self.shard), resumable=False)
         with self.norms.off(), distributed.alone():  # for the processes have different numbers of batches
             update_bn(batches, self.model)
         average_statistics(self.model)
@@ -379,7 +379,7 @@ class Trainer:
     def _test(self) -> dict[str, float]:
         self.objective.eval()
         sums = torch.zeros(3, device=self.device)  # hits, hits among the first five, loss
-        for images, targets in self._on_device(self.data.test_batches(shard=self.shard), whole=True):
+        for images, targets in self._on_device(self.data.test_batches(shard=self.shard), resumable=True):
             logits = self.model(images)
             order = logits.topk(min(_TOP, logits.shape[1])).indices == targets[:, None]
             loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
@@ -388,13 +388,16 @@ class Trainer:
         metrics = {"test/loss": loss, "test/top1": 100 * top1}
         return metrics | ({"test/top5": 100 * top5} if self.data.classes > _TOP else {})
 
-    def _on_device(self, batches: Iterator[Batch], *, whole: bool | None = None) -> Iterator[Batch]:
-        """The batches, and for those without a step the word to the keeper whether the state is whole between them."""
+    def _on_device(self, batches: Iterator[Batch], *, resumable: bool | None = None) -> Iterator[Batch]:
+        """Move batches to the device. ``resumable`` says whether to write a checkpoint when a run stops between two.
+
+        None for the batches of training steps, after which :meth:`Checkpointer.after_step` handles interrupts.
+        """
         for images, targets in batches:
             images, targets = (part.to(self.device, non_blocking=True) for part in (images, targets))
             yield (images.contiguous(memory_format=self.layout) if images.ndim == 4 else images), targets
-            if whole is not None and self.keeper is not None:
-                self.keeper.between(whole=whole)
+            if resumable is not None and self.checkpointer is not None:
+                self.checkpointer.between_batches(resumable=resumable)
 
     def _check(self, losses: Losses, images: Tensor, epoch: int, step: int) -> None:
         # All processes stop together: one that went on alone would wait for the others for ever.
@@ -427,7 +430,7 @@ def _optimizer(recipe: Recipe, groups: list[dict[str, Any]], device: torch.devic
     return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=fused)
 
 
-def lay_out(model: nn.Module, layout: torch.memory_format) -> None:
+def to_memory_format(model: nn.Module, layout: torch.memory_format) -> None:
     """Bring the kernels ``(O, I, kh, kw)`` of ``model`` into ``layout``, in place; no value changes."""
     for parameter in model.parameters():
         if parameter.ndim == 4:
@@ -435,7 +438,7 @@ def lay_out(model: nn.Module, layout: torch.memory_format) -> None:
             parameter.data = torch.empty_like(parameter.data, memory_format=layout).copy_(parameter.data)
 
 
-def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
+def _match_memory_format(optimizer: torch.optim.Optimizer) -> None:
     # Kernels that update whole lists of tensors want a state to lie in memory as its parameter does.
     for parameter, state in optimizer.state.items():
         for name, tensor in state.items():

@@ -178,7 +178,7 @@ def full(number: int) -> Patch:
     def fail(path: Path, content: bytes) -> None:
         raise OSError(number, os.strerror(number), str(path))
 
-    return lambda monkeypatch: monkeypatch.setattr("bonn_qat.files.tensors.write_whole", fail)
+    return lambda monkeypatch: monkeypatch.setattr("bonn_qat.files.tensors.write_bytes", fail)
 
 
 def killed(number: int) -> Patch:
