@@ -1,7 +1,7 @@
 """Does a process that trains and packs for hours grow? Resident memory, files, threads and objects, round by round.
 
 Each round, for each scheme: a run of a comparison is interrupted in the middle, goes on from its checkpoint and ends;
-its report is read and written again; the trained network is restored, summed up, packed, saved, loaded and run. After
+its report is read and written again; the trained network is loaded, summed up, packed, saved, loaded and run. After
 the round, with the garbage collected, the process is measured. The first rounds do not count: they fill caches. Through
 the others goes a line. Examples::
 
@@ -45,7 +45,7 @@ from bonn_qat.studies.compare import compare, plan
 from bonn_qat.studies.comparison import read_comparison
 from bonn_qat.studies.report import write_report
 from bonn_qat.training.data import Data, load
-from bonn_qat.training.network import restore
+from bonn_qat.training.network import load as load_network
 from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.results import RUNS
 
@@ -104,7 +104,7 @@ def one_round(schemes: Sequence[str], data: Data, number: int, pm: pluggy.Plugin
             assert not comparison.failures
             assert not comparison.missing
             write_report(read_comparison(directory))
-            model, size = restore(directory / RUNS / f"{recipes[0].name}.safetensors", pm)
+            model, size = load_network(directory / RUNS / f"{recipes[0].name}.safetensors", pm=pm), data.image
             str(bonn_qat.summary(model, size))
             if packs and scheme != "float":
                 _pack(model, size, directory / "packed.safetensors")

@@ -84,7 +84,9 @@ def binarize(
     kept = decision.kept | {n: f"scheme {others.of(n).name!r}" for n in decision.binary if others.of(n).weight is None}
     if chosen.weight is None and not others.patterns:
         result = model if inplace else copy.deepcopy(model)
-        result.binarization = Binarization(scheme=chosen, binary=(), kept=decision.kept)  # type: ignore[assignment]
+        result.binarization = Binarization(  # type: ignore[assignment]
+            scheme=chosen, binary=(), kept=decision.kept, input_size=decision.input_size
+        )
         return result
     if len(kept) == len(decision.kept) + len(decision.binary):
         reasons = ", ".join(f"{name} ({why})" for name, why in kept.items()) or "no module inside it has weights"

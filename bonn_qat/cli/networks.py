@@ -150,12 +150,13 @@ def _source(
     import bonn_qat.models  # noqa: F401 (registers the paper's networks with timm)
     from bonn_qat.binarization.binarize import binarize
     from bonn_qat.errors import UnknownName
-    from bonn_qat.training.network import restore
+    from bonn_qat.training.network import load
 
     if source.endswith(".safetensors") or Path(source).is_file():
         if scheme is not None or num_classes is not None:
             raise InvalidRecipe(f"{source} says itself of which scheme and how many classes it is; leave them out")
-        network, (channels, height, width) = restore(Path(source))
+        network = load(source)
+        channels, height, width = network.binarization.input_size  # type: ignore[union-attr, misc]
         return network, (channels, img_size or height, img_size or width)
     if not timm.is_model(source):
         raise UnknownName("model", source, timm.list_models())

@@ -1,7 +1,7 @@
 """Validate plain data against a dataclass: recipes, studies, results, comparisons, checkpoints, headers of files.
 
-msgspec and pydantic were tried. Neither can give the errors below without this walk over the data: msgspec names
-neither the key of a mapping (``$.failures[...]``) nor the value, and pydantic takes as long to import as a whole command.
+msgspec's errors name neither the key of a mapping (``$.failures[...]``) nor the value, so they would need this
+walk over the data once more; pydantic takes longer to import than a whole ``bonn-qat --help``.
 """
 
 import functools
@@ -18,9 +18,9 @@ T = TypeVar("T")
 def read_as(cls: type[T], content: Any) -> T:
     """Make an instance of the dataclass ``cls`` from the content of a file that a person wrote.
 
-    Hints are str, int, float, bool, Any, another dataclass, and lists, tuples and mappings of them. A whole number may
-    stand for a float and a list for a tuple; a truth value is no number. A field with a default may be missing. Messages
-    call the data by the name of its class: a recipe, an arm.
+    Fields are str, int, float, bool, Any, other dataclasses, and lists, tuples and mappings of these. An int may stand
+    for a float and a list for a tuple; a bool is no number. A field with a default may be missing. Errors call the data
+    by the name of its class: a recipe, an arm.
 
     >>> @dataclass
     ... class Arm:
@@ -36,7 +36,7 @@ def read_as(cls: type[T], content: Any) -> T:
 
 
 def read_own(cls: type[T], content: Any, wrong: str) -> T:
-    """:func:`read_as` for a file that bonn-qat wrote: numbers stay as they are, and values must pass :func:`check_values`.
+    """:func:`read_as` for a file that bonn-qat wrote: ints stay ints, and values must pass :func:`check_values`.
 
     Raises InvalidData that begins with ``wrong``, such as ``"x.json is not a comparison"``.
     """
@@ -58,6 +58,9 @@ class Allowed:
         return None if self.holds(value) else f"{name} is {shown(value)}; allowed: {self.words}"
 
 
+Line = Annotated[str, Allowed("characters that can be printed", str.isprintable)]
+
+
 @dataclass(frozen=True)
 class OneOf:
     """The names that a field may have: ``Annotated[str, OneOf(("sgd", "adam"))]``."""
@@ -71,19 +74,20 @@ class OneOf:
 
 
 def check_values(instance: Any, where: str = "", path: str = "") -> None:
-    """Hold the fields of a dataclass against what their ``Annotated`` hints allow.
+    """Check the fields of a dataclass with the functions in their ``Annotated`` hints, such as :class:`Allowed`.
 
-    That is called with the field's name, between ``path`` and ``where``, and its value, and returns what is wrong. Raises
-    InvalidRecipe with that, or whatever it raises.
+    Each is given the field's name, with ``path`` before it and ``where`` behind it, and its value; it returns what is
+    wrong, or None. Raises InvalidRecipe with what is wrong.
     """
-    for name, hint in _hints(type(instance)).items():
+    cls: Any = type(instance)
+    for name, hint in _hints(cls).items():
         for rule in getattr(hint, "__metadata__", ()):
             if wrong := rule(f"{path}{name}{where}", getattr(instance, name)):
                 raise InvalidRecipe(wrong)
 
 
 @functools.cache
-def _hints(cls: type) -> Mapping[str, Any]:
+def _hints(cls: Any) -> Mapping[str, Any]:
     return get_type_hints(cls, include_extras=True)
 
 

@@ -3,9 +3,9 @@
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Annotated, Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ from bonn_qat import distributed
 from bonn_qat.errors import InvalidData
 from bonn_qat.files.plain import shown
 from bonn_qat.files.tensors import digest, read_tensors, write_tensors
+from bonn_qat.files.validate import Allowed, read_own
 from bonn_qat.training.interrupts import TERMINATED, Interrupts
+from bonn_qat.training.results import check_histograms
 
 FORMAT = 2
 
@@ -32,11 +34,11 @@ class Progress:
     run_id: str
     recipe: Mapping[str, Any]
     data: Mapping[str, Any]
-    stage: int
-    step: int
+    stage: Annotated[int, Allowed("at least -1", lambda stage: stage >= -1)]
+    step: Annotated[int, Allowed("at least 0", lambda step: step >= 0)]
     epochs: list[dict[str, float]]
-    histograms: dict[str, dict[str, dict[str, list[float]]]]
-    seconds: float
+    histograms: Annotated[dict[str, dict[str, dict[str, list[float]]]], check_histograms]
+    seconds: Annotated[float, Allowed("at least 0", lambda seconds: seconds >= 0)]
     scaler: Mapping[str, float]
 
 
@@ -51,13 +53,13 @@ class RunState(NamedTuple):
         return {key.removeprefix(f"{name}."): t for key, t in self.tensors.items() if key.startswith(f"{name}.")}
 
 
-def write_state(path: Path, state: RunState) -> Path:
+def write_state(path: str | Path, state: RunState) -> Path:
     """Write ``state`` whole or not at all. Raises OSError where the system refuses to write."""
     header = {"kind": "unfinished run", "format": FORMAT, **asdict(state.progress)}
     return write_tensors(path, state.tensors, header | {"sha256": digest(state.tensors, header)})
 
 
-def read_state(path: Path) -> RunState:
+def read_state(path: str | Path) -> RunState:
     """Read what :func:`write_state` wrote.
 
     Raises InvalidData naming the file for one that cannot be read, was altered, or is no state of a run.
@@ -74,48 +76,10 @@ def read_state(path: Path) -> RunState:
     if checksum != digest(tensors, {"kind": "unfinished run", **header}):
         raise InvalidData(f"{path} was altered after it was written: its checksum is another; delete it")
     del header["format"]
-    known = {field.name for field in fields(Progress)}
-    if header.keys() != known:
-        raise InvalidData(
-            f"{path} is no checkpoint: the keys of its header differ in {shown(sorted(header.keys() ^ known))}"
-        )
-    for name, holds in _SHAPES.items():
-        if not holds(header[name]):
-            raise InvalidData(f"{path} is no checkpoint: its {name} is {shown(header[name])}")
-    return RunState(Progress(**header), tensors)
+    return RunState(read_own(Progress, header, f"{path} is no checkpoint"), tensors)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_table(value: object, holds: Callable[[Any], bool] = lambda item: True) -> bool:
-    return isinstance(value, dict) and all(map(holds, value.values()))
-
-
-def _are_histograms(value: object) -> bool:
-    def is_histogram(found: object) -> bool:
-        return _is_table(found, lambda numbers: isinstance(numbers, list) and all(map(_is_number, numbers))) and (
-            isinstance(found, dict) and found.keys() == {"edges", "counts"}
-        )
-
-    return _is_table(value, lambda layer: _is_table(layer, is_histogram))
-
-
-_SHAPES: Mapping[str, Callable[[Any], bool]] = {
-    "run_id": lambda value: isinstance(value, str),
-    "recipe": _is_table,
-    "data": _is_table,
-    "stage": lambda value: type(value) is int and value >= -1,
-    "step": lambda value: type(value) is int and value >= 0,
-    "epochs": lambda value: isinstance(value, list) and all(_is_table(metrics, _is_number) for metrics in value),
-    "histograms": _are_histograms,
-    "seconds": lambda value: _is_number(value) and value >= 0,
-    "scaler": lambda value: _is_table(value, _is_number),
-}
-
-
-def fits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+def mismatch(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
     """How the tensors differ in name, type or shape from those that are expected; None if they do not."""
     if odd := sorted(found.keys() ^ expected.keys()):
         return f"{shown(odd[0])[1:-1]} is {'not there' if odd[0] in expected else 'unknown'}"
@@ -137,7 +101,7 @@ class Checkpointer:
     def __init__(
         self,
         state: Callable[[], RunState],
-        path: Path | None,
+        path: str | Path | None,
         *,
         seconds: float,
         interrupts: Interrupts,

@@ -4,15 +4,50 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any
 
 from bonn_qat.errors import InvalidData
 from bonn_qat.files import plain
-from bonn_qat.files.atomic import expect, read_json, write_json
+from bonn_qat.files.atomic import read_json, write_json
+from bonn_qat.files.validate import Line, read_own
 
 RUNS = "runs"
 _EPOCH = re.compile(r"0|[1-9][0-9]{0,8}")
-_SIZES = {"parameters", "mbit", "float_mbit", "compression", "macs", "binary_macs"}
+SIZES = ("parameters", "mbit", "float_mbit", "compression", "macs", "binary_macs")
+
+
+def _check_epochs(name: str, epochs: Sequence[Mapping[str, float]]) -> str | None:
+    for place, metrics in enumerate(epochs):
+        if not 1 <= metrics.get("epoch", 0) < 2**31 or not 0 <= metrics.get("test/top1", -1) <= 100:
+            return f"{name}.{place} has no number of an epoch, or no test/top1 in percent"
+    return None
+
+
+def _check_size(name: str, size: Mapping[str, float]) -> str | None:
+    missing = [key for key in SIZES if key not in size]
+    return f"its {name} lacks {missing[0]}" if missing else None
+
+
+def check_histograms(name: str, layers: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> str | None:
+    """What is wrong with histograms as :class:`RunResult` has them, None if nothing is."""
+    for layer, kept in layers.items():
+        for epoch, histogram in kept.items():
+            if not _EPOCH.fullmatch(epoch) or not _is_histogram(histogram):
+                return f"{name}.{plain.shown(layer)[1:-1]} has no histogram for {plain.shown(epoch)}"
+    return None
+
+
+def _is_histogram(found: Mapping[str, Sequence[float]]) -> bool:
+    if found.keys() != {"edges", "counts"}:
+        return False
+    edges, counts = list(found["edges"]), found["counts"]
+    is_bounded = all(abs(number) < 1e30 for number in (*edges, *counts))
+    return is_bounded and len(edges) == len(counts) + 1 > 1 and edges == sorted(edges) and min(counts) >= 0
+
+
+Sizes = Annotated[Mapping[str, float], _check_size]
+Epochs = Annotated[Sequence[Mapping[str, float]], _check_epochs]
+Histograms = Annotated[Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], check_histograms]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +64,17 @@ class RunResult:
     """
 
     name: str
-    scheme: str  # with its options, such as "xnor" or "xnor:gradient=plain"
-    title: str
-    bits: str  # weights/activations, such as "1/1"
-    latents: str  # the start of the latent weights: "0.01" (standard deviation) or "float" (as the float network's)
+    scheme: Line  # with its options, such as "xnor" or "xnor:gradient=plain"
+    title: Line
+    bits: Line  # weights/activations, such as "1/1"
+    latents: Line  # the start of the latent weights: "0.01" (standard deviation) or "float" (as the float network's)
     seed: int
     recipe: Mapping[str, Any]
     environment: Mapping[str, str]
     seconds: float
-    epochs: Sequence[Mapping[str, float]]
-    size: Mapping[str, float]
-    histograms: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]] = field(default_factory=dict)
+    epochs: Epochs
+    size: Sizes
+    histograms: Histograms = field(default_factory=dict)
 
     @property
     def top1(self) -> float:
@@ -52,42 +87,15 @@ class RunResult:
         return self.scheme, self.latents
 
 
-def write_run(directory: Path, result: RunResult) -> Path:
+def write_run(directory: str | Path, result: RunResult) -> Path:
     """Write ``runs/NAME.json`` below ``directory``."""
-    return write_json(directory / RUNS / f"{result.name}.json", asdict(result))
+    return write_json(Path(directory) / RUNS / f"{result.name}.json", asdict(result))
 
 
-def read_run(path: Path) -> RunResult:
+def read_run(path: str | Path) -> RunResult:
     """Read what :func:`write_run` wrote. Raises InvalidData naming the file and what is wrong with it."""
-    content = read_json(path)
-    expect(path, "a run's result", content, get_type_hints(RunResult))
-    if said := _odd(content, path.stem):
-        raise InvalidData(f"{path} is not a run's result: {said}")
-    return RunResult(**content)
-
-
-def _odd(content: Mapping[str, Any], name: str) -> str | None:
-    """What no run leaves, and no report could be made of; None if there is nothing."""
-    if content["name"] != name:
-        return f"its name is {plain.shown(content['name'])}"
-    for key in ("scheme", "title", "bits", "latents"):
-        if not content[key].isprintable():
-            return f"{key} is {plain.shown(content[key])}"
-    for place, metrics in enumerate(content["epochs"]):
-        if not 1 <= metrics.get("epoch", 0) < 2**31 or not 0 <= metrics.get("test/top1", -1) <= 100:
-            return f"epochs.{place} has no number of an epoch, or no test/top1 in percent"
-    if missing := sorted(_SIZES - content["size"].keys()):
-        return f"its size lacks {missing[0]}"
-    for layer, kept in content["histograms"].items():
-        for epoch, histogram in kept.items():
-            if not _EPOCH.fullmatch(epoch) or not _is_histogram(histogram):
-                return f"histograms.{plain.shown(layer)[1:-1]} has no histogram for {plain.shown(epoch)}"
-    return None
-
-
-def _is_histogram(found: Mapping[str, Sequence[float]]) -> bool:
-    if found.keys() != {"edges", "counts"}:
-        return False
-    edges, counts = list(found["edges"]), found["counts"]
-    is_within = all(abs(number) < 1e30 for number in (*edges, *counts))
-    return is_within and len(edges) == len(counts) + 1 > 1 and edges == sorted(edges) and min(counts) >= 0
+    path = Path(path)
+    result = read_own(RunResult, read_json(path), f"{path} is not a run's result")
+    if result.name != path.stem:
+        raise InvalidData(f"{path} is not a run's result: its name is {plain.shown(result.name)}")
+    return result

@@ -18,6 +18,7 @@ from bonn_qat.training.network import float_network, load_file
 from bonn_qat.training.precision import matmul_precision
 from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.results import RunResult
+from bonn_qat.training.resume import capture, resume
 from bonn_qat.training.trainer import Trainer, to_memory_format
 
 CHECKPOINT_SECONDS = 600.0
@@ -29,7 +30,7 @@ def train(
     data: Data,
     *,
     device: str | torch.device | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     tick: Callable[[], None] = lambda: None,
     pm: pluggy.PluginManager | None = None,
@@ -57,7 +58,7 @@ def train(
     teacher = _teacher(model, task, recipe, data, device) if recipe.teacher else None
     torch.manual_seed(recipe.seed + distributed.rank())
     run = Trainer(model, recipe, data, device, task=task, distillation=teacher, pm=pm)
-    done = run.resume(checkpoint) if checkpoint and checkpoint.exists() else 0
+    done = resume(run, checkpoint) if checkpoint and Path(checkpoint).exists() else 0
     for _ in range(done * run.steps_in_epoch + run.done):
         tick()
     hook = (pm or plugins.manager()).hook
@@ -65,12 +66,12 @@ def train(
         hook = plugins.create_manager(entry_points=False).hook  # the first process reports
     with deferred_interrupts() as interrupts:
         run.checkpointer = Checkpointer(
-            run.state, checkpoint, seconds=checkpoint_seconds, interrupts=interrupts, tick=tick
+            lambda: capture(run), checkpoint, seconds=checkpoint_seconds, interrupts=interrupts, tick=tick
         )
         # Before anybody hears of the run, for its number is in there; and a disk that is full is told at once.
         run.checkpointer.save()
         hook.bonn_qat_before_run(recipe=recipe, model=model, run_id=run.run_id)
-        report: dict[str, Any] | None = None
+        outcome: dict[str, Any] | None = None
         try:
             with matmul_precision(recipe.precision), run.norms.on():
                 for metrics in run.epochs:
@@ -80,10 +81,10 @@ def train(
                     run.checkpointer.save()
                     hook.bonn_qat_after_epoch(recipe=recipe, epoch=epoch, metrics=metrics)
             result = run.result()
-            report = asdict(result)
+            outcome = asdict(result)
         finally:
             to_memory_format(model, torch.contiguous_format)  # as safetensors wants it
-            hook.bonn_qat_after_run(recipe=recipe, result=report)
+            hook.bonn_qat_after_run(recipe=recipe, result=outcome)
     return result
 
 

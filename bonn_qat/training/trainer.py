@@ -4,7 +4,6 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pluggy
@@ -16,25 +15,23 @@ from torch.optim.swa_utils import update_bn
 from bonn_qat import distributed
 from bonn_qat.binarization.binarize import NORMS, Binarization, binary_layers
 from bonn_qat.environment import environment
-from bonn_qat.errors import BonnQatError, InvalidData, InvalidModel, TrainingDiverged
-from bonn_qat.files.plain import shown
+from bonn_qat.errors import InvalidModel, TrainingDiverged
 from bonn_qat.inspection.diagnose import first_non_finite
 from bonn_qat.inspection.flips import FlipRatio
 from bonn_qat.inspection.summary import summary
 from bonn_qat.objective import Losses, Objective, advance, parameter_groups
 from bonn_qat.regularizers import latent_weights
 from bonn_qat.scheme import Stage, reweighed
-from bonn_qat.training.checkpoint import Checkpointer, Progress, RunState, fits, read_state
+from bonn_qat.training.checkpoint import Checkpointer
 from bonn_qat.training.data import Batch, Data
 from bonn_qat.training.recipe import Recipe
-from bonn_qat.training.results import RunResult
+from bonn_qat.training.results import SIZES, RunResult
 from bonn_qat.training.schedule import lr_factor, stage_of
 from bonn_qat.training.sync_norms import SynchronisedNorms, average_statistics
 
 _BINS = 61
 _CHECK_EVERY = 50  # steps between looks for NaN on a GPU, where each look is a synchronisation
 _TOP = 5
-_EVERY_EPOCH = {"epoch", "stage", "lr", "train/loss", "train/task", "train/top1", "test/loss", "test/top1"}
 
 
 class Trainer:
@@ -129,128 +126,6 @@ class Trainer:
         self.done, self.sums, self.order = 0, None, self.generator.get_state()
         return metrics
 
-    def state(self) -> RunState:
-        """All that the rest of the run depends on; the processes of a group call this together."""
-        tensors = {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": t for name, t in state.items() if isinstance(t, Tensor)}
-        tensors["random.data"] = self.order
-        states = {"torch": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self.device)
-        for name, own in states.items():
-            for rank, state in enumerate(distributed.all_gather(own.to(self.device))):
-                tensors[f"random.{name}.{rank}"] = state.cpu()
-        if self.sums is not None:
-            tensors["epoch.sums"] = distributed.all_reduce(self.sums.clone())
-        if self.done and self.flips is not None:
-            tensors |= {f"flips.{name}": signs for name, signs in self.flips.signs.items()}
-        progress = Progress(
-            run_id=self.run_id,
-            recipe=self.recipe.to_dict(),
-            data=self.data.describe(),
-            stage=self.stage,
-            step=self.done,
-            epochs=self.epochs,
-            histograms=self.histograms,
-            seconds=self.seconds + time.perf_counter() - self.started,
-            scaler=self.scaler.state_dict(),
-        )
-        return RunState(progress, tensors)
-
-    def resume(self, path: Path) -> int:
-        """Take up the run where ``path`` left it; returns the number of epochs that are done.
-
-        Raises InvalidData naming the file for one that is damaged or of another run; nothing is changed then.
-        """
-        found = read_state(path)
-        if wrong := self._misfit(found):
-            raise InvalidData(f"{path} is not a checkpoint of this run: {wrong}; delete it, or give another path")
-        progress = found.progress
-        self.objective.load_state_dict(found.part("objective"))
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in found.part("optimizer").items():
-            index, _, key = name.partition(".")
-            state.setdefault(int(index), {})[key] = tensor
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        _match_memory_format(self.optimizer)
-        self.scaler.load_state_dict(dict(progress.scaler))
-        random = found.part("random")
-        self.order = random["data"]
-        self.generator.set_state(self.order)
-        rank = self.shard[0]
-        if f"torch.{rank}" in random:  # it may have had fewer processes
-            torch.set_rng_state(random[f"torch.{rank}"])
-        if f"cuda.{rank}" in random and self.device.type == "cuda":
-            torch.cuda.set_rng_state(random[f"cuda.{rank}"], self.device)
-        self.run_id, self.epochs, self.histograms = progress.run_id, progress.epochs, progress.histograms
-        self.seconds, self.done = progress.seconds, progress.step
-        self.sums = None
-        if self.done:
-            sums = found.tensors["epoch.sums"].to(self.device)
-            self.sums = sums if rank == 0 else torch.zeros_like(sums)
-            if self.flips is not None:
-                self.flips.signs = {name: signs.to(self.device) for name, signs in found.part("flips").items()}
-        if progress.stage >= 0:
-            self._set_stage(progress.stage)
-        return len(self.epochs)
-
-    def _misfit(self, found: RunState) -> str | None:
-        """Why the run cannot go on from ``found``."""
-        progress = found.progress
-        try:
-            recipe = Recipe.from_dict(progress.recipe)
-        except BonnQatError as error:
-            return f"its recipe is none, {error}"
-        if recipe != self.recipe:
-            return "it has another recipe"
-        if dict(progress.data) != self.data.describe():
-            return f"it was trained on {shown(dict(progress.data))}, not on {self.data.describe()}"
-        done = len(progress.epochs)
-        if done > recipe.epochs or progress.step > self.steps_in_epoch or (progress.step and done == recipe.epochs):
-            return f"it stands at epoch {done}, step {progress.step}"
-        for epoch, metrics in enumerate(progress.epochs, 1):
-            if metrics.get("epoch") != epoch or not metrics.keys() >= _EVERY_EPOCH:
-                return f"what it says of epoch {epoch} is not whole"
-        last = done + bool(progress.step)
-        stage = stage_of(self.stages, last, recipe.epochs) if last else -1
-        if progress.stage != stage:
-            return f"it stands in stage {progress.stage} after epoch {done}, step {progress.step}"
-        if self.scaler.state_dict().keys() != progress.scaler.keys():
-            return "its loss was scaled otherwise"
-        return self._misfitting_tensor(found)
-
-    def _misfitting_tensor(self, found: RunState) -> str | None:
-        step = found.progress.step
-        expected = {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
-        expected["random.data"] = self.order
-        expected |= {
-            name: torch.get_rng_state() if name.startswith("random.torch.") else torch.empty(16, dtype=torch.uint8)
-            for name in found.tensors
-            if name.startswith(("random.torch.", "random.cuda."))
-        }
-        if step:
-            terms = self._terms(self.stages[found.progress.stage])
-            expected["epoch.sums"] = torch.zeros(len(terms) + 1, dtype=torch.float64)
-            signs = self.flips.signs if self.flips is not None else {}
-            expected |= {f"flips.{name}": tensor for name, tensor in signs.items()}
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        states = {"adam": ("exp_avg", "exp_avg_sq", "step"), "sgd": ("momentum_buffer",)}[self.recipe.optimizer]
-        for index, parameter in enumerate(parameters):
-            names = [f"optimizer.{index}.{name}" for name in states]
-            if any(name in found.tensors for name in names):
-                scalar = torch.zeros((), dtype=torch.float32)
-                expected |= {name: scalar if name.endswith(".step") else parameter for name in names}
-        if wrong := fits(found.tensors, expected):
-            return wrong
-        for name in found.tensors:
-            if name.startswith(("random.data", "random.torch.")):
-                try:
-                    torch.Generator().set_state(found.tensors[name])
-                except RuntimeError:
-                    return f"{name} is no state of a generator"
-        return None
-
     def result(self) -> RunResult:
         """What the run gave, once its epochs are done."""
         return RunResult(
@@ -262,18 +137,15 @@ class Trainer:
             seed=self.recipe.seed,
             recipe=self.recipe.to_dict(),
             environment=environment(self.device),
-            seconds=self.seconds + time.perf_counter() - self.started,
+            seconds=self.elapsed(),
             epochs=self.epochs,
-            size={
-                "parameters": self.size.parameters,
-                "mbit": self.size.mbit,
-                "float_mbit": self.size.float_mbit,
-                "compression": self.size.compression,
-                "macs": self.size.macs,
-                "binary_macs": self.size.binary_macs,
-            },
+            size={name: getattr(self.size, name) for name in SIZES},
             histograms=self.histograms,
         )
+
+    def elapsed(self) -> float:
+        """Seconds that the run has taken, including those before it was resumed."""
+        return self.seconds + time.perf_counter() - self.started
 
     @property
     def _stage(self) -> Stage:
@@ -284,7 +156,7 @@ class Trainer:
         if stage == self.stage:
             return
         before = self._stage if self.stage >= 0 else None
-        self._set_stage(stage)
+        self.set_stage(stage)
         if before and before.weights == "float" and self._stage.weights == "binary":
             for layer in self.layers.values():
                 layer.adopt(self.scheme.latent_std)
@@ -294,7 +166,7 @@ class Trainer:
                 batches = self._on_device(self.data.measure_batches(shard=self.shard), resumable=False)
                 self.objective.regularizers[name].start(batches)  # type: ignore[operator]
 
-    def _set_stage(self, stage: int) -> None:
+    def set_stage(self, stage: int) -> None:
         self.stage = stage
         norms = {id(p) for m in self.model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
         for parameter in self.trainable:
@@ -341,12 +213,12 @@ class Trainer:
             self._check(losses, images, epoch, self.done)
         assert self.sums is not None, "an epoch has at least one batch"
         *means, count = distributed.all_reduce(self.sums.clone()).tolist()
-        terms = self._terms(self._stage)
+        terms = self.terms(self._stage)
         metrics = {f"train/{name}": total / count for name, total in zip(terms, means, strict=True)}
         metrics["train/top1"] *= 100
         return {"lr": self.optimizer.param_groups[0]["lr"], **metrics}
 
-    def _terms(self, stage: Stage) -> list[str]:
+    def terms(self, stage: Stage) -> list[str]:
         """What is summed over an epoch, beside the number of images."""
         return ["loss", "task", *(name for name in self.objective.regularizers if stage.regularizers.get(name)), "top1"]
 
@@ -436,14 +308,6 @@ def to_memory_format(model: nn.Module, layout: torch.memory_format) -> None:
         if parameter.ndim == 4:
             # Not contiguous(), which leaves the strides of a 1x1 kernel as they are; those of its gradient are others.
             parameter.data = torch.empty_like(parameter.data, memory_format=layout).copy_(parameter.data)
-
-
-def _match_memory_format(optimizer: torch.optim.Optimizer) -> None:
-    # Kernels that update whole lists of tensors want a state to lie in memory as its parameter does.
-    for parameter, state in optimizer.state.items():
-        for name, tensor in state.items():
-            if isinstance(tensor, Tensor) and tensor.shape == parameter.shape:
-                state[name] = torch.empty_like(parameter).copy_(tensor)
 
 
 def _watched(model: nn.Module, record: Binarization) -> dict[str, nn.Module]:

@@ -25,6 +25,7 @@ from bonn_qat.training.interrupts import deferred_interrupts
 from bonn_qat.training.network import build
 from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.results import RUNS, RunResult
+from bonn_qat.training.resume import resume
 from bonn_qat.training.train import steps, train
 from bonn_qat.training.trainer import Trainer
 
@@ -338,7 +339,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(
     fresh = trainer(digits)
     before = {name: tensor.clone() for name, tensor in fresh.objective.state_dict().items()}
     with pytest.raises(InvalidData, match=words) as caught:
-        fresh.resume(path)
+        resume(fresh, path)
     assert str(path) in str(caught.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.objective.state_dict().items())
     assert not fresh.optimizer.state
