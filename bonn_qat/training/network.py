@@ -209,9 +209,11 @@ def _descriptions(
         model=config["architecture"], data="", scheme=scheme.name, model_options=model_options or {},
         scheme_options=_options(scheme, plugins.find_scheme(scheme.name, pm)), stages=scheme.stages,
         latents="float" if scheme.latent_std is None else repr(float(scheme.latent_std)),
+        skip=record.skip, include=record.include,
     )  # fmt: skip
     yield recipe, classes, record.input_size
-    yield replace(recipe, skip=tuple(record.kept), include=record.binary), classes, record.input_size
+    # Layer by layer, in case a predicate chose them.
+    yield replace(recipe, skip=(*record.skip, *record.kept), include=record.binary), classes, record.input_size
 
 
 def _options(scheme: Scheme, registered: Scheme) -> dict[str, Any]:
