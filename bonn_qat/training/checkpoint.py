@@ -1,5 +1,6 @@
-"""Run state: a training run in the middle, as a file that another process goes on from."""
+"""Checkpoint: the state of an unfinished training run as a file, and when to write it."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -23,12 +24,11 @@ FORMAT = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stands: what its file holds beside tensors.
+    """The state of a run beside its tensors: the header of its file.
 
-    ``run_id`` is the run's own. ``epochs`` are the metrics of the finished ones, ``step`` the optimizer steps of the
-    one under way, ``stage`` the place of the stage in which the last step was made, -1 before the first. ``data``
-    describes the data, ``seconds`` were spent, ``histograms`` are those of the result, ``scaler`` is the state of the
-    loss scaler.
+    ``epochs`` are the metrics of the finished epochs, ``step`` the optimizer steps of the current one, ``stage`` the
+    index of the stage of the last step, -1 before the first. ``data`` describes the data, ``seconds`` is the time
+    spent, ``histograms`` are those of the result, ``scaler`` is the state of the loss scaler.
     """
 
     run_id: str
@@ -43,7 +43,7 @@ class Progress:
 
 
 class RunState(NamedTuple):
-    """Everything that the rest of a run depends on; the names of tensors begin with the part that they belong to."""
+    """Everything that the rest of a run depends on; a tensor is named after its part: ``optimizer.0.exp_avg``."""
 
     progress: Progress
     tensors: Mapping[str, Tensor]
@@ -54,7 +54,7 @@ class RunState(NamedTuple):
 
 
 def write_state(path: str | Path, state: RunState) -> Path:
-    """Write ``state`` whole or not at all. Raises OSError where the system refuses to write."""
+    """Write ``state`` atomically. Raises OSError where the system refuses to write."""
     header = {"kind": "unfinished run", "format": FORMAT, **asdict(state.progress)}
     return write_tensors(path, state.tensors, header | {"sha256": digest(state.tensors, header)})
 
@@ -80,7 +80,7 @@ def read_state(path: str | Path) -> RunState:
 
 
 def mismatch(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
-    """How the tensors differ in name, type or shape from those that are expected; None if they do not."""
+    """How tensors differ in name, type or shape from the expected ones; None if they do not."""
     if odd := sorted(found.keys() ^ expected.keys()):
         return f"{shown(odd[0])[1:-1]} is {'not there' if odd[0] in expected else 'unknown'}"
     for name, tensor in expected.items():
@@ -91,37 +91,34 @@ def mismatch(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str
 
 @final
 class Checkpointer:
-    """Writes a run's state at the moments that are told to it, and stops the run there when it is to stop.
+    """Decides when a run writes a checkpoint, and stops the run after writing one when it has to stop.
 
-    ``path`` None keeps nothing. A state is written by :meth:`save`, by :meth:`after_step` when ``seconds`` have passed
-    since the last one, and before a run stops: for Ctrl-C or SIGTERM, which ``interrupts`` holds back, and for
-    whatever ``tick`` raises. In a process group all processes tell the same moments, agree, and the first writes.
+    ``write`` writes a checkpoint; None writes none. It is called by :meth:`save`, by :meth:`after_step` once
+    ``seconds`` have passed since the last time, and before a run stops: for Ctrl-C or SIGTERM, which ``interrupts``
+    defers, and for whatever ``tick`` raises. All processes of a group call the same methods at the same points, and
+    agree on the outcome.
     """
 
     def __init__(
         self,
-        state: Callable[[], RunState],
-        path: str | Path | None,
+        write: Callable[[], None] | None = None,
         *,
-        seconds: float,
-        interrupts: Interrupts,
-        tick: Callable[[], None],
+        seconds: float = math.inf,
+        interrupts: Interrupts | None = None,
+        tick: Callable[[], None] = lambda: None,
     ) -> None:
-        self._state, self._path, self._seconds = state, path, seconds
-        self._interrupts, self._tick = interrupts, tick
+        self._write, self._seconds = write, seconds
+        self._interrupts, self._tick = interrupts or Interrupts(), tick
         self._saved = time.monotonic()
 
     def save(self) -> None:
-        """Write the state. Raises OSError where the system refuses to; the one from before is there then still."""
-        if self._path is None:
-            return
-        state = self._state()
-        if distributed.rank() == 0:
-            write_state(self._path, state)
-        self._saved = time.monotonic()
+        """Write a checkpoint now. Raises OSError where the system refuses to; the last one stays."""
+        if self._write is not None:
+            self._write()
+            self._saved = time.monotonic()
 
     def after_step(self, device: torch.device, *, may_wait: bool) -> None:
-        """A step was made; ``may_wait`` where one may wait for the device."""
+        """Call after each step; ``may_wait`` says whether this is a step at which to wait for the device."""
         try:
             self._tick()
         except BaseException as error:
@@ -141,10 +138,10 @@ class Checkpointer:
             self.save()
         if stops:
             self._interrupts.deliver()
-            sys.exit(TERMINATED)  # another process of the group is to stop
+            sys.exit(TERMINATED)  # the signal came to another process of the group
 
     def between_batches(self, *, resumable: bool) -> None:
-        """Between two batches without a step; ``resumable`` unless the state is one that nobody could go on from."""
+        """Call between batches without a step; ``resumable`` says whether the run could resume from its state here."""
         if self._interrupts and distributed.world() == 1:
             if resumable:
                 self.save()

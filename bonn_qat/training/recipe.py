@@ -1,4 +1,4 @@
-"""Recipe: everything that one training run depends on, as frozen data that is read from TOML."""
+"""Recipe: everything that one training run depends on, as frozen data, read from TOML."""
 
 import importlib.resources
 import json
@@ -31,36 +31,38 @@ Fraction = Annotated[float, Allowed("at least 0, below 1", lambda x: 0 <= x < 1)
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One run: model, scheme, data, seed, optimizer, schedule and stages.
+    """One training run: model, scheme, data, seed, optimizer, schedule and stages.
 
-    ``model`` is a timm name; ``data`` a name of :mod:`bonn_qat.training.data` or a path. ``train_images`` and
-    ``test_images`` take a fixed random part of the data, 0 all of it; ``validation_images`` of the training images are
-    held out and take the place of the test set, for a search that must not see it. ``latents`` is the start of the
-    latent weights: ``"scheme"`` as the scheme says, ``"float"`` as the float network's, or a standard deviation such as
-    ``"0.01"``.
+    ``model`` is a name of timm's; ``data`` is a name of :mod:`bonn_qat.training.data` or the path of an image folder.
+    ``train_images`` and ``test_images`` take a fixed random part of the data, 0 all of it. ``validation_images`` of the
+    training images are held out and replace the test set, for a search that must not see it. ``latents`` is how the
+    latent weights (the float weights that are trained, whose signs are the binary weights) start: ``"scheme"`` as the
+    scheme says, ``"float"`` as in the float network, or scaled to a standard deviation such as ``"0.01"``.
 
-    ``schedule`` shapes the learning rate over all epochs: ``one_cycle`` (up linearly during ``warmup`` of them, then
-    down along a cosine), ``cosine``, ``constant``, or ``step``: times ``gamma`` after each of the ``milestones``, in
-    epochs, or with ``factors`` that factor of the first rate from each milestone on, so that a later stage can start
-    higher again.
+    ``schedule`` shapes the learning rate over all epochs: ``one_cycle`` (a linear rise for the fraction ``warmup``,
+    then a cosine down), ``cosine``, ``constant``, or ``step``: multiplied by ``gamma`` at each of the ``milestones``
+    (epochs); with ``factors``, one for each milestone, the rate from there on is ``factor * lr``, so it can rise again.
 
-    ``regularizer_options`` are keyword arguments of the regularizers, such as ``{"kernel": {"nu": 1e-3}}``.
-    ``stages`` empty takes the scheme's. ``checkpoint`` is a safetensors file to start from: the state dict of the
-    float network, or of a binary one, such as a comparison leaves beside each result. ``teacher`` is one of the float
-    network, whose logits at ``temperature`` then make the part ``distillation`` of the task's loss (timm's
+    ``regularizer_options`` are keyword arguments of the regularizers, such as ``{"kernel": {"nu": 1e-3}}``. Without
+    ``stages`` the scheme's are used. ``checkpoint`` is a safetensors file with the state dict to start from, of the
+    float network or of a binary one, such as the weights beside a comparison's results. ``teacher`` is one of the
+    float network; its logits at ``temperature`` then make up the part ``distillation`` of the task's loss (timm's
     ``LogitDistillationTask``).
 
-    How fast, not what: ``channels_last`` lays tensors out as convolutions like them, ``compile`` is a mode of
-    ``torch.compile`` for network and losses together (``"reduce-overhead"``: CUDA graphs; empty: none), and
-    ``precision`` is that of a GPU's products: ``"float32"``, ``"tf32"``, or ``"float16"`` under autocast with a
-    scaled loss. The integer sums of binary layers are exact in the first two, in the third up to 2,048.
+    For speed: ``channels_last`` is the memory format of convolutions, ``compile`` a mode of ``torch.compile`` for
+    network and losses (``"reduce-overhead"`` uses CUDA graphs; empty does not compile), and ``precision`` that of
+    matrix products on a GPU: ``"float32"``, ``"tf32"``, or ``"float16"`` under autocast with a scaled loss. The integer
+    sums of binary layers are exact in the first two, and up to 2,048 in the third.
 
-    ``sync_norms`` gives batch norms the statistics of the whole batch where a run has several processes; false leaves
-    each process its own, which is faster and makes the run depend on their number.
+    ``sync_norms`` gives batch norms the statistics of the whole batch when a run has several processes; without it
+    each process uses its own, which is faster but makes the result depend on the number of processes.
 
-    A recipe is data that anybody may have written: ``model_options`` name no files, and tables hold plain data.
+    A recipe may come from anybody: ``model_options`` name no files, and tables hold plain data.
 
-    Raises InvalidRecipe for an impossible value.
+    >>> Recipe(model="resnet18", scheme="xnor", epochs=90).name
+    'xnor-scheme-seed0'
+
+    Raises InvalidRecipe for an impossible value, UnknownName for an unknown schedule, optimizer, mode or precision.
     """
 
     model: str = "wrn10_16"
@@ -140,7 +142,7 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """A name for the run, unique within a comparison, and fit for a file's."""
+        """The name of the run, unique within a comparison, and of its files."""
         return re.sub(r"[^\w.,=+-]", "_", f"{self.scheme_spec}-{self.latents}-seed{self.seed}")
 
     @property
@@ -151,9 +153,14 @@ class Recipe:
         return ":".join(filter(None, (self.scheme, "+".join(options))))
 
     def with_scheme(self, spec: str) -> "Recipe":
-        """A copy with the scheme, and beside its own options those, that ``spec`` names.
+        """A copy with the scheme and the options of ``spec``, which are added to the recipe's own.
 
-        Values are written as in TOML; what is none is a word. Raises InvalidRecipe for an option without a value.
+        Values are TOML, where the quotes of a string may be left out.
+
+        >>> Recipe().with_scheme("xnor:gradient=plain+input_scale=true").scheme_options
+        {'gradient': 'plain', 'input_scale': True}
+
+        Raises InvalidRecipe for an option without a value.
         """
         scheme, _, options = spec.partition(":")
         given: dict[str, Any] = {}
@@ -166,7 +173,7 @@ class Recipe:
 
     @property
     def latent_std(self) -> float | None:
-        """``latents`` as a number, None for a word. Raises InvalidRecipe if it is neither."""
+        """``latents`` as a number, None for ``"scheme"`` and ``"float"``. Raises InvalidRecipe for anything else."""
         if self.latents in ("scheme", "float"):
             return None
         try:
@@ -177,7 +184,7 @@ class Recipe:
         return std
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested data as JSON and TOML have it; :meth:`from_dict` is its inverse."""
+        """The recipe as plain data, for JSON and TOML; :meth:`from_dict` is the inverse."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return plain
 
@@ -191,8 +198,8 @@ class Recipe:
         return read_as(cls, content)
 
     @classmethod
-    def from_toml(cls, path: Path) -> "Recipe":
-        """Read a recipe. Raises InvalidRecipe naming the file if it cannot be read, else as :meth:`from_dict`."""
+    def from_toml(cls, path: str | Path) -> "Recipe":
+        """Read a recipe. Raises InvalidRecipe naming the file if it cannot be read, and what :meth:`from_dict` does."""
         try:
             content = plain.from_toml(plain.read_text(path, LARGEST_FILE))
         except OSError as error:
@@ -203,7 +210,7 @@ class Recipe:
 
     @classmethod
     def default(cls, data: str) -> "Recipe":
-        """The recipe that comes with the package for a data set, or the one for image folders, with ``data`` set."""
+        """The package's recipe for a data set, or else the one for image folders with this ``data``."""
         recipes = importlib.resources.files("bonn_qat.training") / "recipes"
         file = recipes / f"{data}.toml"
         with importlib.resources.as_file(file if file.is_file() else recipes / "folder.toml") as path:
@@ -216,7 +223,7 @@ def _check(holds: bool, name: str, given: object, allowed: str) -> None:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """What is neither a table nor a list in ``value``, names in tables included."""
+    """All values within nested tables and lists, and the keys of tables."""
     if isinstance(value, Mapping):
         yield from value
         value = value.values()

@@ -1,4 +1,4 @@
-"""Resume: take the state of a run for its checkpoint, and put it back."""
+"""Resume: write the state of a run into a checkpoint, and go on from there."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,13 +9,23 @@ from torch import Tensor
 from bonn_qat import distributed
 from bonn_qat.errors import BonnQatError, InvalidData
 from bonn_qat.files.plain import shown
-from bonn_qat.training.checkpoint import Progress, RunState, mismatch, read_state
+from bonn_qat.training.checkpoint import Progress, RunState, mismatch, read_state, write_state
 from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.schedule import stage_of
 from bonn_qat.training.trainer import Trainer
 
 _EVERY_EPOCH = {"epoch", "stage", "lr", "train/loss", "train/task", "train/top1", "test/loss", "test/top1"}
 _OPTIMIZER_STATE = {"adam": ("exp_avg", "exp_avg_sq", "step"), "sgd": ("momentum_buffer",)}
+
+
+def write_checkpoint(run: Trainer, path: str | Path) -> None:
+    """Write the state of ``run``; all processes of a group call this together, and rank 0 writes.
+
+    Raises OSError where the system refuses to write; the last checkpoint stays.
+    """
+    state = capture(run)
+    if distributed.rank() == 0:
+        write_state(path, state)
 
 
 def capture(run: Trainer) -> RunState:

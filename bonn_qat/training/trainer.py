@@ -1,4 +1,4 @@
-"""Trainer: the epochs of one run: steps, stages, tests, checkpoints, and what is measured on the way."""
+"""Trainer: the epochs of one run: training steps, tests, stages, and what is measured on the way."""
 
 import math
 import time
@@ -30,16 +30,18 @@ from bonn_qat.training.schedule import lr_factor, stage_of
 from bonn_qat.training.sync_norms import SynchronisedNorms, average_statistics
 
 _BINS = 61
-_CHECK_EVERY = 50  # steps between looks for NaN on a GPU, where each look is a synchronisation
+_CHECK_EVERY = 50  # steps between checks for NaN on a GPU, each of which synchronises
 _TOP = 5
 
 
 class Trainer:
     """One run of a recipe on a binarized model; :func:`bonn_qat.train` drives it.
 
-    ``distillation`` is what :class:`bonn_qat.Objective` takes. In a process group every process has a part of each
-    batch, the gradients are averaged over all of them, and so are, within ``norms.on()``, the batch norms' statistics.
-    ``checkpointer`` is told of each moment at which the run may be left.
+    ``distillation`` is that of :class:`bonn_qat.Objective`. In a process group each process has a shard of each batch;
+    gradients are averaged over the processes, and within ``norms.on()`` so are the statistics of batch norms.
+    ``checkpointer`` is called wherever a checkpoint may be written.
+
+    Raises InvalidModel for a model that is not binarized.
     """
 
     def __init__(
@@ -85,15 +87,15 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.run_id = distributed.broadcast(uuid.uuid4().hex)
         self.norms = SynchronisedNorms(self.model, wanted=recipe.sync_norms)
-        self.checkpointer: Checkpointer | None = None
+        self.checkpointer = Checkpointer()
         self.shard = distributed.rank(), distributed.world()
         self.steps_in_epoch = math.ceil(data.train_size / recipe.batch_size)
         self.layers = dict(binary_layers(model))
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.stage = -1
         self.epochs: list[dict[str, float]] = []
-        # Of the epoch under way: the steps made, the sums of what they gave, where the order of its images came from,
-        # and the signs of the weights at its beginning.
+        # Of the current epoch: steps done, the sums of their terms, the generator's state before it shuffled the
+        # images, and the weights' signs at the start.
         self.done = 0
         self.sums: Tensor | None = None
         self.order = self.generator.get_state()
@@ -104,7 +106,7 @@ class Trainer:
         self._keep_histograms(0)
 
     def epoch(self, epoch: int) -> dict[str, float]:
-        """Train and test for one epoch, counted from 1, or what is left of it; returns its metrics."""
+        """Train for an epoch, counted from 1, or for the rest of a resumed one, then test; returns its metrics."""
         if not self.done:
             self._enter_stage(epoch)
             self.flips = FlipRatio(self.model) if self.layers else None
@@ -126,8 +128,63 @@ class Trainer:
         self.done, self.sums, self.order = 0, None, self.generator.get_state()
         return metrics
 
+    def _train_epoch(self, epoch: int) -> dict[str, float]:
+        self.objective.train()
+        batches = self.data.train_batches(
+            self.recipe.batch_size, self.generator, augment=self.recipe.augment, shard=self.shard, start=self.done
+        )
+        if self.done:
+            self._set_lr((epoch - 1) + (self.done - 1) / self.steps_in_epoch)  # no step may be left to set it
+        losses = None
+        for images, targets in self._on_device(batches):
+            self._set_lr((epoch - 1) + self.done / self.steps_in_epoch)
+            losses = self.step(images, targets)
+            may_wait = self.device.type == "cpu" or self.done % _CHECK_EVERY == 0
+            if may_wait:
+                self._check(losses, images, epoch, self.done + 1)
+            with torch.no_grad():
+                hits = (losses.logits.argmax(1) == targets).double().mean()
+                values = [losses.total, *losses.terms.values(), hits, torch.ones_like(hits)]
+                weighted = torch.stack([value.double() for value in values]) * len(targets)
+                self.sums = weighted if self.sums is None else self.sums.add_(weighted)
+            self.done += 1
+            self.checkpointer.after_step(self.device, may_wait=may_wait)
+        if losses is not None:
+            self._check(losses, images, epoch, self.done)
+        assert self.sums is not None, "an epoch has at least one batch"
+        *means, count = distributed.all_reduce(self.sums.clone()).tolist()
+        terms = self.terms(self._stage)
+        metrics = {f"train/{name}": total / count for name, total in zip(terms, means, strict=True)}
+        metrics["train/top1"] *= 100
+        return {"lr": self.optimizer.param_groups[0]["lr"], **metrics}
+
+    def step(self, images: Tensor, targets: Tensor) -> Losses:
+        """Forward, backward and update, without waiting for a GPU."""
+        with torch.autocast(self.device.type, torch.float16, enabled=self.scaler.is_enabled()):
+            losses = self.forward(images, targets)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        for layer in self.layers.values():
+            layer.weight_quant.constrain(layer.weight)
+        return losses
+
+    @torch.no_grad()
+    def _test(self) -> dict[str, float]:
+        self.objective.eval()
+        sums = torch.zeros(3, device=self.device)  # hits, hits among the first five, loss
+        for images, targets in self._on_device(self.data.test_batches(shard=self.shard), resumable=True):
+            logits = self.model(images)
+            order = logits.topk(min(_TOP, logits.shape[1])).indices == targets[:, None]
+            loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+            sums += torch.stack([order[:, 0].sum(), order.sum(), loss])
+        top1, top5, loss = (distributed.all_reduce(sums) / self.data.test_size).tolist()
+        metrics = {"test/loss": loss, "test/top1": 100 * top1}
+        return metrics | ({"test/top5": 100 * top5} if self.data.classes > _TOP else {})
+
     def result(self) -> RunResult:
-        """What the run gave, once its epochs are done."""
+        """The result of the run, after its last epoch."""
         return RunResult(
             name=self.recipe.name,
             scheme=self.recipe.scheme_spec,
@@ -160,13 +217,14 @@ class Trainer:
         if before and before.weights == "float" and self._stage.weights == "binary":
             for layer in self.layers.values():
                 layer.adopt(self.scheme.latent_std)
-            self.optimizer.state.clear()  # the momentum of weights that had another scale
+            self.optimizer.state.clear()  # the weights had another scale
         for name, weight in self._stage.regularizers.items():
             if weight and not (before and before.regularizers.get(name)):
                 batches = self._on_device(self.data.measure_batches(shard=self.shard), resumable=False)
                 self.objective.regularizers[name].start(batches)  # type: ignore[operator]
 
     def set_stage(self, stage: int) -> None:
+        """Set layers, loss weights and trainable parameters as the stage of this index says."""
         self.stage = stage
         norms = {id(p) for m in self.model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
         for parameter in self.trainable:
@@ -174,91 +232,33 @@ class Trainer:
         self.objective.set_weights(self._stage.regularizers)
         for layer in self.layers.values():
             layer.enter(self._stage)
-        self.forward = self._whole_forward()
+        self.forward = self._make_forward()
 
-    def _whole_forward(self) -> Callable[[Tensor, Tensor], Losses]:
-        """Network and losses as one call, synchronised and compiled as asked; made anew where a stage changes them."""
+    def _make_forward(self) -> Callable[[Tensor, Tensor], Losses]:
+        """Network and losses in one call, distributed and compiled as the recipe says; made anew for each stage."""
         forward: nn.Module = self.objective
         if self.shard[1] > 1:
             devices = [self.device.index] if self.device.type == "cuda" else None
             forward = DistributedDataParallel(forward, devices)
-            # Where norms are synchronised all buffers are, and need not be sent at each step. Not as an argument, which
-            # has another name from torch 2.15 on, and warns under this one.
+            # Synchronised norms keep all buffers equal. Set here because torch 2.15 renames the argument and warns.
             forward.broadcast_buffers = not self.recipe.sync_norms
         return torch.compile(forward, mode=self.recipe.compile) if self.recipe.compile else forward
 
-    def _train_epoch(self, epoch: int) -> dict[str, float]:
-        self.objective.train()
-        batches = self.data.train_batches(
-            self.recipe.batch_size, self.generator, augment=self.recipe.augment, shard=self.shard, start=self.done
-        )
-        if self.done:
-            self._set_lr((epoch - 1) + (self.done - 1) / self.steps_in_epoch)  # there may be no step left to set it
-        losses = None
-        for images, targets in self._on_device(batches):
-            self._set_lr((epoch - 1) + self.done / self.steps_in_epoch)
-            losses = self.step(images, targets)
-            may_wait = self.device.type == "cpu" or self.done % _CHECK_EVERY == 0
-            if may_wait:
-                self._check(losses, images, epoch, self.done + 1)
-            with torch.no_grad():
-                hits = (losses.logits.argmax(1) == targets).double().mean()
-                values = [losses.total, *losses.terms.values(), hits, torch.ones_like(hits)]
-                weighted = torch.stack([value.double() for value in values]) * len(targets)
-                self.sums = weighted if self.sums is None else self.sums.add_(weighted)
-            self.done += 1
-            if self.checkpointer is not None:
-                self.checkpointer.after_step(self.device, may_wait=may_wait)
-        if losses is not None:
-            self._check(losses, images, epoch, self.done)
-        assert self.sums is not None, "an epoch has at least one batch"
-        *means, count = distributed.all_reduce(self.sums.clone()).tolist()
-        terms = self.terms(self._stage)
-        metrics = {f"train/{name}": total / count for name, total in zip(terms, means, strict=True)}
-        metrics["train/top1"] *= 100
-        return {"lr": self.optimizer.param_groups[0]["lr"], **metrics}
-
-    def terms(self, stage: Stage) -> list[str]:
-        """What is summed over an epoch, beside the number of images."""
-        return ["loss", "task", *(name for name in self.objective.regularizers if stage.regularizers.get(name)), "top1"]
-
     def _recompute_norms(self) -> None:
-        if self.checkpointer is not None:
-            self.checkpointer.save()  # for it cannot be left in the middle
+        self.checkpointer.save()  # the state in the middle of this is not one to resume from
         batches = self._on_device(self.data.measure_batches(shard=self.shard), resumable=False)
-        with self.norms.off(), distributed.alone():  # for the processes have different numbers of batches
+        with self.norms.off(), distributed.alone():  # processes have different numbers of batches
             update_bn(batches, self.model)
         average_statistics(self.model)
 
-    def step(self, images: Tensor, targets: Tensor) -> Losses:
-        """Forward, backward and update; nothing here waits for a GPU."""
-        with torch.autocast(self.device.type, torch.float16, enabled=self.scaler.is_enabled()):
-            losses = self.forward(images, targets)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        for layer in self.layers.values():
-            layer.weight_quant.constrain(layer.weight)
-        return losses
+    def terms(self, stage: Stage) -> list[str]:
+        """Names of the values that are averaged over an epoch's images."""
+        return ["loss", "task", *(name for name in self.objective.regularizers if stage.regularizers.get(name)), "top1"]
 
     def _set_lr(self, epoch: float) -> None:
         factor = lr_factor(self.recipe, epoch) * self._stage.lr_scale
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
-
-    @torch.no_grad()
-    def _test(self) -> dict[str, float]:
-        self.objective.eval()
-        sums = torch.zeros(3, device=self.device)  # hits, hits among the first five, loss
-        for images, targets in self._on_device(self.data.test_batches(shard=self.shard), resumable=True):
-            logits = self.model(images)
-            order = logits.topk(min(_TOP, logits.shape[1])).indices == targets[:, None]
-            loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-            sums += torch.stack([order[:, 0].sum(), order.sum(), loss])
-        top1, top5, loss = (distributed.all_reduce(sums) / self.data.test_size).tolist()
-        metrics = {"test/loss": loss, "test/top1": 100 * top1}
-        return metrics | ({"test/top5": 100 * top5} if self.data.classes > _TOP else {})
 
     def _on_device(self, batches: Iterator[Batch], *, resumable: bool | None = None) -> Iterator[Batch]:
         """Move batches to the device. ``resumable`` says whether to write a checkpoint when a run stops between two.
@@ -268,11 +268,11 @@ class Trainer:
         for images, targets in batches:
             images, targets = (part.to(self.device, non_blocking=True) for part in (images, targets))
             yield (images.contiguous(memory_format=self.layout) if images.ndim == 4 else images), targets
-            if resumable is not None and self.checkpointer is not None:
+            if resumable is not None:
                 self.checkpointer.between_batches(resumable=resumable)
 
     def _check(self, losses: Losses, images: Tensor, epoch: int, step: int) -> None:
-        # All processes stop together: one that went on alone would wait for the others for ever.
+        # All processes must stop together: one that went on would wait for the others forever.
         if not bool(distributed.all_reduce((~torch.isfinite(losses.total)).float())):
             return
         term = next((name for name, value in losses.terms.items() if not bool(torch.isfinite(value))), "the sum")
@@ -296,22 +296,22 @@ class Trainer:
 
 
 def _optimizer(recipe: Recipe, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
-    fused = device.type == "cuda"  # one kernel, which knows of the scaled loss too; on a CPU it brings nothing
+    fused = device.type == "cuda"  # handles the scaled loss as well; no faster on a CPU
     if recipe.optimizer == "adam":
         return torch.optim.AdamW(groups, lr=recipe.lr, fused=fused)
     return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=fused)
 
 
 def to_memory_format(model: nn.Module, layout: torch.memory_format) -> None:
-    """Bring the kernels ``(O, I, kh, kw)`` of ``model`` into ``layout``, in place; no value changes."""
+    """Change the memory format of the convolution kernels ``(O, I, kh, kw)`` of ``model`` in place."""
     for parameter in model.parameters():
         if parameter.ndim == 4:
-            # Not contiguous(), which leaves the strides of a 1x1 kernel as they are; those of its gradient are others.
+            # contiguous() would keep the strides of a 1x1 kernel, which differ from those of its gradient.
             parameter.data = torch.empty_like(parameter.data, memory_format=layout).copy_(parameter.data)
 
 
 def _watched(model: nn.Module, record: Binarization) -> dict[str, nn.Module]:
-    """First, middle and last of the layers that are binary, or would be in a float network."""
+    """The first, middle and last layer that is binary, or would be in a float network."""
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and n not in record.kept]
     chosen = dict.fromkeys([names[0], names[len(names) // 2], names[-1]] if names else [])
     return {name: model.get_submodule(name) for name in chosen}

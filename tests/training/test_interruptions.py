@@ -402,12 +402,9 @@ def test_a_failure_in_another_process_is_kept(tmp_path: Path, digits: data.Data)
     assert found.failures.keys() == read_comparison(tmp_path).failures.keys() == {wild.name}
 
 
-def test_keeper_without_a_path_writes_nothing_and_still_stops() -> None:
-    def state() -> RunState:
-        raise AssertionError("nobody asked")
-
+def test_a_checkpointer_that_writes_nothing_still_stops_the_run() -> None:
     with pytest.raises(KeyboardInterrupt), deferred_interrupts() as interrupts:  # noqa: PT012
-        checkpointer = Checkpointer(state, None, seconds=0.0, interrupts=interrupts, tick=lambda: None)
+        checkpointer = Checkpointer(seconds=0.0, interrupts=interrupts)
         checkpointer.save()
         checkpointer.after_step(torch.device("cpu"), may_wait=True)
         os.kill(os.getpid(), signal.SIGINT)
