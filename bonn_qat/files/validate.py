@@ -7,12 +7,24 @@ walk over the data once more; pydantic takes longer to import than a whole ``bon
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from bonn_qat.errors import BonnQatError, InvalidData, InvalidRecipe, UnknownName
-from bonn_qat.files.plain import shown
+from bonn_qat.files.plain import from_toml, read_text, shown
 
 T = TypeVar("T")
+_LARGEST_TOML = 2**16  # bytes
+
+
+def read_toml(path: str | Path, kind: str) -> dict[str, Any]:
+    """The table in a TOML file of at most 64 KiB. Raises InvalidRecipe naming the file, called ``kind``."""
+    try:
+        return from_toml(read_text(path, _LARGEST_TOML))
+    except OSError as error:
+        raise InvalidRecipe(f"cannot read the {kind} {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InvalidRecipe(f"{path} is not TOML: {error}") from error
 
 
 def read_as(cls: type[T], content: Any) -> T:
@@ -92,7 +104,7 @@ def _hints(cls: Any) -> Mapping[str, Any]:
 
 
 def _instance(cls: Any, content: Mapping[str, Any], path: str | None) -> Any:
-    """``path`` leads to ``content`` in a file of ours, None in a person's."""
+    # `path` leads to `content` in a file that bonn-qat wrote; None in one that a person wrote.
     known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(cls) if f.init}
     missing = [name for name, is_needed in known.items() if is_needed and name not in content]
     if path is not None:

@@ -1,4 +1,4 @@
-"""Study: a table or figure of a paper as data: which arms, in which settings, with the paper's numbers beside them."""
+"""Study: a table or figure of a paper as data: its settings, their arms, and the paper's numbers for them."""
 
 import importlib.resources
 import math
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bonn_qat.errors import InvalidRecipe, UnknownName
-from bonn_qat.files import plain
-from bonn_qat.files.validate import read_as
+from bonn_qat.files.plain import shown
+from bonn_qat.files.validate import read_as, read_toml
 from bonn_qat.quantizers import number
 from bonn_qat.studies import figures
-from bonn_qat.training.recipe import LARGEST_FILE, Recipe
+from bonn_qat.training.recipe import Recipe
 
 _T = TypeVar("_T")
 FEWEST_TEST_IMAGES = 2000  # of a scaled study: their noise is 1 point then
@@ -59,7 +59,7 @@ class _Study:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyArm:
-    """One row: a recipe, and what the paper has for it, ``top1`` and ``top5`` in percent; or nothing."""
+    """One row: a recipe and the paper's ``top1`` and ``top5`` for it in percent, if the paper has them."""
 
     label: str  # empty: the scheme's own title
     recipe: Recipe
@@ -68,7 +68,7 @@ class StudyArm:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Arms that share network and data, and so a comparison."""
+    """Arms with the same network and data: one comparison."""
 
     name: str  # also of its directory
     title: str
@@ -77,10 +77,12 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A table or figure: its settings, and how it is to be read.
+    """A table or figure of a paper.
 
-    ``chain`` sets each arm against the row above it; ``figures`` are names of :data:`bonn_qat.studies.figures.TITLES`.
-    Raises InvalidRecipe for less than one seed, UnknownName for another figure.
+    With ``chain`` each arm is compared with the row above it. ``figures`` are names of
+    :data:`bonn_qat.studies.figures.TITLES`.
+
+    Raises InvalidRecipe for fewer than one seed, UnknownName for another figure.
     """
 
     name: str
@@ -102,7 +104,7 @@ class Study:
                 raise UnknownName(f"figure of the study {self.name}", figure, figures.TITLES)
 
     def only(self, names: Sequence[str]) -> "Study":
-        """The same study with the named settings alone; all for no name. Raises UnknownName."""
+        """The same study with only the named settings, or all if no name is given. Raises UnknownName."""
         known = {setting.name: setting for setting in self.settings}
         for name in names:
             if name not in known:
@@ -117,7 +119,10 @@ def names() -> list[str]:
 
 
 def load(name: str | Path) -> Study:
-    """A study that comes with the package, or a TOML file by its path.
+    """A study of the package by its name, or any by the path of its TOML file.
+
+    >>> load("table3").seeds > 1
+    True
 
     Raises UnknownName for a name that is neither, or a key that no study has; InvalidRecipe for impossible values.
     """
@@ -131,12 +136,11 @@ def load(name: str | Path) -> Study:
 
 
 def scaled(recipe: Recipe, scale: float, *, train_images: int, test_images: int) -> Recipe:
-    """The recipe with ``scale`` times the work: epochs and training images each times its square root.
+    """The recipe with ``scale`` times the work: epochs and training images are each multiplied by its square root.
 
-    ``train_images`` and ``test_images`` are what there is, nothing held out; the numbers of a recipe that takes a part
-    are scaled from there. At least 2,000 test images stay, or all there are, and so of validation images. Milestones
-    move with the epochs. A scale of 1 changes nothing. Raises InvalidRecipe for a scale that is not above 0 and at
-    most 1.
+    ``train_images`` and ``test_images`` are the sizes of the whole data; a recipe that takes a part of it is scaled
+    from that part. At least 2,000 test images and validation images are kept, or all there are. Milestones move with
+    the epochs. A scale of 1 changes nothing. Raises InvalidRecipe for a scale that is not above 0 and at most 1.
     """
     check_scale("scale", scale)
     if scale == 1:
@@ -166,13 +170,7 @@ def _tested(share: float, images: int) -> int:
 
 
 def _read(name: str, path: Path) -> Study:
-    try:
-        content = plain.from_toml(plain.read_text(path, LARGEST_FILE))
-    except OSError as error:
-        raise InvalidRecipe(f"cannot read the study {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InvalidRecipe(f"{path} is not TOML: {error}") from error
-    file = read_as(_Study, content)
+    file = read_as(_Study, read_toml(path, "study"))
     if not isinstance(file.recipe, str):
         raise InvalidRecipe(
             f"the recipe of the study {path.name} is {file.recipe!r}; the path of a recipe beside it is needed"
@@ -202,7 +200,7 @@ def _some(kind: str, entries: tuple[_T, ...]) -> tuple[_T, ...]:
 def _setting(base: Mapping[str, Any], file: _Setting) -> Setting:
     if len(file.name) > _LONGEST_NAME or not re.fullmatch(r"\w[\w.,=+-]*", file.name):
         raise InvalidRecipe(
-            f"a setting of a study has the name {plain.shown(file.name)}; one that fits a directory is needed: "
+            f"a setting of a study has the name {shown(file.name)}; one that fits a directory is needed: "
             f"letters, digits, _.,=+-, at most {_LONGEST_NAME} of them"
         )
     arms = tuple(_arm({**base, **file.recipe}, arm) for arm in _some("arms", file.arms))
@@ -224,7 +222,7 @@ def check_distinct(setting: str, recipes: Sequence[Recipe]) -> None:
 def _arm(base: Mapping[str, Any], file: _Arm) -> StudyArm:
     scheme = file.scheme
     if not scheme:
-        raise InvalidRecipe(f"an arm of a study has no scheme: {plain.shown(file)}")
+        raise InvalidRecipe(f"an arm of a study has no scheme: {shown(file)}")
     for key in _SHARED:
         if key in file.recipe:
             raise InvalidRecipe(f"the arm {scheme!r} has a {key} of its own; arms share the one of their setting")

@@ -11,14 +11,13 @@ from typing import Annotated, Any
 
 from bonn_qat.errors import InvalidRecipe
 from bonn_qat.files import plain
-from bonn_qat.files.validate import Allowed, OneOf, check_values, read_as
+from bonn_qat.files.validate import Allowed, OneOf, check_values, read_as, read_toml
 from bonn_qat.scheme import Stage
 
 SCHEDULES = ("constant", "cosine", "one_cycle", "step")
 OPTIMIZERS = ("sgd", "adam")
 COMPILE = ("", "default", "reduce-overhead", "max-autotune")
 PRECISIONS = ("float32", "tf32", "float16")
-LARGEST_FILE = 2**16  # bytes of TOML
 _LONGEST_NAME = 200  # bytes; a file's name has 255, and others are made of it
 # Arguments of timm.create_model that name files, or where to find them.
 _FILES = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
@@ -200,13 +199,7 @@ class Recipe:
     @classmethod
     def from_toml(cls, path: str | Path) -> "Recipe":
         """Read a recipe. Raises InvalidRecipe naming the file if it cannot be read, and what :meth:`from_dict` does."""
-        try:
-            content = plain.from_toml(plain.read_text(path, LARGEST_FILE))
-        except OSError as error:
-            raise InvalidRecipe(f"cannot read the recipe {path}: {error.strerror}") from error
-        except ValueError as error:
-            raise InvalidRecipe(f"{path} is not TOML: {error}") from error
-        return cls.from_dict(content)
+        return cls.from_dict(read_toml(path, "recipe"))
 
     @classmethod
     def default(cls, data: str) -> "Recipe":

@@ -1,4 +1,4 @@
-"""Results: what one training run leaves on disk, as frozen data."""
+"""Results: what a finished training run writes to disk, as frozen data."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -57,7 +57,7 @@ class RunResult:
     ``epochs`` has one mapping per epoch, counted from 1 in ``epoch``: ``lr``, ``stage``, ``train/loss``,
     ``train/task``, ``train/NAME`` of each regularizer (weighted), ``train/top1`` and ``test/top1`` in percent,
     ``test/loss``, ``scale/LAYER``, the mean ``|scale|`` of a layer's binary weights, ``flips`` and ``flips/LAYER``,
-    the share (0 to 1) of all binary weights, or of a layer's, whose sign at the epoch's end is another one.
+    the share (0 to 1) of binary weights, of all layers or one, whose sign changed during the epoch.
     ``size`` holds ``parameters``, ``mbit``, ``float_mbit``, ``compression``, ``macs``, ``binary_macs``.
     ``histograms`` maps layer -> epoch (as text; "0" is the start) -> ``edges`` (n + 1) and ``counts`` (n) of
     its latent weights.
