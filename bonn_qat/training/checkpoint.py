@@ -108,7 +108,8 @@ class Checkpointer:
         tick: Callable[[], None] = lambda: None,
     ) -> None:
         self._write, self._seconds = write, seconds
-        self._interrupts, self._tick = interrupts or Interrupts(), tick
+        self._interrupts = Interrupts() if interrupts is None else interrupts  # which is false until a signal comes
+        self._tick = tick
         self._saved = time.monotonic()
 
     def save(self) -> None:

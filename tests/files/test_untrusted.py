@@ -550,6 +550,15 @@ def test_results_come_back(directory):
     assert read_comparison(other.directory) == other
 
 
+def test_what_an_earlier_version_did_not_write_takes_its_default(directory):
+    rewritten(directory / "comparison.json", lambda content: content.pop("recipes"))
+    for path in (directory / "runs").iterdir():
+        rewritten(path, lambda content: content.pop("histograms"))
+    found = read_comparison(str(directory))
+    assert found.recipes == {}
+    assert [run.histograms for run in found.results] == [{}] * len(found.planned)
+
+
 @pytest.mark.parametrize(
     "name", ["../x", "..", ".", "", "/etc/passwd", "a/b", "a\\b", "a\0", "a\n", "x" * 241, "C:x", "\u00e9" * 121]
 )
