@@ -28,7 +28,7 @@ from bonn_qat.binarization import policy
 from bonn_qat.binarization.binarize import BypassedLayers, binary_layers
 from bonn_qat.bonn import BONN
 from bonn_qat.environment import environment
-from bonn_qat.files.atomic import write_whole
+from bonn_qat.files.atomic import write_bytes
 
 SIDE, IMAGES = 64, 4
 MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
@@ -425,9 +425,9 @@ def main() -> None:
             rows[row.family] = row
             print(f"{row.family:26} {row.model:32} {row.error or _line(row)}", flush=True)
             document = {"environment": settings, "rows": {name: asdict(row) for name, row in sorted(rows.items())}}
-            write_whole(args.output, (json.dumps(document, indent=1) + "\n").encode())
+            write_bytes(args.output, (json.dumps(document, indent=1) + "\n").encode())
     if args.page:
-        write_whole(args.page, page(list(rows.values()), settings).encode())
+        write_bytes(args.page, page(list(rows.values()), settings).encode())
 
 
 def _read(path: Path) -> dict[str, Row]:

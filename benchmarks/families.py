@@ -31,7 +31,7 @@ from torch import nn
 
 import bonn_qat
 from bonn_qat.environment import environment
-from bonn_qat.files.atomic import write_whole
+from bonn_qat.files.atomic import write_bytes
 from bonn_qat.inspection.diagnose import DeadLayers
 from bonn_qat.training.data import Data, load
 
@@ -158,11 +158,11 @@ def main() -> None:
                 if "top1" in document["runs"].get(key, {}):
                     continue
                 run = document["runs"][key] = _run(FAMILIES[name], arm, seed, data, args)
-                write_whole(args.out, (json.dumps(document, indent=1) + "\n").encode())
+                write_bytes(args.out, (json.dumps(document, indent=1) + "\n").encode())
                 told = run.get("failed") or f"{run['top1']:.2f} % in {run['seconds']:.0f} s"
                 print(f"{key:24} {told}", flush=True)
     if args.page:
-        print(f"wrote {write_whole(args.page, page(document).encode())}")
+        print(f"wrote {write_bytes(args.page, page(document).encode())}")
 
 
 def _run(family: Family, arm: str, seed: int, data: Data, args: argparse.Namespace) -> dict[str, Any]:

@@ -51,9 +51,11 @@ from bonn_qat.studies import statistics
 from bonn_qat.studies.comparison import Comparison, read_comparison, write_manifest
 from bonn_qat.training import checkpoint
 from bonn_qat.training.data import load
-from bonn_qat.training.network import build, check, restore, weights_header
+from bonn_qat.training.network import build, check, weights_header
+from bonn_qat.training.network import load as load_network
 from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.results import RunResult, write_run
+from bonn_qat.training.resume import capture, resume
 from bonn_qat.training.trainer import Trainer
 
 SECONDS, PATIENCE = 10.0, 6  # CPU time allowed per file, and the factor for wall-clock time
@@ -550,19 +552,19 @@ def checkpoint_kind() -> Kind:
     samples = []
     for _ in range(2):
         with tempfile.TemporaryDirectory() as folder:
-            path = checkpoint.write_state(Path(folder, "x"), run.state())
+            path = checkpoint.write_state(Path(folder, "x"), capture(run))
             samples.append({"checkpoint.safetensors": path.read_bytes()})
         run.epoch(1)
     fresh = make_trainer()
 
     def read(path: Path) -> None:
-        fresh.resume(path)
+        resume(fresh, path)
 
     return Kind(samples=samples, rewrite=rewrite_tensors(_signed), read=read)
 
 
 def weights_kind() -> Kind:
-    """Weights files: they are restored to networks."""
+    """Trained weights: loaded into the network that they describe."""
     data = load("digits", train_images=16, test_images=8)
     samples: list[Files] = []
     for scheme in ("bonn", "float", "float", "float"):  # a binary network takes longer to create
@@ -571,7 +573,7 @@ def weights_kind() -> Kind:
         samples.append({"weights.safetensors": joined(tensors, json.dumps(weights_header(recipe, data)))})
 
     def read(path: Path) -> None:
-        restore(path)
+        load_network(path)
 
     return Kind(samples=samples, rewrite=rewrite_tensors(unsigned), read=read)
 

@@ -35,7 +35,7 @@ from bonn_qat.environment import environment
 from bonn_qat.layers import BinaryConv2d
 from bonn_qat.regularizers import FeatureLoss, KernelLoss
 from bonn_qat.training.data import TensorData
-from bonn_qat.training.trainer import lay_out
+from bonn_qat.training.trainer import to_memory_format
 
 PAGE = Path(__file__).parents[1] / "docs" / "training_speed.md"
 START, END = "<!-- made by benchmarks/profile_step.py -->\n", "<!-- end -->\n"
@@ -228,7 +228,7 @@ class _Training:
         self.model = model.to(args.device)
         self.objective = bonn_qat.Objective(self.model, regularizers=kept).to(args.device).train()
         self.layout = torch.channels_last if args.channels_last else torch.contiguous_format
-        lay_out(self.model, self.layout)
+        to_memory_format(self.model, self.layout)
         self._leave_out()
         # At a rate of 0, a net without norms does not change, and a step costs the same.
         groups = bonn_qat.parameter_groups(self.objective, lr=0.0, weight_decay=1e-4)

@@ -58,7 +58,7 @@ from bonn_qat import distributed
 from bonn_qat.environment import environment
 from bonn_qat.scheme import Stage
 from bonn_qat.training.data import TensorData
-from bonn_qat.training.precision import products
+from bonn_qat.training.precision import matmul_precision
 from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.trainer import Trainer
 
@@ -450,7 +450,7 @@ def _serve(connection: Connection, rank: int, count: int, port: int, args: argpa
     torch.backends.cudnn.benchmark = True
     if torch.cuda.is_available():
         torch.cuda.set_device(rank)
-    with distributed.process_group(), products(args.precision):
+    with distributed.process_group(), matmul_precision(args.precision):
         ways = SHARED if port else (ALONE,)
         trainings = {(net, way): _Training(net, args, way, count if port else 1) for net in NETS for way in ways}
         connection.send("ready")

@@ -1,9 +1,9 @@
 """Soak test: does a process that trains and packs for hours use more and more memory, files, threads or objects?
 
-In each round, for each scheme, a run of a comparison is interrupted in the middle and resumed from its checkpoint; its
-report is read and written again; the trained network is restored, summarized, packed, saved, loaded and run. After the
-round the garbage is collected and the process is measured. The first rounds are not counted, because they fill caches;
-a straight line is fitted to the others. Examples::
+Each round, for each scheme: a run of a comparison is interrupted in the middle, goes on from its checkpoint and ends;
+its report is read and written again; the trained network is loaded, summed up, packed, saved, loaded and run. After
+the round, with the garbage collected, the process is measured. The first rounds do not count: they fill caches. Through
+the others goes a line. Examples::
 
     python benchmarks/soak.py --minutes 30 --output soak.json
     python benchmarks/soak.py --minutes 30 --mlflow one --output soak-mlflow.json
@@ -48,7 +48,7 @@ from bonn_qat.studies.compare import compare, plan
 from bonn_qat.studies.comparison import read_comparison
 from bonn_qat.studies.report import write_report
 from bonn_qat.training.data import Data, load
-from bonn_qat.training.network import restore
+from bonn_qat.training.network import load as load_network
 from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.results import RUNS
 
@@ -108,7 +108,7 @@ def one_round(schemes: Sequence[str], data: Data, number: int, pm: pluggy.Plugin
             assert not comparison.failures
             assert not comparison.missing
             write_report(read_comparison(directory))
-            model, size = restore(directory / RUNS / f"{recipes[0].name}.safetensors", pm)
+            model, size = load_network(directory / RUNS / f"{recipes[0].name}.safetensors", pm=pm), data.image
             str(bonn_qat.summary(model, size))
             if packs and scheme != "float":
                 _pack(model, size, directory / "packed.safetensors")

@@ -34,8 +34,8 @@ import bonn_qat
 import bonn_qat.models
 from bonn_qat.environment import environment, processor
 from bonn_qat.layers import BinaryConv2d
-from bonn_qat.training.precision import products
-from bonn_qat.training.trainer import lay_out
+from bonn_qat.training.precision import matmul_precision
+from bonn_qat.training.trainer import to_memory_format
 
 BASE = "float"
 REGULARIZERS = {"binary + kernel loss": {"kernel": 1e-4}, "binary + both losses": {"kernel": 1e-4, "feature": 1e-3}}
@@ -54,7 +54,7 @@ def main() -> None:
     prepare(args)
     found = dict(environment(torch.device(args.device)))  # now: a commit during the measurement is not what runs
     results = []
-    with products(args.precision):
+    with matmul_precision(args.precision):
         for batch in args.batch:
             results.append(measure(args, batch))
             print(f"\n{args.model}, batch {batch}, {args.size}x{args.size}, {args.device}, {args.precision}")
@@ -182,7 +182,7 @@ def make_step(arm: str, args: argparse.Namespace, batch: int, mode: str | None) 
     report = bonn_qat.summary(model, (3, args.size, args.size))
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     objective = bonn_qat.Objective(model, regularizers=REGULARIZERS.get(arm, {})).to(args.device).train()
-    lay_out(model, layout)
+    to_memory_format(model, layout)
     groups = bonn_qat.parameter_groups(objective, lr=1e-3, weight_decay=1e-4)
     optimizer = torch.optim.SGD(groups, lr=1e-3, momentum=0.9, nesterov=True, fused=True)
     images = torch.randn(batch, 3, args.size, args.size, device=args.device).contiguous(memory_format=layout)

@@ -34,6 +34,7 @@ class Binarization:
     ``binary`` names the binary layers, ``kept`` the float ones with the reason, ``schemes`` the binary layers with
     another scheme than ``scheme``, ``revived`` the norms and gains that were all zero and now are one, ``added`` the
     keys that the float model's state dict lacks. ``input_size`` is that of the policy's dry run, None without one.
+    ``skip`` and ``include`` are as given to :func:`binarize`.
     """
 
     scheme: Scheme
@@ -43,6 +44,8 @@ class Binarization:
     revived: tuple[str, ...] = ()
     input_size: tuple[int, ...] | None = None
     added: frozenset[str] = field(default=frozenset(), repr=False)
+    skip: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
 
 
 def binarize(
@@ -84,7 +87,9 @@ def binarize(
     kept = decision.kept | {n: f"scheme {others.of(n).name!r}" for n in decision.binary if others.of(n).weight is None}
     if chosen.weight is None and not others.patterns:
         result = model if inplace else copy.deepcopy(model)
-        result.binarization = Binarization(scheme=chosen, binary=(), kept=decision.kept)  # type: ignore[assignment]
+        result.binarization = Binarization(  # type: ignore[assignment]
+            scheme=chosen, binary=(), kept=decision.kept, input_size=decision.input_size, skip=skip, include=include
+        )
         return result
     if len(kept) == len(decision.kept) + len(decision.binary):
         reasons = ", ".join(f"{name} ({why})" for name, why in kept.items()) or "no module inside it has weights"
@@ -106,6 +111,8 @@ def binarize(
         revived=tuple(_revive_zero_scales(result)),
         input_size=decision.input_size,
         added=frozenset(set(result.state_dict()) - before),
+        skip=skip,
+        include=include,
     )
     for name, layer in layers.items():
         layer.adopt(others.of(name).latent_std)

@@ -12,7 +12,7 @@ from torch import nn
 from bonn_qat.binarization.dry_run import DryRun, dry_run
 from bonn_qat.conv_types import conv_type
 from bonn_qat.errors import InvalidModel, UnknownName
-from bonn_qat.files.plain import words_of
+from bonn_qat.files.plain import one_line
 from bonn_qat.heads import metadata
 
 Predicate = Callable[[str, nn.Module], bool | None]
@@ -255,7 +255,7 @@ def _observe(
             return dry_run(model, layers, input_size), tuple(input_size)
         except Exception as error:
             raise InvalidModel(
-                f"{type(model).__name__} does not take an image of {tuple(input_size)}: {words_of(error)}; "
+                f"{type(model).__name__} does not take an image of {tuple(input_size)}: {one_line(error)}; "
                 "give input_size=(C, H, W)"
             ) from error
     for size in dict.fromkeys(_sizes(model)):

@@ -145,12 +145,13 @@ def _source(
 ) -> tuple["nn.Module", tuple[int, int, int]]:
     """The network of a weights file or a timm model, and the size of its images."""
     from bonn_qat.binarization.binarize import binarize
-    from bonn_qat.training.network import restore
+    from bonn_qat.training.network import load
 
     if source.endswith(".safetensors") or Path(source).is_file():
         if scheme is not None or num_classes is not None:
             raise InvalidRecipe(f"{source} holds its scheme and classes; leave out --scheme and --num-classes")
-        network, (channels, height, width) = restore(Path(source))
+        network = load(source)
+        channels, height, width = network.binarization.input_size  # type: ignore[union-attr, misc]
         return network, (channels, img_size or height, img_size or width)
     size = (3, img_size or 224, img_size or 224)
     network = _float(source, 1000 if num_classes is None else num_classes)

@@ -22,7 +22,7 @@ from bonn_qat.errors import BonnQatError, InvalidModel, UnknownName
 from bonn_qat.exporting.c.header import c_header
 from bonn_qat.exporting.onnx import beyond_bipolar, run_onnx, run_qonnx, write_onnx, write_qonnx
 from bonn_qat.exporting.trace import outputs_of, run_pt2, write_pt2
-from bonn_qat.files.atomic import write_whole
+from bonn_qat.files.atomic import write_bytes
 from bonn_qat.inspection.summary import input_size_of
 from bonn_qat.layers import BinaryLayer
 from bonn_qat.modes import modes
@@ -89,7 +89,7 @@ def export(model: nn.Module, path: str | Path, format: str, *, input_size: Seque
     frozen = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     for _, layer in binary_layers(frozen):
         layer.freeze()
-    return write_whole(path, chosen.write(frozen, size))
+    return write_bytes(path, chosen.write(frozen, size))
 
 
 def verify(

@@ -11,11 +11,12 @@ from bonn_qat.errors import InvalidData
 from bonn_qat.files import plain
 
 
-def write_whole(path: Path, content: bytes) -> Path:
-    """Write a file, and the folders above it; one that is there already is replaced in one moment.
+def write_bytes(path: str | Path, content: bytes) -> Path:
+    """Write a file atomically, making the folders above it: readers see the old content or the new, never a part.
 
-    Raises OSError where the system refuses to write; what was there before is then there still.
+    Raises OSError where the system refuses to write; the old content stays.
     """
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -30,17 +31,18 @@ def write_whole(path: Path, content: bytes) -> Path:
     return path
 
 
-def sweep(path: Path) -> None:
-    """Remove what :func:`write_whole` left of ``path`` in a process that was killed; nobody else may be writing it."""
+def remove_leftovers(path: str | Path) -> None:
+    """Remove the temporary files of killed processes that were writing ``path``; nobody else may be writing it."""
+    path = Path(path)
     prefix = f".{path.name}."
-    with contextlib.suppress(OSError):  # it costs room, nothing else
+    with contextlib.suppress(OSError):  # they only take space
         for file in path.parent.iterdir():
             if file.name.startswith(prefix) and file.name.removeprefix(prefix).isdigit():
                 file.unlink(missing_ok=True)
 
 
 def _sync_directory(directory: Path) -> None:
-    # Until then a power cut may bring the old name back; not every system lets one open a folder.
+    # Without this a power cut may undo the renaming; not every system can open a folder.
     with contextlib.suppress(OSError):
         handle = os.open(directory, os.O_RDONLY)
         try:
@@ -53,27 +55,18 @@ FORMAT = 1
 LARGEST = 2**26  # bytes of a file
 
 
-def expect(path: Path, kind: str, content: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
-    """Raise InvalidData naming the file where ``content`` has other keys, or values of other types, than ``hints``."""
-    if odd := sorted(content.keys() ^ hints.keys()):
-        raise InvalidData(f"{path} is not {kind}: its keys differ in {plain.shown(odd)}")
-    for key, hint in hints.items():
-        if said := plain.misfit(key, content[key], hint):
-            raise InvalidData(f"{path} is not {kind}: {said}")
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> Path:
-    """Write a file that is there whole or not at all, also when the disk is full."""
+def write_json(path: str | Path, content: Mapping[str, Any]) -> Path:
+    """Write a JSON object atomically, with its ``format``."""
     return write_text(path, json.dumps({"format": FORMAT, **content}, indent=1, ensure_ascii=False))
 
 
-def write_text(path: Path, text: str) -> Path:
-    """Write text to a file that is there whole or not at all; half a character becomes a question mark."""
-    return write_whole(path, text.encode(errors="replace"))
+def write_text(path: str | Path, text: str) -> Path:
+    """Write text as UTF-8 atomically; a lone surrogate becomes a question mark."""
+    return write_bytes(path, text.encode(errors="replace"))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a table that :func:`write_json` wrote, without its ``format``. Raises InvalidData naming the file."""
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read what :func:`write_json` wrote, without ``format``. Raises InvalidData naming the file."""
     try:
         content = plain.from_json(plain.read_text(path, LARGEST))
     except OSError as error:

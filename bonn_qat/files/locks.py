@@ -1,4 +1,4 @@
-"""Locks: what one process at a time does, of all that see a directory; the system lets go when it dies."""
+"""Locks between processes, also on a shared directory; the system releases those of a process that dies."""
 
 import contextlib
 import errno
@@ -11,10 +11,10 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, waits: bool) -> Iterator[bool]:
-    """Whether this process holds the lock ``path`` for the block; with ``waits`` it does, however long that takes.
+def locked(path: str | Path, *, waits: bool) -> Iterator[bool]:
+    """Hold the lock file ``path`` within the block; False if another process holds it, unless ``waits``.
 
-    Where the file system has no locks, it always does. Raises OSError where the file cannot be made.
+    Always True where the file system has no locks. Raises OSError where the file cannot be made.
     """
     lock = filelock.FileLock(path, timeout=-1 if waits else 0)
     try:

@@ -1,7 +1,7 @@
-"""Files of tensors: safetensors with a header of JSON, written whole or not at all, and read without running code.
+"""Files of tensors: safetensors with a JSON header, written atomically and read without running code.
 
-What a file claims is held against its size before anything of that size is made; safetensors does so for the tensors'
-types, shapes and places.
+The sizes that a file claims are checked against the file's own size before memory is allocated; safetensors does so for
+the tensors' types, shapes and offsets.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bonn_qat.errors import InvalidData
 from bonn_qat.files import plain
-from bonn_qat.files.atomic import write_whole
+from bonn_qat.files.atomic import write_bytes
 
 _KEY = "bonn_qat"
 _TENSORS = 2**15  # in a file; the largest networks of timm have a few thousand
@@ -26,18 +26,15 @@ _HEADER = 2**25  # characters of ours
 _TYPES = ("BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> Path:
-    """Write tensors by name, with a header, to a file that is there whole or not at all.
-
-    Raises OSError where the system refuses to write.
-    """
-    # Not save_file, which turns a full disk into an error of its own.
-    return write_whole(path, dump_tensors(tensors, header))
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> Path:
+    """Write tensors by name, with a header, atomically. Raises OSError where the system refuses to write."""
+    # safetensors' save_file would turn a full disk into an error of its own.
+    return write_bytes(path, dump_tensors(tensors, header))
 
 
 def dump_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> bytes:
     """What :func:`write_tensors` writes."""
-    # A copy of each, because safetensors refuses tensors that share their memory.
+    # safetensors refuses tensors that share memory.
     copies = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
     metadata = {_KEY: json.dumps(header, separators=(",", ":"))} if header is not None else None
     content: bytes = safetensors.torch.save(copies, metadata)
@@ -54,12 +51,13 @@ def digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
     return found.hexdigest()
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What :func:`write_tensors` wrote, on the CPU; the header is empty for a file without one.
 
-    The tensors are copies: they stay what they are when the file changes. Raises InvalidData naming the file if it
-    cannot be read, and for types, sizes and headers that this package does not write.
+    The tensors are copies, which do not change with the file. Raises InvalidData naming the file if it cannot be read,
+    and for types, sizes and headers that this package does not write.
     """
+    path = Path(path)
     try:
         if path.exists() and not path.is_file():
             raise InvalidData(f"cannot read {path}: it is no file")
@@ -76,7 +74,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         reason = error.strerror or ("no such file" if not path.is_file() else str(error))
         raise InvalidData(f"cannot read {path}: {reason}") from error
     except (safetensors.SafetensorError, ValueError) as error:
-        raise InvalidData(f"{path} is not a whole safetensors file: {plain.words_of(error)}") from error
+        raise InvalidData(f"{path} is not a whole safetensors file: {plain.one_line(error)}") from error
     except MemoryError as error:
         raise InvalidData(f"{path} does not fit into memory") from error
     if not isinstance(header, dict):
@@ -94,5 +92,5 @@ def _tensor(name: str, file: Any) -> Tensor:
     tensor: Tensor = file.get_tensor(name)
     if kind == "BOOL" and bool((tensor.view(torch.uint8) > 1).any()):
         raise ValueError(f"the tensor {plain.shown(name)} holds bytes that are no truth values")
-    # The memory is the file's: another process may change or shorten it, and numbers lie anywhere.
+    # The tensor is a view of the file, which another process may change or shorten, and may be unaligned.
     return tensor.clone()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bonn_qat.binarization.binarize import Binarization
 from bonn_qat.errors import InvalidModel
-from bonn_qat.files.plain import words_of
+from bonn_qat.files.plain import one_line
 from bonn_qat.inspection.packed_size import packed_report
 from bonn_qat.inspection.size_report import FLOAT_BITS, LayerReport, OtherReport, Report
 from bonn_qat.layers import BinaryLayer
@@ -108,7 +108,7 @@ def _calls(model: nn.Module, layers: list[nn.Module], size: tuple[int, ...]) -> 
             model(torch.zeros(1, *size, device=reference.device, dtype=reference.dtype))
     except Exception as error:  # whatever a model raises
         raise InvalidModel(
-            f"{type(model).__name__} does not take an image of {size}: {words_of(error)}; give input_size=(C, H, W)"
+            f"{type(model).__name__} does not take an image of {size}: {one_line(error)}; give input_size=(C, H, W)"
         ) from error
     finally:
         for hook in hooks:

@@ -4,15 +4,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Annotated, Any, final
 
 import torch
 from torch import Tensor, fx, nn
 
 from bonn_qat.errors import InvalidData, first_line
 from bonn_qat.files import plain
-from bonn_qat.files.atomic import write_whole
+from bonn_qat.files.atomic import write_bytes
 from bonn_qat.files.tensors import digest, dump_tensors, read_tensors
+from bonn_qat.files.validate import Allowed, Line, read_own
 from bonn_qat.runtime import graph as graphs
 from bonn_qat.runtime.dry_run import dry_run
 from bonn_qat.runtime.layout import Geometry
@@ -29,9 +30,31 @@ class PackedLayer:
     kind is not ``"bits"``.
     """
 
-    name: str
+    name: Line
+    kind: Annotated[str, Allowed("bits, weights, float", lambda kind: kind in ("bits", "weights", "float"))]
+    reason: Line = ""
+
+
+_Size = Annotated[tuple[int, ...], Allowed("[C, H, W], each 1 to 65,536", lambda s: len(s) == 3 and _are_sizes(*s))]
+_Batch = Annotated[int | None, Allowed("1 to 65,536", lambda batch: batch is None or _are_sizes(batch))]
+
+
+def _are_sizes(*numbers: int) -> bool:
+    return all(1 <= number <= 2**16 for number in numbers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Header:
+    """What a file says beside its tensors."""
+
     kind: str
-    reason: str = ""
+    format: int
+    name: Line
+    scheme: Line
+    input_size: _Size
+    batch: _Batch
+    layers: list[PackedLayer]
+    nodes: Any
 
 
 @final
@@ -116,7 +139,7 @@ class PackedModel(nn.Module):
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file with a JSON header, atomically. Raises OSError where that fails."""
-        return write_whole(Path(path), self.dump())
+        return write_bytes(Path(path), self.dump())
 
     def dump(self) -> bytes:
         """The bytes that :meth:`save` writes."""
@@ -169,7 +192,8 @@ class PackedModel(nn.Module):
             )
         if header.pop("sha256", None) != digest(tensors, header):
             raise InvalidData("the file was altered after it was written: its checksum is another")
-        given = _header(header)
+        given = vars(read_own(_Header, header, "its header has something wrong"))
+        given = {key: value for key, value in given.items() if key not in ("kind", "format", "nodes")}
         graph, weights = graphs.rebuild(header["nodes"])
         used = [node.target for node in graph.nodes if node.op == "get_attr"]
         if missing := sorted(set(used) ^ set(tensors)):
@@ -190,38 +214,6 @@ class PackedModel(nn.Module):
     def extra_repr(self) -> str:
         """For ``print(model)``."""
         return f"{self.name}, scheme={self.scheme!r}, input_size={self.input_size}"
-
-
-_HINTS: Mapping[str, Any] = {
-    "kind": str, "format": int, "name": str, "scheme": str, "input_size": list[int], "batch": Any,
-    "layers": list[Mapping[str, str]], "nodes": Any,
-}  # fmt: skip
-_KINDS = ("bits", "weights", "float")
-_LONGEST = 2**16  # axis of an image
-
-
-def _header(header: Mapping[str, Any]) -> dict[str, Any]:
-    """What a PackedModel is made with, beside its graph. Raises InvalidData."""
-    if odd := sorted(header.keys() ^ _HINTS.keys()):
-        raise InvalidData(f"its header lacks something or has too much: look at {plain.shown(odd[0])}")
-    for key, hint in _HINTS.items():
-        if said := plain.misfit(key, header[key], hint):
-            raise InvalidData(f"its header has something wrong: {said}")
-    size, batch = header["input_size"], header["batch"]
-    if len(size) != 3 or not all(1 <= n <= _LONGEST for n in size):
-        raise InvalidData(f"its header has something wrong: images of {plain.shown(size)}")
-    if batch is not None and (type(batch) is not int or not 1 <= batch <= _LONGEST):
-        raise InvalidData(f"its header has something wrong: a batch of {plain.shown(batch)}")
-    layers = []
-    for layer in header["layers"]:
-        if layer.keys() != {"name", "kind", "reason"} or layer["kind"] not in _KINDS:
-            raise InvalidData(f"its header has something wrong: the layer {plain.shown(layer)}")
-        layers.append(PackedLayer(**layer))
-    for text in (header["name"], header["scheme"], *(t for layer in header["layers"] for t in layer.values())):
-        if not text.isprintable():
-            raise InvalidData(f"its header has something wrong: {plain.shown(text)} cannot be printed")
-    return {"name": header["name"], "scheme": header["scheme"], "input_size": tuple(size), "batch": batch,
-            "layers": layers}  # fmt: skip
 
 
 def _joined(parts: list[Any]) -> Any:

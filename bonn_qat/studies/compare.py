@@ -9,7 +9,7 @@ import pluggy
 
 from bonn_qat import distributed, plugins
 from bonn_qat.errors import InvalidData, InvalidRecipe
-from bonn_qat.files.atomic import sweep
+from bonn_qat.files.atomic import remove_leftovers
 from bonn_qat.studies.comparison import MANIFEST, PAGE, Comparison, read_comparison, write_manifest
 from bonn_qat.studies.jobs import at_once, check_jobs
 from bonn_qat.studies.on_ray import RayCluster, on_ray
@@ -17,7 +17,7 @@ from bonn_qat.studies.report import write_report
 from bonn_qat.studies.run import checkpoint_of, in_turn, lock_of, whole_comparison
 from bonn_qat.studies.statistics import REFERENCE
 from bonn_qat.training.data import Data
-from bonn_qat.training.interrupts import held
+from bonn_qat.training.interrupts import deferred_interrupts
 from bonn_qat.training.network import check
 from bonn_qat.training.recipe import Recipe
 
@@ -121,7 +121,7 @@ def compare(
             in_turn(left, data, directory, pm=pm, waits=waits)
     finally:
         if is_first:
-            with held():  # what draws the figures may swallow an interruption
+            with deferred_interrupts():  # what draws the figures may swallow an interruption
                 comparison, page = _end(comparison)
             pm.hook.bonn_qat_after_comparison(directory=directory, page=page)
     distributed.barrier()
@@ -144,7 +144,7 @@ def _begin(recipes: Sequence[Recipe], data: Data, directory: Path) -> Comparison
         try:
             if distributed.rank() == 0:
                 for name in (MANIFEST, PAGE):
-                    sweep(directory / name)
+                    remove_leftovers(directory / name)
                 for run in comparison.results:  # a process may have been killed right after it finished one
                     checkpoint_of(directory, run.name).unlink(missing_ok=True)
                     lock_of(directory, run.name).unlink(missing_ok=True)

@@ -3,34 +3,62 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any
 
-from bonn_qat.errors import InvalidData
-from bonn_qat.files import plain
-from bonn_qat.files.atomic import expect, read_json, write_json
+from bonn_qat.files.atomic import read_json, write_json
+from bonn_qat.files.plain import shown
+from bonn_qat.files.validate import Allowed, read_own
 from bonn_qat.training.results import RUNS, RunResult, read_run
 
 MANIFEST, PAGE = "comparison.json", "report.html"
 _NAME, _LONGEST = re.compile(r"[\w.,=+-]+"), 240  # of a run, in bytes
-_DATA: Mapping[str, Any] = {"name": str, "classes": int, "train": int, "test": int, "image": list[int]}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """A comparison as it stands on disk: what was planned, what is finished, and what failed with which words.
+class _Data:
+    """What a manifest says of the data: numbers of images, and ``image`` ``[C, H, W]``."""
 
-    ``recipes`` are the planned runs' as data, by name. ``elsewhere`` names runs that another process was at when this
-    one came to them; it is not written.
+    name: str
+    classes: int
+    train: int
+    test: Annotated[int, Allowed("at least 1", lambda n: n >= 1)]
+    image: Annotated[Sequence[int], Allowed("[C, H, W]", lambda size: len(size) == 3)]
+
+
+def _check_names(name: str, runs: Sequence[str]) -> str | None:
+    """Names of runs become names of files."""
+    for run, count in Counter(runs).items():
+        if count > 1 or len(run.encode()) > _LONGEST or not _NAME.fullmatch(run) or not run.strip("."):
+            return f"it plans a run {shown(run)}, or two of it"
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a comparison's own file holds.
+
+    ``data`` describes the data: name, classes, train, test (numbers of images), image (channels, height, width).
+    ``planned`` has the names of runs in the order of the table, ``failures`` the error of each run that failed,
+    ``recipes`` the planned runs' recipes by name; an earlier version wrote none.
+    """
+
+    data: Mapping[str, Any]
+    planned: Annotated[Sequence[str], _check_names]
+    failures: Mapping[str, str] = field(default_factory=dict)
+    recipes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Manifest):
+    """A comparison as it stands on disk: its manifest, and the results of the runs that are finished.
+
+    ``elsewhere`` names runs that another process was at when this one came to them; it is not written.
     """
 
     directory: Path
-    data: Mapping[str, Any]  # name, classes, train, test (numbers of images), image (channels, height, width)
-    planned: Sequence[str]  # names of runs, in the order of the table
     results: Sequence[RunResult]
-    failures: Mapping[str, str] = field(default_factory=dict)
-    recipes: Mapping[str, Any] = field(default_factory=dict)
     elsewhere: Sequence[str] = ()
 
     @property
@@ -42,35 +70,19 @@ class Comparison:
 
 def write_manifest(comparison: Comparison) -> Path:
     """Write the plan and the failures of a comparison; its results are files of their own."""
-    return write_json(
-        comparison.directory / MANIFEST,
-        {
-            "data": comparison.data,
-            "planned": comparison.planned,
-            "failures": comparison.failures,
-            "recipes": comparison.recipes,
-        },
-    )
+    content = {f.name: getattr(comparison, f.name) for f in fields(Manifest)}
+    return write_json(comparison.directory / MANIFEST, content)
 
 
-def read_comparison(directory: Path) -> Comparison:
+def read_comparison(directory: str | Path) -> Comparison:
     """Read a comparison with the runs that are finished.
 
-    Raises InvalidData if there is none in ``directory``, and for names of runs that are not those of files there.
+    Raises InvalidData if there is none in ``directory``, and for names of runs that cannot be names of files.
     """
+    directory = Path(directory)
     path = directory / MANIFEST
-    manifest = read_json(path)
-    hints = get_type_hints(Comparison)
-    # An earlier version wrote no recipes.
-    kept = ["data", "planned", "failures", *(["recipes"] if "recipes" in manifest else [])]
-    expect(path, "a comparison", manifest, {key: hints[key] for key in kept})
-    expect(path, "a comparison", {key: manifest["data"].get(key) for key in _DATA}, _DATA)
-    if len(manifest["data"]["image"]) != 3 or manifest["data"]["test"] < 1:
-        raise InvalidData(f"{path} is not a comparison: its data are {plain.shown(manifest['data'])}")
-    # Names of runs become names of files.
-    for name, count in Counter(manifest["planned"]).items():
-        if count > 1 or len(name.encode()) > _LONGEST or not _NAME.fullmatch(name) or not name.strip("."):
-            raise InvalidData(f"{path} is not a comparison: it plans a run {plain.shown(name)}, or two of it")
-    paths = [directory / RUNS / f"{name}.json" for name in manifest["planned"]]
+    manifest = read_own(Manifest, read_json(path), f"{path} is not a comparison")
+    read_own(_Data, manifest.data, f"{path} is not a comparison: its data are {shown(manifest.data)}")
+    paths = [directory / RUNS / f"{name}.json" for name in manifest.planned]
     results = [read_run(path) for path in paths if path.exists()]
-    return Comparison(directory=directory, results=results, **manifest)
+    return Comparison(directory=directory, results=results, **vars(manifest))

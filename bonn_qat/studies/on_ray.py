@@ -16,7 +16,7 @@ import pluggy
 import torch
 
 from bonn_qat.errors import BonnQatError, InvalidData, InvalidRecipe
-from bonn_qat.files.atomic import write_whole
+from bonn_qat.files.atomic import write_bytes
 from bonn_qat.hookspecs import hookimpl
 from bonn_qat.studies.jobs import SentPlugins, pickled, sent_plugins
 from bonn_qat.studies.run import Outcome, checkpoint_of, claimed, is_over, note_failure, run
@@ -149,7 +149,7 @@ class _Driver:
     def _take(self) -> None:
         for name, kind, content in self._inbox.get_nowait_batch(self._inbox.size()):
             if kind == _CHECKPOINT:
-                write_whole(checkpoint_of(self._directory, name), content)
+                write_bytes(checkpoint_of(self._directory, name), content)
             else:
                 self._tell(name, kind, content)
 
@@ -164,7 +164,7 @@ class _Driver:
 
     def _finish(self, name: str, outcome: Outcome, files: Mapping[str, bytes], keeps_checkpoint: bool) -> None:
         for file, content in files.items():
-            write_whole(self._directory / RUNS / file, content)
+            write_bytes(self._directory / RUNS / file, content)
         if not keeps_checkpoint:
             checkpoint_of(self._directory, name).unlink(missing_ok=True)
         if isinstance(outcome, str):
@@ -203,7 +203,7 @@ def _train(recipe: Recipe, common: _Common, checkpoint: bytes | None, inbox: Any
         directory = Path(folder)
         unfinished = checkpoint_of(directory, recipe.name)
         if checkpoint is not None:
-            write_whole(unfinished, checkpoint)
+            write_bytes(unfinished, checkpoint)
         pm = common.plugins.manager(observers=False)
         reporter = _Reporter(recipe.name, unfinished, inbox)
         pm.register(reporter)

@@ -11,7 +11,7 @@ import torch
 
 from bonn_qat import distributed
 from bonn_qat.errors import BonnQatError, TrainingDiverged
-from bonn_qat.files.atomic import read_json, sweep
+from bonn_qat.files.atomic import read_json, remove_leftovers
 from bonn_qat.files.locks import locked
 from bonn_qat.files.tensors import write_tensors
 from bonn_qat.studies.comparison import MANIFEST, read_comparison, write_manifest
@@ -162,7 +162,7 @@ def _trained(
     weights = directory / RUNS / f"{recipe.name}.safetensors"
     if distributed.rank() == 0:
         for path in (weights.with_suffix(".json"), weights, unfinished):
-            sweep(path)
+            remove_leftovers(path)
     model = build(recipe, data, pm)
     result = train(model, recipe, data, device=device, checkpoint=unfinished, tick=tick, pm=pm)
     if distributed.rank() == 0:

@@ -1,31 +1,65 @@
-"""Study: a table or figure of a paper as data: which arms, in which settings, with the paper's numbers beside them."""
+"""Study: a table or figure of a paper as data: its settings, their arms, and the paper's numbers for them."""
 
 import importlib.resources
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from bonn_qat.errors import InvalidRecipe, UnknownName
-from bonn_qat.files import plain
+from bonn_qat.files.plain import shown
+from bonn_qat.files.validate import read_as, read_toml
 from bonn_qat.quantizers import number
 from bonn_qat.studies import figures
-from bonn_qat.training.recipe import LARGEST_FILE, Recipe
+from bonn_qat.training.recipe import Recipe
 
+_T = TypeVar("_T")
 FEWEST_TEST_IMAGES = 2000  # of a scaled study: their noise is 1 point then
-_STUDY = ("title", "source", "note", "seeds", "chain", "figures", "recipe", "settings")
-_SETTING = ("name", "title", "recipe", "arms")
-_ARM = ("scheme", "label", "latents", "recipe", "paper")
 _MOST_SEEDS, _LONGEST_NAME = 1000, 100  # runs of an arm; characters of a setting's name
 _SHARED = ("model", "data", "train_images", "test_images", "validation_images")
-_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Arm:
+    """An arm as a study's file has it: ``scheme`` with options, ``recipe`` changes the setting's."""
+
+    scheme: str = ""
+    label: str = ""
+    latents: Any = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    paper: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Setting:
+    """A setting as a study's file has it: ``recipe`` changes the study's."""
+
+    name: str = ""
+    title: str = ""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    arms: tuple[_Arm, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Study:
+    """A study's file; ``recipe`` is the path of the recipe that all arms start from, relative to it."""
+
+    recipe: Any = None
+    title: str = ""
+    source: str = ""
+    note: str = ""
+    seeds: int = 1
+    chain: bool = False
+    figures: tuple[Any, ...] = ()
+    settings: tuple[_Setting, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyArm:
-    """One row: a recipe, and what the paper has for it, ``top1`` and ``top5`` in percent; or nothing."""
+    """One row: a recipe and the paper's ``top1`` and ``top5`` for it in percent, if the paper has them."""
 
     label: str  # empty: the scheme's own title
     recipe: Recipe
@@ -34,7 +68,7 @@ class StudyArm:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Arms that share network and data, and so a comparison."""
+    """Arms with the same network and data: one comparison."""
 
     name: str  # also of its directory
     title: str
@@ -43,10 +77,12 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A table or figure: its settings, and how it is to be read.
+    """A table or figure of a paper.
 
-    ``chain`` sets each arm against the row above it; ``figures`` are names of :data:`bonn_qat.studies.figures.TITLES`.
-    Raises InvalidRecipe for less than one seed, UnknownName for another figure.
+    With ``chain`` each arm is compared with the row above it. ``figures`` are names of
+    :data:`bonn_qat.studies.figures.TITLES`.
+
+    Raises InvalidRecipe for fewer than one seed, UnknownName for another figure.
     """
 
     name: str
@@ -68,7 +104,7 @@ class Study:
                 raise UnknownName(f"figure of the study {self.name}", figure, figures.TITLES)
 
     def only(self, names: Sequence[str]) -> "Study":
-        """The same study with the named settings alone; all for no name. Raises UnknownName."""
+        """The same study with only the named settings, or all if no name is given. Raises UnknownName."""
         known = {setting.name: setting for setting in self.settings}
         for name in names:
             if name not in known:
@@ -82,11 +118,15 @@ def names() -> list[str]:
     return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
 
 
-def load(name: str) -> Study:
-    """A study that comes with the package, or a TOML file by its path.
+def load(name: str | Path) -> Study:
+    """A study of the package by its name, or any by the path of its TOML file.
+
+    >>> load("table3").seeds > 1
+    True
 
     Raises UnknownName for a name that is neither, or a key that no study has; InvalidRecipe for impossible values.
     """
+    name = str(name)
     if name.endswith(".toml"):
         return _read(Path(name).stem, Path(name))
     if name not in names():
@@ -96,12 +136,11 @@ def load(name: str) -> Study:
 
 
 def scaled(recipe: Recipe, scale: float, *, train_images: int, test_images: int) -> Recipe:
-    """The recipe with ``scale`` times the work: epochs and training images each times its square root.
+    """The recipe with ``scale`` times the work: epochs and training images are each multiplied by its square root.
 
-    ``train_images`` and ``test_images`` are what there is, nothing held out; the numbers of a recipe that takes a part
-    are scaled from there. At least 2,000 test images stay, or all there are, and so of validation images. Milestones
-    move with the epochs. A scale of 1 changes nothing. Raises InvalidRecipe for a scale that is not above 0 and at
-    most 1.
+    ``train_images`` and ``test_images`` are the sizes of the whole data; a recipe that takes a part of it is scaled
+    from that part. At least 2,000 test images and validation images are kept, or all there are. Milestones move with
+    the epochs. A scale of 1 changes nothing. Raises InvalidRecipe for a scale that is not above 0 and at most 1.
     """
     check_scale("scale", scale)
     if scale == 1:
@@ -131,52 +170,42 @@ def _tested(share: float, images: int) -> int:
 
 
 def _read(name: str, path: Path) -> Study:
-    try:
-        content = plain.from_toml(plain.read_text(path, LARGEST_FILE))
-    except OSError as error:
-        raise InvalidRecipe(f"cannot read the study {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InvalidRecipe(f"{path} is not TOML: {error}") from error
-    _known("a study", content, _STUDY)
-    base = _base(path, content.get("recipe"))
-    found = tuple(_setting(base, setting) for setting in _tables("settings", content.get("settings")))
-    twice = {setting.name for setting in found if sum(other.name == setting.name for other in found) > 1}
-    if twice:
+    file = read_as(_Study, read_toml(path, "study"))
+    if not isinstance(file.recipe, str):
+        raise InvalidRecipe(
+            f"the recipe of the study {path.name} is {file.recipe!r}; the path of a recipe beside it is needed"
+        )
+    base = Recipe.from_toml(path.parent / file.recipe).to_dict()
+    settings = tuple(_setting(base, setting) for setting in _some("settings", file.settings))
+    if twice := [name for name, count in Counter(setting.name for setting in settings).items() if count > 1]:
         raise InvalidRecipe(f"two settings of {path.name} are named {' and '.join(sorted(twice))}")
-    drawn: list[Any] = _value("a study", content, "figures", [])
     return Study(
         name=name,
-        title=_value("a study", content, "title", name),
-        source=_value("a study", content, "source", ""),
-        note=_value("a study", content, "note", ""),
-        seeds=_value("a study", content, "seeds", 1),
-        chain=_value("a study", content, "chain", False),
-        figures=tuple(map(str, drawn)),
-        settings=found,
+        title=file.title or name,
+        source=file.source,
+        note=file.note,
+        seeds=file.seeds,
+        chain=file.chain,
+        figures=tuple(map(str, file.figures)),
+        settings=settings,
     )
 
 
-def _base(path: Path, file: Any) -> Mapping[str, Any]:
-    """The recipe that a study's arms start from: a file beside the study's, by its relative path."""
-    if not isinstance(file, str):
-        raise InvalidRecipe(
-            f"the recipe of the study {path.name} is {file!r}; the path of a recipe beside it is needed"
-        )
-    return Recipe.from_toml(path.parent / file).to_dict()
+def _some(kind: str, entries: tuple[_T, ...]) -> tuple[_T, ...]:
+    if not entries:
+        raise InvalidRecipe(f"a study needs at least one of its {kind}, as an array of tables")
+    return entries
 
 
-def _setting(base: Mapping[str, Any], content: Mapping[str, Any]) -> Setting:
-    _known("a setting", content, _SETTING)
-    name = _value("a setting", content, "name", "")
-    if len(name) > _LONGEST_NAME or not re.fullmatch(r"\w[\w.,=+-]*", name):
+def _setting(base: Mapping[str, Any], file: _Setting) -> Setting:
+    if len(file.name) > _LONGEST_NAME or not re.fullmatch(r"\w[\w.,=+-]*", file.name):
         raise InvalidRecipe(
-            f"a setting of a study has the name {plain.shown(name)}; one that fits a directory is needed: letters, "
-            f"digits, _.,=+-, at most {_LONGEST_NAME} of them"
+            f"a setting of a study has the name {shown(file.name)}; one that fits a directory is needed: "
+            f"letters, digits, _.,=+-, at most {_LONGEST_NAME} of them"
         )
-    own = {**base, **_table("recipe of a setting", content.get("recipe", {}))}
-    arms = tuple(_arm(own, arm) for arm in _tables("arms", content.get("arms")))
-    check_distinct(name, [arm.recipe for arm in arms])
-    return Setting(name=name, title=_value("a setting", content, "title", name), arms=arms)
+    arms = tuple(_arm({**base, **file.recipe}, arm) for arm in _some("arms", file.arms))
+    check_distinct(file.name, [arm.recipe for arm in arms])
+    return Setting(name=file.name, title=file.title or file.name, arms=arms)
 
 
 def check_distinct(setting: str, recipes: Sequence[Recipe]) -> None:
@@ -190,53 +219,20 @@ def check_distinct(setting: str, recipes: Sequence[Recipe]) -> None:
         )
 
 
-def _arm(base: Mapping[str, Any], content: Mapping[str, Any]) -> StudyArm:
-    _known("an arm", content, _ARM)
-    scheme = _value("an arm", content, "scheme", "")
+def _arm(base: Mapping[str, Any], file: _Arm) -> StudyArm:
+    scheme = file.scheme
     if not scheme:
-        raise InvalidRecipe(f"the arm {dict(content)} of a study has no scheme")
-    changes = dict(_table("recipe of an arm", content.get("recipe", {})))
+        raise InvalidRecipe(f"an arm of a study has no scheme: {shown(file)}")
     for key in _SHARED:
-        if key in changes:
+        if key in file.recipe:
             raise InvalidRecipe(f"the arm {scheme!r} has a {key} of its own; arms share the one of their setting")
-    if "latents" in content:
-        changes["latents"] = content["latents"]
-    recipe = Recipe.from_dict({**base, **changes}).with_scheme(scheme)
+    latents = {} if file.latents is None else {"latents": file.latents}
+    recipe = Recipe.from_dict({**base, **file.recipe, **latents}).with_scheme(scheme)
     if recipe.scheme == "float":
         recipe = replace(recipe, latents="float")
-    paper = _table("paper of an arm", content.get("paper", {}))
-    _known("the paper's numbers", paper, ("top1", "top5"))
-    for key, value in paper.items():
+    for key, value in file.paper.items():
+        if key not in ("top1", "top5"):
+            raise UnknownName("key of the paper's numbers", key, ("top1", "top5"))
         if not 0 <= number(value) <= 100:
             raise InvalidRecipe(f"the paper's {key} of the arm {scheme!r} is {value!r}; a number of percent is needed")
-    return StudyArm(
-        label=_value("an arm", content, "label", ""),
-        recipe=recipe,
-        paper={key: float(value) for key, value in paper.items()},
-    )
-
-
-def _known(kind: str, content: Mapping[str, Any], keys: Sequence[str]) -> None:
-    for key in content:
-        if key not in keys:
-            raise UnknownName(f"key of {kind}", key, keys)
-
-
-def _value(kind: str, content: Mapping[str, Any], key: str, default: _Value) -> _Value:
-    """``content[key]``, of the type that ``default`` has."""
-    value = content.get(key, default)
-    if type(value) is not type(default):
-        raise InvalidRecipe(f"{key} of {kind} is {value!r}; a value of type {type(default).__name__} is needed")
-    return value
-
-
-def _table(kind: str, content: Any) -> Mapping[str, Any]:
-    if not isinstance(content, Mapping):
-        raise InvalidRecipe(f"the {kind} is {content!r}; a table is needed")
-    return content
-
-
-def _tables(kind: str, content: Any) -> list[Mapping[str, Any]]:
-    if not isinstance(content, list) or not content:
-        raise InvalidRecipe(f"a study needs at least one of its {kind}, as an array of tables")
-    return [_table(f"entry of {kind}", entry) for entry in content]
+    return StudyArm(label=file.label, recipe=recipe, paper={key: float(value) for key, value in file.paper.items()})

@@ -1,11 +1,12 @@
-"""Run state: a training run in the middle, as a file that another process goes on from."""
+"""Checkpoint: the state of an unfinished training run as a file, and when to write it."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Annotated, Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -14,37 +15,38 @@ from bonn_qat import distributed
 from bonn_qat.errors import InvalidData
 from bonn_qat.files.plain import shown
 from bonn_qat.files.tensors import digest, read_tensors, write_tensors
+from bonn_qat.files.validate import Allowed, read_own
 from bonn_qat.training.interrupts import TERMINATED, Interrupts
+from bonn_qat.training.results import Time, Times, check_histograms
 
 FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stands: what its file holds beside tensors.
+    """The state of a run beside its tensors: the header of its file.
 
-    ``run_id`` is the run's own. ``epochs`` are the metrics of the finished ones, ``step`` the optimizer steps of the
-    one under way, ``stage`` the place of the stage in which the last step was made, -1 before the first. ``data``
-    describes the data, ``seconds`` were spent, ``histograms`` are those of the result, ``scaler`` is the state of the
-    loss scaler. ``started`` and ``times`` are those of :class:`bonn_qat.training.results.RunResult`; a checkpoint of an
-    earlier version has none.
+    ``epochs`` are the metrics of the finished epochs, ``step`` the optimizer steps of the current one, ``stage`` the
+    index of the stage of the last step, -1 before the first. ``data`` describes the data, ``seconds`` is the time
+    spent, ``histograms`` are those of the result, ``scaler`` is the state of the loss scaler. ``started`` and
+    ``times`` are those of the result too; a checkpoint of an earlier version has none.
     """
 
     run_id: str
     recipe: Mapping[str, Any]
     data: Mapping[str, Any]
-    stage: int
-    step: int
+    stage: Annotated[int, Allowed("at least -1", lambda stage: stage >= -1)]
+    step: Annotated[int, Allowed("at least 0", lambda step: step >= 0)]
     epochs: list[dict[str, float]]
-    histograms: dict[str, dict[str, dict[str, list[float]]]]
-    seconds: float
+    histograms: Annotated[dict[str, dict[str, dict[str, list[float]]]], check_histograms]
+    seconds: Annotated[float, Allowed("at least 0", lambda seconds: seconds >= 0)]
     scaler: Mapping[str, float]
-    started: float = 0.0
-    times: list[float] = field(default_factory=list)
+    started: Time = 0.0
+    times: Times = field(default_factory=list)
 
 
 class RunState(NamedTuple):
-    """Everything that the rest of a run depends on; the names of tensors begin with the part that they belong to."""
+    """Everything that the rest of a run depends on; a tensor is named after its part: ``optimizer.0.exp_avg``."""
 
     progress: Progress
     tensors: Mapping[str, Tensor]
@@ -54,13 +56,13 @@ class RunState(NamedTuple):
         return {key.removeprefix(f"{name}."): t for key, t in self.tensors.items() if key.startswith(f"{name}.")}
 
 
-def write_state(path: Path, state: RunState) -> Path:
-    """Write ``state`` whole or not at all. Raises OSError where the system refuses to write."""
+def write_state(path: str | Path, state: RunState) -> Path:
+    """Write ``state`` atomically. Raises OSError where the system refuses to write."""
     header = {"kind": "unfinished run", "format": FORMAT, **asdict(state.progress)}
     return write_tensors(path, state.tensors, header | {"sha256": digest(state.tensors, header)})
 
 
-def read_state(path: Path) -> RunState:
+def read_state(path: str | Path) -> RunState:
     """Read what :func:`write_state` wrote.
 
     Raises InvalidData naming the file for one that cannot be read, was altered, or is no state of a run.
@@ -77,52 +79,11 @@ def read_state(path: Path) -> RunState:
     if checksum != digest(tensors, {"kind": "unfinished run", **header}):
         raise InvalidData(f"{path} was altered after it was written: its checksum is another; delete it")
     del header["format"]
-    header = {"started": 0.0, "times": [], **header}
-    known = {field.name for field in fields(Progress)}
-    if header.keys() != known:
-        raise InvalidData(
-            f"{path} is no checkpoint: the keys of its header differ in {shown(sorted(header.keys() ^ known))}"
-        )
-    for name, holds in _SHAPES.items():
-        if not holds(header[name]):
-            raise InvalidData(f"{path} is no checkpoint: its {name} is {shown(header[name])}")
-    return RunState(Progress(**header), tensors)
+    return RunState(read_own(Progress, header, f"{path} is no checkpoint"), tensors)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_table(value: object, holds: Callable[[Any], bool] = lambda item: True) -> bool:
-    return isinstance(value, dict) and all(map(holds, value.values()))
-
-
-def _are_histograms(value: object) -> bool:
-    def is_histogram(found: object) -> bool:
-        return _is_table(found, lambda numbers: isinstance(numbers, list) and all(map(_is_number, numbers))) and (
-            isinstance(found, dict) and found.keys() == {"edges", "counts"}
-        )
-
-    return _is_table(value, lambda layer: _is_table(layer, is_histogram))
-
-
-_SHAPES: Mapping[str, Callable[[Any], bool]] = {
-    "run_id": lambda value: isinstance(value, str),
-    "recipe": _is_table,
-    "data": _is_table,
-    "stage": lambda value: type(value) is int and value >= -1,
-    "step": lambda value: type(value) is int and value >= 0,
-    "epochs": lambda value: isinstance(value, list) and all(_is_table(metrics, _is_number) for metrics in value),
-    "histograms": _are_histograms,
-    "seconds": lambda value: _is_number(value) and value >= 0,
-    "scaler": lambda value: _is_table(value, _is_number),
-    "started": lambda value: _is_number(value) and 0 <= value < 1e11,
-    "times": lambda value: isinstance(value, list) and all(_is_number(time) and 0 <= time < 1e11 for time in value),
-}
-
-
-def fits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
-    """How the tensors differ in name, type or shape from those that are expected; None if they do not."""
+def mismatch(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+    """How tensors differ in name, type or shape from the expected ones; None if they do not."""
     if odd := sorted(found.keys() ^ expected.keys()):
         return f"{shown(odd[0])[1:-1]} is {'not there' if odd[0] in expected else 'unknown'}"
     for name, tensor in expected.items():
@@ -132,38 +93,36 @@ def fits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | N
 
 
 @final
-class Keeper:
-    """Writes a run's state at the moments that are told to it, and stops the run there when it is to stop.
+class Checkpointer:
+    """Decides when a run writes a checkpoint, and stops the run after writing one when it has to stop.
 
-    ``path`` None keeps nothing. A state is written by :meth:`save`, by :meth:`stepped` when ``seconds`` have passed
-    since the last one, and before a run stops: for Ctrl-C or SIGTERM, which ``interrupts`` holds back, and for
-    whatever ``tick`` raises. In a process group all processes tell the same moments, agree, and the first writes.
+    ``write`` writes a checkpoint; None writes none. It is called by :meth:`save`, by :meth:`after_step` once
+    ``seconds`` have passed since the last time, and before a run stops: for Ctrl-C or SIGTERM, which ``interrupts``
+    defers, and for whatever ``tick`` raises. All processes of a group call the same methods at the same points, and
+    agree on the outcome.
     """
 
     def __init__(
         self,
-        state: Callable[[], RunState],
-        path: Path | None,
+        write: Callable[[], None] | None = None,
         *,
-        seconds: float,
-        interrupts: Interrupts,
-        tick: Callable[[], None],
+        seconds: float = math.inf,
+        interrupts: Interrupts | None = None,
+        tick: Callable[[], None] = lambda: None,
     ) -> None:
-        self._state, self._path, self._seconds = state, path, seconds
-        self._interrupts, self._tick = interrupts, tick
+        self._write, self._seconds = write, seconds
+        self._interrupts = Interrupts() if interrupts is None else interrupts  # which is false until a signal comes
+        self._tick = tick
         self._saved = time.monotonic()
 
     def save(self) -> None:
-        """Write the state. Raises OSError where the system refuses to; the one from before is there then still."""
-        if self._path is None:
-            return
-        state = self._state()
-        if distributed.rank() == 0:
-            write_state(self._path, state)
-        self._saved = time.monotonic()
+        """Write a checkpoint now. Raises OSError where the system refuses to; the last one stays."""
+        if self._write is not None:
+            self._write()
+            self._saved = time.monotonic()
 
-    def stepped(self, device: torch.device, *, looks: bool) -> None:
-        """A step was made; ``looks`` where one may wait for the device."""
+    def after_step(self, device: torch.device, *, may_wait: bool) -> None:
+        """Call after each step; ``may_wait`` says whether this is a step at which to wait for the device."""
         try:
             self._tick()
         except BaseException as error:
@@ -173,7 +132,7 @@ class Keeper:
                 except OSError as second:
                     error.add_note(f"the state of the run could not be written either: {second}")
             raise
-        if not looks:
+        if not may_wait:
             return
         stops, is_due = bool(self._interrupts), time.monotonic() - self._saved >= self._seconds
         if distributed.world() > 1:
@@ -182,12 +141,12 @@ class Keeper:
         if stops or is_due:
             self.save()
         if stops:
-            self._interrupts.let_through()
-            sys.exit(TERMINATED)  # another process of the group is to stop
+            self._interrupts.deliver()
+            sys.exit(TERMINATED)  # the signal came to another process of the group
 
-    def between(self, *, whole: bool) -> None:
-        """Between two batches without a step; ``whole`` unless the state is one that nobody could go on from."""
+    def between_batches(self, *, resumable: bool) -> None:
+        """Call between batches without a step; ``resumable`` says whether the run could resume from its state here."""
         if self._interrupts and distributed.world() == 1:
-            if whole:
+            if resumable:
                 self.save()
-            self._interrupts.let_through()
+            self._interrupts.deliver()

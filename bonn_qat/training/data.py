@@ -1,4 +1,4 @@
-"""Data: labelled images by name or path, in batches. The loaders are torchvision's, scikit-learn's and timm's."""
+"""Data: labelled images by name or path, in batches, read by torchvision, scikit-learn and timm."""
 
 import contextlib
 import copy
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bonn_qat.errors import InvalidData, UnknownName
-from bonn_qat.files.plain import words_of
+from bonn_qat.files.plain import one_line
 
 Batch = tuple[Tensor, Tensor]
 Shard = tuple[int, int]
@@ -25,11 +25,10 @@ _SPLIT_SEED = 0
 
 
 class Data(ABC):
-    """A training and a test set. Images come as ``(B, C, H, W)`` float32, standardised; targets as ``(B,)`` int64.
+    """A training and a test set. Images are ``(B, C, H, W)`` float32, standardised; targets are ``(B,)`` int64.
 
-    ``shard`` is (rank, world): of each training batch the process ``rank`` of ``world`` gets its part, all of them
-    equal ones, so that up to ``world - 1`` images of the last are left out; of the batches of the other sets it gets
-    each ``world``-th.
+    ``shard`` is (rank, world size). Each process gets an equal part of every training batch, so that up to
+    ``world - 1`` images of the last batch are left out, and every ``world``-th batch of the other sets.
     """
 
     name: str
@@ -39,7 +38,7 @@ class Data(ABC):
     test_size: int
 
     def describe(self) -> dict[str, Any]:
-        """What tells data from others: ``name``, ``classes``, ``image`` ``[C, H, W]``, sizes ``train`` and ``test``."""
+        """What identifies the data: ``name``, ``classes``, ``image`` ``[C, H, W]``, ``train`` and ``test`` (sizes)."""
         return {
             "name": self.name,
             "classes": self.classes,
@@ -49,16 +48,16 @@ class Data(ABC):
         }
 
     def to(self, device: torch.device) -> "Data":
-        """The same data, in the memory of ``device`` if it can be held there; otherwise as it is."""
+        """The same data in the memory of ``device``, if this kind of data can be held there."""
         return self
 
     @abstractmethod
     def train_batches(
         self, batch_size: int, generator: torch.Generator, *, augment: bool, shard: Shard = WHOLE, start: int = 0
     ) -> Iterator[Batch]:
-        """One epoch in an order, and with augmentations, that the generator alone decides; without ``start`` batches.
+        """One epoch, shuffled and augmented by ``generator`` alone, from the batch with the index ``start`` on.
 
-        The batches that are left out change nothing in those that come.
+        Batches do not depend on ``start``.
         """
 
     @abstractmethod
@@ -72,9 +71,9 @@ class Data(ABC):
 
 @final
 class TensorData(Data):
-    """Images held in memory as uint8 ``(N, C, H, W)``, augmented in whole batches: pad, crop at random, flip.
+    """Images in memory as uint8 ``(N, C, H, W)``, augmented in whole batches: pad, random crop, random flip.
 
-    On a GPU they lie in its memory (:meth:`to`), and nothing crosses over but one epoch's random numbers.
+    :meth:`to` moves them into a GPU's memory; then only the random numbers of an epoch are copied there.
     """
 
     def __init__(self, name: str, train: Batch, test: Batch, *, classes: int, pad: int, flip: bool) -> None:
@@ -111,7 +110,7 @@ class TensorData(Data):
         images, targets = self._train
         order = torch.randperm(len(images), generator=generator)
         views = random_views(len(images), generator, pad=self._pad, flip=self._flip) if augment else None
-        # The whole epoch's at once: a GPU waits for a copy from ordinary memory.
+        # All at once, because a copy from pageable memory makes the GPU wait.
         order = order.to(images.device)
         views = views and Views(*(part.to(images.device) for part in views))
         for first in range(start * batch_size, len(images), batch_size):
@@ -119,7 +118,7 @@ class TensorData(Data):
             own = slice(first + shard[0], end - (end - first) % shard[1], shard[1])
             chosen = order[own]
             if len(chosen) < 2 <= len(images):
-                continue  # batch statistics of one image are no statistics
+                continue  # one image has no batch statistics
             batch = images[chosen]
             if views:
                 batch = augmented(batch, Views(*(part[own] for part in views)))
@@ -132,20 +131,20 @@ class TensorData(Data):
         return self._in_order(self._train, batch_size, shard)
 
     def _in_order(self, part: Batch, batch_size: int, shard: Shard) -> Iterator[Batch]:
-        for images, targets in _dealt(
+        for images, targets in _sharded(
             list(zip(*(torch.split(tensor, batch_size) for tensor in part), strict=True)), shard
         ):
             yield self._standardise(images), targets
 
 
-def _dealt(batches: list[Any], shard: Shard) -> list[Any]:
-    # Whole batches, so that their statistics do not depend on the number of processes.
+def _sharded(batches: list[Any], shard: Shard) -> list[Any]:
+    # Whole batches, so that batch statistics do not depend on the number of processes.
     rank, world = shard
     return batches[rank::world]
 
 
 class Views(NamedTuple):
-    """Where each image is cropped and whether it is mirrored: ``(B,)`` each; pixels, pixels, bool."""
+    """The shift of each image in pixels and whether it is mirrored: ``(B,)`` each."""
 
     down: Tensor
     right: Tensor
@@ -153,13 +152,13 @@ class Views(NamedTuple):
 
 
 def random_views(count: int, generator: torch.Generator, *, pad: int, flip: bool) -> Views:
-    """Shifts between -pad and pad, and for half of the images a flip; zero and none without pad and flip."""
+    """Random shifts from ``-pad`` to ``pad``, and with ``flip`` half of the images mirrored."""
     down, right = torch.randint(-pad, pad + 1, (2, count), generator=generator)
     return Views(down, right, (torch.rand(count, generator=generator) < 0.5) & flip)
 
 
 def augmented(images: Tensor, views: Views) -> Tensor:
-    """Each image ``(B, C, H, W)`` shifted, with its own reflection where it left off, then mirrored."""
+    """Shift each image ``(B, C, H, W)``, filling up with its reflection, then mirror it."""
     (count, channels, height, width), device = images.shape, images.device
     columns = torch.arange(width, device=device)
     columns = torch.where(views.mirrored[:, None], columns.flip(0), columns)
@@ -175,11 +174,11 @@ def _reflected(places: Tensor, length: int) -> Tensor:
 
 @final
 class FolderData(Data):
-    """An image folder read from disk batch by batch, with timm's transforms for training and evaluation."""
+    """An image folder, read from disk in batches, with timm's transforms for training and evaluation."""
 
     def __init__(
         self,
-        root: Path,
+        root: str | Path,
         *,
         size: int,
         train_images: int = 0,
@@ -189,6 +188,7 @@ class FolderData(Data):
     ) -> None:
         from timm.data import create_transform
 
+        root = Path(root)
         self.name, self.image, self._workers = root.name, (3, size, size), workers
         plain = create_transform((3, size, size), is_training=False)
         train, test = _split_folder(root, train=create_transform((3, size, size), is_training=True), test=plain)
@@ -205,7 +205,7 @@ class FolderData(Data):
         self.train_size, self.test_size = len(self._train), len(self._test)
 
     def _loader(self, dataset: Any, batches: list[Any]) -> Iterator[Batch]:
-        # With a generator of its own, a loader leaves the global one alone.
+        # With its own generator a loader does not draw from the global one.
         loader = torch.utils.data.DataLoader(
             dataset, batch_sampler=batches, num_workers=self._workers, generator=torch.Generator(), pin_memory=_pins()
         )
@@ -219,7 +219,7 @@ class FolderData(Data):
         seeds = torch.randint(2**32, (self.train_size,), generator=generator).tolist()
         images = list(zip(order, seeds, strict=True))
         rank, world = shard
-        # The batches of one image, and what does not divide, are left out; see TensorData.
+        # As in TensorData, batches of one image and the rest of a division are left out.
         whole = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
         batches = [batch[: len(batch) - len(batch) % world][rank::world] for batch in whole]
         own = [batch for batch in batches if len(batch) > 1 or self.train_size == 1]
@@ -234,13 +234,13 @@ class FolderData(Data):
     def _in_order(self, part: Any, batch_size: int, shard: Shard) -> Iterator[Batch]:
         places = range(len(part))
         batches = [places[i : i + batch_size] for i in range(0, len(part), batch_size)]
-        return self._loader(part, _dealt(batches, shard))
+        return self._loader(part, _sharded(batches, shard))
 
 
 class _SeededImages(torch.utils.data.Dataset[Any]):
-    """Images by (place, seed): what an image's transforms draw depends on nothing but its seed.
+    """Images by (index, seed): the random transforms of an image depend on its seed alone.
 
-    Neither on the images before it, nor on the process that reads it.
+    They depend neither on earlier images nor on the worker process.
     """
 
     def __init__(self, images: Any) -> None:
@@ -258,7 +258,7 @@ def _pins() -> bool:
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """The global generators that timm's transforms draw from, seeded for the block."""
+    """Seed the global generators, which timm's transforms draw from, within the block."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
@@ -272,9 +272,9 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def load(
-    name: str,
+    name: str | Path,
     *,
-    directory: Path | None = None,
+    directory: str | Path | None = None,
     train_images: int = 0,
     test_images: int = 0,
     validation_images: int = 0,
@@ -283,19 +283,23 @@ def load(
 ) -> Data:
     """Load data by name (``digits``, ``cifar10``, ``cifar100``, ``fashion-mnist``) or by the path of an image folder.
 
-    ``directory`` is where the named sets lie or are downloaded to, by default ``data`` or ``BONN_QAT_DATA``.
-    ``train_images`` and ``test_images`` take a random part that is the same in every call, 0 all. With
-    ``validation_images`` so many of these training images, always the same, are the test set and no longer trained on.
-    ``size`` is the height and width that an image folder's pictures are brought to, ``workers`` are the processes that
-    read them.
+    ``directory`` holds the named sets, or they are downloaded to it; by default ``BONN_QAT_DATA`` or else ``data``.
+    ``train_images`` and ``test_images`` take a fixed random part, 0 all. With ``validation_images``, a fixed random
+    part of the training images is held out and replaces the test set. ``size`` is the height and width to which the
+    images of a folder are resized, ``workers`` is the number of processes that read them.
 
-    Raises UnknownName, or InvalidData for a path that does not exist or holds no images, or too many images asked for.
+    >>> data = load("digits", train_images=100)
+    >>> data.image, data.classes, data.train_size
+    ((1, 8, 8), 10, 100)
+
+    Raises UnknownName, and InvalidData for a path that does not exist or holds no images, and for too many images.
     """
+    name = str(name)
     parts = train_images, test_images, validation_images
     if name == "digits":
         return _digits(parts)
     if name in _TORCHVISION:
-        root = directory or Path(os.environ.get("BONN_QAT_DATA", "data"))
+        root = Path(directory or os.environ.get("BONN_QAT_DATA", "data"))
         return _torchvision(name, root, parts)
     path = Path(name)
     if path.is_dir():
@@ -348,7 +352,7 @@ def _open_or_download(maker: Any, name: str, root: Path, train: bool) -> Any:
         return maker(root, train=train, download=True)
     except (OSError, RuntimeError) as error:
         raise InvalidData(
-            f"{name} is not in {root} and could not be downloaded ({words_of(error)}); name the folder that holds it"
+            f"{name} is not in {root} and could not be downloaded ({one_line(error)}); name the folder that holds it"
         ) from error
 
 
@@ -362,7 +366,7 @@ def _chosen_tensors(train: Batch, test: Batch, parts: tuple[int, int, int]) -> t
 
 
 def _held_out(total: int, count: int) -> tuple[Tensor, Tensor]:
-    """Places of what stays to train on, and of what is held out."""
+    """Indices of the images to train on, and of those held out."""
     if count >= total:
         raise InvalidData(f"{count} images were to be held out for validation, of {total} training images")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(_SPLIT_SEED + 1))
@@ -389,7 +393,7 @@ def _part(dataset: Any, count: int) -> Any:
 
 
 def _split_folder(root: Path, *, train: Any, test: Any) -> tuple[Any, Any]:
-    """Training and test set of an image folder: its own ``train`` and ``val`` or ``test``, else a fixed fifth."""
+    """Training and test set of an image folder: its ``train`` and ``val`` or ``test``, else a fixed fifth to test."""
     held_out = next((root / part for part in ("val", "validation", "test") if (root / part).is_dir()), None)
     if (root / "train").is_dir() and held_out is not None:
         return _image_folder(root / "train", train), _image_folder(held_out, test)
@@ -405,7 +409,7 @@ def _image_folder(root: Path, transform: Any) -> Any:
     try:
         return ImageFolder(root, transform=transform)
     except FileNotFoundError as error:
-        raise InvalidData(f"{root} holds no images in one folder for each class: {words_of(error)}") from error
+        raise InvalidData(f"{root} holds no images in one folder for each class: {one_line(error)}") from error
 
 
 def _classes(dataset: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""Interrupts: Ctrl-C and SIGTERM, held back until the work is at a place where it can stop."""
+"""Interrupts: Ctrl-C and SIGTERM, deferred until the work can stop."""
 
 import contextlib
 import os
@@ -10,12 +10,12 @@ from types import FrameType
 from typing import Any, final
 
 TERMINATED = 128 + signal.SIGTERM
-_HELD = (signal.SIGINT, signal.SIGTERM)
+_DEFERRED = (signal.SIGINT, signal.SIGTERM)
 
 
 @final
 class Interrupts:
-    """What came within :func:`held`."""
+    """The signal that came within :func:`deferred_interrupts`, if any; true if one came."""
 
     def __init__(self) -> None:
         self._before: dict[int, Any] = {}
@@ -24,28 +24,28 @@ class Interrupts:
     def __bool__(self) -> bool:
         return self._came is not None
 
-    def let_through(self) -> None:
-        """Do what the first one that came would have done, if one came; SIGTERM raises SystemExit(143) at least."""
+    def deliver(self) -> None:
+        """Handle the first signal that came, if any, as it would have been; SIGTERM at least raises SystemExit(143)."""
         if self._came is None:
             return
         number, self._came = self._came, None
         self._release()
         if self._before[number] is signal.SIG_DFL:
-            sys.exit(128 + number)  # for the blocks that are open to end as they do for an error
+            sys.exit(128 + number)  # so that open ``with`` and ``finally`` blocks end
         signal.raise_signal(number)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self._came is None:
             self._came = number
             return
-        # Whoever asks twice does not want to wait.
+        # The second signal is not deferred.
         self._release()
         os.kill(os.getpid(), number)
 
-    def _hold(self) -> None:
+    def _defer(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in _HELD:
+        for number in _DEFERRED:
             handler = signal.getsignal(number)
             if handler is not None and handler != signal.SIG_IGN:
                 self._before[number] = handler
@@ -58,16 +58,19 @@ class Interrupts:
 
 
 @contextlib.contextmanager
-def held() -> Iterator[Interrupts]:
-    """Within the block SIGINT and SIGTERM wait for :meth:`Interrupts.let_through`; the second does not wait.
+def deferred_interrupts() -> Iterator[Interrupts]:
+    """Defer SIGINT and SIGTERM within the block until :meth:`Interrupts.deliver`, or else the end of the block.
 
-    What came and was not let through is let through at the block's end. In another thread than the main one nothing
-    is held.
+    A second signal is handled at once. In threads other than the main one nothing is deferred.
+
+    >>> with deferred_interrupts() as interrupts:
+    ...     bool(interrupts)
+    False
     """
     interrupts = Interrupts()
-    interrupts._hold()
+    interrupts._defer()
     try:
         yield interrupts
     finally:
         interrupts._release()
-    interrupts.let_through()
+    interrupts.deliver()

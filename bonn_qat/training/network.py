@@ -1,9 +1,10 @@
-"""Network: from a recipe, or from a weights file that a run left, to a binarized network."""
+"""Network: from a recipe, or from a weights file, to a binarized network; and back into a file."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, cast
 
 import pluggy
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from bonn_qat import plugins
-from bonn_qat.binarization.binarize import binarize, binary_layers
-from bonn_qat.errors import BonnQatError, InvalidData, InvalidRecipe, UnknownName
-from bonn_qat.files.plain import shown, words_of
-from bonn_qat.files.tensors import read_tensors
-from bonn_qat.scheme import Scheme
+from bonn_qat.binarization.binarize import Binarization, binarize, binary_layers
+from bonn_qat.errors import BonnQatError, InvalidData, InvalidModel, InvalidRecipe, UnknownName
+from bonn_qat.files.plain import one_line, shown
+from bonn_qat.files.tensors import read_tensors, write_tensors
+from bonn_qat.files.validate import Allowed, read_own
+from bonn_qat.heads import classifier
+from bonn_qat.scheme import NONLINEARITIES, Scheme
 from bonn_qat.training.data import Data
 from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.schedule import stage_of
@@ -49,23 +52,24 @@ def check(recipe: Recipe, pm: pluggy.PluginManager | None = None) -> None:
 def build(recipe: Recipe, data: Data, pm: pluggy.PluginManager | None = None) -> nn.Module:
     """The recipe's network for ``data``, binarized. The same seed gives every scheme the same float start.
 
-    Raises what :func:`check` and :func:`bonn_qat.binarize` raise, and InvalidData for a checkpoint that is not this
-    network's.
+    Raises what :func:`check` and :func:`bonn_qat.binarize` raise, and InvalidData for a checkpoint of another network.
     """
-    return _build(recipe, data.classes, data.image[0], pm)
+    return _build(recipe, data.classes, data.image, pm)
 
 
-def _build(recipe: Recipe, classes: int, channels: int, pm: pluggy.PluginManager | None) -> nn.Module:
+def _build(recipe: Recipe, classes: int, image: tuple[int, ...], pm: pluggy.PluginManager | None) -> nn.Module:
     check(recipe, pm)
     torch.manual_seed(recipe.seed)
-    model, scheme = float_network(recipe, classes, channels), recipe_scheme(recipe, pm)
-    # A stage with float weights wants them as they are: the latents' scale comes with the first binary stage.
+    model, scheme = float_network(recipe, classes, image[0]), recipe_scheme(recipe, pm)
+    # A first stage with float weights trains them as they are: the first binary stage rescales the latents.
     float_first = scheme.stages[0].weights == "float"
     start = replace(scheme, latent_std=None) if float_first else scheme
     model = binarize(model, start, skip=recipe.skip, include=recipe.include, inplace=True, pm=pm)
     if recipe.checkpoint:
-        load_file(model, Path(recipe.checkpoint))
-    model.binarization = replace(model.binarization, scheme=scheme)  # type: ignore[type-var]
+        load_file(model, recipe.checkpoint)
+    record = cast(Binarization, model.binarization)
+    model.binarization = replace(record, scheme=scheme, input_size=image)  # type: ignore[assignment]
+    model.recipe = recipe  # type: ignore[assignment]
     return model
 
 
@@ -82,31 +86,28 @@ def float_network(recipe: Recipe, classes: int, channels: int) -> nn.Module:
     except Exception as error:  # whatever a network of timm makes of its arguments
         raise InvalidRecipe(
             f"timm cannot make {recipe.model!r} for {classes} classes with model_options "
-            f"{shown(dict(recipe.model_options))}: {type(error).__name__}: {words_of(error)}"
+            f"{shown(dict(recipe.model_options))}: {type(error).__name__}: {one_line(error)}"
         ) from error
     return network
 
 
-def load_file(model: nn.Module, path: Path) -> None:
-    """Load a safetensors file into ``model``. Raises InvalidData naming the file for one of another network."""
-    _load(model, read_tensors(path)[0], path)
+def load_file(model: nn.Module, path: str | Path) -> None:
+    """Load a safetensors file into ``model``. Raises InvalidData naming the file if it is of another network."""
+    _load_tensors(model, read_tensors(path)[0], path)
 
 
-def _load(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+def _load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         first, *rest = (line.strip() for line in str(error).splitlines() if line.strip())
         raise InvalidData(
-            f"{path} is no checkpoint of this {type(model).__name__}: {words_of(' '.join(rest) or first)}"
+            f"{path} is no checkpoint of this {type(model).__name__}: {one_line(' '.join(rest) or first)}"
         ) from error
 
 
 def weights_header(recipe: Recipe, data: Data) -> dict[str, Any]:
-    """What stands in a weights file beside the tensors, so that :func:`restore` can make the network that they are of.
-
-    ``format``, a number; ``recipe`` as data; ``classes``; ``image`` ``[C, H, W]``.
-    """
+    """The header of a weights file, from which :func:`load` makes the network before it loads the tensors."""
     return {
         "format": WEIGHTS_FORMAT,
         "recipe": recipe.to_dict(),
@@ -115,44 +116,142 @@ def weights_header(recipe: Recipe, data: Data) -> dict[str, Any]:
     }
 
 
-def restore(path: Path, pm: pluggy.PluginManager | None = None) -> tuple[nn.Module, tuple[int, int, int]]:
-    """The trained network of the weights file that a comparison left, ``runs/NAME.safetensors``, in evaluation mode.
+def load(path: str | Path, *, pm: pluggy.PluginManager | None = None) -> nn.Module:
+    """The trained network of a weights file, ``runs/NAME.safetensors`` of a comparison or from :func:`save`.
 
-    Also returns the size ``(C, H, W)`` of the images that it was trained on. The plugin of its scheme must be
-    installed, the data need not be there; nothing is downloaded, and nothing in the file is run.
+    It is in evaluation mode; ``model.binarization.input_size`` is the size ``(C, H, W)`` of its images. The plugin of
+    its scheme must be installed, its data need not be there. Nothing is downloaded, and no code in the file is run.
 
-    Raises InvalidData naming the file: if it cannot be read, says nothing of its network, is of another format, holds
+    >>> model = bonn_qat.load("runs/bonn-0.01-seed0.safetensors")  # doctest: +SKIP
+
+    Raises InvalidData naming the file: if it cannot be read, does not describe its network, is of another format, holds
     an unfinished run or tensors of another network, or has a recipe with what this installation does not know.
     """
-    tensors, header = read_tensors(path)
-    _check_header(header, path)
-    channels, height, width = header["image"]
+    tensors, content = read_tensors(path)
+    header = _read_header(content, path)
     try:
-        recipe = Recipe.from_dict(header["recipe"])
-        options = {**recipe.model_options, "pretrained": False, "checkpoint_path": ""}  # the weights are here
-        recipe = replace(recipe, model_options=options, checkpoint="")
-        check(recipe, pm)
-        _check_size(recipe, header["classes"], channels, tensors)
-        with torch.random.fork_rng():
-            model = _build(recipe, header["classes"], channels, pm)
-        stages = recipe_scheme(recipe, pm).stages
+        model = _rebuilt(header, tensors, pm)
     except BonnQatError as error:
         raise InvalidData(f"{path} cannot be restored: {error}") from error
-    _load(model, tensors, path)
+    _load_tensors(model, tensors, path)
+    return model
+
+
+def _rebuilt(header: "_Header", tensors: Mapping[str, Tensor], pm: pluggy.PluginManager | None) -> nn.Module:
+    """The network that a weights file describes, in evaluation mode, its tensors not loaded yet."""
+    recipe = Recipe.from_dict(header.recipe)
+    options = {**recipe.model_options, "pretrained": False, "checkpoint_path": ""}  # the weights are here
+    recipe = replace(recipe, model_options=options, checkpoint="")
+    check(recipe, pm)
+    _check_size(recipe, header.classes, header.image[0], tensors)
+    with torch.random.fork_rng():
+        model = _build(recipe, header.classes, header.image, pm)
+    stages = recipe_scheme(recipe, pm).stages
     for _, layer in binary_layers(model):
         layer.enter(stages[stage_of(stages, recipe.epochs, recipe.epochs)])
-    return model.eval(), (channels, height, width)
+    return model.eval()
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    model_options: Mapping[str, Any] | None = None,
+    pm: pluggy.PluginManager | None = None,
+) -> Path:
+    """Write a trained network, of timm's and made 1-bit by :func:`bonn_qat.binarize`, so that :func:`load` reads it.
+
+    The file holds the tensors, the names of the network and the scheme, and their options. ``model_options`` are the
+    arguments that ``timm.create_model`` was given besides ``num_classes`` and ``in_chans``, such as ``img_size``.
+    Before anything is written the network is rebuilt from all that, and must give the same outputs.
+
+    >>> bonn_qat.save(model, "trained.safetensors")  # doctest: +SKIP
+
+    Raises InvalidModel for a network that cannot be rebuilt: not binarized, not timm's, made with other options, or
+    with a scheme that no plugin offers. Raises OSError where the file cannot be written.
+    """
+    # As a network that was just rebuilt: on the CPU, in its memory format, in evaluation mode.
+    copied = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format).eval()
+    tensors = copied.state_dict()
+    try:
+        for recipe, classes, image in _descriptions(model, model_options, pm):
+            header = {"format": WEIGHTS_FORMAT, "recipe": recipe.to_dict(), "classes": classes, "image": list(image)}
+            rebuilt = _rebuilt(_read_header(header, path), tensors, pm)
+            if _are_same(copied, rebuilt, image):
+                return write_tensors(path, tensors, header)
+        raise InvalidModel("the same scheme makes another network of timm's; give model_options, if it has any")
+    except BonnQatError as error:
+        raise InvalidModel(
+            f"{type(model).__name__} cannot be rebuilt from a file: {error}. Write model.state_dict() with "
+            "safetensors.torch.save_file instead, and load it into the network that the same code makes"
+        ) from error
+
+
+def _descriptions(
+    model: nn.Module, model_options: Mapping[str, Any] | None, pm: pluggy.PluginManager | None
+) -> Iterator[tuple[Recipe, int, tuple[int, ...]]]:
+    """What a network can be rebuilt from, the simplest first: recipe, classes and image size ``(C, H, W)``."""
+    record = getattr(model, "binarization", None)
+    if not isinstance(record, Binarization):
+        raise InvalidModel("it is not binarized")
+    if record.input_size is None:
+        raise InvalidModel("the size of its images is unknown; give it to binarize: input_size=(C, H, W)")
+    _, head = classifier(model)
+    classes = head.out_features if isinstance(head, nn.Linear) else head.out_channels
+    if isinstance(recipe := getattr(model, "recipe", None), Recipe):
+        yield recipe, classes, record.input_size
+        return
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if not isinstance(config, dict) or not config.get("architecture"):
+        raise InvalidModel("timm.create_model did not make it")
+    scheme = record.scheme
+    recipe = Recipe(
+        model=config["architecture"], data="", scheme=scheme.name, model_options=model_options or {},
+        scheme_options=_options(scheme, plugins.find_scheme(scheme.name, pm)), stages=scheme.stages,
+        latents="float" if scheme.latent_std is None else repr(float(scheme.latent_std)),
+        skip=record.skip, include=record.include,
+    )  # fmt: skip
+    yield recipe, classes, record.input_size
+    # Layer by layer, in case a predicate chose them.
+    yield replace(recipe, skip=(*record.skip, *record.kept), include=record.binary), classes, record.input_size
+
+
+def _options(scheme: Scheme, registered: Scheme) -> dict[str, Any]:
+    """The options that make ``registered`` into ``scheme``. Raises InvalidModel where its quantizers are others."""
+    for part in ("weight", "activation", "output"):
+        makers = [getattr(of, part) for of in (scheme, registered)]
+        if len({getattr(make, "func", make) for make in makers}) > 1:  # a partial where it has options
+            raise InvalidModel(f"its scheme is not {scheme.name!r} with options: the {part} differs")
+    words = {make: word for word, make in NONLINEARITIES.items()}
+
+    def values(of: Scheme) -> dict[str, Any]:
+        own = {name: getattr(of, name) for name in of.takes - of.options.keys() - {"latent_std"}}
+        return {name: words.get(v, v) if callable(v) else v for name, v in (own | of.options).items()}
+
+    before = values(replace(registered, stages=scheme.stages))
+    return {name: value for name, value in values(scheme).items() if name not in before or value != before[name]}
+
+
+def _are_same(one: nn.Module, other: nn.Module, image: tuple[int, ...]) -> bool:
+    """Whether both networks give equal outputs for images ``(C, H, W)``, with the tensors of ``one``."""
+    try:
+        other.load_state_dict(one.state_dict())
+    except RuntimeError:
+        return False
+    images = torch.randn(2, *image, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return torch.equal(one(images), other(images))
 
 
 def _check_size(recipe: Recipe, classes: int, channels: int, tensors: Mapping[str, Tensor]) -> None:
-    """Before anything of the network's size is allocated: it must be what the file holds, give or take its scheme."""
+    """Before a network is allocated: it must be about as large as what the file holds, give or take its scheme."""
     held = sum(tensor.numel() for tensor in tensors.values())
     claimed = 0
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         nonlocal claimed
         claimed += 0 if parameter is None else parameter.numel()
-        # At once, for the making of a network of many layers takes long without any memory.
+        # Checked at each parameter, because making very many layers takes long even without memory.
         if claimed > 2 * held + 1024:
             raise InvalidData(f"it holds {held:,} numbers, and says to be a network of more than {claimed:,}")
 
@@ -164,7 +263,21 @@ def _check_size(recipe: Recipe, classes: int, channels: int, tensors: Mapping[st
         counting.remove()
 
 
-def _check_header(header: Mapping[str, Any], path: Path) -> None:
+_Size = Annotated[int, Allowed(f"1 to {_LARGEST}", lambda n: 1 <= n <= _LARGEST)]
+_IMAGE = Allowed(f"[C, H, W], each 1 to {_LARGEST}", lambda s: len(s) == 3 and all(1 <= n <= _LARGEST for n in s))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Header:
+    """What a weights file says beside its tensors: ``recipe`` as data, ``image`` is ``[C, H, W]``."""
+
+    format: int
+    recipe: Mapping[str, Any]
+    classes: _Size
+    image: Annotated[tuple[int, ...], _IMAGE]
+
+
+def _read_header(header: Mapping[str, Any], path: str | Path) -> _Header:
     if "recipe" not in header:
         raise InvalidData(
             f"{path} does not say of which network it holds the weights: an earlier version of bonn-qat wrote it, or "
@@ -176,16 +289,4 @@ def _check_header(header: Mapping[str, Any], path: Path) -> None:
         raise InvalidData(
             f"{path} is of format {shown(header.get('format'))}; this version of bonn-qat reads {WEIGHTS_FORMAT}"
         )
-    known = {"format", "recipe", "classes", "image"}
-    if header.keys() != known:
-        raise InvalidData(
-            f"{path} is no weights file: the keys of its header differ in {shown(sorted(header.keys() ^ known))}"
-        )
-    recipe, image, classes = header["recipe"], header["image"], header["classes"]
-    sizes = [classes, *image] if isinstance(image, list) else []
-    is_sized = [type(size) for size in sizes] == [int] * 4 and min(sizes) >= 1 and max(sizes) <= _LARGEST
-    if not isinstance(recipe, dict) or not is_sized:
-        raise InvalidData(
-            f"{path} is no weights file: {repr(classes)[:40]} classes, images of {repr(image)[:80]}, or a recipe "
-            f"without keys; sizes are 1 to {_LARGEST}"
-        )
+    return read_own(_Header, header, f"{path} is no weights file")

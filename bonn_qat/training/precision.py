@@ -1,4 +1,4 @@
-"""Precision: how a GPU multiplies, for the length of a run."""
+"""Precision: switch TF32 on or off within a block."""
 
 import contextlib
 import warnings
@@ -8,14 +8,14 @@ import torch
 
 
 @contextlib.contextmanager
-def products(precision: str) -> Iterator[None]:
-    """Within the block float32 products are TF32 for ``"tf32"``, exact float32 otherwise; a CPU has only the latter.
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Compute float32 matrix products in TF32 within the block if ``precision`` is ``"tf32"``, else in float32.
 
-    Products of ±1 are exact in both, and so are their sums, which a GPU forms in float32.
+    Affects GPUs only. Products of ±1 and their sums, which a GPU accumulates in float32, are exact in both.
     """
     allowed = precision == "tf32"
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*TF32 behavior")  # the older setting, which torch.compile reads
+        warnings.filterwarnings("ignore", message=".*TF32 behavior")  # torch.compile reads the older setting
         before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
         torch.set_float32_matmul_precision("high" if allowed else "highest")
         torch.backends.cudnn.allow_tf32 = allowed

@@ -1,84 +1,95 @@
-"""Recipe: everything that one training run depends on, as frozen data that is read from TOML."""
+"""Recipe: everything that one training run depends on, as frozen data, read from TOML."""
 
 import importlib.resources
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
-from bonn_qat.errors import InvalidRecipe, UnknownName
+from bonn_qat.errors import InvalidRecipe
 from bonn_qat.files import plain
+from bonn_qat.files.validate import Allowed, OneOf, check_values, read_as, read_toml
 from bonn_qat.scheme import Stage
 
 SCHEDULES = ("constant", "cosine", "one_cycle", "step")
 OPTIMIZERS = ("sgd", "adam")
 COMPILE = ("", "default", "reduce-overhead", "max-autotune")
 PRECISIONS = ("float32", "tf32", "float16")
-LARGEST_FILE = 2**16  # bytes of TOML
 _LONGEST_NAME = 200  # bytes; a file's name has 255, and others are made of it
 # Arguments of timm.create_model that name files, or where to find them.
 _FILES = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+Positive = Annotated[int, Allowed("at least 1, below 2**31", lambda n: 1 <= n < 2**31)]
+Count = Annotated[int, Allowed("at least 0, below 2**31", lambda n: 0 <= n < 2**31)]
+AboveZero = Annotated[float, Allowed("a number above 0", lambda x: 0 < x < math.inf)]
+AtLeastZero = Annotated[float, Allowed("at least 0", lambda x: 0 <= x < math.inf)]
+Fraction = Annotated[float, Allowed("at least 0, below 1", lambda x: 0 <= x < 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One run: model, scheme, data, seed, optimizer, schedule and stages.
+    """One training run: model, scheme, data, seed, optimizer, schedule and stages.
 
-    ``model`` is a timm name; ``data`` a name of :mod:`bonn_qat.training.data` or a path. ``train_images`` and
-    ``test_images`` take a fixed random part of the data, 0 all of it; ``validation_images`` of the training images are
-    held out and take the place of the test set, for a search that must not see it. ``latents`` is the start of the
-    latent weights: ``"scheme"`` as the scheme says, ``"float"`` as the float network's, or a standard deviation such as
-    ``"0.01"``.
+    ``model`` is a name of timm's; ``data`` is a name of :mod:`bonn_qat.training.data` or the path of an image folder.
+    ``train_images`` and ``test_images`` take a fixed random part of the data, 0 all of it. ``validation_images`` of the
+    training images are held out and replace the test set, for a search that must not see it. ``latents`` is how the
+    latent weights (the float weights that are trained, whose signs are the binary weights) start: ``"scheme"`` as the
+    scheme says, ``"float"`` as in the float network, or scaled to a standard deviation such as ``"0.01"``.
 
-    ``schedule`` shapes the learning rate over all epochs: ``one_cycle`` (up linearly during ``warmup`` of them, then
-    down along a cosine), ``cosine``, ``constant``, or ``step``: times ``gamma`` after each of the ``milestones``, in
-    epochs, or with ``factors`` that factor of the first rate from each milestone on, so that a later stage can start
-    higher again.
+    ``schedule`` shapes the learning rate over all epochs: ``one_cycle`` (a linear rise for the fraction ``warmup``,
+    then a cosine down), ``cosine``, ``constant``, or ``step``: multiplied by ``gamma`` at each of the ``milestones``
+    (epochs); with ``factors``, one for each milestone, the rate from there on is ``factor * lr``, so it can rise again.
 
-    ``regularizer_options`` are keyword arguments of the regularizers, such as ``{"kernel": {"nu": 1e-3}}``.
-    ``stages`` empty takes the scheme's. ``checkpoint`` is a safetensors file to start from: the state dict of the
-    float network, or of a binary one, such as a comparison leaves beside each result. ``teacher`` is one of the float
-    network, whose logits at ``temperature`` then make the part ``distillation`` of the task's loss (timm's
+    ``regularizer_options`` are keyword arguments of the regularizers, such as ``{"kernel": {"nu": 1e-3}}``. Without
+    ``stages`` the scheme's are used. ``checkpoint`` is a safetensors file with the state dict to start from, of the
+    float network or of a binary one, such as the weights beside a comparison's results. ``teacher`` is one of the
+    float network; its logits at ``temperature`` then make up the part ``distillation`` of the task's loss (timm's
     ``LogitDistillationTask``).
 
-    How fast, not what: ``channels_last`` lays tensors out as convolutions like them, ``compile`` is a mode of
-    ``torch.compile`` for network and losses together (``"reduce-overhead"``: CUDA graphs; empty: none), and
-    ``precision`` is that of a GPU's products: ``"float32"``, ``"tf32"``, or ``"float16"`` under autocast with a
-    scaled loss. The integer sums of binary layers are exact in the first two, in the third up to 2,048.
+    For speed: ``channels_last`` is the memory format of convolutions, ``compile`` a mode of ``torch.compile`` for
+    network and losses (``"reduce-overhead"`` uses CUDA graphs; empty does not compile), and ``precision`` that of
+    matrix products on a GPU: ``"float32"``, ``"tf32"``, or ``"float16"`` under autocast with a scaled loss. The integer
+    sums of binary layers are exact in the first two, and up to 2,048 in the third.
 
-    ``sync_norms`` gives batch norms the statistics of the whole batch where a run has several processes; false leaves
-    each process its own, which is faster and makes the run depend on their number.
+    ``sync_norms`` gives batch norms the statistics of the whole batch when a run has several processes; without it
+    each process uses its own, which is faster but makes the result depend on the number of processes.
 
-    A recipe is data that anybody may have written: ``model_options`` name no files, and tables hold plain data.
+    A recipe may come from anybody: ``model_options`` name no files, and tables hold plain data.
 
-    Raises InvalidRecipe for an impossible value.
+    >>> Recipe(model="resnet18", scheme="xnor", epochs=90).name
+    'xnor-scheme-seed0'
+
+    Raises InvalidRecipe for an impossible value, UnknownName for an unknown schedule, optimizer, mode or precision.
     """
 
     model: str = "wrn10_16"
     scheme: str = "bonn"
     data: str = "digits"
-    seed: int = 0
-    epochs: int = 30
-    batch_size: int = 64
-    optimizer: str = "sgd"
-    lr: float = 0.05
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    modulation_lr_scale: float = 0.1
-    modulation_decay_scale: float = 1.0
-    schedule: str = "one_cycle"
-    warmup: float = 0.3
-    milestones: tuple[int, ...] = ()
-    gamma: float = 0.2
-    factors: tuple[float, ...] = ()
-    label_smoothing: float = 0.0
+    seed: Annotated[int, Allowed("at least 0, below 2**63", lambda n: 0 <= n < 2**63)] = 0
+    epochs: Positive = 30
+    batch_size: Positive = 64
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "sgd"
+    lr: AboveZero = 0.05
+    momentum: Fraction = 0.9
+    weight_decay: AtLeastZero = 5e-4
+    modulation_lr_scale: AboveZero = 0.1
+    modulation_decay_scale: AtLeastZero = 1.0
+    schedule: Annotated[str, OneOf(SCHEDULES)] = "one_cycle"
+    warmup: Fraction = 0.3
+    milestones: Annotated[
+        tuple[int, ...], Allowed("epochs, at least 1", lambda epochs: all(0 < n < 2**31 for n in epochs))
+    ] = ()
+    gamma: AboveZero = 0.2
+    factors: Annotated[
+        tuple[float, ...], Allowed("numbers above 0", lambda factors: all(0 < f < math.inf for f in factors))
+    ] = ()
+    label_smoothing: Fraction = 0.0
     augment: bool = True
-    train_images: int = 0
-    test_images: int = 0
-    validation_images: int = 0
+    train_images: Count = 0
+    test_images: Count = 0
+    validation_images: Count = 0
     latents: str = "scheme"
     skip: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
@@ -88,39 +99,20 @@ class Recipe:
     stages: tuple[Stage, ...] = ()
     checkpoint: str = ""
     teacher: str = ""
-    distillation: float = 0.5
-    temperature: float = 4.0
+    distillation: Annotated[float, Allowed("0 to 1", lambda part: 0 <= part <= 1)] = 0.5
+    temperature: AboveZero = 4.0
     channels_last: bool = True
-    compile: str = ""
-    precision: str = "float32"
+    compile: Annotated[str, OneOf(COMPILE)] = ""
+    precision: Annotated[str, OneOf(PRECISIONS)] = "float32"
     sync_norms: bool = True
 
     def __post_init__(self) -> None:
         self._check_plain()
-        for name in ("epochs", "batch_size"):
-            _check(1 <= getattr(self, name) < 2**31, name, getattr(self, name), "at least 1, below 2**31")
-        for name in ("train_images", "test_images", "validation_images"):
-            _check(0 <= getattr(self, name) < 2**31, name, getattr(self, name), "at least 0, below 2**31")
-        _check(0 <= self.seed < 2**63, "seed", self.seed, "at least 0, below 2**63")
-        for name in ("momentum", "weight_decay", "modulation_decay_scale", "warmup", "label_smoothing"):
-            _check(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "at least 0")
-        _check(all(0 < epoch < 2**31 for epoch in self.milestones), "milestones", self.milestones, "epochs, at least 1")
-        _check(
-            len(self.factors) in (0, len(self.milestones)), "factors", self.factors, "one for each milestone, or none"
-        )
-        _check(all(0 < factor < math.inf for factor in self.factors), "factors", self.factors, "numbers above 0")
+        check_values(self, " in the recipe")
+        factors = len(self.factors) in (0, len(self.milestones))
+        _check(factors, "factors", self.factors, "one for each milestone, or none")
         for name, options in self.regularizer_options.items():
             _check(isinstance(options, Mapping), f"regularizer_options.{name}", options, "a table of its arguments")
-        for name in ("lr", "gamma", "modulation_lr_scale", "temperature"):
-            _check(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a number above 0")
-        _check(0 <= self.distillation <= 1, "distillation", self.distillation, "0 to 1")
-        for name in ("momentum", "warmup", "label_smoothing"):
-            _check(getattr(self, name) < 1, name, getattr(self, name), "below 1")
-        for name, allowed in (
-            ("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("compile", COMPILE), ("precision", PRECISIONS),
-        ):  # fmt: skip
-            if getattr(self, name) not in allowed:
-                raise UnknownName(f"{name} in the recipe", getattr(self, name), allowed)
         if self.stages and abs(sum(stage.share for stage in self.stages) - 1) > 1e-6:
             raise InvalidRecipe(f"the shares of the stages add up to {sum(s.share for s in self.stages):g}, not to 1")
         _ = self.latent_std
@@ -131,7 +123,7 @@ class Recipe:
             )
 
     def _check_plain(self) -> None:
-        """Raise InvalidRecipe for values that no file and no system call takes, and for names of files of timm's."""
+        """Raise InvalidRecipe for values that TOML or the system do not take, and for options that name timm files."""
         for name, value in vars(self).items():
             if name == "stages":
                 continue
@@ -143,14 +135,13 @@ class Recipe:
                 _check(not isinstance(item, str) or "\0" not in item, name, item, "text without the character 0")
                 _check(not isinstance(item, float) or not math.isnan(item), name, item, "numbers, and NaN is none")
         for name in _FILES:
-            _check(
-                not self.model_options.get(name), f"model_options.{name}", self.model_options.get(name),
-                "nothing; a safetensors file to start from is the recipe's own checkpoint",
-            )  # fmt: skip
+            given = self.model_options.get(name)
+            allowed = "nothing; a safetensors file to start from is the recipe's own checkpoint"
+            _check(not given, f"model_options.{name}", given, allowed)
 
     @property
     def name(self) -> str:
-        """A name for the run, unique within a comparison, and fit for a file's."""
+        """The name of the run, unique within a comparison, and of its files."""
         return re.sub(r"[^\w.,=+-]", "_", f"{self.scheme_spec}-{self.latents}-seed{self.seed}")
 
     @property
@@ -161,9 +152,14 @@ class Recipe:
         return ":".join(filter(None, (self.scheme, "+".join(options))))
 
     def with_scheme(self, spec: str) -> "Recipe":
-        """A copy with the scheme, and beside its own options those, that ``spec`` names.
+        """A copy with the scheme and the options of ``spec``, which are added to the recipe's own.
 
-        Values are written as in TOML; what is none is a word. Raises InvalidRecipe for an option without a value.
+        Values are TOML, where the quotes of a string may be left out.
+
+        >>> Recipe().with_scheme("xnor:gradient=plain+input_scale=true").scheme_options
+        {'gradient': 'plain', 'input_scale': True}
+
+        Raises InvalidRecipe for an option without a value.
         """
         scheme, _, options = spec.partition(":")
         given: dict[str, Any] = {}
@@ -176,7 +172,7 @@ class Recipe:
 
     @property
     def latent_std(self) -> float | None:
-        """``latents`` as a number, None for a word. Raises InvalidRecipe if it is neither."""
+        """``latents`` as a number, None for ``"scheme"`` and ``"float"``. Raises InvalidRecipe for anything else."""
         if self.latents in ("scheme", "float"):
             return None
         try:
@@ -187,7 +183,7 @@ class Recipe:
         return std
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested data as JSON and TOML have it; :meth:`from_dict` is its inverse."""
+        """The recipe as plain data, for JSON and TOML; :meth:`from_dict` is the inverse."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return plain
 
@@ -198,26 +194,16 @@ class Recipe:
             plain.check(content)
         except ValueError as error:
             raise InvalidRecipe(f"this is no recipe: {error}") from error
-        stages = content.get("stages", ())
-        if not isinstance(stages, list | tuple) or not all(isinstance(stage, Mapping) for stage in stages):
-            raise InvalidRecipe("stages is an array of tables: [[stages]]")
-        made = tuple(Stage(**_typed(Stage, "stage", stage)) for stage in stages)
-        return cls(**{**_typed(cls, "recipe", {k: v for k, v in content.items() if k != "stages"}), "stages": made})
+        return read_as(cls, content)
 
     @classmethod
-    def from_toml(cls, path: Path) -> "Recipe":
-        """Read a recipe. Raises InvalidRecipe naming the file if it cannot be read, else as :meth:`from_dict`."""
-        try:
-            content = plain.from_toml(plain.read_text(path, LARGEST_FILE))
-        except OSError as error:
-            raise InvalidRecipe(f"cannot read the recipe {path}: {error.strerror}") from error
-        except ValueError as error:
-            raise InvalidRecipe(f"{path} is not TOML: {error}") from error
-        return cls.from_dict(content)
+    def from_toml(cls, path: str | Path) -> "Recipe":
+        """Read a recipe. Raises InvalidRecipe naming the file if it cannot be read, and what :meth:`from_dict` does."""
+        return cls.from_dict(read_toml(path, "recipe"))
 
     @classmethod
     def default(cls, data: str) -> "Recipe":
-        """The recipe that comes with the package for a data set, or the one for image folders, with ``data`` set."""
+        """The package's recipe for a data set, or else the one for image folders with this ``data``."""
         recipes = importlib.resources.files("bonn_qat.training") / "recipes"
         file = recipes / f"{data}.toml"
         with importlib.resources.as_file(file if file.is_file() else recipes / "folder.toml") as path:
@@ -230,7 +216,7 @@ def _check(holds: bool, name: str, given: object, allowed: str) -> None:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """What is neither a table nor a list in ``value``, names in tables included."""
+    """All values within nested tables and lists, and the keys of tables."""
     if isinstance(value, Mapping):
         yield from value
         value = value.values()
@@ -239,26 +225,3 @@ def _leaves(value: Any) -> Iterator[Any]:
         return
     for item in value:
         yield from _leaves(item)
-
-
-def _typed(cls: type, kind: str, content: Mapping[str, Any]) -> dict[str, Any]:
-    """``content`` with values of the field's types (an int may stand for a float, a list for a tuple)."""
-    hints = get_type_hints(cls)
-    known = {f.name for f in fields(cls)}
-    result = {}
-    for key, value in content.items():
-        if key not in known:
-            raise UnknownName(f"key of a {kind}", key, known)
-        if said := plain.misfit(key, value, hints[key], f" of a {kind}"):
-            raise InvalidRecipe(said)
-        result[key] = _coerced(value, hints[key])
-    return result
-
-
-def _coerced(value: Any, hint: Any) -> Any:
-    origin, inner = get_origin(hint) or hint, get_args(hint)
-    if origin is tuple:
-        return tuple(_coerced(item, inner[0]) for item in value)
-    if origin is Mapping:
-        return {key: _coerced(item, inner[1]) for key, item in value.items()}
-    return float(value) if origin is float else value

@@ -1,19 +1,55 @@
-"""Results: what one training run leaves on disk, as frozen data."""
+"""Results: what a finished training run writes to disk, as frozen data."""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any
 
 from bonn_qat.errors import InvalidData
 from bonn_qat.files import plain
-from bonn_qat.files.atomic import expect, read_json, write_json
+from bonn_qat.files.atomic import read_json, write_json
+from bonn_qat.files.validate import Allowed, Line, read_own
 
 RUNS = "runs"
 _EPOCH = re.compile(r"0|[1-9][0-9]{0,8}")
-_LATEST = 1e11  # seconds since 1970
-_SIZES = {"parameters", "mbit", "float_mbit", "compression", "macs", "binary_macs"}
+SIZES = ("parameters", "mbit", "float_mbit", "compression", "macs", "binary_macs")
+
+
+def _check_epochs(name: str, epochs: Sequence[Mapping[str, float]]) -> str | None:
+    for place, metrics in enumerate(epochs):
+        if not 1 <= metrics.get("epoch", 0) < 2**31 or not 0 <= metrics.get("test/top1", -1) <= 100:
+            return f"{name}.{place} has no number of an epoch, or no test/top1 in percent"
+    return None
+
+
+def _check_size(name: str, size: Mapping[str, float]) -> str | None:
+    missing = [key for key in SIZES if key not in size]
+    return f"its {name} lacks {missing[0]}" if missing else None
+
+
+def check_histograms(name: str, layers: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> str | None:
+    """What is wrong with histograms as :class:`RunResult` has them, None if nothing is."""
+    for layer, kept in layers.items():
+        for epoch, histogram in kept.items():
+            if not _EPOCH.fullmatch(epoch) or not _is_histogram(histogram):
+                return f"{name}.{plain.shown(layer)[1:-1]} has no histogram for {plain.shown(epoch)}"
+    return None
+
+
+def _is_histogram(found: Mapping[str, Sequence[float]]) -> bool:
+    if found.keys() != {"edges", "counts"}:
+        return False
+    edges, counts = list(found["edges"]), found["counts"]
+    is_bounded = all(abs(number) < 1e30 for number in (*edges, *counts))
+    return is_bounded and len(edges) == len(counts) + 1 > 1 and edges == sorted(edges) and min(counts) >= 0
+
+
+Times = Annotated[Sequence[float], Allowed("seconds since 1970", lambda times: all(0 <= t < 1e11 for t in times))]
+Time = Annotated[float, Allowed("seconds since 1970", lambda time: 0 <= time < 1e11)]
+Sizes = Annotated[Mapping[str, float], _check_size]
+Epochs = Annotated[Sequence[Mapping[str, float]], _check_epochs]
+Histograms = Annotated[Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], check_histograms]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +59,7 @@ class RunResult:
     ``epochs`` has one mapping per epoch, counted from 1 in ``epoch``: ``lr``, ``stage``, ``train/loss``,
     ``train/task``, ``train/NAME`` of each regularizer (weighted), ``train/top1`` and ``test/top1`` in percent,
     ``test/loss``, ``scale/LAYER``, the mean ``|scale|`` of a layer's binary weights, ``flips`` and ``flips/LAYER``,
-    the share (0 to 1) of all binary weights, or of a layer's, whose sign at the epoch's end is another one.
+    the share (0 to 1) of binary weights, of all layers or one, whose sign changed during the epoch.
     ``size`` holds ``parameters``, ``mbit``, ``float_mbit``, ``compression``, ``macs``, ``binary_macs``.
     ``histograms`` maps layer -> epoch (as text; "0" is the start) -> ``edges`` (n + 1) and ``counts`` (n) of
     its latent weights.
@@ -32,20 +68,20 @@ class RunResult:
     """
 
     name: str
-    scheme: str  # with its options, such as "xnor" or "xnor:gradient=plain"
-    title: str
-    bits: str  # weights/activations, such as "1/1"
-    latents: str  # the start of the latent weights: "0.01" (standard deviation) or "float" (as the float network's)
+    scheme: Line  # with its options, such as "xnor" or "xnor:gradient=plain"
+    title: Line
+    bits: Line  # weights/activations, such as "1/1"
+    latents: Line  # the start of the latent weights: "0.01" (standard deviation) or "float" (as the float network's)
     seed: int
     recipe: Mapping[str, Any]
     environment: Mapping[str, str]
     seconds: float
-    epochs: Sequence[Mapping[str, float]]
-    size: Mapping[str, float]
-    histograms: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]] = field(default_factory=dict)
+    epochs: Epochs
+    size: Sizes
+    histograms: Histograms = field(default_factory=dict)
     run_id: str = ""
-    started: float = 0.0
-    times: Sequence[float] = field(default_factory=list)
+    started: Time = 0.0
+    times: Times = field(default_factory=list)
 
     @property
     def top1(self) -> float:
@@ -58,45 +94,19 @@ class RunResult:
         return self.scheme, self.latents
 
 
-def write_run(directory: Path, result: RunResult) -> Path:
+def write_run(directory: str | Path, result: RunResult) -> Path:
     """Write ``runs/NAME.json`` below ``directory``."""
-    return write_json(directory / RUNS / f"{result.name}.json", asdict(result))
+    return write_json(Path(directory) / RUNS / f"{result.name}.json", asdict(result))
 
 
-def read_run(path: Path) -> RunResult:
+def read_run(path: str | Path) -> RunResult:
     """Read what :func:`write_run` wrote. Raises InvalidData naming the file and what is wrong with it."""
-    content = {"run_id": "", "started": 0.0, "times": [], **read_json(path)}
-    expect(path, "a run's result", content, get_type_hints(RunResult))
-    if said := _odd(content, path.stem):
-        raise InvalidData(f"{path} is not a run's result: {said}")
-    return RunResult(**content)
-
-
-def _odd(content: Mapping[str, Any], name: str) -> str | None:
-    """What no run leaves, and no report could be made of; None if there is nothing."""
-    if content["name"] != name:
-        return f"its name is {plain.shown(content['name'])}"
-    for key in ("scheme", "title", "bits", "latents"):
-        if not content[key].isprintable():
-            return f"{key} is {plain.shown(content[key])}"
-    for place, metrics in enumerate(content["epochs"]):
-        if not 1 <= metrics.get("epoch", 0) < 2**31 or not 0 <= metrics.get("test/top1", -1) <= 100:
-            return f"epochs.{place} has no number of an epoch, or no test/top1 in percent"
-    times = content["times"]
-    if len(times) not in (0, len(content["epochs"])) or not all(0 <= t < _LATEST for t in (*times, content["started"])):
-        return f"its times are not one per epoch, in seconds since 1970: {plain.shown(times)}"
-    if missing := sorted(_SIZES - content["size"].keys()):
-        return f"its size lacks {missing[0]}"
-    for layer, kept in content["histograms"].items():
-        for epoch, histogram in kept.items():
-            if not _EPOCH.fullmatch(epoch) or not _is_histogram(histogram):
-                return f"histograms.{plain.shown(layer)[1:-1]} has no histogram for {plain.shown(epoch)}"
-    return None
-
-
-def _is_histogram(found: Mapping[str, Sequence[float]]) -> bool:
-    if found.keys() != {"edges", "counts"}:
-        return False
-    edges, counts = list(found["edges"]), found["counts"]
-    is_within = all(abs(number) < 1e30 for number in (*edges, *counts))
-    return is_within and len(edges) == len(counts) + 1 > 1 and edges == sorted(edges) and min(counts) >= 0
+    path = Path(path)
+    result = read_own(RunResult, read_json(path), f"{path} is not a run's result")
+    if result.name != path.stem:
+        raise InvalidData(f"{path} is not a run's result: its name is {plain.shown(result.name)}")
+    if len(result.times) not in (0, len(result.epochs)):
+        raise InvalidData(
+            f"{path} is not a run's result: it has {len(result.times)} times for {len(result.epochs)} epochs"
+        )
+    return result

@@ -1,4 +1,4 @@
-"""Schedules: the learning rate's factor and the stage, as functions of the epoch alone."""
+"""Schedules: the factor of the learning rate and the stage, as functions of the epoch."""
 
 import math
 
@@ -7,7 +7,11 @@ from bonn_qat.training.recipe import Recipe
 
 
 def lr_factor(recipe: Recipe, epoch: float) -> float:
-    """What the learning rate is multiplied by, ``epoch`` epochs (a fraction too) after the start."""
+    """The factor of the learning rate ``epoch`` epochs (may be a fraction) after the start.
+
+    >>> lr_factor(Recipe(schedule="cosine", epochs=10), 5.0)
+    0.5
+    """
     done = epoch / recipe.epochs
     if recipe.schedule == "step":
         passed = sum(epoch >= milestone for milestone in recipe.milestones)

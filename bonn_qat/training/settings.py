@@ -1,4 +1,4 @@
-"""Settings: changes to a recipe that are written as ``KEY=VALUE``."""
+"""Settings: changes to a recipe, written as ``KEY=VALUE``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,10 +12,13 @@ def with_settings(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     """A copy of ``recipe`` with each ``KEY=VALUE`` applied in turn, such as ``lr=0.1`` or ``milestones=[20, 40]``.
 
     KEY is a field of the recipe; dots lead into its tables and lists: ``scheme_options.granularity=plane``,
-    ``stages.0.share=0.5``. VALUE is written as in TOML; what is none, and what is for a field of text, is a word.
+    ``stages.0.share=0.5``. VALUE is TOML, where the quotes of a string may be left out.
 
-    Raises InvalidRecipe for a setting without a value, a key within what is no table or list, and for what the recipe
-    does not allow; UnknownName for a field that it does not have.
+    >>> with_settings(Recipe(), ["lr=0.1", "scheme_options.granularity=plane"]).scheme_options
+    {'granularity': 'plane'}
+
+    Raises InvalidRecipe for a setting without a value, a key inside something that is no table or list, and values that
+    the recipe does not allow; UnknownName for a field that it does not have.
     """
     content = recipe.to_dict()
     for setting in settings:
@@ -33,7 +36,7 @@ def with_settings(recipe: Recipe, settings: Sequence[str]) -> Recipe:
 
 
 def _put(within: Any, path: Sequence[str], value: Any, above: tuple[str, ...]) -> Any:
-    """``within`` with ``value`` where ``path`` leads; ``above`` is what led here, for the error's words."""
+    """A copy of ``within`` with ``value`` at ``path``; ``above`` is the path to ``within``, for errors."""
     if not path:
         return value
     first, *rest = path

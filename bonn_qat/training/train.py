@@ -1,5 +1,6 @@
 """train(model, recipe, data): one run of a recipe."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,14 +12,15 @@ import torch
 from torch import nn
 
 from bonn_qat import distributed, plugins
-from bonn_qat.training.checkpoint import Keeper
+from bonn_qat.training.checkpoint import Checkpointer
 from bonn_qat.training.data import Data
-from bonn_qat.training.interrupts import held
+from bonn_qat.training.interrupts import deferred_interrupts
 from bonn_qat.training.network import float_network, load_file
-from bonn_qat.training.precision import products
+from bonn_qat.training.precision import matmul_precision
 from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.results import RunResult
-from bonn_qat.training.trainer import Trainer, lay_out
+from bonn_qat.training.resume import resume, write_checkpoint
+from bonn_qat.training.trainer import Trainer, to_memory_format
 
 CHECKPOINT_SECONDS = 600.0
 
@@ -29,73 +31,72 @@ def train(
     data: Data,
     *,
     device: str | torch.device | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     tick: Callable[[], None] = lambda: None,
     pm: pluggy.PluginManager | None = None,
 ) -> RunResult:
     """Train a binarized model in place and return what came out.
 
-    ``device`` defaults to a GPU where there is one. ``tick`` is called after each step, ``steps(recipe, data)`` times
-    in all. Everything random is drawn from the recipe's seed: the global generators of torch are seeded with it.
+    ``device`` defaults to a GPU if there is one. ``tick`` is called after each step, ``steps(recipe, data)`` times in
+    all. Everything random follows from the recipe's seed, which torch's global generators are seeded with.
 
-    ``checkpoint`` is written at the start, after each epoch, after ``checkpoint_seconds`` within one, and when the run
-    is stopped, with all that the rest of the run depends on. Where it exists the run goes on from it, on a CPU to the
-    very weights that it would have had without the interruption. Ctrl-C and SIGTERM stop the run after the step that
-    it is at; a second one does not wait.
+    ``checkpoint`` is a file that is written at the start, after each epoch, every ``checkpoint_seconds`` and when the
+    run is stopped. If it exists the run resumes from it, on a CPU to exactly the weights of an uninterrupted run.
+    Ctrl-C and SIGTERM stop the run after the current step; a second one stops it at once.
 
-    In a process group (``torchrun``, ``accelerate launch``) each process takes its part of every batch, ``batch_size``
-    is that of all together, gradients, class centres and the statistics of batch norms are those of the whole batch,
-    and the first process alone writes and calls hooks. A run may go on with another number of processes.
+    In a process group (``torchrun``, ``accelerate launch``) each process takes a shard of every batch; ``batch_size``
+    is that of all processes together, and so are gradients, class centres and batch norm statistics. Only rank 0 writes
+    and calls hooks. A run may resume with another number of processes.
 
-    Raises TrainingDiverged when a loss term becomes NaN or infinite (on a GPU up to 50 steps later),
-    InvalidData for labels that the model has no class for or a checkpoint of another run, InvalidModel for a model
-    that is not binarized, OSError where the checkpoint cannot be written; the one from before is there then still.
+    Raises TrainingDiverged when a loss term becomes NaN or infinite (on a GPU up to 50 steps later), InvalidData for
+    labels that the model has no class for or a checkpoint of another run, InvalidModel for a model that is not
+    binarized, OSError where the checkpoint cannot be written; the last checkpoint stays.
     """
     device = torch.device(device) if device else distributed.device()
     task = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
     teacher = _teacher(model, task, recipe, data, device) if recipe.teacher else None
     torch.manual_seed(recipe.seed + distributed.rank())
     run = Trainer(model, recipe, data, device, task=task, distillation=teacher, pm=pm)
-    done = run.resume(checkpoint) if checkpoint and checkpoint.exists() else 0
+    done = resume(run, checkpoint) if checkpoint and Path(checkpoint).exists() else 0
     for _ in range(done * run.steps_in_epoch + run.done):
         tick()
     hook = (pm or plugins.manager()).hook
     if distributed.rank():
-        hook = plugins.create_manager(entry_points=False).hook  # the first process reports
-    with held() as interrupts:
-        run.keeper = Keeper(run.state, checkpoint, seconds=checkpoint_seconds, interrupts=interrupts, tick=tick)
-        # Before anybody hears of the run, for its number is in there; and a disk that is full is told at once.
-        run.keeper.save()
+        hook = plugins.create_manager(entry_points=False).hook  # only rank 0 reports
+    with deferred_interrupts() as interrupts:
+        write = functools.partial(write_checkpoint, run, checkpoint) if checkpoint else None
+        run.checkpointer = Checkpointer(write, seconds=checkpoint_seconds, interrupts=interrupts, tick=tick)
+        run.checkpointer.save()  # before the run id is given to plugins, and to fail early if the disk is full
         hook.bonn_qat_before_run(recipe=recipe, model=model, run_id=run.run_id)
-        report: dict[str, Any] | None = None
+        outcome: dict[str, Any] | None = None
         try:
-            with products(recipe.precision), run.norms.on():
+            with matmul_precision(recipe.precision), run.norms.on():
                 for metrics, ended in zip(run.epochs, run.times, strict=True):
                     hook.bonn_qat_after_epoch(recipe=recipe, epoch=int(metrics["epoch"]), metrics=metrics, time=ended)
                 for epoch in range(done + 1, recipe.epochs + 1):
                     metrics = run.epoch(epoch)
-                    run.keeper.save()
+                    run.checkpointer.save()
                     hook.bonn_qat_after_epoch(recipe=recipe, epoch=epoch, metrics=metrics, time=run.times[-1])
             result = run.result()
-            report = asdict(result)
+            outcome = asdict(result)
         finally:
-            lay_out(model, torch.contiguous_format)  # as safetensors wants it
-            hook.bonn_qat_after_run(recipe=recipe, result=report)
+            to_memory_format(model, torch.contiguous_format)  # as safetensors needs it
+            hook.bonn_qat_after_run(recipe=recipe, result=outcome)
     return result
 
 
 def steps(recipe: Recipe, data: Data) -> int:
-    """Optimizer steps of a run, within one in an epoch."""
+    """Optimizer steps of a run."""
     return recipe.epochs * math.ceil(data.train_size / recipe.batch_size)
 
 
 def _teacher(model: nn.Module, task: nn.Module, recipe: Recipe, data: Data, device: torch.device) -> nn.Module:
     from timm.task import DistillationTeacher, LogitDistillationTask
 
-    with torch.random.fork_rng():  # a teacher must not change the run's random numbers
+    with torch.random.fork_rng():  # the teacher must not change the run's random numbers
         teacher = float_network(recipe, data.classes, data.image[0])
-    load_file(teacher, Path(recipe.teacher))
+    load_file(teacher, recipe.teacher)
     distillation: nn.Module = LogitDistillationTask(
         model,
         DistillationTeacher(teacher.to(device).requires_grad_(False), device=device),

@@ -1,10 +1,9 @@
-"""Trainer: the epochs of one run: steps, stages, tests, checkpoints, and what is measured on the way."""
+"""Trainer: the epochs of one run: training steps, tests, stages, and what is measured on the way."""
 
 import math
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pluggy
@@ -16,33 +15,33 @@ from torch.optim.swa_utils import update_bn
 from bonn_qat import distributed
 from bonn_qat.binarization.binarize import NORMS, Binarization, binary_layers
 from bonn_qat.environment import environment
-from bonn_qat.errors import BonnQatError, InvalidData, InvalidModel, TrainingDiverged
-from bonn_qat.files.plain import shown
+from bonn_qat.errors import InvalidModel, TrainingDiverged
 from bonn_qat.inspection.diagnose import first_non_finite
 from bonn_qat.inspection.flips import FlipRatio
 from bonn_qat.inspection.summary import summary
 from bonn_qat.objective import Losses, Objective, advance, parameter_groups
 from bonn_qat.regularizers import latent_weights
 from bonn_qat.scheme import Stage, reweighed
-from bonn_qat.training.checkpoint import Keeper, Progress, RunState, fits, read_state
+from bonn_qat.training.checkpoint import Checkpointer
 from bonn_qat.training.data import Batch, Data
 from bonn_qat.training.recipe import Recipe
-from bonn_qat.training.results import RunResult
+from bonn_qat.training.results import SIZES, RunResult
 from bonn_qat.training.schedule import lr_factor, stage_of
 from bonn_qat.training.sync_norms import SynchronisedNorms, average_statistics
 
 _BINS = 61
-_CHECK_EVERY = 50  # steps between looks for NaN on a GPU, where each look is a synchronisation
+_CHECK_EVERY = 50  # steps between checks for NaN on a GPU, each of which synchronises
 _TOP = 5
-_EVERY_EPOCH = {"epoch", "stage", "lr", "train/loss", "train/task", "train/top1", "test/loss", "test/top1"}
 
 
 class Trainer:
     """One run of a recipe on a binarized model; :func:`bonn_qat.train` drives it.
 
-    ``distillation`` is what :class:`bonn_qat.Objective` takes. In a process group every process has a part of each
-    batch, the gradients are averaged over all of them, and so are, within ``norms.on()``, the batch norms' statistics.
-    ``keeper`` is told of each moment at which the run may be left.
+    ``distillation`` is that of :class:`bonn_qat.Objective`. In a process group each process has a shard of each batch;
+    gradients are averaged over the processes, and within ``norms.on()`` so are the statistics of batch norms.
+    ``checkpointer`` is called wherever a checkpoint may be written.
+
+    Raises InvalidModel for a model that is not binarized.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class Trainer:
         self.size = summary(model, data.image)
         self.layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.model = model.to(device=device)
-        lay_out(self.model, self.layout)
+        to_memory_format(self.model, self.layout)
         self.recipe, self.data, self.device = recipe, data.to(device), device
         self.scheme = record.scheme
         own = tuple(reweighed(stage, recipe.scheme_options) for stage in recipe.stages)
@@ -88,7 +87,7 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.run_id = distributed.broadcast(uuid.uuid4().hex)
         self.norms = SynchronisedNorms(self.model, wanted=recipe.sync_norms)
-        self.keeper: Keeper | None = None
+        self.checkpointer = Checkpointer()
         self.shard = distributed.rank(), distributed.world()
         self.steps_in_epoch = math.ceil(data.train_size / recipe.batch_size)
         self.layers = dict(binary_layers(model))
@@ -97,8 +96,8 @@ class Trainer:
         self.epochs: list[dict[str, float]] = []
         self.began = time.time()
         self.times: list[float] = []  # when each of the epochs ended
-        # Of the epoch under way: the steps made, the sums of what they gave, where the order of its images came from,
-        # and the signs of the weights at its beginning.
+        # Of the current epoch: steps done, the sums of their terms, the generator's state before it shuffled the
+        # images, and the weights' signs at the start.
         self.done = 0
         self.sums: Tensor | None = None
         self.order = self.generator.get_state()
@@ -109,7 +108,7 @@ class Trainer:
         self._keep_histograms(0)
 
     def epoch(self, epoch: int) -> dict[str, float]:
-        """Train and test for one epoch, counted from 1, or what is left of it; returns its metrics."""
+        """Train for an epoch, counted from 1, or for the rest of a resumed one, then test; returns its metrics."""
         if not self.done:
             self._enter_stage(epoch)
             self.flips = FlipRatio(self.model) if self.layers else None
@@ -132,215 +131,19 @@ class Trainer:
         self.done, self.sums, self.order = 0, None, self.generator.get_state()
         return metrics
 
-    def state(self) -> RunState:
-        """All that the rest of the run depends on; the processes of a group call this together."""
-        tensors = {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": t for name, t in state.items() if isinstance(t, Tensor)}
-        tensors["random.data"] = self.order
-        states = {"torch": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self.device)
-        for name, own in states.items():
-            for rank, state in enumerate(distributed.all_gather(own.to(self.device))):
-                tensors[f"random.{name}.{rank}"] = state.cpu()
-        if self.sums is not None:
-            tensors["epoch.sums"] = distributed.all_reduce(self.sums.clone())
-        if self.done and self.flips is not None:
-            tensors |= {f"flips.{name}": signs for name, signs in self.flips.signs.items()}
-        progress = Progress(
-            run_id=self.run_id,
-            recipe=self.recipe.to_dict(),
-            data=self.data.describe(),
-            stage=self.stage,
-            step=self.done,
-            epochs=self.epochs,
-            started=self.began,
-            times=self.times,
-            histograms=self.histograms,
-            seconds=self.seconds + time.perf_counter() - self.started,
-            scaler=self.scaler.state_dict(),
-        )
-        return RunState(progress, tensors)
-
-    def resume(self, path: Path) -> int:
-        """Take up the run where ``path`` left it; returns the number of epochs that are done.
-
-        Raises InvalidData naming the file for one that is damaged or of another run; nothing is changed then.
-        """
-        found = read_state(path)
-        if wrong := self._misfit(found):
-            raise InvalidData(f"{path} is not a checkpoint of this run: {wrong}; delete it, or give another path")
-        progress = found.progress
-        self.objective.load_state_dict(found.part("objective"))
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in found.part("optimizer").items():
-            index, _, key = name.partition(".")
-            state.setdefault(int(index), {})[key] = tensor
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        _lay_out_like_parameters(self.optimizer)
-        self.scaler.load_state_dict(dict(progress.scaler))
-        random = found.part("random")
-        self.order = random["data"]
-        self.generator.set_state(self.order)
-        rank = self.shard[0]
-        if f"torch.{rank}" in random:  # it may have had fewer processes
-            torch.set_rng_state(random[f"torch.{rank}"])
-        if f"cuda.{rank}" in random and self.device.type == "cuda":
-            torch.cuda.set_rng_state(random[f"cuda.{rank}"], self.device)
-        self.run_id, self.epochs, self.histograms = progress.run_id, progress.epochs, progress.histograms
-        self.seconds, self.done = progress.seconds, progress.step
-        # A checkpoint of an earlier version has no times.
-        self.began = progress.started or self.began
-        self.times = progress.times or [self.began] * len(self.epochs)
-        self.sums = None
-        if self.done:
-            sums = found.tensors["epoch.sums"].to(self.device)
-            self.sums = sums if rank == 0 else torch.zeros_like(sums)
-            if self.flips is not None:
-                self.flips.signs = {name: signs.to(self.device) for name, signs in found.part("flips").items()}
-        if progress.stage >= 0:
-            self._set_stage(progress.stage)
-        return len(self.epochs)
-
-    def _misfit(self, found: RunState) -> str | None:
-        """Why the run cannot go on from ``found``."""
-        progress = found.progress
-        try:
-            recipe = Recipe.from_dict(progress.recipe)
-        except BonnQatError as error:
-            return f"its recipe is none, {error}"
-        if recipe != self.recipe:
-            return "it has another recipe"
-        if dict(progress.data) != self.data.describe():
-            return f"it was trained on {shown(dict(progress.data))}, not on {self.data.describe()}"
-        done = len(progress.epochs)
-        if len(progress.times) not in (0, done):
-            return f"it has {len(progress.times)} times for {done} epochs"
-        if done > recipe.epochs or progress.step > self.steps_in_epoch or (progress.step and done == recipe.epochs):
-            return f"it stands at epoch {done}, step {progress.step}"
-        for epoch, metrics in enumerate(progress.epochs, 1):
-            if metrics.get("epoch") != epoch or not metrics.keys() >= _EVERY_EPOCH:
-                return f"what it says of epoch {epoch} is not whole"
-        last = done + bool(progress.step)
-        stage = stage_of(self.stages, last, recipe.epochs) if last else -1
-        if progress.stage != stage:
-            return f"it stands in stage {progress.stage} after epoch {done}, step {progress.step}"
-        if self.scaler.state_dict().keys() != progress.scaler.keys():
-            return "its loss was scaled otherwise"
-        return self._misfitting_tensor(found)
-
-    def _misfitting_tensor(self, found: RunState) -> str | None:
-        step = found.progress.step
-        expected = {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
-        expected["random.data"] = self.order
-        expected |= {
-            name: torch.get_rng_state() if name.startswith("random.torch.") else torch.empty(16, dtype=torch.uint8)
-            for name in found.tensors
-            if name.startswith(("random.torch.", "random.cuda."))
-        }
-        if step:
-            terms = self._terms(self.stages[found.progress.stage])
-            expected["epoch.sums"] = torch.zeros(len(terms) + 1, dtype=torch.float64)
-            signs = self.flips.signs if self.flips is not None else {}
-            expected |= {f"flips.{name}": tensor for name, tensor in signs.items()}
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        states = {"adam": ("exp_avg", "exp_avg_sq", "step"), "sgd": ("momentum_buffer",)}[self.recipe.optimizer]
-        for index, parameter in enumerate(parameters):
-            names = [f"optimizer.{index}.{name}" for name in states]
-            if any(name in found.tensors for name in names):
-                scalar = torch.zeros((), dtype=torch.float32)
-                expected |= {name: scalar if name.endswith(".step") else parameter for name in names}
-        if wrong := fits(found.tensors, expected):
-            return wrong
-        for name in found.tensors:
-            if name.startswith(("random.data", "random.torch.")):
-                try:
-                    torch.Generator().set_state(found.tensors[name])
-                except RuntimeError:
-                    return f"{name} is no state of a generator"
-        return None
-
-    def result(self) -> RunResult:
-        """What the run gave, once its epochs are done."""
-        return RunResult(
-            name=self.recipe.name,
-            scheme=self.recipe.scheme_spec,
-            title=" ".join(filter(None, (self.scheme.title, self.recipe.scheme_spec.partition(":")[2]))),
-            bits=self.scheme.bits,
-            latents="float" if self.scheme.latent_std is None else f"{self.scheme.latent_std:g}",
-            seed=self.recipe.seed,
-            recipe=self.recipe.to_dict(),
-            environment=environment(self.device),
-            seconds=self.seconds + time.perf_counter() - self.started,
-            epochs=self.epochs,
-            size={
-                "parameters": self.size.parameters,
-                "mbit": self.size.mbit,
-                "float_mbit": self.size.float_mbit,
-                "compression": self.size.compression,
-                "macs": self.size.macs,
-                "binary_macs": self.size.binary_macs,
-            },
-            histograms=self.histograms,
-            run_id=self.run_id,
-            started=self.began,
-            times=self.times,
-        )
-
-    @property
-    def _stage(self) -> Stage:
-        return self.stages[self.stage]
-
-    def _enter_stage(self, epoch: int) -> None:
-        stage = stage_of(self.stages, epoch, self.recipe.epochs)
-        if stage == self.stage:
-            return
-        before = self._stage if self.stage >= 0 else None
-        self._set_stage(stage)
-        if before and before.weights == "float" and self._stage.weights == "binary":
-            for layer in self.layers.values():
-                layer.adopt(self.scheme.latent_std)
-            self.optimizer.state.clear()  # the momentum of weights that had another scale
-        for name, weight in self._stage.regularizers.items():
-            if weight and not (before and before.regularizers.get(name)):
-                batches = self._on_device(self.data.measure_batches(shard=self.shard), whole=False)
-                self.objective.regularizers[name].start(batches)  # type: ignore[operator]
-
-    def _set_stage(self, stage: int) -> None:
-        self.stage = stage
-        norms = {id(p) for m in self.model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
-        for parameter in self.trainable:
-            parameter.requires_grad_(self._stage.trains == "all" or id(parameter) in norms)
-        self.objective.set_weights(self._stage.regularizers)
-        for layer in self.layers.values():
-            layer.enter(self._stage)
-        self.forward = self._whole_forward()
-
-    def _whole_forward(self) -> Callable[[Tensor, Tensor], Losses]:
-        """Network and losses as one call, synchronised and compiled as asked; made anew where a stage changes them."""
-        forward: nn.Module = self.objective
-        if self.shard[1] > 1:
-            devices = [self.device.index] if self.device.type == "cuda" else None
-            forward = DistributedDataParallel(forward, devices)
-            # Where norms are synchronised all buffers are, and need not be sent at each step. Not as an argument, which
-            # has another name from torch 2.15 on, and warns under this one.
-            forward.broadcast_buffers = not self.recipe.sync_norms
-        return torch.compile(forward, mode=self.recipe.compile) if self.recipe.compile else forward
-
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         self.objective.train()
         batches = self.data.train_batches(
             self.recipe.batch_size, self.generator, augment=self.recipe.augment, shard=self.shard, start=self.done
         )
         if self.done:
-            self._set_lr((epoch - 1) + (self.done - 1) / self.steps_in_epoch)  # there may be no step left to set it
+            self._set_lr((epoch - 1) + (self.done - 1) / self.steps_in_epoch)  # no step may be left to set it
         losses = None
         for images, targets in self._on_device(batches):
             self._set_lr((epoch - 1) + self.done / self.steps_in_epoch)
             losses = self.step(images, targets)
-            looks = self.device.type == "cpu" or self.done % _CHECK_EVERY == 0
-            if looks:
+            may_wait = self.device.type == "cpu" or self.done % _CHECK_EVERY == 0
+            if may_wait:
                 self._check(losses, images, epoch, self.done + 1)
             with torch.no_grad():
                 hits = (losses.logits.argmax(1) == targets).double().mean()
@@ -348,31 +151,18 @@ class Trainer:
                 weighted = torch.stack([value.double() for value in values]) * len(targets)
                 self.sums = weighted if self.sums is None else self.sums.add_(weighted)
             self.done += 1
-            if self.keeper is not None:
-                self.keeper.stepped(self.device, looks=looks)
+            self.checkpointer.after_step(self.device, may_wait=may_wait)
         if losses is not None:
             self._check(losses, images, epoch, self.done)
         assert self.sums is not None, "an epoch has at least one batch"
         *means, count = distributed.all_reduce(self.sums.clone()).tolist()
-        terms = self._terms(self._stage)
+        terms = self.terms(self._stage)
         metrics = {f"train/{name}": total / count for name, total in zip(terms, means, strict=True)}
         metrics["train/top1"] *= 100
         return {"lr": self.optimizer.param_groups[0]["lr"], **metrics}
 
-    def _terms(self, stage: Stage) -> list[str]:
-        """What is summed over an epoch, beside the number of images."""
-        return ["loss", "task", *(name for name in self.objective.regularizers if stage.regularizers.get(name)), "top1"]
-
-    def _recompute_norms(self) -> None:
-        if self.keeper is not None:
-            self.keeper.save()  # for it cannot be left in the middle
-        batches = self._on_device(self.data.measure_batches(shard=self.shard), whole=False)
-        with self.norms.off(), distributed.alone():  # for the processes have different numbers of batches
-            update_bn(batches, self.model)
-        average_statistics(self.model)
-
     def step(self, images: Tensor, targets: Tensor) -> Losses:
-        """Forward, backward and update; nothing here waits for a GPU."""
+        """Forward, backward and update, without waiting for a GPU."""
         with torch.autocast(self.device.type, torch.float16, enabled=self.scaler.is_enabled()):
             losses = self.forward(images, targets)
         self.optimizer.zero_grad(set_to_none=True)
@@ -383,16 +173,11 @@ class Trainer:
             layer.weight_quant.constrain(layer.weight)
         return losses
 
-    def _set_lr(self, epoch: float) -> None:
-        factor = lr_factor(self.recipe, epoch) * self._stage.lr_scale
-        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = base * factor
-
     @torch.no_grad()
     def _test(self) -> dict[str, float]:
         self.objective.eval()
         sums = torch.zeros(3, device=self.device)  # hits, hits among the first five, loss
-        for images, targets in self._on_device(self.data.test_batches(shard=self.shard), whole=True):
+        for images, targets in self._on_device(self.data.test_batches(shard=self.shard), resumable=True):
             logits = self.model(images)
             order = logits.topk(min(_TOP, logits.shape[1])).indices == targets[:, None]
             loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
@@ -401,16 +186,99 @@ class Trainer:
         metrics = {"test/loss": loss, "test/top1": 100 * top1}
         return metrics | ({"test/top5": 100 * top5} if self.data.classes > _TOP else {})
 
-    def _on_device(self, batches: Iterator[Batch], *, whole: bool | None = None) -> Iterator[Batch]:
-        """The batches, and for those without a step the word to the keeper whether the state is whole between them."""
+    def result(self) -> RunResult:
+        """The result of the run, after its last epoch."""
+        return RunResult(
+            name=self.recipe.name,
+            scheme=self.recipe.scheme_spec,
+            title=" ".join(filter(None, (self.scheme.title, self.recipe.scheme_spec.partition(":")[2]))),
+            bits=self.scheme.bits,
+            latents="float" if self.scheme.latent_std is None else f"{self.scheme.latent_std:g}",
+            seed=self.recipe.seed,
+            recipe=self.recipe.to_dict(),
+            environment=environment(self.device),
+            seconds=self.elapsed(),
+            epochs=self.epochs,
+            size={name: getattr(self.size, name) for name in SIZES},
+            histograms=self.histograms,
+            run_id=self.run_id,
+            started=self.began,
+            times=self.times,
+        )
+
+    def elapsed(self) -> float:
+        """Seconds that the run has taken, including those before it was resumed."""
+        return self.seconds + time.perf_counter() - self.started
+
+    @property
+    def _stage(self) -> Stage:
+        return self.stages[self.stage]
+
+    def _enter_stage(self, epoch: int) -> None:
+        stage = stage_of(self.stages, epoch, self.recipe.epochs)
+        if stage == self.stage:
+            return
+        before = self._stage if self.stage >= 0 else None
+        self.set_stage(stage)
+        if before and before.weights == "float" and self._stage.weights == "binary":
+            for layer in self.layers.values():
+                layer.adopt(self.scheme.latent_std)
+            self.optimizer.state.clear()  # the weights had another scale
+        for name, weight in self._stage.regularizers.items():
+            if weight and not (before and before.regularizers.get(name)):
+                batches = self._on_device(self.data.measure_batches(shard=self.shard), resumable=False)
+                self.objective.regularizers[name].start(batches)  # type: ignore[operator]
+
+    def set_stage(self, stage: int) -> None:
+        """Set layers, loss weights and trainable parameters as the stage of this index says."""
+        self.stage = stage
+        norms = {id(p) for m in self.model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+        for parameter in self.trainable:
+            parameter.requires_grad_(self._stage.trains == "all" or id(parameter) in norms)
+        self.objective.set_weights(self._stage.regularizers)
+        for layer in self.layers.values():
+            layer.enter(self._stage)
+        self.forward = self._make_forward()
+
+    def _make_forward(self) -> Callable[[Tensor, Tensor], Losses]:
+        """Network and losses in one call, distributed and compiled as the recipe says; made anew for each stage."""
+        forward: nn.Module = self.objective
+        if self.shard[1] > 1:
+            devices = [self.device.index] if self.device.type == "cuda" else None
+            forward = DistributedDataParallel(forward, devices)
+            # Synchronised norms keep all buffers equal. Set here because torch 2.15 renames the argument and warns.
+            forward.broadcast_buffers = not self.recipe.sync_norms
+        return torch.compile(forward, mode=self.recipe.compile) if self.recipe.compile else forward
+
+    def _recompute_norms(self) -> None:
+        self.checkpointer.save()  # the state in the middle of this is not one to resume from
+        batches = self._on_device(self.data.measure_batches(shard=self.shard), resumable=False)
+        with self.norms.off(), distributed.alone():  # processes have different numbers of batches
+            update_bn(batches, self.model)
+        average_statistics(self.model)
+
+    def terms(self, stage: Stage) -> list[str]:
+        """Names of the values that are averaged over an epoch's images."""
+        return ["loss", "task", *(name for name in self.objective.regularizers if stage.regularizers.get(name)), "top1"]
+
+    def _set_lr(self, epoch: float) -> None:
+        factor = lr_factor(self.recipe, epoch) * self._stage.lr_scale
+        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base * factor
+
+    def _on_device(self, batches: Iterator[Batch], *, resumable: bool | None = None) -> Iterator[Batch]:
+        """Move batches to the device. ``resumable`` says whether to write a checkpoint when a run stops between two.
+
+        None for the batches of training steps, after which :meth:`Checkpointer.after_step` handles interrupts.
+        """
         for images, targets in batches:
             images, targets = (part.to(self.device, non_blocking=True) for part in (images, targets))
             yield (images.contiguous(memory_format=self.layout) if images.ndim == 4 else images), targets
-            if whole is not None and self.keeper is not None:
-                self.keeper.between(whole=whole)
+            if resumable is not None:
+                self.checkpointer.between_batches(resumable=resumable)
 
     def _check(self, losses: Losses, images: Tensor, epoch: int, step: int) -> None:
-        # All processes stop together: one that went on alone would wait for the others for ever.
+        # All processes must stop together: one that went on would wait for the others forever.
         if not bool(distributed.all_reduce((~torch.isfinite(losses.total)).float())):
             return
         term = next((name for name, value in losses.terms.items() if not bool(torch.isfinite(value))), "the sum")
@@ -434,30 +302,22 @@ class Trainer:
 
 
 def _optimizer(recipe: Recipe, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
-    fused = device.type == "cuda"  # one kernel, which knows of the scaled loss too; on a CPU it brings nothing
+    fused = device.type == "cuda"  # handles the scaled loss as well; no faster on a CPU
     if recipe.optimizer == "adam":
         return torch.optim.AdamW(groups, lr=recipe.lr, fused=fused)
     return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=fused)
 
 
-def lay_out(model: nn.Module, layout: torch.memory_format) -> None:
-    """Bring the kernels ``(O, I, kh, kw)`` of ``model`` into ``layout``, in place; no value changes."""
+def to_memory_format(model: nn.Module, layout: torch.memory_format) -> None:
+    """Change the memory format of the convolution kernels ``(O, I, kh, kw)`` of ``model`` in place."""
     for parameter in model.parameters():
         if parameter.ndim == 4:
-            # Not contiguous(), which leaves the strides of a 1x1 kernel as they are; those of its gradient are others.
+            # contiguous() would keep the strides of a 1x1 kernel, which differ from those of its gradient.
             parameter.data = torch.empty_like(parameter.data, memory_format=layout).copy_(parameter.data)
 
 
-def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
-    # Kernels that update whole lists of tensors want a state to lie in memory as its parameter does.
-    for parameter, state in optimizer.state.items():
-        for name, tensor in state.items():
-            if isinstance(tensor, Tensor) and tensor.shape == parameter.shape:
-                state[name] = torch.empty_like(parameter).copy_(tensor)
-
-
 def _watched(model: nn.Module, record: Binarization) -> dict[str, nn.Module]:
-    """First, middle and last of the layers that are binary, or would be in a float network."""
+    """The first, middle and last layer that is binary, or would be in a float network."""
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and n not in record.kept]
     chosen = dict.fromkeys([names[0], names[len(names) // 2], names[-1]] if names else [])
     return {name: model.get_submodule(name) for name in chosen}

@@ -350,7 +350,7 @@ def test_results_that_cannot_be_written_give_exit_code_3(
     def fail(path: Path, content: bytes) -> Path:
         raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr("bonn_qat.files.tensors.write_whole", fail)
+    monkeypatch.setattr("bonn_qat.files.tensors.write_bytes", fail)
     assert cli.main(["train", *TINY, "--output", str(tmp_path)]) == 3
     told = capsys.readouterr().err
     state = tmp_path / RUNS / f"{BONN}.unfinished.safetensors"
@@ -364,7 +364,7 @@ def test_another_error_of_the_system_is_not_taken_for_one(tmp_path: Path, monkey
     def fail(*args: Any) -> Path:
         raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
 
-    monkeypatch.setattr("bonn_qat.files.tensors.write_whole", fail)
+    monkeypatch.setattr("bonn_qat.files.tensors.write_bytes", fail)
     with pytest.raises(TimeoutError):
         cli.main(["train", *TINY, "--output", str(tmp_path)])
 
@@ -377,7 +377,7 @@ def test_a_report_or_an_export_that_cannot_be_written_gives_exit_code_3_too(
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
     for module in ("files.atomic", "exporting.export"):
-        monkeypatch.setattr(importlib.import_module(f"bonn_qat.{module}"), "write_whole", fail)
+        monkeypatch.setattr(importlib.import_module(f"bonn_qat.{module}"), "write_bytes", fail)
     monkeypatch.setitem(FORMATS, "pt2", FORMATS["pt2"]._replace(write=lambda model, size: b""))
     weights, net = str(whole / RUNS / f"{BONN}.safetensors"), str(tmp_path / "net.pt2")
     arguments = {"report": [str(whole)], "export": [weights, "--format", "pt2", "--output", net]}

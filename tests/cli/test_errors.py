@@ -33,6 +33,7 @@ from bonn_qat.training.checkpoint import write_state
 from bonn_qat.training.data import load
 from bonn_qat.training.network import build, weights_header
 from bonn_qat.training.recipe import Recipe
+from bonn_qat.training.resume import capture
 from bonn_qat.training.trainer import Trainer
 
 PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
@@ -135,7 +136,7 @@ def unfinished(lr: float = RECIPE.lr) -> bytes:
     recipe, data = replace(RECIPE, epochs=1, batch_size=8, train_images=16, test_images=8, lr=lr), digits()
     run = Trainer(build(recipe, data), recipe, data, torch.device("cpu"), task=nn.CrossEntropyLoss())
     with tempfile.TemporaryDirectory() as folder:
-        return write_state(Path(folder) / "state", run.state()).read_bytes()
+        return write_state(Path(folder) / "state", capture(run)).read_bytes()
 
 
 @functools.cache
@@ -178,7 +179,7 @@ def full(number: int) -> Patch:
     def fail(path: Path, content: bytes) -> None:
         raise OSError(number, os.strerror(number), str(path))
 
-    return lambda monkeypatch: monkeypatch.setattr("bonn_qat.files.tensors.write_whole", fail)
+    return lambda monkeypatch: monkeypatch.setattr("bonn_qat.files.tensors.write_bytes", fail)
 
 
 def killed(number: int) -> Patch:

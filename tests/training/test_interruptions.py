@@ -20,11 +20,12 @@ from bonn_qat.scheme import Stage
 from bonn_qat.studies import compare as comparing
 from bonn_qat.studies.comparison import read_comparison
 from bonn_qat.training import data
-from bonn_qat.training.checkpoint import Keeper, RunState, read_state, write_state
-from bonn_qat.training.interrupts import held
+from bonn_qat.training.checkpoint import Checkpointer, RunState, read_state, write_state
+from bonn_qat.training.interrupts import deferred_interrupts
 from bonn_qat.training.network import build
 from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.results import RUNS, RunResult
+from bonn_qat.training.resume import resume
 from bonn_qat.training.train import steps, train
 from bonn_qat.training.trainer import Trainer
 
@@ -181,7 +182,7 @@ def test_a_signal_outside_the_steps_does_not_wait_for_the_pass_to_end(
 
 
 def test_a_second_signal_does_not_wait() -> None:
-    with pytest.raises(KeyboardInterrupt), held() as interrupts:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), deferred_interrupts() as interrupts:  # noqa: PT012
         os.kill(os.getpid(), signal.SIGINT)
         assert interrupts
         os.kill(os.getpid(), signal.SIGINT)
@@ -190,7 +191,7 @@ def test_a_second_signal_does_not_wait() -> None:
 
 def test_what_came_and_was_not_let_through_comes_at_the_end() -> None:
     reached = False
-    with pytest.raises(KeyboardInterrupt), held():  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), deferred_interrupts():  # noqa: PT012
         os.kill(os.getpid(), signal.SIGINT)
         reached = True
     assert reached
@@ -200,7 +201,7 @@ def test_in_another_thread_nothing_is_held() -> None:
     before, seen = signal.getsignal(signal.SIGINT), list[object]()
 
     def look() -> None:
-        with held():
+        with deferred_interrupts():
             seen.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=look)
@@ -278,9 +279,9 @@ def test_what_a_killed_process_left_of_a_file_is_swept_away(tmp_path: Path) -> N
     kept = [path, tmp_path / ".a.json.lock", tmp_path / ".ab.json.12", tmp_path / "a.json.12"]
     for file in (*kept, tmp_path / ".a.json.12", tmp_path / ".a.json.7"):
         file.touch()
-    atomic.sweep(path)
+    atomic.remove_leftovers(path)
     assert set(tmp_path.iterdir()) == set(kept)
-    atomic.sweep(tmp_path / "nowhere" / "a.json")
+    atomic.remove_leftovers(tmp_path / "nowhere" / "a.json")
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +339,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(
     fresh = trainer(digits)
     before = {name: tensor.clone() for name, tensor in fresh.objective.state_dict().items()}
     with pytest.raises(InvalidData, match=words) as caught:
-        fresh.resume(path)
+        resume(fresh, path)
     assert str(path) in str(caught.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.objective.state_dict().items())
     assert not fresh.optimizer.state
@@ -401,13 +402,10 @@ def test_a_failure_in_another_process_is_kept(tmp_path: Path, digits: data.Data)
     assert found.failures.keys() == read_comparison(tmp_path).failures.keys() == {wild.name}
 
 
-def test_keeper_without_a_path_writes_nothing_and_still_stops() -> None:
-    def state() -> RunState:
-        raise AssertionError("nobody asked")
-
-    with pytest.raises(KeyboardInterrupt), held() as interrupts:  # noqa: PT012
-        keeper = Keeper(state, None, seconds=0.0, interrupts=interrupts, tick=lambda: None)
-        keeper.save()
-        keeper.stepped(torch.device("cpu"), looks=True)
+def test_a_checkpointer_that_writes_nothing_still_stops_the_run() -> None:
+    with pytest.raises(KeyboardInterrupt), deferred_interrupts() as interrupts:  # noqa: PT012
+        checkpointer = Checkpointer(seconds=0.0, interrupts=interrupts)
+        checkpointer.save()
+        checkpointer.after_step(torch.device("cpu"), may_wait=True)
         os.kill(os.getpid(), signal.SIGINT)
-        keeper.stepped(torch.device("cpu"), looks=True)
+        checkpointer.after_step(torch.device("cpu"), may_wait=True)

@@ -17,7 +17,7 @@ from bonn_qat.inspection.diagnose import first_non_finite
 from bonn_qat.scheme import Stage
 from bonn_qat.studies.run import run
 from bonn_qat.training import data
-from bonn_qat.training.network import build, restore, weights_header
+from bonn_qat.training.network import build, load, weights_header
 from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.results import RUNS, RunResult
 from bonn_qat.training.train import steps, train
@@ -194,11 +194,11 @@ def test_a_run_leaves_weights_that_restore_the_network_without_its_data(digits: 
     assert isinstance(result, RunResult)
     start.unlink()
     state = torch.get_rng_state()
-    model, size = restore(tmp_path / RUNS / f"{recipe.name}.safetensors")
+    model = load(tmp_path / RUNS / f"{recipe.name}.safetensors")
     assert torch.equal(torch.get_rng_state(), state)
-    assert size == digits.image
     assert not any(module.training for module in model.modules())
     record: Any = model.binarization
+    assert record.input_size == digits.image
     assert (record.scheme.name, record.kept["layer3.0.conv1"]) == ("xnor", "skip 'layer3'")
     images, targets = next(iter(digits.test_batches()))
     with torch.no_grad():
@@ -211,9 +211,7 @@ def test_what_a_run_left_float_is_restored_as_float(digits: data.Data, tmp_path:
     recipe = dataclasses.replace(RECIPE, stages=stages)
     model = build(recipe, digits)
     train(model, recipe, digits)
-    restored, _ = restore(
-        write_tensors(tmp_path / "run.safetensors", model.state_dict(), weights_header(recipe, digits))
-    )
+    restored = load(write_tensors(tmp_path / "run.safetensors", model.state_dict(), weights_header(recipe, digits)))
     assert not any(layer.binary_weight for _, layer in binary_layers(restored))
     images, _ = next(iter(digits.test_batches()))
     with torch.no_grad():
@@ -224,9 +222,7 @@ def test_what_a_run_left_float_is_restored_as_float(digits: data.Data, tmp_path:
 def test_every_kind_of_scheme_is_restored(scheme: str, digits: data.Data, tmp_path: Path) -> None:
     recipe = dataclasses.replace(RECIPE, scheme=scheme, latents="scheme")
     model = build(recipe, digits).eval()
-    restored, _ = restore(
-        write_tensors(tmp_path / "run.safetensors", model.state_dict(), weights_header(recipe, digits))
-    )
+    restored = load(write_tensors(tmp_path / "run.safetensors", model.state_dict(), weights_header(recipe, digits)))
     images, _ = next(iter(digits.test_batches()))
     assert torch.equal(restored(images), model(images))
 
@@ -234,7 +230,7 @@ def test_every_kind_of_scheme_is_restored(scheme: str, digits: data.Data, tmp_pa
 def test_restoring_downloads_no_pretrained_weights(digits: data.Data, tmp_path: Path) -> None:
     model = build(RECIPE, digits)
     recipe = dataclasses.replace(RECIPE, model_options={"pretrained": True})
-    restore(write_tensors(tmp_path / "run.safetensors", model.state_dict(), weights_header(recipe, digits)))
+    load(write_tensors(tmp_path / "run.safetensors", model.state_dict(), weights_header(recipe, digits)))
 
 
 @pytest.mark.parametrize(
@@ -244,17 +240,17 @@ def test_restoring_downloads_no_pretrained_weights(digits: data.Data, tmp_path: 
         (lambda header: header.update(stage=0), "is the checkpoint of a run that is not finished"),
         (lambda header: header.update(format=2), "is of format 2; this version of bonn-qat reads 1"),
         (lambda header: header.pop("format"), "is of format None; this version of bonn-qat reads 1"),
-        (lambda header: header.pop("classes"), r"the keys of its header differ in \['classes'\]"),
-        (lambda header: header.update(image=[1, 8]), r"10 classes, images of \[1, 8\], or a recipe without keys"),
-        (lambda header: header.update(classes="ten"), "'ten' classes, images of"),
-        (lambda header: header.update(recipe=[]), "or a recipe without keys"),
+        (lambda header: header.pop("classes"), r"is no weights file: its keys differ in \['classes'\]"),
+        (lambda header: header.update(image=[1, 8]), r"image is \(1, 8\); allowed: \[C, H, W\], each 1 to 1048576"),
+        (lambda header: header.update(classes="ten"), "classes is 'ten'; a value of type int"),
+        (lambda header: header.update(recipe=[]), r"recipe is \[\]; a value of type table"),
         (lambda header: header.update(classes=2**20), "it holds 79,.* numbers, and says to be .* more than 67,"),
         (lambda header: header["recipe"].update(model="wrn40_64"), "says to be a network of more than"),
         (
             lambda header: header["recipe"].update(model="vit_tiny_patch16_224", model_options={"depth": 20000}),
             "says to be a network of more than",
         ),
-        (lambda header: header.update(classes=2**21), "2097152 classes, images of"),
+        (lambda header: header.update(classes=2**21), "classes is 2097152; allowed: 1 to 1048576"),
         (lambda header: header["recipe"].update(model_options={"a": 1}), "timm cannot make 'wrn10_16' for 10 classes"),
         (lambda header: header["recipe"].update(lrr=1), "cannot be restored: unknown key of a recipe 'lrr'; did you"),
         (lambda header: header["recipe"].update(lr="x"), "cannot be restored: lr of a recipe is 'x'"),
@@ -268,14 +264,14 @@ def test_a_file_that_restores_nothing_is_told(change: Any, words: str, digits: d
     change(header)
     write_tensors(path, build(RECIPE, digits).state_dict(), header)
     with pytest.raises(InvalidData, match=rf"run\.safetensors .*{words}"):
-        restore(path)
+        load(path)
 
 
 def test_the_weights_of_an_earlier_version_and_an_unfinished_run_are_told(digits: data.Data, tmp_path: Path) -> None:
     model = build(RECIPE, digits)
     with pytest.raises(InvalidData, match="does not say of which network it holds the weights"):
-        restore(write_tensors(tmp_path / "run.safetensors", model.state_dict()))
+        load(write_tensors(tmp_path / "run.safetensors", model.state_dict()))
     train(model, RECIPE, digits, checkpoint=tmp_path / "unfinished.safetensors")
     assert read_tensors(tmp_path / "unfinished.safetensors")[1]["recipe"] == RECIPE.to_dict()
     with pytest.raises(InvalidData, match="is the checkpoint of a run that is not finished"):
-        restore(tmp_path / "unfinished.safetensors")
+        load(tmp_path / "unfinished.safetensors")

@@ -122,7 +122,7 @@ def test_a_step_never_waits_for_the_device(digits: data.Data, monkeypatch: pytes
         recipe = dataclasses.replace(RECIPE, scheme=scheme)
         model = build(recipe, digits)
         trainer = Trainer(model, recipe, digits, torch.device("cpu"), task=nn.CrossEntropyLoss())
-        trainer._set_stage(0)
+        trainer.set_stage(0)
         images, targets = next(digits.train_batches(8, torch.Generator().manual_seed(0), augment=True))
         with _NoWaiting():
             trainer.step(images, targets)

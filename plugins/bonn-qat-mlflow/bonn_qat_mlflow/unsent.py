@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from bonn_qat.files.atomic import write_whole
+from bonn_qat.files.atomic import write_bytes
 from bonn_qat_mlflow.events import (
     LONGEST_LINE,
     ComparisonBegan,
@@ -151,7 +151,7 @@ def take_out(path: Path, lines: Counter[bytes]) -> None:
 
 def _replace(path: Path, lines: list[bytes]) -> None:
     if lines:
-        write_whole(path, b"".join(lines))
+        write_bytes(path, b"".join(lines))
     else:
         path.unlink()
 
