@@ -1,7 +1,7 @@
-"""Regularizers: losses beside the task's, each a module that owns its parameters and buffers.
+"""Regularizers: losses that are added to the task's, each a module with its own parameters and buffers.
 
-In any training loop: ``loss = task + kernel() + feature(targets)``, or all at once by
-:class:`bonn_qat.Objective`. Letters as in :mod:`bonn_qat.functional`.
+In a training loop: ``loss = task + kernel() + feature(targets)``, or all of it by :class:`bonn_qat.Objective`. The
+symbols are those of :mod:`bonn_qat.functional`.
 """
 
 import math
@@ -22,14 +22,14 @@ _STACKED = 2**17  # elements
 
 
 class Step(NamedTuple):
-    """What a regularizer may look at: targets ``(B,)``, and the features ``(B, D)`` that its tap caught."""
+    """One training step: targets ``(B,)``, and for the losses of the features the classifier's input ``(B, D)``."""
 
     targets: Tensor | None
     features: Tensor | None
 
 
 class _Tap:
-    """A forward hook that keeps the last input of the classifier until it is taken, or forgets it when copied."""
+    """A forward hook that keeps the last input of the classifier until it is taken; a copy of it starts empty."""
 
     def __init__(self) -> None:
         self._features: Tensor | None = None
@@ -51,30 +51,51 @@ class _Tap:
 
 
 class Regularizer(nn.Module, ABC):
-    """A loss term of a model's weights or features. Subclasses give :meth:`loss`, and ``name`` for recipes.
+    """A loss term of a model. A subclass has a ``name``, by which recipes choose it, and a method :meth:`loss`.
 
-    Called after a forward pass, it returns ``weight * loss(step)``, a scalar. ``weight`` 0 switches it off.
-    The model is only looked at: its parameters are not the regularizer's.
+    Called after a forward pass, it returns ``weight * loss(step)``, a scalar; :class:`bonn_qat.Objective` leaves out a
+    term whose ``weight`` is 0. Keyword-only arguments of a subclass's ``__init__`` are its options.
+
+    ``self.model`` is the binarized model. It is no submodule: its parameters are not the regularizer's, and in a deep
+    copy of an Objective it is the copied model.
+
+    >>> class Shrink(Regularizer):
+    ...     name = "shrink"
+    ...     def loss(self, step):
+    ...         return sum(layer.weight.square().sum() for layer in binary_weight_layers(self.model).values())
     """
 
     name: ClassVar[str]
     parameter_rules: ClassVar[Mapping[str, ParameterRule]] = {}
 
-    def __init__(self, *, weight: float) -> None:
+    def __init__(self, model: nn.Module, *, weight: float) -> None:
         super().__init__()
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"the weight of a regularizer is at least 0; got {weight}")
         self.weight = weight
+        self._model = (model,)  # a tuple, because a module would be registered as a submodule
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that the loss is of."""
+        return self._model[0]
 
     @abstractmethod
     def loss(self, step: Step) -> Tensor:
-        """The term without its weight; a scalar."""
+        """The term without its weight; a scalar tensor."""
 
     def forward(self, targets: Tensor | None = None) -> Tensor:
-        return self.weight * self.loss(Step(targets, None))
+        loss = self.loss(self._step(targets))
+        if not isinstance(loss, Tensor) or loss.ndim:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+            raise InvalidModel(f"the regularizer {self.name!r} gave {got}; its loss(step) returns a scalar tensor")
+        return self.weight * loss
+
+    def _step(self, targets: Tensor | None) -> Step:
+        return Step(targets, None)
 
     def start(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Prepare at the start of a stage that uses the term; ``batches`` is one pass over the training set."""
+        """Prepare at the start of each stage that uses the term; ``batches`` is one pass over the training set."""
 
 
 @final
@@ -110,13 +131,13 @@ class KernelLoss(Regularizer):
         spread: Literal["weights", "magnitudes"] = "weights",
         per_element: bool = True,
     ) -> None:
-        super().__init__(weight=weight)
+        super().__init__(model, weight=weight)
         _check(number(nu) >= 0, "nu of the kernel loss", nu, "a number of at least 0")
         _check(number(min_sigma) > 0, "min_sigma of the kernel loss", min_sigma, "a number above 0")
         _check(spread in ("weights", "magnitudes"), "spread of the kernel loss", spread, "'weights' or 'magnitudes'")
         _check(isinstance(per_element, bool), "per_element of the kernel loss", per_element, "true or false")
         self.nu, self.min_sigma, self.per_element = nu, min_sigma, per_element
-        # In a tuple, so that the model's layers are not registered as parts of this module.
+        # A tuple, because modules would be registered as submodules.
         self._layers = tuple(binary_weight_layers(model).values())
         if not self._layers:
             raise InvalidModel(f"no binary weights in {type(model).__name__}; binarize it before making the loss")
@@ -151,7 +172,7 @@ class KernelLoss(Regularizer):
 
 
 class _ClassCentres(Regularizer):
-    """What the two losses of the features share: the tap, the centres, and the rule that moves them."""
+    """What the two losses of the features have in common: the tap, the centres, and the rule that updates them."""
 
     def __init__(
         self,
@@ -162,7 +183,7 @@ class _ClassCentres(Regularizer):
         num_classes: int | None,
         alpha: float,
     ) -> None:
-        super().__init__(weight=weight)
+        super().__init__(model, weight=weight)
         _check(number(alpha) >= 0, f"alpha of the {self.name} loss", alpha, "a number of at least 0")
         if classifier is None:
             name, head = find_classifier(model)
@@ -177,12 +198,11 @@ class _ClassCentres(Regularizer):
         self.alpha = alpha
         self._tap = _Tap()
         head.register_forward_pre_hook(self._tap)
-        self._model = (model,)
         self.centres: Tensor
         self.register_buffer("centres", torch.zeros(classes, features, device=head.weight.device))
 
-    def forward(self, targets: Tensor | None = None) -> Tensor:
-        return self.weight * self.loss(Step(targets, self._tap.take()))
+    def _step(self, targets: Tensor | None) -> Step:
+        return Step(targets, self._tap.take())
 
     def _inputs(self, step: Step) -> tuple[Tensor, Tensor]:
         if step.targets is None or step.features is None:
@@ -204,15 +224,14 @@ class _ClassCentres(Regularizer):
     def measure(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Set the centres to the class means over ``batches``; returns the standard deviations and the counts.
 
-        They are ``(M, D)`` and ``(M, 1)``. In a process group, ``batches`` are this process' share.
+        They are ``(M, D)`` and ``(M, 1)``. In a process group, ``batches`` is this process' shard.
         """
-        (model,) = self._model
         count = torch.zeros_like(self.centres[:, :1], dtype=torch.float64)
         total, squares = (torch.zeros_like(self.centres, dtype=torch.float64) for _ in range(2))
-        with modes(model):
+        with modes(self.model):
             for images, targets in batches:
                 check_targets(targets, len(self.centres))
-                model(images)
+                self.model(images)
                 features = self._tap.take().double()
                 count.index_add_(0, targets, torch.ones_like(features[:, :1]))
                 total.index_add_(0, targets, features)

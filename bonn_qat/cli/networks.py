@@ -136,6 +136,8 @@ def schemes(no_plugins: NoPlugins = False) -> None:
         console.print(Padding(Text(scheme.reference), (0, 0, 0, 4)))
         if options:
             console.print(Padding(Text(f"options: {options}"), (0, 0, 0, 4)))
+    for fault in plugins.faults():
+        say(f"not listed: {fault}")
     console.print(
         "Set options in a recipe's table scheme_options, or: compare --schemes xnor:input_scale=true+gradient=plain"
     )

@@ -3,6 +3,7 @@
 Images are ``(B, in_chans, H, W)``, activations ``(B, C, H, W)``.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ class OneConvBlock(nn.Module):
         super().__init__()
         self.bn = nn.BatchNorm2d(in_channels)
         self.conv = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
-        self.act = PReLU(out_channels)
+        self.act: nn.Module = PReLU(out_channels)
         self.act_after_add = True
         if stride == 1 and in_channels == out_channels:
             self.shortcut: nn.Module = nn.Identity()
@@ -43,13 +44,17 @@ class OneConvBlock(nn.Module):
         return self.act(y + shortcut) if self.act_after_add else self.act(y) + shortcut  # type: ignore[no-any-return]
 
     def binary_form(self, scheme: Scheme) -> nn.Module:
-        """This block, with the position of the nonlinearity that ``scheme`` wants.
+        """This block with the nonlinearity of ``scheme`` and its position; the modules are its own.
 
-        The PReLU is the architecture's own and stays under any scheme. One convolution is the whole block,
-        so both values of ``scheme.shortcut`` mean the same.
+        The PReLU stays, with its slopes, unless the scheme has another nonlinearity, such as ReActNet's RPReLU. With
+        one convolution in the block there is nothing for ``scheme.shortcut`` to choose.
         """
-        self.act_after_add = scheme.nonlinearity_position == "after_add"
-        return self
+        block = copy.copy(self)
+        block._modules = dict(self._modules)
+        if scheme.nonlinearity not in (None, PReLU):
+            block.act = scheme.nonlinearity(self.conv.out_channels)
+        block.act_after_add = scheme.nonlinearity_position == "after_add"
+        return block
 
     def extra_repr(self) -> str:
         return f"act_after_add={self.act_after_add}"

@@ -96,7 +96,7 @@ def compare(
     """
     check_jobs(jobs)
     is_first = distributed.rank() == 0
-    hook = (pm or plugins.manager()).hook
+    hook = plugins.Observers(pm)
     for recipe in recipes:
         check(recipe, pm)
     comparison = _begin(recipes, data, directory)

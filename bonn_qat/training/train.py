@@ -60,9 +60,9 @@ def train(
     done = run.resume(checkpoint) if checkpoint and checkpoint.exists() else 0
     for _ in range(done * run.steps_in_epoch + run.done):
         tick()
-    hook = (pm or plugins.manager()).hook
+    hook = plugins.Observers(pm)
     if distributed.rank():
-        hook = plugins.create_manager(entry_points=False).hook  # the first process reports
+        hook = plugins.Observers(plugins.create_manager(entry_points=False))  # the first process reports
     with held() as interrupts:
         run.keeper = Keeper(run.state, checkpoint, seconds=checkpoint_seconds, interrupts=interrupts, tick=tick)
         # Before anybody hears of the run, for its number is in there; and a disk that is full is told at once.

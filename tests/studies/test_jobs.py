@@ -42,7 +42,7 @@ class Deadly(Regularizer):
     name = "deadly"
 
     def __init__(self, model, *, weight=1.0):
-        super().__init__(weight=weight)
+        super().__init__(model, weight=weight)
 
     def loss(self, step):
         os.kill(os.getpid(), signal.SIGKILL)

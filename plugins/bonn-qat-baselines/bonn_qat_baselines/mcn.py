@@ -125,7 +125,7 @@ class McnLoss(Regularizer):
     name = "mcn"
 
     def __init__(self, model: nn.Module, *, weight: float = 1e-3) -> None:
-        super().__init__(weight=weight)
+        super().__init__(model, weight=weight)
         layers = [layer for layer in model.modules() if isinstance(getattr(layer, "weight_quant", None), McnWeight)]
         if not layers:
             raise BonnQatError(f"no weights of the scheme 'mcn' in {type(model).__name__}; the loss 'mcn' is of them")
