@@ -237,7 +237,7 @@ def test_a_scheme_is_its_own_answer():
 
 @pytest.mark.parametrize("wrong", [3, None, BONN.weight])
 def test_what_is_neither_a_name_nor_a_scheme_is_refused(wrong):
-    with pytest.raises(InvalidRecipe, match="a scheme is a name, such as 'bonn', or a .*Scheme; got"):
+    with pytest.raises(InvalidRecipe, match=r"a scheme is a name, such as 'bonn', or a .*Scheme; got"):
         plugins.find_scheme(wrong)
 
 
