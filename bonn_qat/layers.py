@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bonn_qat import functional
 from bonn_qat.conv_types import conv_type
-from bonn_qat.errors import BonnQatError, InvalidModel
+from bonn_qat.errors import BonnQatError, InvalidModel, PluginError
 from bonn_qat.hookspecs import hookimpl
 from bonn_qat.quantizers import ActivationQuantizer, FrozenWeight, WeightQuantizer
 from bonn_qat.scheme import ACTIVATIONS, Scheme, Stage
@@ -232,6 +232,45 @@ def binary_form(layer: nn.Module, scheme: Scheme, *, normalize: bool = True) -> 
     except Exception as error:  # the scheme's factories are anybody's code
         words = str(error) if isinstance(error, BonnQatError | ValueError | RuntimeError) else repr(error)
         raise InvalidModel(f"the scheme {scheme.name!r} does not fit {layer}: {words}") from error
+
+
+def check_contract(scheme: Scheme) -> None:
+    """Raise PluginError if the quantizers of ``scheme`` return what no binary layer can use (docs/plugins.md).
+
+    They are tried on small random tensors; an exception there is left for a real layer to raise.
+    """
+    weight, x = torch.randn(4, 3, 3, 3).requires_grad_(), torch.randn(2, 3, 5, 5).requires_grad_()
+    for part, base, factory, source, given in (
+        ("weight", WeightQuantizer, scheme.weight, weight, weight.detach()),
+        ("activation", ActivationQuantizer, scheme.activation, x, 3),
+    ):
+        try:
+            quantizer: Any = factory and cast(Any, factory)(given)
+            pair: Any = quantizer and quantizer.eval().quantize(source)
+        except Exception:
+            continue
+        if factory and (wrong := _breach(quantizer, pair, source, base)):
+            raise PluginError(f"the {part} of the scheme {scheme.name!r} {wrong}; docs/plugins.md has the contract")
+
+
+def _breach(quantizer: object, pair: Any, source: Tensor, base: type) -> str:
+    if not isinstance(quantizer, base):
+        return f"makes a {type(quantizer).__name__}, which is no bonn_qat.quantizers.{base.__name__}"
+    if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(x, Tensor) for x in pair)):
+        return "does not return a pair of tensors (value, scale) from quantize(x)"
+    value, scale = pair
+    if value.shape != source.shape:
+        return f"returns a value of shape {tuple(value.shape)} for x of shape {tuple(source.shape)}"
+    if not value.requires_grad:
+        return "returns a value without a gradient; use an estimator, such as bonn_qat.functional.ste_sign"
+    if isinstance(quantizer, WeightQuantizer) and quantizer.scaled_sign:
+        if scale.numel() != 1 and scale.shape != (len(source), 1, 1, 1):
+            return (
+                f"returns a scale of shape {tuple(scale.shape)} for x of shape (O, I, kh, kw); give () or (O, 1, 1, 1)"
+            )
+        if not torch.allclose(value.abs(), scale.abs().to(value.dtype).expand_as(value)):
+            return "returns values other than scale * {-1, +1}; set scaled_sign = False in its class"
+    return ""
 
 
 @hookimpl(trylast=True)

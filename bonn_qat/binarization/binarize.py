@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bonn_qat import plugins
 from bonn_qat.binarization import policy
 from bonn_qat.errors import InvalidModel, InvalidRecipe
-from bonn_qat.layers import BinaryLayer
+from bonn_qat.layers import BinaryLayer, check_contract
 from bonn_qat.scheme import Scheme, WatchedScheme
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
@@ -74,9 +74,9 @@ def binarize(
     BypassedLayers.
 
     Raises UnknownName for an unknown scheme or a pattern without a match; InvalidRecipe for an option of
-    :meth:`Scheme.configure` that has no effect on this model; PluginError; and InvalidModel if there is nothing to
-    binarize, the model is binary already, a layer of ``include`` cannot be binary, the scheme does not fit a layer, or
-    the model refuses the size. After an error the model is as before.
+    :meth:`Scheme.configure` that has no effect on this model; PluginError for a faulty plugin; and InvalidModel if
+    there is nothing to binarize, the model is binary already, a layer of ``include`` cannot be binary, the scheme does
+    not fit a layer, or the model refuses the size. After an error the model is as before.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 28 * 28, 10))
     >>> binarize(net, input_size=(3, 32, 32)).binarization.binary
@@ -101,6 +101,9 @@ def binarize(
         raise InvalidModel(f"nothing to binarize in {type(model).__name__}: {reasons}")
     _warn_of_bypassed(decision.bypassed)
 
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # the network must not depend on the check
+        for used in {id(scheme): scheme for scheme in (others.of(name) for name in decision.binary)}.values():
+            check_contract(used)
     before = set(model.state_dict())
     result = model if inplace else copy.deepcopy(model)
     names = {*kept, *policy.named(model, skip, "skip"), *_gates(model, kept)}
