@@ -74,8 +74,8 @@ class Stage:
     as in the steps of Bi-Real Net's training. ``trains="norms"`` freezes everything but the norms. ``recompute_norms``
     ends the stage with a pass over the training set that recomputes the statistics of the batch norms.
 
-    >>> Stage(share=0.8, regularizers={"kernel": 1e-4})
-    Stage(share=0.8, regularizers={'kernel': 0.0001}, lr_scale=1.0, weights='binary', activations='binary', ...)
+    >>> Stage(share=0.8, regularizers={"kernel": 1e-4}).activations
+    'binary'
     """
 
     share: float = 1.0

@@ -24,7 +24,7 @@ _FOLDS = ("fuse", "reparameterize", "switch_to_deploy")  # those that timm.utils
 
 
 class BypassedLayers(UserWarning):
-    """Layers that stay float because another module reads their weights, past the layer."""
+    """Layers that stay float because another module reads their weights directly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ def _check_arguments(model: object, input_size: object) -> None:
 
 
 def binary_layers(model: nn.Module) -> Iterator[tuple[str, BinaryLayer]]:
-    """The binary layers of ``model`` with their names, each once."""
+    """Names and binary layers of ``model``, each layer once."""
     for name, layer in model.named_modules():
         if isinstance(layer, BinaryLayer):
             yield name, layer
@@ -159,7 +159,7 @@ class _Schemes:
         return next((s for names, s in self._named if not names.isdisjoint(parents)), self.chosen)
 
     def watched(self, name: str) -> Scheme:
-        """The same for those that use it: what they read counts as used. Without options there is nothing to watch."""
+        """The same scheme for code that uses it: the fields that it reads count as used."""
         scheme = self.of(name)
         return self._watched[id(scheme)] if scheme.given else scheme
 
@@ -219,7 +219,7 @@ def _stays_float(module: nn.Module, frozen: set[int]) -> bool:
 
 
 def _gates(model: nn.Module, kept: Mapping[str, str]) -> Iterator[str]:
-    """The modules that are wholly gates or classifiers: their nonlinearities stay, too."""
+    """The modules that consist of gates or classifiers only, whose nonlinearities stay too."""
     for name, module in model.named_modules():
         layers = [
             f"{name}.{child}" for child, m in module.named_modules() if child and isinstance(m, nn.Conv2d | nn.Linear)
@@ -234,14 +234,14 @@ def _warn_of_bypassed(bypassed: Mapping[str, str]) -> None:
     name, reader = next(iter(bypassed.items()))
     more = f", and {len(bypassed) - 1} more" if len(bypassed) > 1 else ""
     warnings.warn(
-        f"stays float: {name}, whose weight {reader or 'the model'} reads itself{more}; skip silences this",
+        f"{name} stays float because {reader or 'the model'} reads its weight directly{more}; skip silences this",
         BypassedLayers,
         stacklevel=3,
     )
 
 
 def _place_what_is_new(model: nn.Module, originals: list[nn.Module]) -> None:
-    # A scheme makes its nonlinearities on the CPU in float32, wherever the model is.
+    # The factories of a scheme know neither the device nor the dtype of the model.
     reference = next((p for module in originals for p in module.parameters() if p.is_floating_point()), None)
     known = {id(module) for module in originals}
     for module in model.modules():
@@ -250,7 +250,7 @@ def _place_what_is_new(model: nn.Module, originals: list[nn.Module]) -> None:
 
 
 def _scales(model: nn.Module) -> Iterator[str]:
-    """The keys of the parameters that branches are multiplied with: norms' weights, and gains by their name."""
+    """The keys of the parameters that scale a branch: the weights of norms, and gains by their names."""
     for name, module in model.named_modules(remove_duplicate=False):
         for key, parameter in module._parameters.items():
             is_scale = key == "weight" if isinstance(module, NORMS) else _SCALE.search(key)
@@ -277,13 +277,13 @@ def _refuse_folding(model: nn.Module) -> None:
 
 def _refuse(kind: str, method: str, *_: object, **__: object) -> NoReturn:
     raise InvalidModel(
-        f"{kind}.{method}() folds float weights, and would make another function of binary ones; fold the float model "
-        "before it is binarized: binarize(timm.utils.reparameterize_model(model))"
+        f"{kind}.{method}() folds float weights and would change the function of binary ones; fold the float model "
+        "before binarizing it: binarize(timm.utils.reparameterize_model(model))"
     )
 
 
 def _complete_float_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    """Before loading: turn a float model's state dict into that of ``binarize`` of that model."""
+    """Before loading: turn the state dict of a float model into that of the binarized float model."""
     record: Binarization = model.binarization  # type: ignore[assignment]
     own = model.state_dict()
     is_float = all(prefix + key in state_dict for key in own.keys() - record.added)
