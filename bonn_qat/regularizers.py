@@ -41,8 +41,8 @@ class _Tap:
         features, self._features = self._features, None
         if features is None:
             raise InvalidModel(
-                "no features to take: the feature loss comes after a forward pass, once for each, and is made before "
-                "torch.compile first runs the model"
+                "no features: call the feature loss once after each forward pass, and create it before torch.compile "
+                "first runs the model"
             )
         return features.flatten(1)
 
@@ -104,12 +104,12 @@ class KernelLoss(Regularizer):
 
     Works on every layer with a ``weight`` and a 1-bit ``weight_quant``: those of :func:`binarize` and
     Brevitas' own. Without a learned modulation the quantizer's scale takes its place, as a constant.
-    ``mu`` and ``sigma``, ``(all kernels,)``, start at the mean of ``|X_i|`` and the standard deviation of
-    X_i, or with ``spread="magnitudes"`` of ``|X_i|``, which is where (18) leads. Before each use sigma is raised to
-    ``min_sigma``: below it the gradient step would overshoot.
+    ``mu`` and ``sigma``, ``(all kernels,)``, start at the mean of ``|X_i|`` and the standard deviation of X_i, or with
+    ``spread="magnitudes"`` that of ``|X_i|``, to which (18) converges. Before each use sigma is clamped to at least
+    ``min_sigma``: with smaller values the gradient step would overshoot.
 
     (17) and (18) are the derivatives of (9) divided by the number of elements of a kernel. ``per_element=False`` leaves
-    that division out: mu and sigma then learn as many times faster.
+    out that division, so that mu and sigma learn faster by that factor.
 
     Call it as ``kernel()``. Raises InvalidModel for a model without binary weights, InvalidRecipe for an impossible
     value of an option.
@@ -159,8 +159,8 @@ class KernelLoss(Regularizer):
             stacks.setdefault(key, []).append((latent, modulation, mu, sigma))
         terms = []
         for (shape, _, magnitude), members in stacks.items():
-            # Small layers cost what their many small operations cost, so those of one shape are stacked;
-            # large ones would no longer fit into the cache.
+            # Small layers of one shape are stacked, because the number of operations dominates their time; large ones
+            # are not, because they would no longer fit into the cache.
             most = max(1, _STACKED // math.prod(shape))
             for stack in (members[i : i + most] for i in range(0, len(members), most)):
                 columns = zip(*stack, strict=True)
@@ -246,16 +246,15 @@ class _ClassCentres(Regularizer):
 class FeatureLoss(_ClassCentres):
     """BONN's Bayesian feature loss: ``theta/2`` times the second sum of (9), averaged over the batch.
 
-    The features are the input of the classifier, ``(B, D)``. The class centres move by the center-loss
-    rule with rate ``alpha`` at each call in training mode; the class spreads ``sigma``, ``(classes, D)``,
-    are parameters, raised to ``min_sigma`` before each use. The paper fine-tunes with this loss: call
-    ``start(batches)`` first, which measures both on the training set: the spreads that of each class, or with
-    ``spread="all"`` that of all images for every class.
+    The features are the input of the classifier, ``(B, D)``. The class centres are updated by the rule of the center
+    loss with rate ``alpha`` at each call in training mode; the class spreads ``sigma``, ``(classes, D)``, are
+    parameters, clamped to at least ``min_sigma`` before each use. The paper fine-tunes with this loss: call
+    ``start(batches)`` first, which measures both on the training set: the spread of each class or, with
+    ``spread="all"``, the same of all images for every class.
 
-    Call it as ``feature(targets)`` after the forward pass, and make it before ``torch.compile`` first runs the
-    model, for compiled code does not see hooks that come later. Raises InvalidModel where the classifier cannot
-    be found (name it: ``classifier="head.fc"``), InvalidData for targets out of range, InvalidRecipe for an impossible
-    value of an option.
+    Call it as ``feature(targets)`` after the forward pass, and create it before ``torch.compile`` first runs the model,
+    because compiled code does not see later hooks. Raises InvalidModel if the classifier cannot be found (name it:
+    ``classifier="head.fc"``), InvalidData for targets out of range, InvalidRecipe for an impossible value of an option.
     """
 
     name = "feature"
@@ -287,7 +286,7 @@ class FeatureLoss(_ClassCentres):
             variance = (share * (spread.square() + (self.centres - mean).square())).sum(0)
             spread, count = variance.sqrt().to(spread.dtype).expand_as(spread), count.sum()
         with torch.no_grad():
-            # A class with fewer than two images has no spread of its own: the default stays.
+            # A class with fewer than two images has no spread; it keeps the default.
             self.sigma.copy_(torch.where(count > 1, spread, 1.0).clamp(min=self.min_sigma))
 
     def loss(self, step: Step) -> Tensor:
@@ -329,7 +328,7 @@ class CenterLoss(_ClassCentres):
 
 
 def check_targets(targets: Tensor, classes: int) -> None:
-    """Raise InvalidData for a class index out of range; only on a CPU, where looking needs no synchronisation."""
+    """Raise InvalidData for a class index out of range; only on a CPU, because a GPU would have to be waited for."""
     if (
         targets.device.type != "cpu"
         or torch.compiler.is_compiling()
@@ -352,14 +351,14 @@ def binary_weight_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def latent_weights(layer: nn.Module) -> Tensor:
-    """What a binary layer's quantizer quantizes, ``(O, I, ...)``: its weight, or what it makes of that."""
+    """The latent weights of a binary layer, ``(O, I, ...)``: its weight, standardized if the layer does that."""
     make: Callable[[], Tensor] | None = getattr(layer, "latent", None)
     weight: Tensor = make() if make else layer.weight  # type: ignore[assignment]
     return _whole(weight)
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """The tensor, gathered from all processes where FSDP2 has spread it over them."""
+    """The tensor, gathered from all processes if FSDP2 has sharded it."""
     gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
@@ -378,9 +377,9 @@ def _bits(quantizer: Any) -> float | None:
 
 
 def _modulation(quantizer: Any, latent: Tensor) -> tuple[Tensor, Literal["mean", "one", "scale"]]:
-    """The learned modulation, or the scale of latents ``(O, ...)`` with as many axes; and the magnitude of X^.
+    """The learned modulation, or else the scale, with as many axes as the latents ``(O, ...)``; and what X^ is made of.
 
-    That is the modulation's mean, or 1 where the quantizer reads it as the inverse of a scale, or that scale.
+    That is the modulation's mean, or 1 if the quantizer reads the modulation as the inverse of a scale, or the scale.
     """
     modulation = getattr(quantizer, "modulation", None)
     if modulation is not None:
@@ -393,6 +392,6 @@ def _modulation(quantizer: Any, latent: Tensor) -> tuple[Tensor, Literal["mean",
 
 def tensor_quant(layer: nn.Module) -> Any:
     """The quantizer of a layer's weights, ours or the one in Brevitas' proxy; None if it has none."""
-    # Looked up at each use: Brevitas makes a new one whenever a state dict is loaded.
+    # Looked up at each use, because Brevitas creates a new one whenever a state dict is loaded.
     proxy = getattr(layer, "weight_quant", None)
     return getattr(proxy, "tensor_quant", None if hasattr(proxy, "is_quant_enabled") else proxy)

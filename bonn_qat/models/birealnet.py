@@ -17,8 +17,8 @@ from bonn_qat.scheme import PReLU, Scheme
 class OneConvBlock(nn.Module):
     """``PReLU(conv(BN(x)) + shortcut(x))``; ``(B, I, H, W) -> (B, O, ceil(H/stride), ceil(W/stride))``.
 
-    The shortcut is the identity, or where the shape changes a 1x1 convolution, BN and average pooling.
-    When the convolution is binary, the sign between it and the BN is its own.
+    The shortcut is the identity or, if the shape changes, a 1x1 convolution, BN and average pooling. A binary
+    convolution takes the sign of the BN's output itself.
     """
 
     normalizes_input = True
@@ -35,7 +35,7 @@ class OneConvBlock(nn.Module):
             self.shortcut = nn.Sequential(
                 nn.Conv2d(in_channels, out_channels, 1, bias=False),
                 nn.BatchNorm2d(out_channels),
-                # A window that overhangs the edge gives an odd size the length that the strided convolution gives it.
+                # ceil_mode, so that an odd size becomes as long as after the strided convolution.
                 nn.Identity() if stride == 1 else nn.AvgPool2d(stride, ceil_mode=True),
             )
 
@@ -133,7 +133,11 @@ default_cfgs = generate_default_cfgs(
 
 @register_model  # type: ignore[untyped-decorator]
 def birealnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-18 with a shortcut around each of its 16 convolutions; float, or binarized by ``scheme``."""
+    """ResNet-18 with a shortcut around each of its 16 convolutions; float, or binarized by ``scheme``.
+
+    >>> birealnet18(num_classes=10, scheme="bonn").binarization.binary[0]
+    'layer1.0.conv'
+    """
     return build(BiRealNet, "birealnet18", pretrained, blocks=(4, 4, 4, 4), **kwargs)
 
 
