@@ -111,7 +111,7 @@ class _Worker:
     """A process, and what is known here of the run in it."""
 
     def __init__(self, index: int, first: Sequence[bytes], watch: Watch, pm: pluggy.PluginManager) -> None:
-        self.index, self._first, self._watch, self._hook = index, first, watch, plugins.Observers(pm)
+        self.index, self._first, self._watch, self._hook = index, first, watch, pm.hook
         self.recipe: Recipe | None = None
         self.free = self.dead = False
         self._observed = False
