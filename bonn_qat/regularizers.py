@@ -41,8 +41,8 @@ class _Tap:
         features, self._features = self._features, None
         if features is None:
             raise InvalidModel(
-                "no features: call the feature loss once after each forward pass, and create it before torch.compile "
-                "first runs the model"
+                "no features: the feature loss is called after a forward pass, once for each, and created before "
+                "torch.compile first runs the model"
             )
         return features.flatten(1)
 
