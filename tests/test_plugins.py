@@ -165,6 +165,7 @@ def test_the_command_lists_what_works_and_says_what_is_broken(
     install("sound", SCHEME.format(name="sound"))
     plugins.manager.cache_clear()
     monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["--help"]) == 0  # loads no plugin, and so warns of none
     try:
         with pytest.warns(plugins.BrokenPlugin):
             assert cli.main(["schemes"]) == 0

@@ -128,7 +128,7 @@ class McnLoss(Regularizer):
         super().__init__(model, weight=weight)
         layers = [layer for layer in model.modules() if isinstance(getattr(layer, "weight_quant", None), McnWeight)]
         if not layers:
-            raise BonnQatError(f"the loss 'mcn' needs weights of the scheme 'mcn'; {type(model).__name__} has none")
+            raise BonnQatError(f"no weights of the scheme 'mcn' in {type(model).__name__}; the loss 'mcn' needs them")
         # A tuple, because modules would be registered as submodules.
         self._layers: tuple[Any, ...] = tuple(layers)
 
