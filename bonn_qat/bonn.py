@@ -1,4 +1,10 @@
-"""BONN as a plugin: the file to copy for a scheme of one's own."""
+"""BONN, the scheme of this package (Gu et al., ICCV 2019, arXiv:1908.06314), as a plugin like any other.
+
+Kernels are ``mean(w) * sign(X)``: X are the latent weights, real numbers that the optimizer updates, and w is the
+layer's modulation, a learned parameter whose mean is the scale of the signs. The estimators, which replace the
+derivative of the sign, are the clipped identity for activations and the paper's (12) and (15) for weights. The terms
+are those of :mod:`bonn_qat.scheme`; ``docs/plugins.md`` says how to write a scheme.
+"""
 
 from collections.abc import Iterable
 
@@ -13,7 +19,7 @@ BONN = Scheme(
     reference="Gu et al., Bayesian Optimized 1-Bit CNNs, ICCV 2019, arXiv:1908.06314",
     weight=BonnWeight,
     activation=sign_activation,
-    latent_std=0.01,  # the scale of Fig. 3; with larger latents the kernel loss is lost beside weight decay
+    latent_std=0.01,  # as in Fig. 3; with larger latents weight decay outweighs the kernel loss
     stages=(
         Stage(share=0.8, regularizers={"kernel": 1e-4}),
         Stage(share=0.2, regularizers={"kernel": 1e-4, "feature": 1e-3}),

@@ -17,19 +17,23 @@ from bonn_qat.functional import sign
 
 
 class Bop(Optimizer):
-    """Flips a binary weight when its gradient has pushed it the same way for long enough.
+    """Flips a binary weight when its gradients have pushed it in the same direction for long enough.
 
     ``m <- (1 - gamma) m + gamma g``, then ``w <- -w`` where ``|m| > threshold`` and ``sign(m) = sign(w)``; the defaults
-    are the paper's. For parameters that are binary weights themselves, those of :func:`binary_parameters`; all others
-    belong to another optimizer. Making it, or adding a group, **changes the parameters in place**: each becomes
-    its sign, with ``sign(0) = +1``. A float checkpoint is therefore loaded before.
+    are the paper's. The parameters are the binary weights themselves (:func:`binary_parameters`); all others belong to
+    another optimizer. Creating it, or adding a group, **changes the parameters in place**: each becomes its sign, with
+    ``sign(0) = +1``. Load a float checkpoint before that.
 
-    Each group has its own ``threshold`` and ``gamma``. There is no learning rate for a scheduler of torch; a schedule
-    sets ``group["gamma"]``, which the paper divides by 10 every 100 epochs. A higher gamma or a lower threshold flips
-    more weights: :class:`bonn_qat.FlipRatio` measures how many.
+    Each group has its own ``threshold`` and ``gamma``. There is no learning rate that a scheduler could change; set
+    ``group["gamma"]`` instead, which the paper divides by 10 every 100 epochs. A higher gamma or a lower threshold
+    flips more weights: :class:`bonn_qat.FlipRatio` measures how many.
 
     Raises ValueError for a threshold below 0 or infinite, a gamma that is not above 0 and at most 1, and parameters
     of fewer than 32 bits, whose rounding would lose ``gamma g`` beside ``m``.
+
+    >>> weight = nn.Parameter(torch.tensor([0.3, -2.0]))
+    >>> Bop([weight]).param_groups[0]["threshold"], weight.tolist()
+    (1e-08, [1.0, -1.0])
     """
 
     def __init__(self, params: ParamsT, threshold: float = 1e-8, gamma: float = 1e-4) -> None:
@@ -58,7 +62,7 @@ class Bop(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update the averages and flip; a parameter without gradient rests. ``closure`` gives the loss anew."""
+        """Update the averages and flip; parameters without a gradient are left out. ``closure`` computes the loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -70,15 +74,15 @@ class Bop(Optimizer):
                 state = self.state[weight]
                 if not state:
                     state["momentum"] = torch.zeros_like(weight)
-                # Not add_(alpha=gamma), which rounds once or twice depending on the processor and the position.
+                # add_(alpha=gamma) would round once or twice, depending on the processor and the position.
                 momentum = state["momentum"].mul_(1 - group["gamma"]).add_(group["gamma"] * weight.grad)
-                # For a weight of +-1 both conditions in one.
+                # For a weight of +-1 this is both conditions.
                 weight.copy_(torch.where(momentum * weight > group["threshold"], -weight, weight))
         return loss
 
 
 def binary_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The weights of a binarized model's binary layers, for :class:`Bop`, and all its other parameters; each once.
+    """The binary weights of a model, for :class:`Bop`, and all its other parameters, each once.
 
     Raises InvalidModel for a model without binary layers.
     """

@@ -1,4 +1,4 @@
-"""Conv types: which convolutions and linear layers can become binary, and what their classes do beyond torch's own."""
+"""Conv types: which convolutions and linear layers can become binary, and what their classes add to torch's."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -8,13 +8,13 @@ from torch.nn.utils.parametrize import is_parametrized
 
 
 class ConvType(NamedTuple):
-    """``same_padding``: pads as TensorFlow's SAME does; ``standardizes``: the kernels have mean 0 and variance 1."""
+    """``same_padding``: pads like TensorFlow's SAME. ``standardizes``: uses kernels of mean 0 and variance 1."""
 
     same_padding: bool = False
     standardizes: bool = False
 
 
-# timm's classes by the class that owns the forward; whether those with a `same_pad` pad is the instance's affair.
+# timm's classes, by the class that defines the forward pass; whether to pad is an attribute of some, `same_pad`.
 _TIMM: Mapping[str, ConvType] = {
     "Linear": ConvType(),
     "Conv2dSame": ConvType(same_padding=True),
@@ -27,9 +27,12 @@ _TIMM: Mapping[str, ConvType] = {
 
 
 def conv_type(layer: nn.Module) -> ConvType:
-    """What ``layer`` does beyond its class of torch.
+    """What ``layer`` adds to its class of torch.
 
-    Raises ValueError with the reason for a layer that cannot become binary.
+    Raises ValueError, with the reason, for a layer that cannot become binary.
+
+    >>> conv_type(nn.Conv2d(3, 8, 3))
+    ConvType(same_padding=False, standardizes=False)
     """
     kind = type(layer).__name__
     if not isinstance(layer, nn.Conv2d | nn.Linear):

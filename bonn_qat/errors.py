@@ -18,14 +18,14 @@ class UnknownName(BonnQatError, LookupError):
     bonn_qat.errors.UnknownName: unknown scheme 'bon'; did you mean 'bonn'? known: bonn, xnor
     """
 
-    def __init__(self, kind: str, given: str, known: Iterable[str]) -> None:
+    def __init__(self, kind: str, given: str, known: Iterable[str], note: str = "") -> None:
         known = sorted(known)
         near = difflib.get_close_matches(given, known, n=3)
         guess = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
         names = ", ".join(known) or "none"
         if len(known) > _LISTED:
             names = f"{len(known)} names, such as {', '.join(known[:3])}"
-        super().__init__(f"unknown {kind} {given!r}; {guess}known: {names}")
+        super().__init__(f"unknown {kind} {given!r}; {guess}known: {names}{note}")
 
 
 class InvalidModel(BonnQatError, ValueError):
@@ -41,7 +41,11 @@ class InvalidData(BonnQatError, ValueError):
 
 
 class PluginConflict(BonnQatError):
-    """Two plugins offer the same name, or a plugin does not match the hook specifications."""
+    """Several plugins offer the name that was asked for."""
+
+
+class PluginError(BonnQatError):
+    """A plugin, or a scheme's own code, raised an exception."""
 
 
 class TrainingDiverged(BonnQatError, ArithmeticError):

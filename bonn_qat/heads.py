@@ -1,4 +1,4 @@
-"""Heads: the layer that turns features into logits, by timm's metadata."""
+"""Heads: find the layer that turns features into logits."""
 
 from torch import nn
 
@@ -8,8 +8,11 @@ from bonn_qat.errors import InvalidModel
 def classifier(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
     """Name and module of the layer that turns features into logits.
 
-    timm's metadata decides, else the last linear layer in the order of registration. Raises InvalidModel
-    if there is none, or more than one.
+    It is the one in timm's metadata, else the last linear layer in the order of registration. Raises InvalidModel if
+    there is none, or more than one.
+
+    >>> classifier(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 10)))[0]
+    '2'
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
     found = [name for name in metadata(model, "classifier") if name in layers]
@@ -23,7 +26,7 @@ def classifier(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
 
 
 def metadata(model: nn.Module, key: str) -> list[str]:
-    """Names of layers that timm's ``pretrained_cfg`` of ``model`` has under ``key``; empty without any."""
+    """Names of the layers under ``key`` in timm's ``pretrained_cfg`` of ``model``; empty if there are none."""
     config = getattr(model, "pretrained_cfg", None) or {}
     value = config.get(key) if isinstance(config, dict) else None
     return [value] if isinstance(value, str) else list(value or ())

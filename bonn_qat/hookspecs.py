@@ -1,4 +1,4 @@
-"""Every hook, each a signature and what it is for. Mark an implementation with ``bonn_qat.hookimpl``."""
+"""The hooks that a plugin can implement, each marked with ``bonn_qat.hookimpl``; see docs/plugins.md."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def bonn_qat_regularizers() -> Iterable[type[Regularizer]]:  # type: ignore[empt
 
 @hookspec(firstresult=True)
 def bonn_qat_binarize_layer(scheme: Scheme, name: str, layer: nn.Module, parent: nn.Module) -> nn.Module | None:
-    """Return what stands in for ``layer``, or None to leave it to others.
+    """Return the module that replaces ``layer``, or None to leave it to the next plugin and the built-in rule.
 
-    Asked from the outside in, a block before its children, once for each module that the policy does not
-    keep float. Unless the answer is a ``BinaryLayer``, its children are asked about next.
+    Called once for each module that the policy does not keep float, a block before its children. Unless the answer is
+    a ``BinaryLayer``, its children come next.
     """
 
 

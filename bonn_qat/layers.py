@@ -1,4 +1,4 @@
-"""Layers: the binary convolution and the binary linear layer, and what becomes of a float module by default."""
+"""Layers: the binary convolution, the binary linear layer, and the built-in rule for what replaces a float module."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bonn_qat import functional
 from bonn_qat.conv_types import conv_type
-from bonn_qat.errors import BonnQatError, InvalidModel
+from bonn_qat.errors import BonnQatError, InvalidModel, PluginError
 from bonn_qat.hookspecs import hookimpl
 from bonn_qat.quantizers import ActivationQuantizer, FrozenWeight, WeightQuantizer
 from bonn_qat.scheme import ACTIVATIONS, Scheme, Stage
@@ -22,11 +22,11 @@ _HOOKS = (
 
 
 class BinaryLayer(nn.Module):
-    """``norm -> input_quant -> product with weight_quant(latent) -> output -> bias``: what the binary layers share.
+    """The base of the binary layers: ``norm -> input_quant -> product with weight_quant(latent) -> output -> bias``.
 
-    The latents have the shape of a convolution's kernels, ``(O, I / groups, kh, kw)``. ``input_quant`` None leaves the
-    inputs float, ``output`` None what comes out. Made from a float layer by :func:`binary_form`; :meth:`enter` makes it
-    float for a stage of the training.
+    The latent weights have the shape of a convolution's kernels, ``(O, I / groups, kh, kw)``. Without an
+    ``input_quant`` the inputs stay float. :func:`binary_form` makes such a layer from a float one, and :meth:`enter`
+    switches its quantizers for a stage of the training.
     """
 
     weight: Tensor
@@ -35,10 +35,10 @@ class BinaryLayer(nn.Module):
     input_quant: ActivationQuantizer | None
     output: nn.Module | None
     norm: nn.Module
-    channels: ClassVar[tuple[str, str]]  # the names of what a layer says of its inputs and outputs
+    channels: ClassVar[tuple[str, str]]  # the attributes that hold the numbers of inputs and outputs
     binary_weight: bool = True
-    stand_in: Callable[[Tensor], Tensor] | None = None  # for the activation quantizer
-    # Of a layer that standardizes its kernels: their standard deviation afterwards, as float kernels and as latents.
+    stand_in: Callable[[Tensor], Tensor] | None = None  # replaces the activation quantizer
+    # Only in a layer that standardizes its kernels: their standard deviation, in the float layer and as latents.
     kernel_std: float | None = None
     latent_std: Tensor
 
@@ -49,7 +49,7 @@ class BinaryLayer(nn.Module):
         if conv_type(layer).standardizes:
             self.kernel_std = float(getattr(layer, "scale", 1.0))
             self.register_buffer("latent_std", self.weight.new_tensor(self.kernel_std))
-        for name, value in vars(layer).items():  # what a subclass knows of itself, for those who ask it
+        for name, value in vars(layer).items():  # attributes that a subclass adds
             self.__dict__.setdefault(name, value)
         for name, parameter in layer._parameters.items():
             if name not in self._parameters:
@@ -60,7 +60,7 @@ class BinaryLayer(nn.Module):
         self.weight_quant = scheme.weight(self.latent().detach())
         self.input_quant = scheme.activation(inputs) if scheme.activation else None
         self.output = scheme.output(outputs) if scheme.output else None
-        norm = scheme.norm(inputs) if scheme.norm and normalize else nn.Identity()
+        norm = scheme.norm(inputs) if normalize and scheme.norm else nn.Identity()
         self.norm = norm.to(device=self.weight.device, dtype=self.weight.dtype)
         self.train(layer.training)
 
@@ -79,7 +79,7 @@ class BinaryLayer(nn.Module):
 
     @torch.no_grad()
     def adopt(self, latent_std: float | None) -> None:
-        """Start from the float weights that ``weight`` holds: the quantizer's parameters, then the latents' scale."""
+        """Initialize the quantizer from the float weights in ``weight``, then rescale these to ``latent_std``."""
         if self.kernel_std is not None:
             self.latent_std.fill_(self.kernel_std)
         self.weight_quant.adopt(self.latent())
@@ -92,20 +92,20 @@ class BinaryLayer(nn.Module):
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """Keep what inference needs, in place: ``weight`` becomes the quantized one, int8 where it is a sign.
+        """Keep only what inference needs, in place: ``weight`` becomes the quantized one, int8 where it is a sign.
 
-        The outputs stay the same. There is no way back: the latents are gone.
+        The outputs stay the same. It cannot be undone: the latent weights are gone.
         """
         frozen, value = FrozenWeight.of(self.weight_quant, self.latent())
         self.weight = nn.Parameter(value.reshape(self.weight.shape), requires_grad=False)
         self.weight_quant, self.kernel_std = frozen, None
 
     def enter(self, stage: Stage) -> None:
-        """Quantize what ``stage`` has quantized, and nothing else."""
+        """Quantize weights and activations as ``stage`` says."""
         self.binary_weight, self.stand_in = stage.weights == "binary", ACTIVATIONS[stage.activations]
 
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Float inputs ``(B, C, H, W)`` -> what the product gets, and its scale ``(B, 1, H, W)`` if that is a map."""
+        """Float inputs ``(B, C, H, W)`` -> the quantized ones, and their scale if it is a map ``(B, 1, H, W)``."""
         x = self.norm(x)
         if self.input_quant is None:
             return x, None
@@ -115,8 +115,8 @@ class BinaryLayer(nn.Module):
         return value, scale if scale.ndim == 4 else None
 
     def finish(self, y: Tensor) -> Tensor:
-        """``(B, O, H, W)`` out of the product -> what the layer returns."""
-        gain: Tensor | None = getattr(self, "gain", None)  # of a scaled standardization, a factor for each filter
+        """Apply gain, output module and bias to the product ``(B, O, H, W)``."""
+        gain: Tensor | None = getattr(self, "gain", None)  # one factor per filter, of timm's ScaledStdConv2d
         y = y if gain is None else y * gain.to(y.dtype).reshape(-1, 1, 1)
         y = y if self.output is None else self.output(y)
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
@@ -125,8 +125,8 @@ class BinaryLayer(nn.Module):
 class BinaryConv2d(BinaryLayer, nn.Conv2d):
     """A convolution with binary kernels, and binary inputs if the scheme has them.
 
-    Kernels of two values ``+-scale`` are convolved as {-1, +1}, the scale comes after
-    (:func:`functional.binary_conv2d`); others as they are.
+    Kernels with two values ``+-scale`` are convolved as {-1, +1} and the result is scaled
+    (:func:`functional.binary_conv2d`); other kernels are used as they are.
     """
 
     channels = ("in_channels", "out_channels")
@@ -170,7 +170,7 @@ class BinaryConv2d(BinaryLayer, nn.Conv2d):
         return self.finish(y)
 
     def _same_padding(self, x: Tensor) -> list[int]:
-        """Left, right, top, bottom, so that the output has ``ceil(size / stride)`` pixels, the odd one behind."""
+        """Left, right, top, bottom for ``ceil(size / stride)`` output pixels; an odd pixel goes right or below."""
         padding: list[int] = []
         for size, kernel, stride, dilation in zip(
             reversed(x.shape[-2:]), *map(reversed, (self.kernel_size, self.stride, self.dilation)), strict=True
@@ -183,8 +183,8 @@ class BinaryConv2d(BinaryLayer, nn.Conv2d):
 class BinaryLinear(BinaryLayer, nn.Linear):
     """A linear layer ``(..., I) -> (..., O)`` with binary weights, and binary inputs if the scheme has them.
 
-    It is a 1x1 convolution over all positions: each is an image of one pixel to the norm and the quantizers, which
-    therefore are those of a convolution.
+    It is treated as a 1x1 convolution: norm and quantizers see each position as an image of one pixel, so that they are
+    those of a convolution.
     """
 
     channels = ("in_features", "out_features")
@@ -214,9 +214,13 @@ class BinaryLinear(BinaryLayer, nn.Linear):
 
 
 def binary_form(layer: nn.Module, scheme: Scheme, *, normalize: bool = True) -> BinaryConv2d | BinaryLinear:
-    """The binary layer that takes over a convolution's or a linear layer's parameters.
+    """The binary layer that takes over the parameters of a convolution or a linear layer.
 
-    Raises InvalidModel with the reason where there is none, or where the scheme does not fit.
+    Raises InvalidModel, with the reason, for a layer that cannot be binary and for a scheme that does not fit it.
+
+    >>> from bonn_qat.plugins import find_scheme
+    >>> binary_form(nn.Conv2d(3, 8, 3, bias=False), find_scheme("bonn"), normalize=False).weight.shape
+    torch.Size([8, 3, 3, 3])
     """
     if scheme.weight is None:
         raise InvalidModel(f"the scheme {scheme.name!r} leaves weights float")
@@ -225,15 +229,56 @@ def binary_form(layer: nn.Module, scheme: Scheme, *, normalize: bool = True) -> 
         if isinstance(layer, nn.Linear):
             return BinaryLinear.from_float(layer, scheme, normalize=normalize)
         return BinaryConv2d.from_float(cast(nn.Conv2d, layer), scheme, normalize=normalize)
-    except (BonnQatError, ValueError, RuntimeError) as error:
-        raise InvalidModel(f"the scheme {scheme.name!r} does not fit {layer}: {error}") from error
+    except Exception as error:  # the scheme's factories are anybody's code
+        words = str(error) if isinstance(error, BonnQatError | ValueError | RuntimeError) else repr(error)
+        raise InvalidModel(f"the scheme {scheme.name!r} does not fit {layer}: {words}") from error
+
+
+def check_contract(scheme: Scheme) -> None:
+    """Raise PluginError if the quantizers of ``scheme`` return what no binary layer can use (docs/plugins.md).
+
+    They are tried on small random tensors; an exception there is left for a real layer to raise.
+    """
+    weight, x = torch.randn(4, 3, 3, 3).requires_grad_(), torch.randn(2, 3, 5, 5).requires_grad_()
+    for part, base, factory, source, given in (
+        ("weight", WeightQuantizer, scheme.weight, weight, weight.detach()),
+        ("activation", ActivationQuantizer, scheme.activation, x, 3),
+    ):
+        try:
+            quantizer: Any = factory and cast(Any, factory)(given)
+            pair: Any = quantizer and quantizer.eval().quantize(source)
+        except Exception:
+            continue
+        if factory and (wrong := _breach(quantizer, pair, source, base)):
+            raise PluginError(f"the {part} of the scheme {scheme.name!r} {wrong}; docs/plugins.md has the contract")
+
+
+def _breach(quantizer: object, pair: Any, source: Tensor, base: type) -> str:
+    if not isinstance(quantizer, base):
+        return f"makes a {type(quantizer).__name__}, which is no bonn_qat.quantizers.{base.__name__}"
+    if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(x, Tensor) for x in pair)):
+        return "does not return a pair of tensors (value, scale) from quantize(x)"
+    value, scale = pair
+    if value.shape != source.shape:
+        return f"returns a value of shape {tuple(value.shape)} for x of shape {tuple(source.shape)}"
+    if not value.requires_grad:
+        return "returns a value without a gradient; use an estimator, such as bonn_qat.functional.ste_sign"
+    if isinstance(quantizer, WeightQuantizer) and quantizer.scaled_sign:
+        if scale.numel() != 1 and scale.shape != (len(source), 1, 1, 1):
+            return (
+                f"returns a scale of shape {tuple(scale.shape)} for x of shape (O, I, kh, kw); give () or (O, 1, 1, 1)"
+            )
+        if not torch.allclose(value.abs(), scale.abs().to(value.dtype).expand_as(value)):
+            return "returns values other than scale * {-1, +1}; set scaled_sign = False in its class"
+    return ""
 
 
 @hookimpl(trylast=True)
 def bonn_qat_binarize_layer(scheme: Scheme, name: str, layer: nn.Module, parent: nn.Module) -> nn.Module | None:
-    """A block with a ``binary_form`` gives it, convolutions and linear layers become binary, a ReLU the nonlinearity.
+    """The built-in rule: convolutions and linear layers become binary, ReLUs the scheme's nonlinearity.
 
-    A ``parent`` with a true attribute ``normalizes_input`` has its own norm before the convolution.
+    A block with a method ``binary_form(scheme)`` is replaced by the result. A block with the attribute
+    ``normalizes_input = True`` has a norm before its convolutions already.
     """
     form: Callable[[Scheme], nn.Module] | None = getattr(layer, "binary_form", None)
     if form is not None:

@@ -1,4 +1,4 @@
-"""Objective: the task's loss and the regularizers as one module; and the optimizer's parameter groups."""
+"""Objective: the task's loss and the regularizers as one module; and parameter groups for the optimizer."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from bonn_qat.scheme import Scheme
 
 
 class Losses(NamedTuple):
-    """What a step returns: the sum to minimise, the logits ``(B, classes)``, and each term, weighted, by name."""
+    """The result of a step: the sum to minimise, the logits ``(B, classes)``, and the weighted terms by name."""
 
     total: Tensor
     logits: Tensor
@@ -31,11 +31,16 @@ class Objective(nn.Module):
     DistributedDataParallel synchronises their parameters too.
 
     ``distillation`` is a task of timm for this model, such as ``timm.task.LogitDistillationTask(model, teacher)``: it
-    runs the model and gives the task's loss, ``task`` is not used. It is only looked at: the teacher's parameters are
-    not the Objective's, and it goes to its device by itself.
+    runs the model and computes the task's loss, and ``task`` is not used. It is no submodule: the teacher's parameters
+    are not the Objective's, and you move it to its device yourself.
 
-    Raises UnknownName for a regularizer that nobody offers, InvalidRecipe for options that it does not take, and when
-    called InvalidData for targets that the model has no class for.
+    Raises UnknownName for an unknown regularizer and InvalidRecipe for options that it does not take. A call raises
+    InvalidData for targets beyond the model's classes.
+
+    >>> from bonn_qat import binarize
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10))
+    >>> sorted(Objective(binarize(net))(torch.randn(2, 3, 8, 8), torch.tensor([0, 1])).terms)
+    ['feature', 'kernel', 'task']
     """
 
     def __init__(
@@ -54,7 +59,7 @@ class Objective(nn.Module):
             regularizers = scheme.regularizers if isinstance(scheme, Scheme) else {}
         self.model = model
         self.task = task or nn.CrossEntropyLoss()
-        self._distillation = (distillation,)  # in a tuple: not a part of this module
+        self._distillation = (distillation,)  # a tuple, because a module would be registered as a submodule
         self.regularizers = nn.ModuleDict()
         for name, weight in regularizers.items():
             make: Callable[..., Regularizer] = plugins.find_regularizer(name, pm)
@@ -80,7 +85,7 @@ class Objective(nn.Module):
         return Losses(torch.stack(list(terms.values())).sum(), logits, terms)
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
-        """Weigh the regularizers anew; one that is not named, or 0, is off and its parameters rest."""
+        """Set the weights of the regularizers; those not named, or 0, are off and their parameters frozen."""
         for name, regularizer in self.regularizers.items():
             regularizer.weight = weights.get(name, 0.0)  # type: ignore[assignment]
             regularizer.requires_grad_(bool(regularizer.weight))
@@ -93,11 +98,14 @@ def parameter_groups(
     modulation_lr_scale: float = 0.1,
     modulation_decay_scale: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Optimizer groups with the paper's rates: an Objective, or a model and its regularizers.
+    """Parameter groups with the paper's rates, for an Objective, or for a model and its regularizers.
 
     BONN's modulation w and the kernel loss' sigma learn at ``modulation_lr_scale`` times ``lr``. The latent
     weights and the float layers decay, w by ``modulation_decay_scale`` times ``weight_decay``; biases, norms, PReLU
     slopes, mu, sigma and the class spreads do not.
+
+    >>> [group["lr"] for group in parameter_groups(nn.Linear(2, 2), lr=0.1, weight_decay=1e-4)]
+    [0.1, 0.1]
     """
     groups: dict[ParameterRule, list[nn.Parameter]] = {}
     for rule, parameter in _rules(modules):
@@ -123,9 +131,9 @@ def _rules(modules: Iterable[nn.Module]) -> Iterator[tuple[ParameterRule, nn.Par
 
 @torch.no_grad()
 def constrain_(model: nn.Module) -> None:
-    """Bring latent weights back to where their scheme wants them, in place; call it after each optimizer step.
+    """Apply the constraints of the schemes to the latent weights, in place; call it after each optimizer step.
 
-    BNN's are clipped to [-1, 1]; most schemes want nothing. Works on Brevitas' layers with our quantizers too.
+    BNN clips them to [-1, 1]; most schemes have no constraint. Works on Brevitas' layers with our quantizers too.
     ``optimizer.register_step_post_hook(lambda *_: bonn_qat.constrain_(model))`` calls it for you.
     """
     for layer in model.modules():
@@ -137,8 +145,8 @@ def constrain_(model: nn.Module) -> None:
 def advance(model: nn.Module, progress: float) -> None:
     """Tell the quantizers of ``model`` which part of the training is done, 0 to 1; call it before each epoch.
 
-    The estimators of IR-Net, ReCU and AdaBin have a schedule; most schemes have none.
-    Raises ValueError for a progress that is no such part.
+    The estimators of IR-Net, ReCU and AdaBin have a schedule; most schemes have none. Raises ValueError for a
+    ``progress`` outside 0 to 1.
     """
     if not 0 <= progress <= 1:
         raise ValueError(f"progress is the part of the training that is done, 0 to 1; got {progress}")

@@ -1,120 +1,298 @@
-"""Who is there: default plugins, installed ones by entry point, and what they offer by name."""
+"""Plugins: load the built-in and the installed ones, and look up schemes and regularizers by name.
+
+A plugin is a module with hooks (:mod:`bonn_qat.hookspecs`). What becomes of a faulty one:
+
+- It cannot be imported, has a hook that does not exist or takes other arguments, has the entry point name of another
+  plugin, raises where it offers schemes or regularizers, or offers something else: it is unloaded, and a
+  :class:`BrokenPlugin` warning says why. Everything else goes on. An unknown name mentions the plugins that are broken.
+- An observer raises: a warning says so once for each of its hooks, and the training goes on.
+- ``bonn_qat_binarize_layer`` raises, or two plugins offer one name and that name is asked for: an error names them,
+  because any other answer could be the wrong network.
+"""
 
 import functools
 import importlib
 import importlib.metadata
+import inspect
 import os
-from collections.abc import Iterable
-from typing import Any, Protocol, TypeVar, cast
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import pluggy
+from torch import nn
 
 from bonn_qat import hookspecs
-from bonn_qat.errors import PluginConflict, UnknownName
+from bonn_qat.errors import BonnQatError, InvalidRecipe, PluginConflict, PluginError, UnknownName
 from bonn_qat.regularizers import Regularizer
 from bonn_qat.scheme import Scheme
 
 DEFAULT_PLUGINS = ("bonn_qat.bonn", "bonn_qat.layers")
+_FAULTS = (Exception, SystemExit)  # what a plugin may raise; an interruption is the user's
 
 
-class _Named(Protocol):
-    @property
-    def name(self) -> str: ...
+class BrokenPlugin(UserWarning):
+    """A plugin that was skipped, or an observer that raised."""
 
 
-def create_manager(*, entry_points: bool = True) -> pluggy.PluginManager:
-    """A fresh plugin manager with the default plugins and, if asked, every installed one.
+class Manager(pluggy.PluginManager):
+    """pluggy's manager, with ``distributions``, plugin -> name and version, and ``broken``, plugin -> reason."""
 
-    The environment variable ``BONN_QAT_PLUGINS``, a comma-separated list of entry point names, restricts
-    the installed plugins to those; empty means none. Raises PluginConflict when a plugin implements a hook
-    that does not exist or lacks its arguments, and UnknownName for a listed plugin that is not installed.
+    def __init__(self) -> None:
+        super().__init__(hookspecs.PROJECT)
+        self.distributions: dict[str, str] = {}
+        self.broken: dict[str, str] = {}
+        self._complained: set[tuple[str, str]] = set()
+
+    def skip(self, plugin: str, reason: str) -> None:
+        """Unload ``plugin``, if it is loaded, and warn."""
+        if self.has_plugin(plugin):
+            self.unregister(name=plugin)
+        self.broken[plugin] = reason
+        warnings.warn(f"{self.describe(plugin)} is skipped: {reason}", BrokenPlugin, stacklevel=2)
+
+    def complain(self, plugin: str, hook: str, error: Exception) -> None:
+        """Warn, once for each hook, that an observer raised."""
+        if (plugin, hook) not in self._complained:
+            self._complained.add((plugin, hook))
+            words = f"{self.describe(plugin)} failed in {hook}, the run goes on without it: {_words_of(error)}"
+            warnings.warn(words, BrokenPlugin, stacklevel=2)
+
+    def describe(self, plugin: str) -> str:
+        """The plugin, and the distribution that it is from where that is known."""
+        distribution = self.distributions.get(plugin)
+        return f"the plugin {plugin!r}" + (f" of {distribution}" if distribution else "")
+
+    def callers(self, hook: str) -> Iterator[tuple[str, Callable[..., Any]]]:
+        """The plugins that have ``hook``, in pluggy's order, each with a function that calls it there alone."""
+        found = {i.plugin_name: i.plugin for i in reversed(getattr(self.hook, hook).get_hookimpls())}
+        for name, plugin in found.items():
+            yield name, self.subset_hook_caller(hook, [other for other in found.values() if other is not plugin])
+
+
+def _words_of(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
+
+
+def create_manager(*, entry_points: bool = True) -> Manager:
+    """A new plugin manager with the built-in plugins and, by default, every installed one.
+
+    The environment variable ``BONN_QAT_PLUGINS``, a comma-separated list of entry point names, restricts the installed
+    plugins to those; empty means none. Warns of BrokenPlugin. Raises UnknownName for a listed plugin that is not
+    installed.
+
+    >>> sorted(schemes(create_manager(entry_points=False)))
+    ['bonn']
     """
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager = Manager()
     manager.add_hookspecs(hookspecs)
     for dotted in DEFAULT_PLUGINS:
         manager.register(importlib.import_module(dotted), name=dotted)
-    try:
-        if entry_points:
-            _load_installed(manager)
-        manager.check_pending()
-    except pluggy.PluginValidationError as error:
-        # pluggy's own words name the plugin unless it got as far as being registered.
-        name = manager.get_name(error.plugin)
-        words = "; ".join(str(error).splitlines())
-        raise PluginConflict(f"plugin {name!r}: {words}" if name else words) from error
+    if entry_points:
+        _load_installed(manager)
     return manager
 
 
-def _load_installed(manager: pluggy.PluginManager) -> None:
-    entries = importlib.metadata.entry_points(group=hookspecs.PROJECT)
-    # pluggy would pass over the second of two entry points of one name without a word.
-    for entry in entries:
-        owners = sorted({other.dist.name for other in entries if other.name == entry.name and other.dist})
-        if len(owners) > 1:
-            raise PluginConflict(
-                f"two plugins have the entry point {entry.name!r}: {' and '.join(owners)}; uninstall one"
-            )
+def _load_installed(manager: Manager) -> None:
+    found: dict[str, list[importlib.metadata.EntryPoint]] = {}
+    for entry in importlib.metadata.entry_points(group=hookspecs.PROJECT):
+        found.setdefault(entry.name, []).append(entry)
     wanted = os.environ.get("BONN_QAT_PLUGINS")
-    if wanted is None:
-        manager.load_setuptools_entrypoints(hookspecs.PROJECT)
-        return
-    for name in dict.fromkeys(filter(None, (part.strip() for part in wanted.split(",")))):
-        if not manager.load_setuptools_entrypoints(hookspecs.PROJECT, name=name):
-            raise UnknownName("plugin in BONN_QAT_PLUGINS", name, {entry.name for entry in entries})
+    names = found if wanted is None else dict.fromkeys(filter(None, (part.strip() for part in wanted.split(","))))
+    for name in names:
+        if name not in found:
+            raise UnknownName("plugin in BONN_QAT_PLUGINS", name, found)
+        owners = [f"{entry.dist.name} {entry.dist.version}" for entry in found[name] if entry.dist]
+        manager.distributions[name] = " and ".join(owners)
+        if len(found[name]) > 1:
+            manager.skip(name, f"{len(found[name])} distributions have this entry point; uninstall all but one")
+            continue
+        try:
+            manager.register(found[name][0].load(), name=name)
+        except _FAULTS as error:
+            manager.skip(name, _words_of(error))
+            continue
+        callers = manager.get_hookcallers(manager.get_plugin(name)) or []
+        if unknown := [caller.name for caller in callers if not caller.has_spec()]:
+            manager.skip(name, f"unknown hook {', '.join(map(repr, unknown))}; docs/plugins.md lists the hooks")
 
 
 @functools.cache
-def manager() -> pluggy.PluginManager:
-    """The process's plugin manager, made at its first use."""
+def manager() -> Manager:
+    """The plugin manager of this process, created at first use."""
     return create_manager()
+
+
+def _checked(pm: pluggy.PluginManager | None) -> Manager:
+    pm = pm or manager()
+    if not isinstance(pm, Manager):
+        raise TypeError(f"pm is made by bonn_qat.plugins.create_manager(); got {pm!r}")
+    return pm
 
 
 def installed(pm: pluggy.PluginManager | None = None) -> list[str]:
     """The installed distributions whose plugins are loaded, with their versions."""
-    found = (pm or manager()).list_plugin_distinfo()
-    return sorted({f"{distribution.project_name} {distribution.version}" for _, distribution in found})
+    pm = _checked(pm)
+    return sorted({distribution for name, distribution in pm.distributions.items() if pm.has_plugin(name)})
+
+
+def faults(pm: pluggy.PluginManager | None = None) -> list[str]:
+    """What is wrong with the plugins, a line for each: those that are broken, and names that several offer."""
+    pm = _checked(pm)
+    conflicts = [
+        _conflict(kind, name, offers)
+        for kind in _KINDS
+        for name, offers in _offers(kind, pm).items()
+        if len(offers) > 1
+    ]
+    return _broken(pm) + conflicts
 
 
 def schemes(pm: pluggy.PluginManager | None = None) -> dict[str, Scheme]:
-    """Every offered scheme by name. Raises PluginConflict if two plugins offer one name."""
-    return _offers("scheme", (pm or manager()).hook.bonn_qat_schemes)
+    """Every scheme by name, but for names that several plugins offer. Warns of BrokenPlugin."""
+    return _unique("scheme", pm)
 
 
 def regularizers(pm: pluggy.PluginManager | None = None) -> dict[str, type[Regularizer]]:
-    """Every offered regularizer class by name. Raises PluginConflict if two plugins offer one name."""
-    return _offers("regularizer", (pm or manager()).hook.bonn_qat_regularizers)
+    """Every regularizer class by name, but for names that several plugins offer. Warns of BrokenPlugin."""
+    return _unique("regularizer", pm)
 
 
 def find_scheme(scheme: str | Scheme, pm: pluggy.PluginManager | None = None) -> Scheme:
-    """The scheme of that name (a Scheme is its own answer). Raises UnknownName."""
-    return scheme if isinstance(scheme, Scheme) else _find("scheme", scheme, schemes(pm))
+    """The scheme of that name; a Scheme is returned as it is.
+
+    Raises UnknownName, PluginConflict if several plugins offer the name, and InvalidRecipe for what is no name.
+
+    >>> find_scheme("bonn").title
+    'BONN'
+    """
+    if isinstance(scheme, Scheme):
+        return scheme
+    if not isinstance(scheme, str):
+        raise InvalidRecipe(f"a scheme is a name, such as 'bonn', or a bonn_qat.Scheme; got {scheme!r}")
+    return _find("scheme", scheme, pm)  # type: ignore[no-any-return]
 
 
 def find_regularizer(name: str, pm: pluggy.PluginManager | None = None) -> type[Regularizer]:
-    """The regularizer class of that name. Raises UnknownName."""
-    return _find("regularizer", name, regularizers(pm))
+    """The regularizer class of that name. Raises UnknownName, and PluginConflict if several plugins offer it."""
+    return _find("regularizer", name, pm)  # type: ignore[no-any-return]
 
 
-_Found = TypeVar("_Found")
-
-
-def _find(kind: str, name: str, offers: dict[str, _Found]) -> _Found:
-    if name not in offers:
-        raise UnknownName(kind, name, offers)
-    return offers[name]
-
-
-def _offers(kind: str, hook: pluggy.HookCaller) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    owner: dict[str, str] = {}
-    for implementation in hook.get_hookimpls():
-        items: Iterable[_Named] = cast(Any, implementation.function)()
-        for item in items:
-            if item.name in found:
-                first, second = owner[item.name], implementation.plugin_name
-                raise PluginConflict(
-                    f"two plugins offer the {kind} {item.name!r}: {first} and {second}; uninstall one, "
-                    "or name the plugins to load in BONN_QAT_PLUGINS"
-                )
-            found[item.name], owner[item.name] = item, implementation.plugin_name
+def _offers(kind: str, pm: Manager) -> dict[str, dict[str, Any]]:
+    """Name -> plugin -> what that offers by the name."""
+    hook, base = _KINDS[kind]
+    found: dict[str, dict[str, Any]] = defaultdict(dict)
+    for implementation in getattr(pm.hook, hook).get_hookimpls():
+        plugin = implementation.plugin_name
+        try:
+            items = list(implementation.function())
+            for index, item in enumerate(items):
+                _check(kind, item, base)
+                if any(item.name == other.name for other in items[:index]):
+                    raise ValueError(f"it offers the {kind} {item.name!r} twice")
+        except _FAULTS as error:
+            if plugin in DEFAULT_PLUGINS:
+                raise
+            pm.skip(plugin, f"{hook}: {_words_of(error)}")
+        else:
+            for item in items:
+                found[item.name][plugin] = item
     return found
+
+
+def _check(kind: str, item: Any, base: type) -> None:
+    is_class = base is Regularizer
+    if not (isinstance(item, type) and issubclass(item, base) if is_class else isinstance(item, base)):
+        what = "subclass" if is_class else "instance"
+        raise TypeError(f"it offers {item!r}, which is no {what} of bonn_qat.{base.__name__}")
+    name = getattr(item, "name", None)
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+        raise TypeError(f"the name of a {kind} is made of letters, digits, '-', '_' and '.'; got {name!r}")
+    if inspect.isabstract(item):
+        raise TypeError(f"the {kind} {name!r} lacks {', '.join(sorted(item.__abstractmethods__))}")
+
+
+_KINDS: Mapping[str, tuple[str, type]] = {
+    "scheme": ("bonn_qat_schemes", Scheme),
+    "regularizer": ("bonn_qat_regularizers", Regularizer),
+}
+
+
+def _unique(kind: str, pm: pluggy.PluginManager | None) -> dict[str, Any]:
+    offers = _offers(kind, _checked(pm))
+    return {name: item for name, offer in offers.items() if len(offer) == 1 for item in offer.values()}
+
+
+def _find(kind: str, name: str, pm: pluggy.PluginManager | None) -> Any:
+    pm = _checked(pm)
+    offers = _offers(kind, pm)
+    if name not in offers:
+        broken = "; ".join(_broken(pm))
+        raise UnknownName(kind, name, offers, f"; broken plugins, which may offer it: {broken}" if broken else "")
+    if len(offers[name]) > 1:
+        raise PluginConflict(_conflict(kind, name, offers[name]))
+    return next(iter(offers[name].values()))
+
+
+def _broken(pm: Manager) -> list[str]:
+    return [f"{pm.describe(name)}: {reason}" for name, reason in pm.broken.items()]
+
+
+def _conflict(kind: str, name: str, plugins: Mapping[str, Any]) -> str:
+    *others, last = plugins
+    return (
+        f"several plugins offer the {kind} {name!r}: {', '.join(others)} and {last}; uninstall all but one, "
+        "or name the plugins to load in BONN_QAT_PLUGINS"
+    )
+
+
+def binarize_layer(
+    pm: pluggy.PluginManager | None, scheme: Scheme, name: str, layer: nn.Module, parent: nn.Module
+) -> nn.Module | None:
+    """The first answer to ``bonn_qat_binarize_layer``, or None without one.
+
+    Raises PluginError, which names the plugin, for an exception there or an answer that is no module, and every
+    BonnQatError with the plugin's name.
+    """
+    pm, hook = _checked(pm), "bonn_qat_binarize_layer"
+    for plugin, call in pm.callers(hook):
+        own = plugin in DEFAULT_PLUGINS
+        who = f"the scheme {scheme.name!r}" if own else pm.describe(plugin)
+        try:
+            found = call(scheme=scheme, name=name, layer=layer, parent=parent)
+        except BonnQatError as error:
+            if not own:
+                error.args = (f"{who}: {error}",)
+            raise
+        except Exception as error:
+            raise PluginError(f"{name}: {who} failed in {hook}: {_words_of(error)}") from error
+        if isinstance(found, nn.Module):
+            return found
+        if found is not None:
+            raise PluginError(f"{name}: {who} answered {hook} with {found!r}, which is no module")
+    return None
+
+
+class Observers:
+    """The timeline hooks of ``pm``, each a method. An observer that raises is warned of, and the others are called.
+
+    >>> Observers(create_manager(entry_points=False)).bonn_qat_describe(directory=None)
+    []
+    """
+
+    def __init__(self, pm: pluggy.PluginManager | None = None) -> None:
+        self._pm = _checked(pm)
+
+    def __getattr__(self, hook: str) -> Callable[..., list[Any]]:
+        def tell(**arguments: Any) -> list[Any]:
+            answers: list[Any] = []
+            for plugin, call in self._pm.callers(hook):
+                try:
+                    answers += call(**arguments)
+                except Exception as error:
+                    self._pm.complain(plugin, hook, error)
+            return answers
+
+        return tell

@@ -1,7 +1,7 @@
-"""Regularizers: losses beside the task's, each a module that owns its parameters and buffers.
+"""Regularizers: losses that are added to the task's, each a module with its own parameters and buffers.
 
-In any training loop: ``loss = task + kernel() + feature(targets)``, or all at once by
-:class:`bonn_qat.Objective`. Letters as in :mod:`bonn_qat.functional`.
+In a training loop: ``loss = task + kernel() + feature(targets)``, or all of it by :class:`bonn_qat.Objective`. The
+symbols are those of :mod:`bonn_qat.functional`.
 """
 
 import math
@@ -22,14 +22,14 @@ _STACKED = 2**17  # elements
 
 
 class Step(NamedTuple):
-    """What a regularizer may look at: targets ``(B,)``, and the features ``(B, D)`` that its tap caught."""
+    """One training step: targets ``(B,)``, and for the losses of the features the classifier's input ``(B, D)``."""
 
     targets: Tensor | None
     features: Tensor | None
 
 
 class _Tap:
-    """A forward hook that keeps the last input of the classifier until it is taken, or forgets it when copied."""
+    """A forward hook that keeps the last input of the classifier until it is taken; a copy of it starts empty."""
 
     def __init__(self) -> None:
         self._features: Tensor | None = None
@@ -41,7 +41,7 @@ class _Tap:
         features, self._features = self._features, None
         if features is None:
             raise InvalidModel(
-                "no features to take: the feature loss comes after a forward pass, once for each, and is made before "
+                "no features: the feature loss is called after a forward pass, once for each, and created before "
                 "torch.compile first runs the model"
             )
         return features.flatten(1)
@@ -51,30 +51,51 @@ class _Tap:
 
 
 class Regularizer(nn.Module, ABC):
-    """A loss term of a model's weights or features. Subclasses give :meth:`loss`, and ``name`` for recipes.
+    """A loss term of a model. A subclass has a ``name``, by which recipes choose it, and a method :meth:`loss`.
 
-    Called after a forward pass, it returns ``weight * loss(step)``, a scalar. ``weight`` 0 switches it off.
-    The model is only looked at: its parameters are not the regularizer's.
+    Called after a forward pass, it returns ``weight * loss(step)``, a scalar; :class:`bonn_qat.Objective` leaves out a
+    term whose ``weight`` is 0. Keyword-only arguments of a subclass's ``__init__`` are its options.
+
+    ``self.model`` is the binarized model. It is no submodule: its parameters are not the regularizer's, and in a deep
+    copy of an Objective it is the copied model.
+
+    >>> class Shrink(Regularizer):
+    ...     name = "shrink"
+    ...     def loss(self, step):
+    ...         return sum(layer.weight.square().sum() for layer in binary_weight_layers(self.model).values())
     """
 
     name: ClassVar[str]
     parameter_rules: ClassVar[Mapping[str, ParameterRule]] = {}
 
-    def __init__(self, *, weight: float) -> None:
+    def __init__(self, model: nn.Module, *, weight: float) -> None:
         super().__init__()
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"the weight of a regularizer is at least 0; got {weight}")
         self.weight = weight
+        self._model = (model,)  # a tuple, because a module would be registered as a submodule
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that the loss is of."""
+        return self._model[0]
 
     @abstractmethod
     def loss(self, step: Step) -> Tensor:
-        """The term without its weight; a scalar."""
+        """The term without its weight; a scalar tensor."""
 
     def forward(self, targets: Tensor | None = None) -> Tensor:
-        return self.weight * self.loss(Step(targets, None))
+        loss = self.loss(self._step(targets))
+        if not isinstance(loss, Tensor) or loss.ndim:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+            raise InvalidModel(f"the regularizer {self.name!r} gave {got}; its loss(step) returns a scalar tensor")
+        return self.weight * loss
+
+    def _step(self, targets: Tensor | None) -> Step:
+        return Step(targets, None)
 
     def start(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Prepare at the start of a stage that uses the term; ``batches`` is one pass over the training set."""
+        """Prepare at the start of each stage that uses the term; ``batches`` is one pass over the training set."""
 
 
 @final
@@ -83,12 +104,12 @@ class KernelLoss(Regularizer):
 
     Works on every layer with a ``weight`` and a 1-bit ``weight_quant``: those of :func:`binarize` and
     Brevitas' own. Without a learned modulation the quantizer's scale takes its place, as a constant.
-    ``mu`` and ``sigma``, ``(all kernels,)``, start at the mean of ``|X_i|`` and the standard deviation of
-    X_i, or with ``spread="magnitudes"`` of ``|X_i|``, which is where (18) leads. Before each use sigma is raised to
-    ``min_sigma``: below it the gradient step would overshoot.
+    ``mu`` and ``sigma``, ``(all kernels,)``, start at the mean of ``|X_i|`` and the standard deviation of X_i, or with
+    ``spread="magnitudes"`` that of ``|X_i|``, to which (18) converges. Before each use sigma is clamped to at least
+    ``min_sigma``: with smaller values the gradient step would overshoot.
 
     (17) and (18) are the derivatives of (9) divided by the number of elements of a kernel. ``per_element=False`` leaves
-    that division out: mu and sigma then learn as many times faster.
+    out that division, so that mu and sigma learn faster by that factor.
 
     Call it as ``kernel()``. Raises InvalidModel for a model without binary weights, InvalidRecipe for an impossible
     value of an option.
@@ -110,13 +131,13 @@ class KernelLoss(Regularizer):
         spread: Literal["weights", "magnitudes"] = "weights",
         per_element: bool = True,
     ) -> None:
-        super().__init__(weight=weight)
+        super().__init__(model, weight=weight)
         _check(number(nu) >= 0, "nu of the kernel loss", nu, "a number of at least 0")
         _check(number(min_sigma) > 0, "min_sigma of the kernel loss", min_sigma, "a number above 0")
         _check(spread in ("weights", "magnitudes"), "spread of the kernel loss", spread, "'weights' or 'magnitudes'")
         _check(isinstance(per_element, bool), "per_element of the kernel loss", per_element, "true or false")
         self.nu, self.min_sigma, self.per_element = nu, min_sigma, per_element
-        # In a tuple, so that the model's layers are not registered as parts of this module.
+        # A tuple, because modules would be registered as submodules.
         self._layers = tuple(binary_weight_layers(model).values())
         if not self._layers:
             raise InvalidModel(f"no binary weights in {type(model).__name__}; binarize it before making the loss")
@@ -138,8 +159,8 @@ class KernelLoss(Regularizer):
             stacks.setdefault(key, []).append((latent, modulation, mu, sigma))
         terms = []
         for (shape, _, magnitude), members in stacks.items():
-            # Small layers cost what their many small operations cost, so those of one shape are stacked;
-            # large ones would no longer fit into the cache.
+            # Small layers of one shape are stacked, because the number of operations dominates their time; large ones
+            # are not, because they would no longer fit into the cache.
             most = max(1, _STACKED // math.prod(shape))
             for stack in (members[i : i + most] for i in range(0, len(members), most)):
                 columns = zip(*stack, strict=True)
@@ -151,7 +172,7 @@ class KernelLoss(Regularizer):
 
 
 class _ClassCentres(Regularizer):
-    """What the two losses of the features share: the tap, the centres, and the rule that moves them."""
+    """What the two losses of the features have in common: the tap, the centres, and the rule that updates them."""
 
     def __init__(
         self,
@@ -162,7 +183,7 @@ class _ClassCentres(Regularizer):
         num_classes: int | None,
         alpha: float,
     ) -> None:
-        super().__init__(weight=weight)
+        super().__init__(model, weight=weight)
         _check(number(alpha) >= 0, f"alpha of the {self.name} loss", alpha, "a number of at least 0")
         if classifier is None:
             name, head = find_classifier(model)
@@ -177,12 +198,11 @@ class _ClassCentres(Regularizer):
         self.alpha = alpha
         self._tap = _Tap()
         head.register_forward_pre_hook(self._tap)
-        self._model = (model,)
         self.centres: Tensor
         self.register_buffer("centres", torch.zeros(classes, features, device=head.weight.device))
 
-    def forward(self, targets: Tensor | None = None) -> Tensor:
-        return self.weight * self.loss(Step(targets, self._tap.take()))
+    def _step(self, targets: Tensor | None) -> Step:
+        return Step(targets, self._tap.take())
 
     def _inputs(self, step: Step) -> tuple[Tensor, Tensor]:
         if step.targets is None or step.features is None:
@@ -204,15 +224,14 @@ class _ClassCentres(Regularizer):
     def measure(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Set the centres to the class means over ``batches``; returns the standard deviations and the counts.
 
-        They are ``(M, D)`` and ``(M, 1)``. In a process group, ``batches`` are this process' share.
+        They are ``(M, D)`` and ``(M, 1)``. In a process group, ``batches`` is this process' shard.
         """
-        (model,) = self._model
         count = torch.zeros_like(self.centres[:, :1], dtype=torch.float64)
         total, squares = (torch.zeros_like(self.centres, dtype=torch.float64) for _ in range(2))
-        with modes(model):
+        with modes(self.model):
             for images, targets in batches:
                 check_targets(targets, len(self.centres))
-                model(images)
+                self.model(images)
                 features = self._tap.take().double()
                 count.index_add_(0, targets, torch.ones_like(features[:, :1]))
                 total.index_add_(0, targets, features)
@@ -227,16 +246,15 @@ class _ClassCentres(Regularizer):
 class FeatureLoss(_ClassCentres):
     """BONN's Bayesian feature loss: ``theta/2`` times the second sum of (9), averaged over the batch.
 
-    The features are the input of the classifier, ``(B, D)``. The class centres move by the center-loss
-    rule with rate ``alpha`` at each call in training mode; the class spreads ``sigma``, ``(classes, D)``,
-    are parameters, raised to ``min_sigma`` before each use. The paper fine-tunes with this loss: call
-    ``start(batches)`` first, which measures both on the training set: the spreads that of each class, or with
-    ``spread="all"`` that of all images for every class.
+    The features are the input of the classifier, ``(B, D)``. The class centres are updated by the rule of the center
+    loss with rate ``alpha`` at each call in training mode; the class spreads ``sigma``, ``(classes, D)``, are
+    parameters, clamped to at least ``min_sigma`` before each use. The paper fine-tunes with this loss: call
+    ``start(batches)`` first, which measures both on the training set: the spread of each class or, with
+    ``spread="all"``, the same of all images for every class.
 
-    Call it as ``feature(targets)`` after the forward pass, and make it before ``torch.compile`` first runs the
-    model, for compiled code does not see hooks that come later. Raises InvalidModel where the classifier cannot
-    be found (name it: ``classifier="head.fc"``), InvalidData for targets out of range, InvalidRecipe for an impossible
-    value of an option.
+    Call it as ``feature(targets)`` after the forward pass, and create it before ``torch.compile`` first runs the model,
+    because compiled code does not see later hooks. Raises InvalidModel if the classifier cannot be found (name it:
+    ``classifier="head.fc"``), InvalidData for targets out of range, InvalidRecipe for an impossible value of an option.
     """
 
     name = "feature"
@@ -268,7 +286,7 @@ class FeatureLoss(_ClassCentres):
             variance = (share * (spread.square() + (self.centres - mean).square())).sum(0)
             spread, count = variance.sqrt().to(spread.dtype).expand_as(spread), count.sum()
         with torch.no_grad():
-            # A class with fewer than two images has no spread of its own: the default stays.
+            # A class with fewer than two images has no spread; it keeps the default.
             self.sigma.copy_(torch.where(count > 1, spread, 1.0).clamp(min=self.min_sigma))
 
     def loss(self, step: Step) -> Tensor:
@@ -310,7 +328,7 @@ class CenterLoss(_ClassCentres):
 
 
 def check_targets(targets: Tensor, classes: int) -> None:
-    """Raise InvalidData for a class index out of range; only on a CPU, where looking needs no synchronisation."""
+    """Raise InvalidData for a class index out of range; only on a CPU, because a GPU would have to be waited for."""
     if (
         targets.device.type != "cpu"
         or torch.compiler.is_compiling()
@@ -333,14 +351,14 @@ def binary_weight_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def latent_weights(layer: nn.Module) -> Tensor:
-    """What a binary layer's quantizer quantizes, ``(O, I, ...)``: its weight, or what it makes of that."""
+    """The latent weights of a binary layer, ``(O, I, ...)``: its weight, standardized if the layer does that."""
     make: Callable[[], Tensor] | None = getattr(layer, "latent", None)
     weight: Tensor = make() if make else layer.weight  # type: ignore[assignment]
     return _whole(weight)
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """The tensor, gathered from all processes where FSDP2 has spread it over them."""
+    """The tensor, gathered from all processes if FSDP2 has sharded it."""
     gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
@@ -359,9 +377,9 @@ def _bits(quantizer: Any) -> float | None:
 
 
 def _modulation(quantizer: Any, latent: Tensor) -> tuple[Tensor, Literal["mean", "one", "scale"]]:
-    """The learned modulation, or the scale of latents ``(O, ...)`` with as many axes; and the magnitude of X^.
+    """The learned modulation, or else the scale, with as many axes as the latents ``(O, ...)``; and what X^ is made of.
 
-    That is the modulation's mean, or 1 where the quantizer reads it as the inverse of a scale, or that scale.
+    That is the modulation's mean, or 1 if the quantizer reads the modulation as the inverse of a scale, or the scale.
     """
     modulation = getattr(quantizer, "modulation", None)
     if modulation is not None:
@@ -374,6 +392,6 @@ def _modulation(quantizer: Any, latent: Tensor) -> tuple[Tensor, Literal["mean",
 
 def tensor_quant(layer: nn.Module) -> Any:
     """The quantizer of a layer's weights, ours or the one in Brevitas' proxy; None if it has none."""
-    # Looked up at each use: Brevitas makes a new one whenever a state dict is loaded.
+    # Looked up at each use, because Brevitas creates a new one whenever a state dict is loaded.
     proxy = getattr(layer, "weight_quant", None)
     return getattr(proxy, "tensor_quant", None if hasattr(proxy, "is_quant_enabled") else proxy)

@@ -1,10 +1,17 @@
-"""Scheme: what "1-bit" means for a network, as frozen data."""
+"""Scheme: what "1-bit" means for a network, as frozen data.
+
+The terms of the whole package: A binary layer keeps real-valued *latent weights*, which the optimizer updates. Each
+forward pass uses their signs times a *scale*, which keeps the magnitude that a sign loses. The derivative of a sign is
+zero almost everywhere, so the backward pass uses another function in its place: the *estimator*. A *quantizer* is the
+module that does both, for weights or for activations. BONN learns its scale: it is the mean of a *modulation*, a
+parameter with the shape of one kernel that all kernels of a layer share.
+"""
 
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from dataclasses import InitVar, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +28,7 @@ class PReLU(nn.PReLU):
         return functional.prelu(input, self.weight)
 
 
-def _as_it_is(x: Tensor) -> Tensor:
+def _unchanged(x: Tensor) -> Tensor:
     return x
 
 
@@ -49,7 +56,7 @@ NONLINEARITIES: Mapping[str, Callable[[int], nn.Module]] = {
 TRAINS = ("all", "norms")
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor] | None] = {
     "binary": None,
-    "float": _as_it_is,
+    "float": _unchanged,
     "relu": torch.relu,
     "leaky_clip": functional.leaky_clip,
     "clip": nn.functional.hardtanh,
@@ -60,12 +67,15 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor] | None] = {
 class Stage:
     """A part of a training run.
 
-    ``share`` of the epochs; ``regularizers`` and their weights; ``lr_scale`` multiplies the learning rate.
-    ``weights`` ``"float"`` trains the latent weights as a float network's; at the first binary stage after that the
-    quantizers start from them anew. ``activations`` names what stands in the place of the activation quantizer:
-    ``"binary"`` itself, ``"relu"``, ``"leaky_clip"``, ``"clip"`` or ``"float"`` (nothing), the steps of Bi-Real
-    Net's training. ``trains`` ``"norms"`` lets only the norms learn. ``recompute_norms`` ends the stage with a pass
-    over the training set that measures the batch norms' statistics anew.
+    ``share``: the fraction of the epochs. ``regularizers``: which ones are on, with their weights. ``lr_scale``
+    multiplies the learning rate. ``weights="float"`` trains the latent weights like those of a float network; the first
+    binary stage after that initializes the quantizers from them again. ``activations`` names the activation function:
+    ``"binary"`` is the scheme's quantizer; ``"relu"``, ``"leaky_clip"``, ``"clip"`` and ``"float"`` (none) replace it,
+    as in the steps of Bi-Real Net's training. ``trains="norms"`` freezes everything but the norms. ``recompute_norms``
+    ends the stage with a pass over the training set that recomputes the statistics of the batch norms.
+
+    >>> Stage(share=0.8, regularizers={"kernel": 1e-4}).activations
+    'binary'
     """
 
     share: float = 1.0
@@ -89,24 +99,42 @@ class Stage:
                 raise UnknownName(f"{name} of a stage", getattr(self, name), allowed)
 
 
+class _Read(dict[str, float]):
+    """Weights that were read from a scheme's stages, so that ``dataclasses.replace`` does not count as setting them."""
+
+
+class _LastWeights:
+    def __get__(self, scheme: "Scheme | None", owner: object = None) -> "_Read | None":
+        return None if scheme is None else _Read(scheme.stages[-1].regularizers)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """How weights and activations become binary, and what stands between the binary layers.
+    """How weights and activations become binary, and which modules stand between the binary layers.
 
-    ``weight`` makes a quantizer for a float weight, ``activation`` one for a layer's input (given its channels, or
-    1 where they are unknown); ``None`` leaves them float, and a scheme without ``weight`` leaves the whole network
-    as it is. ``output`` (given the channels) makes a module that stands behind each binary convolution.
+    ``weight`` makes a quantizer for a float weight ``(O, I, kh, kw)``. ``activation`` makes one for a layer's input,
+    given the number of its channels, or 1 where that is unknown. ``None`` leaves weights or activations float; a scheme
+    without ``weight`` leaves the whole network as it is. ``output``, given the channels, makes a module that follows
+    each binary layer.
 
-    ``norm`` (given the channels) stands before each sign, ``nonlinearity`` (given the channels, or 1 where
-    they are unknown) replaces each ReLU: after a ReLU every sign would be +1. ``shortcut`` and
-    ``nonlinearity_position`` shape the blocks that can be rebuilt (those with a ``binary_form``): one
-    shortcut per convolution or the float block's own; the nonlinearity after or before the addition.
+    ``norm``, given the channels, makes the module before each sign. ``nonlinearity``, given the channels or 1, makes
+    the module that replaces each ReLU: after a ReLU every sign would be +1. ``shortcut`` and ``nonlinearity_position``
+    shape blocks that can be rebuilt, which are those with a method ``binary_form``: one shortcut for each convolution
+    (``"conv"``) or that of the float block (``"block"``), and the nonlinearity after or before the addition.
 
-    ``latent_std`` rescales the latent weights of every binary layer to this standard deviation, which
-    keeps their signs; ``None`` leaves them.
+    ``latent_std`` rescales the latent weights of each binary layer to this standard deviation, which keeps their signs;
+    ``None`` keeps their scale. ``regularizers`` maps names to weights, for a training of one stage; ``stages`` are for
+    more. Read from a scheme, ``regularizers`` are the weights of its last stage. ``given`` is set by :meth:`configure`:
+    the options that differ from the scheme's own.
 
-    Raises UnknownName for another ``shortcut`` or ``nonlinearity_position``, InvalidRecipe for an impossible
-    ``latent_std``.
+    Raises UnknownName for another ``shortcut`` or ``nonlinearity_position``, and InvalidRecipe for an impossible
+    ``latent_std`` or weight, or for both ``regularizers`` and ``stages``.
+
+    >>> from bonn_qat.quantizers import BonnWeight, SteSign
+    >>> mine = Scheme(name="mine", title="Mine", reference="ours", weight=BonnWeight, activation=SteSign,
+    ...               regularizers={"kernel": 1e-4})
+    >>> mine.configure({"clip": 0.5, "kernel": 1e-3}).regularizers
+    {'kernel': 0.001}
     """
 
     name: str
@@ -120,26 +148,39 @@ class Scheme:
     shortcut: Literal["conv", "block"] = "conv"
     nonlinearity_position: Literal["after_add", "before_add"] = "after_add"
     latent_std: float | None = None
+    if TYPE_CHECKING:
+        regularizers: dict[str, float] = field(default_factory=dict)
+    else:
+        regularizers: InitVar[Mapping[str, float] | None] = _LastWeights()
     stages: tuple[Stage, ...] = (Stage(),)
+    given: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, regularizers: Mapping[str, float] | None) -> None:  # type: ignore[override]
         for name, allowed in (("shortcut", SHORTCUTS), ("nonlinearity_position", POSITIONS)):
             if getattr(self, name) not in allowed:
                 raise UnknownName(f"{name} of the scheme {self.name!r}", str(getattr(self, name)), allowed)
         if self.latent_std is not None and not number(self.latent_std) > 0:
             raise InvalidRecipe(f"the latent_std of the scheme {self.name!r} is above 0; got {self.latent_std!r}")
-
-    @property
-    def regularizers(self) -> dict[str, float]:
-        """The weights of the regularizers when all of them are on: those of the last stage."""
-        return dict(self.stages[-1].regularizers)
+        if regularizers is None or isinstance(regularizers, _Read):
+            return
+        if not isinstance(regularizers, Mapping):
+            raise InvalidRecipe(
+                f"the regularizers of the scheme {self.name!r} map names to weights, such as {{'kernel': 1e-4}}; "
+                f"got {regularizers!r}"
+            )
+        if self.stages != (Stage(),):
+            raise InvalidRecipe(
+                f"the scheme {self.name!r} has both regularizers and stages; with stages, write "
+                "Stage(regularizers={...}) for each"
+            )
+        object.__setattr__(self, "stages", (Stage(regularizers=dict(regularizers)),))
 
     @property
     def options(self) -> dict[str, Any]:
-        """Names and defaults of what a scheme can be told.
+        """Names and defaults of the options beyond the scheme's own fields.
 
-        They are the keyword-only arguments of its quantizers' factories, and the names of the regularizers of its
-        stages, with the weight of the last stage that has each.
+        They are the keyword-only arguments of its quantizers' factories, and the regularizers of its stages, each with
+        the weight of the last stage that has it.
         """
         options = {name: weight for stage in self.stages for name, weight in stage.regularizers.items()}
         return {name: value for part in _PARTS for name, value in _keywords(getattr(self, part)).items()} | options
@@ -157,22 +198,23 @@ class Scheme:
 
     @property
     def _own(self) -> set[str]:
-        return {f.name for f in fields(self)} - {"name", "title", "reference", "stages", *_PARTS}
+        return set() if self.weight is None else _FIELDS
 
     def configure(self, options: Mapping[str, Any]) -> "Scheme":
-        """A copy with other options: this class's own fields, keyword arguments of the quantizers, regularizers.
+        """A copy with other options: fields of this class, keyword arguments of the quantizers, regularizers.
 
-        The weight of a regularizer becomes that in every stage that has it, 0 switches it off. ``nonlinearity`` may be
-        a name: ``"prelu"``, ``"relu"``, ``"hardtanh"`` or ``"identity"``.
+        The weight of a regularizer is set in every stage that has it; 0 switches it off. ``nonlinearity`` may be a
+        name: ``"prelu"``, ``"relu"``, ``"hardtanh"`` or ``"identity"``. :func:`bonn_qat.binarize` refuses a model on
+        which an option that was set here has no effect.
 
-        Raises UnknownName for an option or a nonlinearity that there is not, InvalidRecipe for a weight that is no
-        number of at least 0, and what the quantizers raise for an impossible value.
+        Raises UnknownName for an unknown option or nonlinearity, InvalidRecipe for an impossible value, and whatever
+        the quantizers raise for one.
         """
         for option in options:
             if option not in self.takes:
                 raise UnknownName(f"option of the scheme {self.name!r}", option, self.takes)
         changed: dict[str, Any] = {key: value for key, value in options.items() if key in self._own}
-        nonlinearity = options.get("nonlinearity")
+        nonlinearity, norm = options.get("nonlinearity"), options.get("norm")
         if isinstance(nonlinearity, str):
             if nonlinearity not in NONLINEARITIES:
                 raise UnknownName(f"nonlinearity of the scheme {self.name!r}", nonlinearity, NONLINEARITIES)
@@ -182,6 +224,14 @@ class Scheme:
                 f"the nonlinearity of the scheme {self.name!r} is {', '.join(map(repr, NONLINEARITIES))}; "
                 f"got {nonlinearity!r}"
             )
+        if norm is not None and not callable(norm):
+            raise InvalidRecipe(
+                f"the norm of the scheme {self.name!r} is a class or function that makes a module for a number of "
+                f"channels; got {norm!r}"
+            )
+        defaults = self.options | {key: getattr(self, key) for key in self._own}
+        different = {key for key, value in {**options, **changed}.items() if value != defaults[key]}
+        changed["given"] = self.given | different
         changed["stages"] = tuple(reweighed(stage, options) for stage in self.stages)
         for part in _PARTS:
             make = getattr(self, part)
@@ -189,12 +239,37 @@ class Scheme:
             if passed:
                 changed[part] = functools.partial(make, **passed)
         configured = replace(self, **changed)
-        # Makes what the options are for, so that an impossible value is told at once.
+        # Calls the factories, so that an impossible value is reported at once.
         _ = configured.bits, configured.output and configured.output(1)
         return configured
 
 
+class WatchedScheme(Scheme):
+    """A copy of a scheme that records which of its fields are read while a model is binarized."""
+
+    @classmethod
+    def of(cls, scheme: Scheme) -> "WatchedScheme":
+        """Start to watch."""
+        watched = object.__new__(cls)
+        watched.__dict__.update(vars(scheme), _reads=set())
+        return watched
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in _FIELDS or name in _PARTS:
+            self.__dict__.get("_reads", set()).add(name)
+        return super().__getattribute__(name)
+
+    @property
+    def unused(self) -> set[str]:
+        """The ``given`` options that were not read; those of regularizers are not needed before the training."""
+        own = self.__dict__
+        parts = {key: part for part in _PARTS for key in _keywords(own[part])} | {name: name for name in _FIELDS}
+        parts["latent_std"] = "weight"  # which is read for each binary layer
+        return {key for key in own["given"] if key in parts and parts[key] not in own["_reads"]}
+
+
 _PARTS = ("weight", "activation", "output")
+_FIELDS = {f.name for f in fields(Scheme)} - {"name", "title", "reference", "stages", "given", *_PARTS}
 
 
 def reweighed(stage: Stage, options: Mapping[str, Any]) -> Stage:

@@ -1,8 +1,10 @@
-"""One test per hook, and two tests that make sure of it."""
+"""One test for each hook, two that check that there is one, and what happens when a hook fails."""
 
 import ast
 import dataclasses
 import inspect
+import re
+import warnings
 from pathlib import Path
 
 import pluggy
@@ -14,6 +16,7 @@ import bonn_qat
 from bonn_qat import Regularizer, Step, binarize, hookimpl, hookspecs, plugins
 from bonn_qat.bonn import BONN
 from bonn_qat.cli import runs
+from bonn_qat.errors import InvalidModel, PluginError, UnknownName
 from bonn_qat.layers import BinaryConv2d
 from bonn_qat.objective import Objective
 from bonn_qat.studies.compare import compare
@@ -39,8 +42,10 @@ def small() -> nn.Module:
 def test_every_hook_is_documented_tested_and_asked(hook):
     assert inspect.getdoc(getattr(hookspecs, hook)), "a hook without a docstring"
     assert f"test_{hook}" in globals(), "a hook without a test in this file"
-    asked = f"hook.{hook}"
-    assert any(asked in path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")), "a hook that no verb asks"
+    asked = re.compile(rf'hook\.{hook}\b|Observers\(\)\.{hook}\b|"{hook}"')
+    assert any(asked.search(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")), (
+        "nobody calls the hook"
+    )
 
 
 def test_every_public_function_of_the_specifications_is_a_hook():
@@ -71,12 +76,8 @@ def test_bonn_qat_regularizers(pm):
 
         name = "size"
 
-        def __init__(self, model: nn.Module, *, weight: float = 1.0) -> None:
-            super().__init__(weight=weight)
-            self._first = (next(model.parameters()),)
-
         def loss(self, step: Step) -> Tensor:
-            return self._first[0].square().sum()
+            return next(self.model.parameters()).square().sum()
 
     class Plugin:
         @hookimpl
@@ -107,6 +108,44 @@ def test_bonn_qat_binarize_layer(pm):
     assert isinstance(model[3], nn.Hardtanh)
     assert isinstance(model[1], nn.PReLU)  # the default's answer, for the plugin gave none
     assert isinstance(model[2], BinaryConv2d)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "words"),
+    [
+        (KeyError("key"), PluginError, "^2: the plugin 'clumsy' failed in bonn_qat_binarize_layer: KeyError: 'key'$"),
+        (InvalidModel("not this"), InvalidModel, "^2: the plugin 'clumsy': not this; skip='2' leaves it float$"),
+        (UnknownName("layer", "2", ["1"]), UnknownName, "^the plugin 'clumsy': unknown layer '2'; known: 1$"),
+        (nn.ReLU, PluginError, "2: the plugin 'clumsy' answered bonn_qat_binarize_layer with <class .*ReLU.*no module"),
+    ],
+)
+def test_an_error_of_binarize_layer_names_its_plugin_and_leaves_the_model_alone(pm, answer, error, words):
+    class Clumsy:
+        @hookimpl
+        def bonn_qat_binarize_layer(self, name: str):
+            if name == "2":
+                if isinstance(answer, Exception):
+                    raise answer
+                return answer
+            return None
+
+    pm.register(Clumsy(), name="clumsy")
+    model = small()
+    before = list(model)
+    with pytest.raises(error, match=words):
+        binarize(model, pm=pm, inplace=True)
+    assert list(model) == before
+
+
+def test_an_error_of_a_schemes_own_code_names_the_scheme(pm):
+    def nothing(channels: int) -> nn.Module:
+        raise LookupError("there is none")
+
+    with pytest.raises(PluginError, match=r"1: the scheme 'mine' failed in .*: LookupError: there is none"):
+        binarize(small(), dataclasses.replace(BONN, name="mine", nonlinearity=nothing), pm=pm)
+    for broken in (lambda: None, nothing):
+        with pytest.raises(InvalidModel, match="2: the scheme 'mine' does not fit Conv2d"):
+            binarize(small(), dataclasses.replace(BONN, name="mine", norm=broken), pm=pm)
 
 
 class Observer:
@@ -199,6 +238,39 @@ def test_bonn_qat_after_comparison(events):
     _, directory, page = events[-1]
     assert page.parent == directory == events[0][1]
     assert page.exists()
+
+
+def test_an_observer_that_raises_is_warned_of_once_and_stops_nothing(pm):
+    class Noisy(Observer):
+        @hookimpl
+        def bonn_qat_after_epoch(self, epoch):
+            self.seen.append(("after epoch", epoch, {}))
+            raise ConnectionError("no route")
+
+    noisy, quiet = Noisy(), Observer()
+    pm.register(quiet, name="quiet")
+    pm.register(noisy, name="noisy")
+    observers = plugins.Observers(pm)
+    words = "the plugin 'noisy' failed in bonn_qat_after_epoch, the run goes on without it: ConnectionError: no route"
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        for epoch in (1, 2):
+            observers.bonn_qat_after_epoch(recipe=None, epoch=epoch, metrics={})
+        observers.bonn_qat_after_run(recipe=Recipe(), result=None)
+    assert [str(warning.message) for warning in caught] == [words]
+    assert [event[0] for event in noisy.seen] == [event[0] for event in quiet.seen]
+    assert len(quiet.seen) == 3
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_an_interruption_in_an_observer_is_no_fault_of_its(pm, stop):
+    class Interrupted:
+        @hookimpl
+        def bonn_qat_before_run(self):
+            raise stop
+
+    pm.register(Interrupted())
+    with pytest.raises(stop):
+        plugins.Observers(pm).bonn_qat_before_run(recipe=None, model=None, run_id="")
 
 
 def test_a_forward_pass_and_a_loss_call_no_hook(pm):

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import os
 from pathlib import Path
@@ -7,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import bonn_qat
-from bonn_qat import functional
+from bonn_qat import Regularizer, Step, functional, hookimpl, plugins
 from bonn_qat.bonn import BONN
-from bonn_qat.errors import InvalidData, UnknownName
+from bonn_qat.errors import InvalidData, InvalidModel, UnknownName
 from bonn_qat.objective import Objective, parameter_groups
 from bonn_qat.quantizers import WeightQuantizer
 
@@ -142,6 +143,62 @@ def test_constrain_reaches_brevitas_layers() -> None:
     layer.weight.data.fill_(3.0)
     bonn_qat.constrain_(layer)
     assert layer.weight.unique().tolist() == [1.0]
+
+
+class _Size(Regularizer):
+    name = "size"
+
+    def loss(self, step: Step) -> Tensor:
+        return next(self.model.parameters()).square().sum()
+
+
+class _Offers:
+    @hookimpl
+    def bonn_qat_regularizers(self):
+        return [_Size]
+
+
+def test_a_regularizer_has_the_model_which_is_no_part_of_it(model: nn.Module) -> None:
+    size = _Size(model, weight=1.0)
+    assert size.model is model
+    assert not [*size.parameters(), *size.state_dict()]
+    assert list(size.modules()) == [size]
+
+
+def test_the_regularizers_of_a_copy_see_the_copied_model(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    pm = plugins.create_manager(entry_points=False)
+    pm.register(_Offers())
+    weights = {"size": 1.0, "kernel": 1.0, "feature": 1.0, "center": 1.0}
+    objective = Objective(model, regularizers=weights, pm=pm)
+    copied = copy.deepcopy(objective)
+    for name, regularizer in copied.regularizers.items():
+        assert regularizer.model is copied.model is not model, name
+    before = {name: value.item() for name, value in objective(*batch).terms.items()}
+    with torch.no_grad():
+        for parameter in copied.model.parameters():
+            parameter.mul_(3)
+    changed, after = copied(*batch).terms, objective.eval()(*batch).terms
+    for name in weights:
+        assert changed[name].item() != pytest.approx(before[name]), name
+    for name in ("size", "kernel"):
+        assert after[name].item() == pytest.approx(before[name])
+    copied(*batch).total.backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    batches = [(batch[0], batch[1])]
+    copied.regularizers["feature"].start(batches)
+    assert not torch.equal(copied.regularizers["feature"].centres, objective.regularizers["feature"].centres)
+
+
+@pytest.mark.parametrize(("wrong", "words"), [(torch.ones(1), r"gave shape \(1,\)"), (0, "gave 0")])
+def test_a_loss_that_is_no_scalar_is_told(model: nn.Module, wrong: object, words: str) -> None:
+    class Wrong(Regularizer):
+        name = "wrong"
+
+        def loss(self, step: Step) -> Tensor:
+            return wrong
+
+    with pytest.raises(InvalidModel, match=f"the regularizer 'wrong' {words}; its loss.step. returns a scalar tensor"):
+        Wrong(model, weight=1.0)()
 
 
 def test_compiled_whole_without_a_graph_break(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:

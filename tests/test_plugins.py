@@ -1,4 +1,4 @@
-"""Plugins: which ones are loaded, and errors for clashing names and misspelled hooks.
+"""Plugins: which are loaded, and what happens when they are broken or clash.
 
 The plugins here are installed for real, as a module and a ``dist-info`` folder on the path.
 """
@@ -6,14 +6,16 @@ The plugins here are installed for real, as a module and a ``dist-info`` folder 
 import importlib.metadata
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import pluggy
 import pytest
 
-from bonn_qat import KernelLoss, hookimpl, plugins
+from bonn_qat import KernelLoss, cli, hookimpl, plugins
 from bonn_qat.bonn import BONN
-from bonn_qat.errors import BonnQatError, PluginConflict, UnknownName
+from bonn_qat.errors import BonnQatError, InvalidRecipe, PluginConflict, UnknownName
 
 SCHEME = """
     import dataclasses
@@ -82,27 +84,97 @@ def test_the_environment_restricts_the_installed_plugins(
         plugins.create_manager()
 
 
-@pytest.mark.parametrize(
-    ("hook", "complaint"),
-    [("bonn_qat_scheme()", "unknown hook 'bonn_qat_scheme'"), ("bonn_qat_schemes(model)", "declared in the hookimpl")],
-    ids=["misspelt", "unknown argument"],
-)
-def test_a_hook_that_does_not_fit_names_its_plugin(
-    hook: str, complaint: str, install: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+HOOK = "from bonn_qat import Scheme, hookimpl\n@hookimpl\ndef {}:\n    {}\n"
+FAULTS = {
+    "import": ("import nothing_of_this_name", "ModuleNotFoundError: No module named 'nothing_of_this_name'"),
+    "exit": ("import sys\nsys.exit(3)", "SystemExit: 3"),
+    "syntax": ("def", "SyntaxError: invalid syntax"),
+    "misspelt": (HOOK.format("bonn_qat_scheme()", "return []"), "unknown hook 'bonn_qat_scheme'"),
+    "argument": (HOOK.format("bonn_qat_schemes(model)", "return []"), "declared in the hookimpl"),
+    "raises": (HOOK.format("bonn_qat_schemes()", "yield 1 / 0"), "bonn_qat_schemes: ZeroDivisionError"),
+    "exits": (HOOK.format("bonn_qat_schemes()", "raise SystemExit"), "bonn_qat_schemes: SystemExit: no message"),
+    "nothing": (HOOK.format("bonn_qat_schemes()", "pass"), "'NoneType' object is not iterable"),
+    "rubbish": (HOOK.format("bonn_qat_schemes()", "yield 'bonn'"), "it offers 'bonn', which is no instance of "),
+    "number": (
+        HOOK.format("bonn_qat_schemes()", "yield Scheme(name=3, title='', reference='', weight=None, activation=None)"),
+        "the name of a scheme is made of letters, digits, '-', '_' and '.'; got 3",
+    ),
+    "class": (HOOK.format("bonn_qat_regularizers()", "yield Scheme"), "which is no subclass of bonn_qat.Regularizer"),
+    "abstract": (
+        "from bonn_qat import Regularizer\nclass Mine(Regularizer):\n    name = 'mine'\n"
+        + HOOK.format("bonn_qat_regularizers()", "yield Mine"),
+        "the regularizer 'mine' lacks loss",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_plugin_is_skipped_with_one_warning_that_names_it(fault: str, install: Callable[..., None]):
+    source, words = FAULTS[fault]
+    install("broken", source)
+    install("sound", SCHEME.format(name="sound"))
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        manager = plugins.create_manager()
+        for _ in range(2):
+            assert set(plugins.schemes(manager)) == {"bonn", "sound"}
+            assert set(plugins.regularizers(manager)) == {"kernel", "feature", "center"}
+    (warning,) = caught
+    assert warning.category is plugins.BrokenPlugin
+    assert str(warning.message).startswith("the plugin 'broken' of bonn_qat_test_broken 1.0 is skipped: ")
+    assert words in str(warning.message)
+    assert "\n" not in str(warning.message)
+    assert names(manager) == {*plugins.DEFAULT_PLUGINS, "sound"}
+    assert plugins.installed(manager) == ["bonn_qat_test_sound 1.0"]
+    (line,) = plugins.faults(manager)
+    assert line.startswith("the plugin 'broken' of bonn_qat_test_broken 1.0: ")
+    with pytest.raises(
+        UnknownName, match="known: bonn, sound; broken plugins, which may offer it: the plugin 'broken'"
+    ):
+        plugins.find_scheme("mine", manager)
+    assert plugins.find_scheme("sound", manager).name == "sound"
+
+
+def test_a_plugin_of_two_entry_points_is_loaded_once(install: Callable[..., None], tmp_path: Path):
+    install("one", SCHEME.format(name="mine"))
+    entry_points = tmp_path / "bonn_qat_test_one-1.0.dist-info" / "entry_points.txt"
+    entry_points.write_text("[bonn_qat]\none = bonn_qat_test_one\ntwo = bonn_qat_test_one\n")
+    with pytest.warns(plugins.BrokenPlugin, match="the plugin 'two' of bonn_qat_test_one 1.0 is skipped: ValueError"):
+        manager = plugins.create_manager()
+    assert plugins.find_scheme("mine", manager).name == "mine"
+
+
+def test_of_two_entry_points_of_one_name_neither_is_loaded(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ):
-    install("typo", f"from bonn_qat import hookimpl\n@hookimpl\ndef {hook}:\n    return []\n")
-    monkeypatch.setenv("BONN_QAT_PLUGINS", "typo")
-    with pytest.raises(PluginConflict, match=r"[Pp]lugin 'typo'") as caught:
-        plugins.create_manager()
-    assert complaint in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_two_entry_points_of_one_name_name_both_distributions(install: Callable[..., None]):
     install("same", SCHEME.format(name="one"), "first")
     install("same", SCHEME.format(name="two"), "second")
-    with pytest.raises(PluginConflict, match=r"'same'.*bonn_qat_test_first and bonn_qat_test_second"):
-        plugins.create_manager()
+    words = (
+        "'same' of bonn_qat_test_(first|second) 1.0 and bonn_qat_test_(first|second) 1.0 is skipped: 2 distributions"
+    )
+    with pytest.warns(plugins.BrokenPlugin, match=words):
+        assert set(plugins.schemes(plugins.create_manager())) == {"bonn"}
+    monkeypatch.setenv("BONN_QAT_PLUGINS", "")  # as --no-plugins does
+    assert plugins.faults(plugins.create_manager()) == []
+
+
+def test_the_command_lists_what_works_and_says_what_is_broken(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    install("broken", "import nothing_of_this_name")
+    install("other", SCHEME.format(name="bonn"))
+    install("sound", SCHEME.format(name="sound"))
+    plugins.manager.cache_clear()
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["--help"]) == 0  # loads no plugin, and so warns of none
+    try:
+        with pytest.warns(plugins.BrokenPlugin):
+            assert cli.main(["schemes"]) == 0
+    finally:
+        plugins.manager.cache_clear()
+    printed = capsys.readouterr().out
+    assert "\nsound  1/1 bits W/A\n" in "\n" + printed
+    assert "not listed: the plugin 'broken' of bonn_qat_test_broken 1.0: ModuleNotFoundError" in printed
+    assert "not listed: several plugins offer the scheme 'bonn': bonn_qat.bonn and other" in printed
 
 
 class Offers:
@@ -119,27 +191,33 @@ class Offers:
 
 
 @pytest.mark.parametrize(
-    ("offer", "find", "what"),
+    ("offer", "every", "find", "name", "what"),
     [
-        (Offers(schemes=(BONN,)), plugins.schemes, "scheme 'bonn'"),
-        (Offers(regularizers=(KernelLoss,)), plugins.regularizers, "regularizer 'kernel'"),
+        (Offers(schemes=(BONN,)), plugins.schemes, plugins.find_scheme, "bonn", "scheme 'bonn'"),
+        (
+            Offers(regularizers=(KernelLoss,)), plugins.regularizers, plugins.find_regularizer, "kernel",
+            "regularizer 'kernel'",
+        ),
     ],
     ids=["scheme", "regularizer"],
-)
-def test_two_offers_of_one_name_name_both_plugins(offer, find, what):
+)  # fmt: skip
+def test_a_name_that_two_plugins_offer_is_an_error_where_it_is_asked_for(offer, every, find, name, what):
     manager = plugins.create_manager(entry_points=False)
     manager.register(offer, name="stranger")
-    with pytest.raises(PluginConflict, match=f"two plugins offer the {what}") as caught:
-        find(manager)
+    assert name not in every(manager)
+    with pytest.raises(PluginConflict, match=f"several plugins offer the {what}") as caught:
+        find(name, manager)
     assert "stranger" in str(caught.value)
     assert "bonn_qat.bonn" in str(caught.value)
+    assert plugins.faults(manager) == [str(caught.value)]
+    assert plugins.find_regularizer("feature", manager).name == "feature"
 
 
 def test_one_plugin_cannot_offer_a_name_twice():
     manager = plugins.create_manager(entry_points=False)
     manager.register(Offers(regularizers=(KernelLoss, KernelLoss)), name="twice")
-    with pytest.raises(PluginConflict, match="'kernel'"):
-        plugins.regularizers(manager)
+    with pytest.warns(plugins.BrokenPlugin, match="'twice' is skipped: .* it offers the regularizer 'kernel' twice"):
+        assert plugins.find_regularizer("kernel", manager) is KernelLoss
 
 
 def test_an_unknown_name_comes_with_near_ones():
@@ -156,6 +234,17 @@ def test_an_unknown_name_comes_with_near_ones():
 
 def test_a_scheme_is_its_own_answer():
     assert plugins.find_scheme(BONN) is BONN
+
+
+@pytest.mark.parametrize("wrong", [3, None, BONN.weight])
+def test_what_is_neither_a_name_nor_a_scheme_is_refused(wrong):
+    with pytest.raises(InvalidRecipe, match=r"a scheme is a name, such as 'bonn', or a .*Scheme; got"):
+        plugins.find_scheme(wrong)
+
+
+def test_a_manager_of_pluggys_own_is_refused():
+    with pytest.raises(TypeError, match=r"pm is made by bonn_qat.plugins.create_manager\(\)"):
+        plugins.schemes(pluggy.PluginManager("bonn_qat"))
 
 
 def test_the_process_has_one_manager():

@@ -1,5 +1,6 @@
 """Schemes as data: options of quantizers and weights of regularizers."""
 
+import copy
 import dataclasses
 import math
 
@@ -13,10 +14,12 @@ from bonn_qat import binarize
 from bonn_qat.bonn import BONN
 from bonn_qat.errors import InvalidRecipe, UnknownName
 from bonn_qat.objective import Objective
+from bonn_qat.quantizers import BonnWeight, SteSign
 from bonn_qat.scheme import NONLINEARITIES, Scheme, Stage
 from bonn_qat.studies.compare import plan
 from bonn_qat.training.recipe import Recipe
 
+PLAIN = Scheme(name="plain", title="", reference="", weight=BonnWeight, activation=SteSign)
 STAGED = dataclasses.replace(
     BONN,
     stages=(
@@ -107,9 +110,52 @@ def test_a_nonlinearity_can_be_named(name, function):
         ({"shortcut": True}, UnknownName, "shortcut of the scheme 'bonn' 'True'; known: block, conv"),
         ({"nonlinearity_position": "after"}, UnknownName, "nonlinearity_position of the scheme 'bonn' 'after'"),
         ({"latent_std": 0}, InvalidRecipe, "latent_std of the scheme 'bonn' is above 0; got 0"),
+        ({"norm": "batch"}, InvalidRecipe, "norm of the scheme 'bonn' is a class or function .*; got 'batch'"),
         ({"latent_std": "small"}, InvalidRecipe, "latent_std of the scheme 'bonn' is above 0; got 'small'"),
     ],
 )
 def test_an_option_of_the_scheme_itself_is_checked(options, error, words):
     with pytest.raises(error, match=words):
         BONN.configure(options)
+
+
+def test_regularizers_fill_the_only_stage():
+    scheme = dataclasses.replace(PLAIN, regularizers={"kernel": 1e-4})
+    written = Scheme(
+        name="plain", title="", reference="", weight=BonnWeight, activation=SteSign, regularizers={"kernel": 1e-4}
+    )
+    assert scheme == written
+    assert scheme.stages == (Stage(regularizers={"kernel": 1e-4}),)
+    assert scheme.regularizers == {"kernel": 1e-4}
+    assert PLAIN.regularizers == {}
+    assert scheme.options["kernel"] == 1e-4
+    assert dataclasses.replace(scheme, latent_std=0.5).stages == scheme.stages
+    assert dataclasses.replace(scheme, stages=STAGED.stages).regularizers == {"kernel": 1e-4, "feature": 1e-3}
+    assert scheme.configure({"kernel": 2}).stages == (Stage(regularizers={"kernel": 2.0}),)
+    assert copy.deepcopy(scheme) == scheme
+    network = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3), nn.Flatten(), nn.Linear(3, 2))
+    assert list(Objective(binarize(network, scheme)).regularizers) == ["kernel"]
+
+
+def test_regularizers_beside_stages_are_refused():
+    with pytest.raises(InvalidRecipe, match=r"'plain' has both regularizers and stages; with stages, write Stage"):
+        dataclasses.replace(PLAIN, regularizers={"kernel": 1e-4}, stages=STAGED.stages)
+    with pytest.raises(InvalidRecipe, match="has both"):
+        dataclasses.replace(STAGED, regularizers={"kernel": 1e-4})
+    with pytest.raises(InvalidRecipe, match=r"map names to weights, such as .*; got \['kernel'\]"):
+        dataclasses.replace(PLAIN, regularizers=["kernel"])
+    with pytest.raises(InvalidRecipe, match="the weight of 'kernel' in a stage is a number of at least 0; got -1"):
+        dataclasses.replace(PLAIN, regularizers={"kernel": -1})
+
+
+def test_a_scheme_knows_the_options_that_were_given():
+    assert BONN.configure({"clip": 1.0, "nonlinearity": "prelu", "kernel": 1e-4}).given == frozenset()
+    first = BONN.configure({"clip": 0.5, "shortcut": "block"})
+    assert first.given == {"clip", "shortcut"}
+    assert first.configure({"granularity": "plane"}).given == {"clip", "shortcut", "granularity"}
+    assert dataclasses.replace(first, latent_std=1.0).given == {"clip", "shortcut"}
+
+
+def test_a_float_scheme_takes_no_options():
+    with pytest.raises(UnknownName, match="unknown option of the scheme 'float' 'shortcut'; known: none"):
+        dataclasses.replace(PLAIN, name="float", weight=None, activation=None).configure({"shortcut": "block"})

@@ -1,4 +1,4 @@
-"""binarize: model -> model."""
+"""binarize: a float model -> a binary one."""
 
 import copy
 import functools
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from bonn_qat import plugins
 from bonn_qat.binarization import policy
-from bonn_qat.errors import InvalidModel
-from bonn_qat.layers import BinaryLayer
-from bonn_qat.scheme import Scheme
+from bonn_qat.errors import InvalidModel, InvalidRecipe
+from bonn_qat.layers import BinaryLayer, check_contract
+from bonn_qat.scheme import Scheme, WatchedScheme
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 _SCALE = re.compile(r"gain|gamma|scale")
@@ -24,17 +24,17 @@ _FOLDS = ("fuse", "reparameterize", "switch_to_deploy")  # those that timm.utils
 
 
 class BypassedLayers(UserWarning):
-    """Layers that stay float because another module reads their weights, past the layer."""
+    """Layers that stay float because another module reads their weights directly."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Binarization:
     """What :func:`binarize` did; stored as ``model.binarization``.
 
-    ``binary`` names the binary layers, ``kept`` the float ones with the reason, ``schemes`` the binary layers with
-    another scheme than ``scheme``, ``revived`` the norms and gains that were all zero and now are one, ``added`` the
-    keys that the float model's state dict lacks. ``input_size`` is that of the policy's dry run, None without one.
-    ``skip`` and ``include`` are as given to :func:`binarize`.
+    ``binary``: names of the binary layers. ``kept``: the float layers, each with the reason. ``schemes``: the binary
+    layers with another scheme than ``scheme``. ``revived``: norms and gains that were all zero and are now one.
+    ``input_size``: that of the policy's dry run, None without one. ``added`` and ``removed``: the keys of the state
+    dict that only the binary or only the float model has. ``skip`` and ``include`` are as given to :func:`binarize`.
     """
 
     scheme: Scheme
@@ -46,6 +46,7 @@ class Binarization:
     added: frozenset[str] = field(default=frozenset(), repr=False)
     skip: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
+    removed: frozenset[str] = field(default=frozenset(), repr=False)
 
 
 def binarize(
@@ -60,23 +61,30 @@ def binarize(
     inplace: bool = False,
     pm: pluggy.PluginManager | None = None,
 ) -> nn.Module:
-    """Turn ``model`` into a 1-bit network by module replacement; a copy unless ``inplace``.
+    """Turn ``model`` into a 1-bit network by replacing modules; a copy unless ``inplace``.
 
-    Convolutions and linear layers become binary, but for those that :mod:`bonn_qat.binarization.policy` keeps float:
-    the first layer, the classifier, shortcut projections, depthwise convolutions, gates. ``skip`` and ``include``,
-    names of modules or globs, and ``predicate(name, layer) -> bool | None`` overrule it; ``schemes`` maps names or
-    globs to other schemes, the last that matches counts, and a scheme with float weights keeps a layer float.
-    ``input_size`` ``(C, H, W)`` is what the model is for, found out if None.
+    Convolutions and linear layers become binary, except those that :mod:`bonn_qat.binarization.policy` keeps float: the
+    first layer, the classifier, shortcut projections, depthwise convolutions, gates. Three arguments overrule it:
+    ``skip`` and ``include``, which are names of modules or globs, and ``predicate(name, layer) -> bool | None``.
+    ``schemes`` maps names or globs to other schemes, of which the last match counts; a scheme with float weights keeps
+    a layer float. ``input_size`` ``(C, H, W)`` is the size of the model's images; None finds it out.
 
     A norm before each sign and the scheme's nonlinearity in place of each ReLU keep the signs informative. Norms and
     gains that start at zero (timm's ``zero_init_last``, the NFNets' ``skipinit_gain``) start at one, because a zero
     there stops the gradient of every binary weight of the block. The result loads the float model's state dict
-    strictly, as if binarized after loading.
-    ``model.binarization`` says what was done. Warns of BypassedLayers.
+    strictly, as if it had been binarized after loading. ``model.binarization`` says what was done. Warns of
+    BypassedLayers.
 
-    Raises UnknownName (a scheme or a pattern) and InvalidModel: nothing to binarize, already binary, a layer that was
-    asked for and cannot be, a scheme that does not fit a layer, a size that the model refuses. The model is as before.
+    Raises UnknownName for an unknown scheme or a pattern without a match; InvalidRecipe for an option of
+    :meth:`Scheme.configure` that has no effect on this model; PluginError for a faulty plugin; and InvalidModel if
+    there is nothing to binarize, the model is binary already, a layer of ``include`` cannot be binary, the scheme does
+    not fit a layer, or the model refuses the size. After an error the model is as before.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 28 * 28, 10))
+    >>> binarize(net, input_size=(3, 32, 32)).binarization.binary
+    ('2',)
     """
+    _check_arguments(model, input_size)
     chosen = plugins.find_scheme(scheme, pm)
     if isinstance(getattr(model, "binarization", None), Binarization):
         raise InvalidModel(f"{type(model).__name__} is already binarized ({model.binarization.scheme.name}); "  # type: ignore[union-attr]
@@ -86,6 +94,7 @@ def binarize(
     decision = policy.decide(model, skip=skip, include=include, predicate=predicate, input_size=input_size)
     kept = decision.kept | {n: f"scheme {others.of(n).name!r}" for n in decision.binary if others.of(n).weight is None}
     if chosen.weight is None and not others.patterns:
+        others.check_options(model)
         result = model if inplace else copy.deepcopy(model)
         result.binarization = Binarization(  # type: ignore[assignment]
             scheme=chosen, binary=(), kept=decision.kept, input_size=decision.input_size, skip=skip, include=include
@@ -96,11 +105,14 @@ def binarize(
         raise InvalidModel(f"nothing to binarize in {type(model).__name__}: {reasons}")
     _warn_of_bypassed(decision.bypassed)
 
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # the network must not depend on the check
+        for used in {id(scheme): scheme for scheme in (others.of(name) for name in decision.binary)}.values():
+            check_contract(used)
     before = set(model.state_dict())
     result = model if inplace else copy.deepcopy(model)
     names = {*kept, *policy.named(model, skip, "skip"), *_gates(model, kept)}
     originals = list(result.modules())
-    _rewrite(result, others, {id(result.get_submodule(name)) for name in names}, pm or plugins.manager())
+    _rewrite(result, others, {id(result.get_submodule(name)) for name in names}, pm)
     _place_what_is_new(result, originals)
     layers = dict(binary_layers(result))
     result.binarization = Binarization(  # type: ignore[assignment]
@@ -113,6 +125,7 @@ def binarize(
         added=frozenset(set(result.state_dict()) - before),
         skip=skip,
         include=include,
+        removed=frozenset(before - set(result.state_dict())),
     )
     for name, layer in layers.items():
         layer.adopt(others.of(name).latent_std)
@@ -121,8 +134,19 @@ def binarize(
     return result
 
 
+def _check_arguments(model: object, input_size: object) -> None:
+    if not isinstance(model, nn.Module):
+        advice = (
+            f"create it first: timm.create_model({model!r})" if isinstance(model, str) else "give a torch.nn.Module"
+        )
+        raise InvalidModel(f"binarize takes a model; got {model!r}; {advice}")
+    sizes = input_size if isinstance(input_size, Sequence) else [input_size]
+    if input_size is not None and (sizes is not input_size or not all(type(x) is int and x > 0 for x in sizes)):
+        raise InvalidModel(f"input_size is (C, H, W), such as (3, 224, 224); got {input_size!r}")
+
+
 def binary_layers(model: nn.Module) -> Iterator[tuple[str, BinaryLayer]]:
-    """The binary layers of ``model`` with their names, each once."""
+    """Names and binary layers of ``model``, each layer once."""
     for name, layer in model.named_modules():
         if isinstance(layer, BinaryLayer):
             yield name, layer
@@ -134,14 +158,36 @@ class _Schemes:
     def __init__(self, chosen: Scheme, patterns: Mapping[str, Scheme], model: nn.Module) -> None:
         self.chosen, self.patterns = chosen, patterns
         self._named = [(set(policy.named(model, [p], "schemes")), s) for p, s in reversed(list(patterns.items()))]
+        self._watched = {id(scheme): WatchedScheme.of(scheme) for scheme in (chosen, *patterns.values())}
 
     def of(self, name: str) -> Scheme:
         parents = [name, *(name[:i] for i, letter in enumerate(name) if letter == ".")]
         return next((s for names, s in self._named if not names.isdisjoint(parents)), self.chosen)
 
+    def watched(self, name: str) -> Scheme:
+        """The same scheme for code that uses it: the fields that it reads count as used."""
+        scheme = self.of(name)
+        return self._watched[id(scheme)] if scheme.given else scheme
 
-def _rewrite(model: nn.Module, schemes: _Schemes, frozen: set[int], pm: pluggy.PluginManager) -> None:
-    # What is new is put in place at the end, so that an error leaves the model as it was. Each module is asked about
+    def check_options(self, model: nn.Module) -> None:
+        for scheme in self._watched.values():
+            for option in sorted(scheme.unused):
+                raise InvalidRecipe(
+                    f"the option {option!r} of the scheme {scheme.name!r} has no effect on {type(model).__name__}: "
+                    f"{_EFFECTS.get(option, 'no layer is quantized by this scheme')}; leave it out"
+                )
+
+
+_EFFECTS = {
+    "nonlinearity": "it has no ReLU, and no block that takes the scheme's nonlinearity",
+    "norm": "no binary layer takes a norm of the scheme; its blocks have their own",
+    "shortcut": "it has no block whose shortcut can be changed",
+    "nonlinearity_position": "it has no block whose nonlinearity can be moved",
+}
+
+
+def _rewrite(model: nn.Module, schemes: _Schemes, frozen: set[int], pm: pluggy.PluginManager | None) -> None:
+    # New modules are put in place at the end, so that an error leaves the model as it was. Each module is asked about
     # once, so that one that stands at two places stays shared (named_children would leave out its second place);
     # `done` keeps the replaced ones alive, for the id of a collected module may be given to a new one.
     done: dict[int, tuple[nn.Module, nn.Module]] = {}
@@ -156,7 +202,7 @@ def _rewrite(model: nn.Module, schemes: _Schemes, frozen: set[int], pm: pluggy.P
                 scheme, new = schemes.of(name), None
                 if scheme.weight is not None and not _stays_float(child, frozen):
                     try:
-                        new = pm.hook.bonn_qat_binarize_layer(scheme=scheme, name=name, layer=child, parent=parent)
+                        new = plugins.binarize_layer(pm, schemes.watched(name), name, child, parent)
                     except InvalidModel as error:
                         raise InvalidModel(f"{name}: {error}; skip={name!r} leaves it float") from error
                 new = child if new is None else new
@@ -167,6 +213,7 @@ def _rewrite(model: nn.Module, schemes: _Schemes, frozen: set[int], pm: pluggy.P
                 replaced.append((parent, child_name, done[id(child)][1]))
 
     walk(model, "")
+    schemes.check_options(model)
     for parent, child_name, new in replaced:
         setattr(parent, child_name, new)
 
@@ -178,7 +225,7 @@ def _stays_float(module: nn.Module, frozen: set[int]) -> bool:
 
 
 def _gates(model: nn.Module, kept: Mapping[str, str]) -> Iterator[str]:
-    """The modules that are wholly gates or classifiers: their nonlinearities stay, too."""
+    """The modules that consist of gates or classifiers only, whose nonlinearities stay too."""
     for name, module in model.named_modules():
         layers = [
             f"{name}.{child}" for child, m in module.named_modules() if child and isinstance(m, nn.Conv2d | nn.Linear)
@@ -193,14 +240,14 @@ def _warn_of_bypassed(bypassed: Mapping[str, str]) -> None:
     name, reader = next(iter(bypassed.items()))
     more = f", and {len(bypassed) - 1} more" if len(bypassed) > 1 else ""
     warnings.warn(
-        f"stays float: {name}, whose weight {reader or 'the model'} reads itself{more}; skip silences this",
+        f"{name} stays float because {reader or 'the model'} reads its weight directly{more}; skip silences this",
         BypassedLayers,
         stacklevel=3,
     )
 
 
 def _place_what_is_new(model: nn.Module, originals: list[nn.Module]) -> None:
-    # A scheme makes its nonlinearities on the CPU in float32, wherever the model is.
+    # The factories of a scheme know neither the device nor the dtype of the model.
     reference = next((p for module in originals for p in module.parameters() if p.is_floating_point()), None)
     known = {id(module) for module in originals}
     for module in model.modules():
@@ -209,7 +256,7 @@ def _place_what_is_new(model: nn.Module, originals: list[nn.Module]) -> None:
 
 
 def _scales(model: nn.Module) -> Iterator[str]:
-    """The keys of the parameters that branches are multiplied with: norms' weights, and gains by their name."""
+    """The keys of the parameters that scale a branch: the weights of norms, and gains by their names."""
     for name, module in model.named_modules(remove_duplicate=False):
         for key, parameter in module._parameters.items():
             is_scale = key == "weight" if isinstance(module, NORMS) else _SCALE.search(key)
@@ -236,13 +283,13 @@ def _refuse_folding(model: nn.Module) -> None:
 
 def _refuse(kind: str, method: str, *_: object, **__: object) -> NoReturn:
     raise InvalidModel(
-        f"{kind}.{method}() folds float weights, and would make another function of binary ones; fold the float model "
-        "before it is binarized: binarize(timm.utils.reparameterize_model(model))"
+        f"{kind}.{method}() folds float weights and would change the function of binary ones; fold the float model "
+        "before binarizing it: binarize(timm.utils.reparameterize_model(model))"
     )
 
 
 def _complete_float_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    """Before loading: turn a float model's state dict into that of ``binarize`` of that model."""
+    """Before loading: turn the state dict of a float model into that of the binarized float model."""
     record: Binarization = model.binarization  # type: ignore[assignment]
     own = model.state_dict()
     is_float = all(prefix + key in state_dict for key in own.keys() - record.added)
@@ -250,6 +297,8 @@ def _complete_float_state_dict(model: nn.Module, state_dict: dict[str, Any], pre
         return
     for key in record.added:
         state_dict[prefix + key] = own[key]
+    for key in record.removed:
+        state_dict.pop(prefix + key, None)
     first = {id(module): name for name, module in model.named_modules()}
     for name, module in model.named_modules(remove_duplicate=False):
         keys = {key: f"{name}.{key}" for key in module.state_dict()}

@@ -1,7 +1,7 @@
-"""dry_run: model, size -> DryRun, what each layer meets in one forward pass, found without computing anything.
+"""dry_run: model, size -> DryRun, the shapes that each layer sees in one forward pass, without computing anything.
 
-The pass runs on a copy whose tensors have shapes but no memory, so that a model of any size, on any device, costs the
-time of its Python code alone.
+The pass runs on a copy whose tensors have shapes but no memory, so that a model of any size, on any device, takes only
+the time of its Python code.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ _BATCH = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Use:
-    """One layer's first call: its place among all calls, and the shapes that went in and out.
+    """One layer's first call: its position among all calls, and the shapes of input and output.
 
-    ``sees_image`` is false where the input does not follow from the image, as a table of positions.
+    ``sees_image`` is false if the input does not depend on the image, such as a table of positions.
     """
 
     order: int
@@ -34,23 +34,26 @@ class Use:
 
 @dataclass(frozen=True, kw_only=True)
 class DryRun:
-    """``uses`` are the layers that were called, by name; ``readers`` name who else read a layer's weight."""
+    """``uses``: the layers that were called, by name. ``readers``: which other module read a layer's weight."""
 
     uses: Mapping[str, Use]
     readers: Mapping[str, str]
 
 
 def dry_run(model: nn.Module, layers: Iterable[str], input_size: Sequence[int]) -> DryRun:
-    """Follow two images of ``input_size`` ``(C, H, W)`` through ``model`` in evaluation mode, watching ``layers``.
+    """Pass two images of ``input_size`` ``(C, H, W)`` through ``model`` in evaluation mode and observe ``layers``.
 
-    The model is not touched. Raises whatever the model raises.
+    The model is not changed. Raises whatever the model raises.
+
+    >>> dry_run(nn.Sequential(nn.Conv2d(3, 8, 3)), ["0"], (3, 32, 32)).uses["0"].output
+    torch.Size([2, 8, 30, 30])
     """
     layers = list(layers)
     try:
         with torch.device("meta"):
             return _follow(model, layers, input_size, "meta")
     except Exception:
-        # Meta tensors are quick, but do not mix with a model's tensors that are no buffers; fake ones do.
+        # Meta tensors are fast, but fail with tensors of a model that are no buffers; fake tensors do not.
         with _silence(), FakeTensorMode(allow_non_fake_inputs=True):
             return _follow(model, layers, input_size, "cpu")
 
@@ -61,13 +64,13 @@ def _follow(model: nn.Module, layers: list[str], input_size: Sequence[int], devi
     image = torch.empty(_BATCH, *input_size, dtype=reference.dtype, device=device).requires_grad_()
     watch = _Watch(ghost, layers)
     with torch.enable_grad(), watch:
-        ghost(image * 1)  # not a leaf, which no layer may change in place
+        ghost(image * 1)  # no leaf, because layers must not change a leaf in place
     return DryRun(uses=watch.uses, readers=watch.readers)
 
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    # torch logs a traceback of its own for a size that does not fit; the caller gets the exception.
+    # torch logs a traceback for a size that does not fit, although the caller gets the exception.
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True
     try:
@@ -78,7 +81,7 @@ def _silence() -> Iterator[None]:
 
 def _ghost(model: nn.Module, device: str) -> nn.Module:
     """A copy whose tensors have no memory."""
-    # Without gradients, so that whether a tensor has one tells whether it comes from the image.
+    # No parameter requires a gradient, so that a tensor requires one exactly if it depends on the image.
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
@@ -88,7 +91,7 @@ def _ghost(model: nn.Module, device: str) -> nn.Module:
 
 
 class _Watch(TorchFunctionMode):
-    """Notes the calls of the watched layers, and every operation on the weight of one that is not running."""
+    """Records the calls of the observed layers, and every operation on the weight of one that is not running."""
 
     def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
         super().__init__()
@@ -106,7 +109,7 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         results = result if isinstance(result, tuple | list) else (result,)
-        if any(isinstance(x, Tensor) for x in results):  # not what only asks for a shape, a type or a device
+        if any(isinstance(x, Tensor) for x in results):  # not a query of shape, dtype or device
             for tensor in (*args, *(kwargs or {}).values()):
                 owner = self._owners.get(id(tensor)) if isinstance(tensor, Tensor) else None
                 if owner is not None and owner not in self._running:

@@ -1,4 +1,4 @@
-"""Policy: which layers of a model become binary, which stay float, and why. Data in, data out; nothing is changed."""
+"""Policy: which layers of a model become binary, which stay float, and why. It changes nothing."""
 
 import fnmatch
 import re
@@ -30,8 +30,8 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 class Decision:
     """``binary``: names of the layers to binarize. ``kept``: the layers that stay float, each with the reason.
 
-    ``bypassed``: those among the kept whose weight another module reads, layer -> module. ``input_size``
-    ``(C, H, W)`` is that of the dry run, None where the model ran on none.
+    ``bypassed``: the kept layers whose weight another module reads, layer -> module. ``input_size`` ``(C, H, W)``: that
+    of the dry run, None if the model ran with no size.
     """
 
     binary: tuple[str, ...]
@@ -48,26 +48,31 @@ def decide(
     predicate: Predicate | None = None,
     input_size: Sequence[int] | None = None,
 ) -> Decision:
-    """Decide for every layer of ``model``; the first that has something to say decides.
+    """Decide for every layer of ``model``. The first rule that applies decides.
 
-    1. What cannot be binary: other classes than Conv2d, Linear and timm's variants of them, and layers whose weight
-       another module reads or shares.
-    2. ``skip``, names of modules or globs, each for everything below it; then ``predicate(name, layer)``, True for
-       binary, False for float, None for no opinion; then ``include``, written as ``skip``.
-    3. Float stay the first layer, the classifier (timm's metadata, else the last layer if it gives ``(B, classes)`` or
-       is a 1x1 convolution with a bias), 1x1 shortcut projections, depthwise convolutions, layers of one input
-       channel, gates (squeeze-and-excite:
-       layers on pooled features that come before others on unpooled ones) and layers that no image reaches.
+    1. A layer that cannot be binary stays float: a class other than Conv2d, Linear and timm's variants of them, or a
+       layer whose weight another module reads or shares.
+    2. ``skip``: names of modules or globs, each with everything below it, stay float. Then ``predicate(name, layer)``:
+       True makes a layer binary, False keeps it float, None leaves it to the rules. Then ``include``, written like
+       ``skip``: binary.
+    3. These layers stay float: the first one; the classifier (by timm's metadata, else the last layer, if it returns
+       ``(B, classes)`` or is a 1x1 convolution with a bias); 1x1 shortcut projections; depthwise convolutions; layers
+       with one input channel; gates, as of squeeze-and-excite, which are layers on pooled features before other layers
+       on unpooled ones; and layers that the image does not reach.
 
-    Part of that is seen in a dry run at ``input_size`` ``(C, H, W)``, which is guessed if None; a model that takes no
-    such size is decided by names and classes alone. Raises UnknownName for a pattern that matches no module, and
-    InvalidModel for an ``input_size`` that the model refuses, or an ``include`` of nothing that can be binary.
+    A dry run with images of ``input_size`` ``(C, H, W)`` finds out part of that. If it is None, usual sizes are tried;
+    a model that takes none of them is decided by names and classes alone. Raises UnknownName for a pattern that matches
+    no module, and InvalidModel for an ``input_size`` that the model refuses, or an ``include`` that names no layer that
+    can be binary.
+
+    >>> decide(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 60 * 60, 10))).kept
+    {'0': 'first layer', '3': 'classifier'}
     """
     include = [include] if isinstance(include, str) else list(include)
     layers = {name: module for name, module in model.named_modules() if name and _has_matrix(module)}
     run, size = _observe(model, list(layers), input_size)
     impossible = _impossible(model, layers, run)
-    kept = {**{n: r for n, r in named(model, skip, "skip").items() if n in layers}}
+    kept = {n: r for n, r in named(model, skip, "skip").items() if n in layers}
     wanted = named(model, include, "include")
     _check_include(model, include, layers, impossible)
     soft = _rules(model, layers, run)
@@ -90,15 +95,15 @@ def decide(
 
 
 def float_layers(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, str]:
-    """Names of the layers of ``model`` that stay float, each with the reason (:func:`plan`)."""
+    """The layers of ``model`` that stay float, by name, each with the reason (:func:`decide`)."""
     return decide(model, skip=skip).kept
 
 
 def named(model: nn.Module, patterns: Iterable[str], argument: str) -> dict[str, str]:
-    """Names of all modules that ``patterns`` name, directly or by a parent, each with what named it.
+    """The modules that match ``patterns``, themselves or by a parent, by name, each with the pattern.
 
-    A module that stands at several places has the name of its first. Raises UnknownName for a pattern that
-    matches no module of the model.
+    A module that occurs at several places goes by its first name. Raises UnknownName for a pattern that matches no
+    module of the model.
     """
     modules = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
     first = {id(module): name for name, module in reversed(modules)}
@@ -153,11 +158,11 @@ def _check_include(
         reasons = {name: impossible[name] for name in asked if name in impossible}
         if len(reasons) == len(asked):
             why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "there is no layer with weights"
-            raise InvalidModel(f"include {pattern!r} names nothing that can be binary: {why}")
+            raise InvalidModel(f"include {pattern!r} names no layer that can be binary: {why}")
 
 
 def _rules(model: nn.Module, layers: dict[str, nn.Module], run: DryRun | None) -> dict[str, str]:
-    """Layers that stay float unless somebody wants them binary, with the reason."""
+    """Layers that stay float unless ``include`` or ``predicate`` makes them binary, with the reason."""
     found = dict.fromkeys(_first(model, layers, run), FIRST) | dict.fromkeys(_classifiers(model, layers), CLASSIFIER)
     if not _knows_classifier(model):
         found |= _last(layers, run)
@@ -193,7 +198,7 @@ def _first(model: nn.Module, layers: dict[str, nn.Module], run: DryRun | None) -
 
 
 def _knows_classifier(model: nn.Module) -> bool:
-    # A backbone for features has none.
+    # A backbone that returns features has no classifier.
     return bool(metadata(model, "classifier")) or hasattr(model, "get_classifier") or hasattr(model, "feature_info")
 
 
@@ -241,7 +246,7 @@ def _is_shortcut(model: nn.Module, name: str, conv: nn.Conv2d) -> bool:
     parts = name.split(".")
     for depth, part in enumerate(parts, start=1):
         if _SHORTCUT.search(part):
-            # Some nets call a whole stage transition "downsample": a shortcut has one or two convolutions.
+            # Some networks call a whole stage transition "downsample"; a shortcut has one or two convolutions.
             ancestor = model.get_submodule(".".join(parts[:depth]))
             return sum(isinstance(m, nn.Conv2d) for m in ancestor.modules()) <= 2
     return False
@@ -261,19 +266,20 @@ def _observe(
     for size in dict.fromkeys(_sizes(model)):
         try:
             return dry_run(model, layers, size), size
-        except Exception:  # whatever a model raises that is not one for such images
+        except Exception:  # a model may raise anything for a size that does not fit
             continue
     return None, None
 
 
 def _sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
-    """Sizes to try: what the model says of itself, then the usual ones."""
+    """Sizes to try: those in the model's metadata, then usual ones."""
     config = getattr(model, "pretrained_cfg", None)
     known = config.get("input_size") if isinstance(config, dict) else None
     first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     fixed: Any = next((m.img_size for m in model.modules() if getattr(m, "img_size", None)), ())
     sides = [(fixed, fixed) if isinstance(fixed, int) else tuple(fixed), tuple(known[1:]) if known else ()]
     sides += [(side, side) for side in _SIDES]
-    # The metadata's channels are those of the pretrained weights; the first convolution may see the image unfolded.
+    # The channels in the metadata are those of the pretrained weights, and the first convolution may not see the image
+    # itself but its patches.
     for channels in (getattr(model, "in_chans", None), known[0] if known else None, first):
         yield from ((channels, *side) for side in sides if channels and side)

@@ -122,6 +122,8 @@ def schemes(no_plugins: NoPlugins = False) -> None:
         options = ", ".join(f"{key}={value!r}" for key, value in scheme.options.items())
         rows.append((name, scheme.bits, scheme.reference + (f"\noptions: {options}" if options else "")))
     console().print(Table(columns, rows, grouped=1))
+    for fault in plugins.faults():
+        say(f"not listed: {fault}")
     console().print(
         "\nSet options in a recipe's table scheme_options, or on the command line:\n"
         "bonn-qat compare --schemes xnor:input_scale=true+gradient=plain",

@@ -215,7 +215,7 @@ def say_plugins(directory: Path) -> None:
     from bonn_qat import plugins
 
     say(f"plugins: {', '.join(plugins.installed()) or 'none'}")
-    for line in plugins.manager().hook.bonn_qat_describe(directory=directory):
+    for line in plugins.Observers().bonn_qat_describe(directory=directory):
         say(line)
 
 

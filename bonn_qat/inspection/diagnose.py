@@ -19,14 +19,14 @@ LOW, HIGH = 0.05, 0.95
 
 
 class DeadLayers(UserWarning):
-    """Binary layers whose inputs have nearly all the same sign, so that they see a constant and cannot learn."""
+    """Binary layers whose inputs nearly all have the same sign, so that they see a constant and cannot learn."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """The share of +1 among the inputs of each binary layer, 0 to 1, by the layer's name.
+    """The share of +1 among the inputs of each binary layer, 0 to 1, by name.
 
-    ``unreached`` are the binary layers that the images never came to.
+    ``unreached``: the binary layers that were not called.
     """
 
     shares: Mapping[str, float]
@@ -46,11 +46,16 @@ class Diagnosis:
 
 
 def diagnose(model: nn.Module, images: Tensor) -> Diagnosis:
-    """Measure the signs that each binary layer of ``model`` gets for ``images`` ``(B, C, H, W)``, B at least 2.
+    """Measure the signs of the inputs of each binary layer for ``images`` ``(B, C, H, W)``, B at least 2.
 
-    Norms use the statistics of the batch, as in training, for those of a fresh network normalise nothing;
-    dropout is off. The model is as before afterwards. Warns of DeadLayers, once, naming them all. Raises
-    InvalidModel for a model without binary activations.
+    Norms use the statistics of the batch, as in training, because the running ones of a new network do not normalise;
+    dropout is off. The model is unchanged afterwards. Warns of DeadLayers, once for all of them. Raises InvalidModel
+    for a model without binary activations.
+
+    >>> from bonn_qat import binarize
+    >>> net = binarize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10)))
+    >>> diagnose(net, torch.randn(4, 3, 8, 8)).dead
+    ()
     """
     layers = {name: layer for name, layer in binary_layers(model) if layer.input_quant is not None}
     if not layers:
@@ -61,7 +66,7 @@ def diagnose(model: nn.Module, images: Tensor) -> Diagnosis:
         for name, layer in layers.items()
     ]
     reference = next(iter(layers.values())).weight
-    # Clones, because batch statistics move the running ones.
+    # Clones, because norms in training mode update the running statistics.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         with modes(model, training=lambda module: isinstance(module, _NormBase)), torch.no_grad():
@@ -76,7 +81,7 @@ def diagnose(model: nn.Module, images: Tensor) -> Diagnosis:
     if diagnosis.dead:
         named = ", ".join(f"{name} ({diagnosis.shares[name]:.1%})" for name in diagnosis.dead)
         warnings.warn(
-            f"layers whose inputs have nearly all the same sign cannot learn; share of +1: {named}",
+            f"layers whose inputs nearly all have the same sign cannot learn; share of +1: {named}",
             DeadLayers,
             stacklevel=2,
         )
@@ -94,7 +99,7 @@ def _counter(layer: BinaryLayer, count: list[int]) -> Any:
 
 
 def first_non_finite(model: nn.Module, images: Tensor) -> str:
-    """Where NaN or infinity first shows: in a parameter, else in the output of a layer, named in words."""
+    """Where NaN or infinity first occurs, in words: a parameter, else the output of a layer."""
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             return f"the parameter {name} is not finite"

@@ -1,4 +1,4 @@
-"""Metrics of a binary network in training."""
+"""FlipRatio: how many binary weights change their sign during training."""
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,16 @@ class FlipRatio:
     """The share of binary weights whose sign changed from one :meth:`update` to the next, 0 to 1 (Larq's FlipRatio).
 
     Call :meth:`update` after each step or each epoch; :meth:`compute` averages over the intervals since the last
-    :meth:`reset`. The sign is that of the quantized weight; where values are not ``+-scale``, as AdaBin's, that of its
-    difference from the middle of its filter's range. Raises InvalidModel for a model without binary layers.
+    :meth:`reset`. The sign is that of the quantized weight; for values other than ``+-scale``, such as AdaBin's, that
+    of its difference from the middle of the filter's range. Raises InvalidModel for a model without binary layers.
+
+    >>> from bonn_qat import binarize
+    >>> net = binarize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10)))
+    >>> ratio = FlipRatio(net)
+    >>> net[1].weight.data.neg_()[0, 0, 0, 0] *= -1
+    >>> ratio.update()
+    >>> ratio.compute()["1"] == (576 - 1) / 576
+    True
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -24,13 +32,13 @@ class FlipRatio:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the intervals; the signs seen last stay."""
+        """Forget the intervals, but not the last signs."""
         self._flips: dict[str, Tensor] = {}
         self._updates = 0
 
     @torch.no_grad()
     def update(self) -> None:
-        """Compare the signs with those of the last call, or of the beginning."""
+        """Compare the signs with those of the last call, or of the start."""
         before, self._signs = self._signs, self._measure()
         for name, signs in self._signs.items():
             flips = (signs != before[name]).sum()
@@ -51,7 +59,7 @@ class FlipRatio:
 
     @property
     def signs(self) -> dict[str, Tensor]:
-        """The signs seen last by layer, bool as the weight; set them to go on from where another one was."""
+        """The last signs by layer, bool, of the weight's shape; set them to continue another FlipRatio."""
         return self._signs
 
     @signs.setter

@@ -1,4 +1,4 @@
-"""What the networks of this package share: timm's interface, and an entry point that binarizes if a scheme is named."""
+"""The base class of this package's networks, with timm's interface, and their common entry point."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -35,7 +35,7 @@ class Backbone(nn.Module, ABC):
         self.reset_classifier(num_classes, global_pool)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute each block's activations again in the backward pass, in place of keeping them."""
+        """Recompute the activations of each block in the backward pass instead of keeping them."""
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
@@ -69,7 +69,7 @@ def build(
     built: nn.Module = build_model_with_cfg(model, variant, pretrained, **kwargs)
     if scheme is None:
         return built
-    # The verb stands above the models, which are one of the things that it is applied to.
+    # Here, because binarization ranks above the models.
     from bonn_qat.binarization.binarize import binarize
 
     return binarize(built, scheme, inplace=True)

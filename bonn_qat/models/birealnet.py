@@ -3,6 +3,7 @@
 Images are ``(B, in_chans, H, W)``, activations ``(B, C, H, W)``.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -16,8 +17,8 @@ from bonn_qat.scheme import PReLU, Scheme
 class OneConvBlock(nn.Module):
     """``PReLU(conv(BN(x)) + shortcut(x))``; ``(B, I, H, W) -> (B, O, ceil(H/stride), ceil(W/stride))``.
 
-    The shortcut is the identity, or where the shape changes a 1x1 convolution, BN and average pooling.
-    When the convolution is binary, the sign between it and the BN is its own.
+    The shortcut is the identity or, if the shape changes, a 1x1 convolution, BN and average pooling. A binary
+    convolution takes the sign of the BN's output itself.
     """
 
     normalizes_input = True
@@ -26,7 +27,7 @@ class OneConvBlock(nn.Module):
         super().__init__()
         self.bn = nn.BatchNorm2d(in_channels)
         self.conv = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
-        self.act = PReLU(out_channels)
+        self.act: nn.Module = PReLU(out_channels)
         self.act_after_add = True
         if stride == 1 and in_channels == out_channels:
             self.shortcut: nn.Module = nn.Identity()
@@ -34,7 +35,7 @@ class OneConvBlock(nn.Module):
             self.shortcut = nn.Sequential(
                 nn.Conv2d(in_channels, out_channels, 1, bias=False),
                 nn.BatchNorm2d(out_channels),
-                # A window that overhangs the edge gives an odd size the length that the strided convolution gives it.
+                # ceil_mode, so that an odd size becomes as long as after the strided convolution.
                 nn.Identity() if stride == 1 else nn.AvgPool2d(stride, ceil_mode=True),
             )
 
@@ -43,13 +44,17 @@ class OneConvBlock(nn.Module):
         return self.act(y + shortcut) if self.act_after_add else self.act(y) + shortcut  # type: ignore[no-any-return]
 
     def binary_form(self, scheme: Scheme) -> nn.Module:
-        """This block, with the position of the nonlinearity that ``scheme`` wants.
+        """This block with the nonlinearity of ``scheme`` and its position; the modules are its own.
 
-        The PReLU is the architecture's own and stays under any scheme. One convolution is the whole block,
-        so both values of ``scheme.shortcut`` mean the same.
+        The PReLU stays, with its slopes, unless the scheme has another nonlinearity, such as ReActNet's RPReLU. With
+        one convolution in the block there is nothing for ``scheme.shortcut`` to choose.
         """
-        self.act_after_add = scheme.nonlinearity_position == "after_add"
-        return self
+        block = copy.copy(self)
+        block._modules = dict(self._modules)
+        if scheme.nonlinearity not in (None, PReLU):
+            block.act = scheme.nonlinearity(self.conv.out_channels)
+        block.act_after_add = scheme.nonlinearity_position == "after_add"
+        return block
 
     def extra_repr(self) -> str:
         return f"act_after_add={self.act_after_add}"
@@ -128,7 +133,11 @@ default_cfgs = generate_default_cfgs(
 
 @register_model  # type: ignore[untyped-decorator]
 def birealnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-18 with a shortcut around each of its 16 convolutions; float, or binarized by ``scheme``."""
+    """ResNet-18 with a shortcut around each of its 16 convolutions; float, or binarized by ``scheme``.
+
+    >>> birealnet18(num_classes=10, scheme="bonn").binarization.binary[0]
+    'layer1.0.conv'
+    """
     return build(BiRealNet, "birealnet18", pretrained, blocks=(4, 4, 4, 4), **kwargs)
 
 

@@ -19,7 +19,7 @@ _CIFAR_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
 class BasicBlock(nn.Module):
     """BN-ReLU-conv-BN-ReLU-dropout-conv, plus a shortcut; ``(B, I, H, W) -> (B, O, ceil(H/stride), ceil(W/stride))``.
 
-    The shortcut is the identity, or where the shape changes a 1x1 convolution of the first ReLU's output.
+    The shortcut is the identity or, if the shape changes, a 1x1 convolution of the first ReLU's output.
     """
 
     normalizes_input = True
@@ -43,10 +43,10 @@ class BasicBlock(nn.Module):
         return shortcut + self.conv2(y)  # type: ignore[no-any-return]
 
     def binary_form(self, scheme: Scheme) -> nn.Module:
-        """The block as ``scheme.shortcut`` wants it, made of this block's own modules under their own names.
+        """The block for ``scheme.shortcut``, made of this block's modules under the same names.
 
-        ``"conv"`` gives :class:`ConvShortcutBlock`, ``"block"`` gives :class:`BlockShortcutBlock`. Under a
-        scheme that leaves activations float there is no sign to take the ReLU's place: ``"block"`` is this block.
+        ``"conv"`` gives a :class:`ConvShortcutBlock`, ``"block"`` a :class:`BlockShortcutBlock`. With float activations
+        there is no sign to replace the ReLU, and ``"block"`` gives this block.
         """
         if scheme.shortcut == "conv":
             return ConvShortcutBlock(self, scheme)
@@ -54,9 +54,9 @@ class BasicBlock(nn.Module):
 
 
 class _BinaryBlock(nn.Module):
-    """What the two binary forms share. The sign is the binary convolution's own, the BN before it the block's.
+    """The base of both binary forms. Signs are taken by the binary convolutions, after the BNs of the block.
 
-    Dropout acts on the first convolution's output: between BN and sign it would turn what it drops into +1.
+    Dropout acts on the output of the first convolution: between BN and sign it would make +1 of what it drops.
     """
 
     normalizes_input = True
@@ -81,8 +81,8 @@ class ConvShortcutBlock(_BinaryBlock):
     """One shortcut per convolution, as in BONN's ResNet-18; shapes as in :class:`BasicBlock`.
 
     Twice ``act(conv(sign(BN(x))) + shortcut(x))``, or ``act(conv(...)) + shortcut(x)`` for the position
-    ``before_add``. Where the shape changes, the first shortcut is 2x2 average pooling, then the 1x1
-    convolution with stride 1, both of the block's input as it is.
+    ``before_add``. If the shape changes, the first shortcut is 2x2 average pooling and the 1x1 convolution with
+    stride 1, of the block's input before the BN.
     """
 
     def __init__(self, block: BasicBlock, scheme: Scheme) -> None:
@@ -90,14 +90,14 @@ class ConvShortcutBlock(_BinaryBlock):
         channels = block.conv1.out_channels
         self.act1, self.act2 = _nonlinearity(scheme, channels), _nonlinearity(scheme, channels)
         stride = block.conv1.stride[0]
-        # A window that overhangs the edge gives an odd size the length that the strided convolution gives it.
+        # ceil_mode, so that an odd size becomes as long as after the strided convolution.
         self.pool = nn.Identity() if stride == 1 else nn.AvgPool2d(stride, ceil_mode=True)
         if self.shortcut is not None:
             self.shortcut.stride = (1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The pool stands beside the norm and the shortcut's convolution after the other one, because a compiler that
-        # finds a convolution between two uses of x keeps what it could compute again, the mask of the sign.
+        # In this order, because a compiler that finds a convolution between two uses of x keeps the mask of the sign
+        # in memory, which it could recompute.
         pooled = self.pool(x)
         y = self.dropout(self.conv1(self.bn1(x)))
         x = self._join(y, x if self.shortcut is None else self.shortcut(pooled), self.act1)
@@ -107,8 +107,8 @@ class ConvShortcutBlock(_BinaryBlock):
 class BlockShortcutBlock(_BinaryBlock):
     """The float block with signs in place of its ReLUs; shapes as in :class:`BasicBlock`.
 
-    ``act2`` joins what the two convolutions give and the shortcut: ``act2(y + shortcut)``, or
-    ``act2(y) + shortcut``. The projection takes the first BN's output before the sign.
+    With y the output of both convolutions it returns ``act2(y + shortcut)`` or ``act2(y) + shortcut``. The projection
+    takes the output of the first BN before the sign.
     """
 
     def __init__(self, block: BasicBlock, scheme: Scheme) -> None:

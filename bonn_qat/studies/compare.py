@@ -105,6 +105,7 @@ def compare(
         raise InvalidRecipe("runs go to Ray or to several processes here, not both; leave out jobs and the launcher")
     pm = pm or plugins.manager()
     is_first = distributed.rank() == 0
+    observers = plugins.Observers(pm)
     for recipe in recipes:
         check(recipe, pm)
     comparison = _begin(recipes, data, directory)
@@ -112,7 +113,7 @@ def compare(
     try:
         if is_first:
             with whole_comparison(directory):  # observers of several processes would open their stores together
-                pm.hook.bonn_qat_before_comparison(directory=directory, recipes=list(recipes))
+                observers.bonn_qat_before_comparison(directory=directory, recipes=list(recipes))
         if ray is not None:
             on_ray(left, data, directory, cluster=ray, pm=pm, waits=waits)
         elif jobs > 1:
@@ -123,7 +124,7 @@ def compare(
         if is_first:
             with deferred_interrupts():  # what draws the figures may swallow an interruption
                 comparison, page = _end(comparison)
-            pm.hook.bonn_qat_after_comparison(directory=directory, page=page)
+            observers.bonn_qat_after_comparison(directory=directory, page=page)
     distributed.barrier()
     comparison = comparison if is_first else read_comparison(directory)
     names = {recipe.name for recipe in recipes}

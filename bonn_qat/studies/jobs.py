@@ -206,8 +206,8 @@ def _work(path: Path, index: int, connection: multiprocessing.connection.Connect
                 for place in filter(None, (work.around, work.directory)):
                     with whole_comparison(work.directory):
                         recipes = list(work.recipes) if place == work.directory else []
-                        pm.hook.bonn_qat_before_comparison(directory=place, recipes=recipes)
-                    stack.callback(pm.hook.bonn_qat_after_comparison, directory=place, page=place / PAGE)
+                        plugins.Observers(pm).bonn_qat_before_comparison(directory=place, recipes=recipes)
+                    stack.callback(plugins.Observers(pm).bonn_qat_after_comparison, directory=place, page=place / PAGE)
                 in_turn(
                     work.recipes, pickle.loads(work.data), work.directory, pm=pm, waits=work.waits,
                     device=torch.device("cuda", index % gpus) if gpus else None,

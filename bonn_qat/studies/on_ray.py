@@ -15,6 +15,7 @@ from typing import Any, final
 import pluggy
 import torch
 
+from bonn_qat import plugins
 from bonn_qat.errors import BonnQatError, InvalidData, InvalidRecipe
 from bonn_qat.files.atomic import write_bytes
 from bonn_qat.hookspecs import hookimpl
@@ -160,7 +161,7 @@ class _Driver:
             arguments["model"] = build(recipe, self._data, self._pm) if self._models else None
         if hook == "bonn_qat_after_run":
             self._observed.remove(name)
-        getattr(self._pm.hook, hook)(recipe=recipe, **arguments)
+        getattr(plugins.Observers(self._pm), hook)(recipe=recipe, **arguments)
 
     def _finish(self, name: str, outcome: Outcome, files: Mapping[str, bytes], keeps_checkpoint: bool) -> None:
         for file, content in files.items():

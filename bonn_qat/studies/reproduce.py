@@ -85,7 +85,7 @@ def reproduce(
         arms = tuple(_scaled(arm, scale, load) for arm in setting.arms)
         search = {rate: [_searched(arm, rate, scale * search_scale, load) for arm in setting.arms] for rate in rates}
         plans.append(_Plan(paper, arms, search))
-    hook = (pm or plugins.manager()).hook
+    hook = plugins.Observers(pm)
     _note(study, directory, scale, rates, search_scale)
     if distributed.rank() == 0:
         hook.bonn_qat_before_comparison(directory=directory, recipes=[])

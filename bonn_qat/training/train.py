@@ -61,9 +61,9 @@ def train(
     done = resume(run, checkpoint) if checkpoint and Path(checkpoint).exists() else 0
     for _ in range(done * run.steps_in_epoch + run.done):
         tick()
-    hook = (pm or plugins.manager()).hook
+    hook = plugins.Observers(pm)
     if distributed.rank():
-        hook = plugins.create_manager(entry_points=False).hook  # only rank 0 reports
+        hook = plugins.Observers(plugins.create_manager(entry_points=False))  # only rank 0 reports
     with deferred_interrupts() as interrupts:
         write = functools.partial(write_checkpoint, run, checkpoint) if checkpoint else None
         run.checkpointer = Checkpointer(write, seconds=checkpoint_seconds, interrupts=interrupts, tick=tick)

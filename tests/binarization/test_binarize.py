@@ -15,7 +15,7 @@ import bonn_qat.models
 from bonn_qat import plugins
 from bonn_qat.binarization.binarize import Binarization, binary_layers
 from bonn_qat.bonn import BONN
-from bonn_qat.errors import InvalidModel, UnknownName
+from bonn_qat.errors import InvalidModel, InvalidRecipe, UnknownName
 from bonn_qat.layers import BinaryConv2d
 
 # Without the head, whose 100 M parameters would take seconds to make.
@@ -458,3 +458,66 @@ def test_a_resnet_compiles_whole_and_exports_with_equal_outputs():
         exported = torch.export.export(model, (x,)).module()(x)
     torch.testing.assert_close(compiled, expected)
     torch.testing.assert_close(exported, expected)
+
+
+RELU_FREE = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4 * 16, 2))
+
+
+@pytest.mark.parametrize(
+    ("make", "option", "value", "why"),
+    [
+        (lambda: RELU_FREE, "nonlinearity", "identity", "no ReLU"),
+        (lambda: RELU_FREE, "shortcut", "block", "no block whose shortcut can be changed"),
+        (lambda: RELU_FREE, "nonlinearity_position", "before_add", "no block whose nonlinearity can be moved"),
+        (MODELS["birealnet18"], "shortcut", "block", "no block whose shortcut"),
+        (MODELS["birealnet18"], "norm", nn.InstanceNorm2d, "no binary layer takes a norm"),
+        (MODELS["wrn10_16"], "norm", None, "no binary layer takes a norm"),
+    ],
+)
+def test_an_option_without_effect_is_an_error(make, option, value, why):
+    scheme = BONN.configure({option: value, "clip": 0.5})
+    model = make()
+    before = list(model.modules())
+    words = f"the option '{option}' of the scheme 'bonn' has no effect on {type(model).__name__}: .*{why}.*leave it out"
+    with pytest.raises(InvalidRecipe, match=words):
+        bonn_qat.binarize(model, scheme, inplace=True)
+    assert list(model.modules()) == before
+    bonn_qat.binarize(model, replace(BONN, **{option: scheme.__dict__[option]}))  # not asked for by a user: no error
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sequential", {"nonlinearity": "identity", "norm": nn.InstanceNorm2d, "latent_std": 0.5}),
+        ("birealnet18", {"nonlinearity": "identity", "nonlinearity_position": "before_add"}),
+        ("wrn10_16", {"nonlinearity": "identity", "shortcut": "block", "nonlinearity_position": "before_add"}),
+        ("resnet10t", {"clip": 0.5, "granularity": "plane", "kernel": 0.0, "latent_std": 0.5}),
+    ],
+)
+def test_an_option_with_an_effect_is_none(name, options):
+    scheme = BONN.configure(options)
+    assert scheme.given == options.keys()
+    model = bonn_qat.binarize(MODELS[name](), scheme)
+    assert model.binarization.scheme is scheme
+    assert all(layer.input_quant.clip == scheme.activation(1).clip for _, layer in binary_layers(model))
+
+
+def test_an_option_of_a_scheme_for_some_layers_counts_there():
+    scheme = BONN.configure({"clip": 0.5})
+    model = bonn_qat.binarize(small(), schemes={"3": scheme})
+    assert [layer.input_quant.clip for _, layer in binary_layers(model)] == [0.5, 1.0]
+    with pytest.raises(InvalidRecipe, match="the option 'clip' of the scheme 'bonn' has no effect on Sequential"):
+        bonn_qat.binarize(small(), scheme, schemes={"*": BONN})
+
+
+@pytest.mark.parametrize("wrong", ["resnet18", nn.Conv2d, None, torch.ones(3)])
+def test_what_is_no_model_is_told(wrong):
+    advice = "create it first: timm.create_model.'resnet18'." if wrong == "resnet18" else "give a torch.nn.Module"
+    with pytest.raises(InvalidModel, match=f"binarize takes a model; got .*{advice}"):
+        bonn_qat.binarize(wrong)
+
+
+@pytest.mark.parametrize("wrong", [16, 16.0, "16", ("3", 8, 8), (3, 0, 8), torch.Size, {3, 8}])
+def test_an_input_size_that_is_none_is_told(wrong):
+    with pytest.raises(InvalidModel, match=r"input_size is \(C, H, W\), such as \(3, 224, 224\); got"):
+        bonn_qat.binarize(small(), input_size=wrong)

@@ -231,7 +231,8 @@ def test_layers_that_are_bypassed_are_told_once_and_stay_as_they_were():
     torch.manual_seed(0)
     model = timm.create_model("beit_base_patch16_224", depth=2, num_classes=4)
     with pytest.warns(
-        BypassedLayers, match=r"blocks\.0\.attn\.qkv, whose weight blocks\.0\.attn reads itself, and 1 more"
+        BypassedLayers,
+        match=r"blocks\.0\.attn\.qkv stays float because blocks\.0\.attn reads its weight directly, and 1 more",
     ):
         binary = bonn_qat.binarize(model)
     assert type(binary.blocks[0].attn.qkv) is nn.Linear

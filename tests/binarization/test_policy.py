@@ -288,8 +288,8 @@ def test_include_overrules_the_rules_and_skip_overrules_include(resnet):
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("1", r"include '1' names nothing that can be binary: 1: Conv1d is neither a Conv2d nor a Linear"),
-        ("2", r"include '2' names nothing that can be binary: there is no layer with weights"),
+        ("1", r"include '1' names no layer that can be binary: 1: Conv1d is neither a Conv2d nor a Linear"),
+        ("2", r"include '2' names no layer that can be binary: there is no layer with weights"),
     ],
 )
 def test_a_layer_that_cannot_be_binary_but_is_asked_for_is_an_error(pattern, message):

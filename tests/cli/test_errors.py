@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import urllib.error
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -318,6 +319,9 @@ COMMANDS: Mapping[str, tuple[Command, ...]] = {
             plugins="baselines.float",
         ),
         Command(
+            gives="export birealnet18 --scheme bonn:shortcut=block --format onnx --output a", names="'shortcut'",
+        ),
+        Command(
             gives="export wrn10_16 --scheme adabin --img-size 32 --format qonnx --output a", names="adabin",
             plugins="baselines.adabin",
         ),
@@ -328,15 +332,24 @@ COMMANDS: Mapping[str, tuple[Command, ...]] = {
             plugins="baselines.xnro", varies=(r" or 'baselines.*",),
         ),
         Command(
-            gives="schemes", names="mine", when="a plugin with a hook that does not exist", plugins="mine",
-            files=plugin("mine", HOOK.format("bonn_qat_scheme()", "[]")), varies=(r"in plugin <module.*?>",),
+            gives="summary wrn10_16 --scheme best", names="mine", when="a plugin with a hook that does not exist",
+            plugins="mine", files=plugin("mine", HOOK.format("bonn_qat_scheme()", "[]")),
         ),
         Command(
-            gives="schemes", names="mine", when="a plugin that offers `bonn` too", plugins="mine",
-            files=plugin("mine", HOOK.format("bonn_qat_schemes()", "[BONN]")),
+            gives="summary wrn10_16 --scheme best", names="mine", when="a plugin that cannot be imported",
+            plugins="mine", files=plugin("mine", "import best"),
         ),
         Command(
-            gives="schemes", names="first and second", when="two distributions with one entry point",
+            gives="summary wrn10_16", names="bonn_qat.bonn and mine", when="a plugin that offers `bonn` too",
+            plugins="mine", files=plugin("mine", HOOK.format("bonn_qat_schemes()", "[BONN]")),
+        ),
+        Command(
+            gives="summary wrn10_16", names="mine", when="a plugin whose `bonn_qat_binarize_layer` raises",
+            plugins="mine", files=plugin("mine", HOOK.format("bonn_qat_binarize_layer(layer)", "layer.size")),
+        ),
+        Command(
+            gives="summary wrn10_16 --scheme best", names="first 1.0 and second 1.0", plugins="first",
+            when="two distributions with one entry point",
             files={
                 **plugin("first", ""),
                 **plugin("second", ""),
@@ -396,6 +409,8 @@ THINGS: Mapping[str, Callable[[], object]] = {
 CALLS: Mapping[str, tuple[Call, ...]] = {
     "binarize": (
         Call(gives='bonn_qat.binarize(model, "bon")', names="'bon'", error=UnknownName),
+        Call(gives='bonn_qat.binarize("resnet18")', names="resnet18", error=InvalidModel),
+        Call(gives="bonn_qat.binarize(model, input_size=16)", names="got 16", error=InvalidModel),
         Call(gives="bonn_qat.binarize(binary)", names="Net", error=InvalidModel),
         Call(gives="bonn_qat.binarize(nn.Conv2d(3, 8, 3))", names="Conv2d", error=InvalidModel),
         Call(gives='bonn_qat.binarize(model, skip="layer1")', names="layer1", error=UnknownName),
@@ -480,7 +495,8 @@ def told(case: Case, directory: Path) -> Told:
 def _alone(case: Case, directory: Path) -> Iterator[None]:
     """In ``directory`` with the files of ``case``, its patch, and no other plugins than its own."""
     before = set(sys.modules)
-    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.chdir(directory):
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.chdir(directory), warnings.catch_warnings():
+        warnings.simplefilter("ignore", plugins.BrokenPlugin)
         monkeypatch.setenv("BONN_QAT_PLUGINS", "")
         plugins.manager.cache_clear()
         for name, content in case.files.items():

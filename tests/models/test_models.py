@@ -137,6 +137,70 @@ def test_bireal_block_is_its_formula(position, shortcut, stride, channels, size)
     torch.testing.assert_close(block(x), join(y, side, block.act.weight, position))
 
 
+class Slope(nn.Module):
+    """A nonlinearity of a scheme's own, with a parameter for each channel."""
+
+    def __init__(self, channels: int = 1) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.full((channels,), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.slope[:, None, None]
+
+
+@pytest.mark.parametrize(
+    ("make", "shortcut", "channels"),
+    [
+        (lambda: OneConvBlock(8, 16, 2), "conv", [16]),
+        (lambda: BasicBlock(8, 16, 2, 0.0), "conv", [16, 16]),
+        (lambda: BasicBlock(8, 16, 2, 0.0), "block", [16]),
+    ],
+)
+def test_the_papers_blocks_take_the_nonlinearity_of_the_scheme(make, shortcut, channels):
+    block = binarized(make(), nonlinearity=Slope, shortcut=shortcut)
+    assert [len(m.slope) for m in block.modules() if isinstance(m, Slope)] == channels
+    assert not any(isinstance(m, nn.PReLU | nn.ReLU) for m in block.modules())
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    before = block(x)
+    with torch.no_grad():
+        for module in block.modules():
+            if isinstance(module, Slope):
+                module.slope.mul_(2)
+    if len(channels) == 1:
+        torch.testing.assert_close(block(x), 2 * before)
+    assert not torch.equal(block(x), before)
+
+
+def test_a_float_checkpoint_loads_where_the_scheme_replaces_the_prelu():
+    scheme = replace(BONN, nonlinearity=Slope)
+    model = timm.create_model("birealnet18", num_classes=4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    expected = bonn_qat.binarize(model, scheme)
+    loaded = timm.create_model("birealnet18", num_classes=4, scheme=scheme)
+    loaded.load_state_dict(model.state_dict())
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), expected.state_dict().values(), strict=True)
+    )
+    assert sum(isinstance(m, Slope) for m in loaded.modules()) == 16
+    assert sum(isinstance(m, nn.PReLU) for m in loaded.modules()) == 1  # the stem, which is float
+    again = timm.create_model("birealnet18", num_classes=4, scheme=scheme)
+    again.load_state_dict(loaded.state_dict())
+    kept = bonn_qat.binarize(model)
+    assert torch.equal(kept.layer1[0].act.weight, model.layer1[0].act.weight)
+
+
+def test_a_block_is_left_alone_by_its_binary_form():
+    block = OneConvBlock(8, 8, 1)
+    act, keys = block.act, set(block.state_dict())
+    form = block.binary_form(replace(BONN, nonlinearity=Slope, nonlinearity_position="before_add"))
+    assert form.conv is block.conv
+    assert block.act is act
+    assert block.act_after_add
+    assert set(block.state_dict()) == keys
+
+
 @pytest.mark.parametrize("shortcut", ["conv", "block"])
 def test_a_scheme_without_activations_or_nonlinearity_still_gives_a_nonlinear_network(shortcut):
     float_block = BasicBlock(8, 8, 1, 0.0)

@@ -48,7 +48,7 @@ class Deadly(Regularizer):
     name = "deadly"
 
     def __init__(self, model, *, weight=1.0):
-        super().__init__(weight=weight)
+        super().__init__(model, weight=weight)
         self.steps = 0
 
     def loss(self, step):

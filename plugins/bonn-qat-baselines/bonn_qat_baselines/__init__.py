@@ -1,1 +1,1 @@
-"""Baselines for bonn-qat, one scheme a file; each uses what any plugin may use."""
+"""Baselines for bonn-qat, one file for each scheme; they use only what every plugin can use."""

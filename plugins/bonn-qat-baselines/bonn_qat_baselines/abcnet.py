@@ -42,8 +42,8 @@ class AbcWeight(WeightQuantizer):
 
     Backward: ``(sum_m alpha_m) G``. Each sign is straight-through without a mask; alpha, mean and std are constants.
 
-    Deployed are M bits per weight and the M numbers of alpha. Raises BonnQatError for ``weight_bases`` below 1 and a
-    ``weight_spread`` that is not a number above 0.
+    A deployed layer keeps M bits for each weight and the M numbers of alpha. Raises BonnQatError for ``weight_bases``
+    below 1 and a ``weight_spread`` that is not a number above 0.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class AbcWeight(WeightQuantizer):
         means = bases.flatten(1).mean(1, dtype=torch.float64)
         gram = 1 - (means[:, None] - means).abs()
         products = (bases * x).flatten(1).mean(1, dtype=torch.float64)
-        # inv_ex, because inv waits for a GPU to tell whether the matrix was singular.
+        # inv_ex, because inv would wait for the GPU to report a singular matrix.
         inverse = torch.linalg.inv_ex(gram + _RIDGE * torch.eye(self.bits, dtype=gram.dtype, device=gram.device))[0]
         alpha = inverse @ products
         alpha = alpha + inverse @ (products - gram @ alpha)  # takes back what the ridge changed
@@ -82,7 +82,7 @@ class AbcWeight(WeightQuantizer):
         return value + alpha.sum() * (x - x.detach()), alpha.abs().sum()
 
     def constants(self, weight: Tensor) -> int:
-        """alpha; neither mean nor std outlives the bases."""
+        """alpha; mean and std are not needed once the bases are known."""
         return self.bits
 
     def extra_repr(self) -> str:
@@ -114,8 +114,8 @@ class AbcActivation(ActivationQuantizer):
     the sum of ``G A_n`` to beta_n. The paper prints the mask as ``[0 <= R - v_n <= 1]``, which is not centred on the
     threshold and not the derivative of its own ``clip(R + v, 0, 1)``: that is ``mask="printed"``, for R and v alike.
 
-    N is ``activation_bases``. v starts as in Table S4 where it has a row (N = 1, 3, 5; for N = 3 that of M = 3), for
-    another N evenly from -1.5 to 1.5; beta starts at 1. Neither has weight decay, nor is there one for each channel.
+    N is ``activation_bases``. v starts as in Table S4 if that has a row (N = 1, 3, 5; for N = 3 that of M = 3), else
+    evenly spaced from -1.5 to 1.5; beta starts at 1. All channels share them, and they have no weight decay.
     Raises BonnQatError for ``activation_bases`` below 1 and another ``mask``.
     """
 
@@ -133,7 +133,7 @@ class AbcActivation(ActivationQuantizer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start anew; a float checkpoint does so when it is loaded."""
+        """Set v and beta to their initial values; called when a float checkpoint is loaded."""
         self.v.copy_(torch.tensor(_SHIFTS.get(self.bits) or _evenly(self.bits, 1.5)))
         self.beta.fill_(1)
 

@@ -1,10 +1,10 @@
-"""AdaBin (Tu et al., ECCV 2022, arXiv:2208.08084): two values of their own for each filter and for each layer's inputs.
+"""AdaBin (Tu et al., ECCV 2022, arXiv:2208.08084): two learned values for each filter and for the inputs of each layer.
 
 W latent weights ``(O, I, kh, kw)`` or ``(O, I)``; beta and alpha the centre and half the distance of a filter's two
 values, each ``(O, 1, ...)``; n the elements of a filter; x inputs ``(B, C, H, W)`` or ``(B, C)``; a and b the same of
 a layer's inputs, scalars; p and q ``(C,)``; G the gradient of what comes out.
 
-A convolution pads with zeros, which are neither of its input's two values: the authors' code does the same.
+Convolutions are padded with zeros, which are neither of the two values of their input, as in the authors' code.
 """
 
 from collections.abc import Iterable

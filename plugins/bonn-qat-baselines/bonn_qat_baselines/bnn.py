@@ -3,8 +3,8 @@
 W latent weights ``(O, I, kh, kw)`` or ``(O, I)``, kept within [-1, 1]; G the gradient of the binarized weights;
 x activations ``(B, C, ...)``.
 
-The quantizers are all that this file takes from the paper. Not part of it is the rest of the authors' Theano recipe:
-learning rates scaled by Glorot's initialisation, the squared hinge loss, shift-based batch norm and AdaMax.
+This file has the quantizers of the paper, but not the rest of the authors' Theano recipe: learning rates scaled by
+Glorot's initialisation, the squared hinge loss, shift-based batch norm and AdaMax.
 """
 
 import math
@@ -23,8 +23,8 @@ from bonn_qat.quantizers import ActivationQuantizer, WeightQuantizer
 class BnnWeight(WeightQuantizer):
     """``sign(W)``; the scale is 1, ``()``, and a deployed layer stores none.
 
-    Backward with ``gradient="straight"``: ``G``, with ``gradient="clipped"``: ``G [|W| <= 1]``. As each step ends
-    with W in [-1, 1], the two can differ in the first step only. Raises BonnQatError for another ``gradient``.
+    Backward: ``G`` with ``gradient="straight"``, ``G [|W| <= 1]`` with ``gradient="clipped"``. Because each step ends
+    with W in [-1, 1], the two can differ only in the first step. Raises BonnQatError for another ``gradient``.
     """
 
     def __init__(self, weight: Tensor, *, gradient: Literal["straight", "clipped"] = "straight") -> None:
@@ -35,7 +35,7 @@ class BnnWeight(WeightQuantizer):
 
     @torch.no_grad()
     def constrain(self, weight: Tensor) -> None:
-        """Clip W to [-1, 1], in place: beyond it a weight would grow without a change of its sign."""
+        """Clip W to [-1, 1], in place: a larger weight would grow without ever changing its sign."""
         weight.clamp_(-1, 1)
 
     def constants(self, weight: Tensor) -> int:
@@ -55,8 +55,8 @@ class BnnWeight(WeightQuantizer):
 class BnnSign(ActivationQuantizer):
     """``sign(x)``, or with ``activations="stochastic"`` in training mode a random sign; the scale is 1, ``()``.
 
-    The random sign is +1 with the probability ``clip((x + 1)/2, 0, 1)``, else -1, one draw of torch's global
-    generator for each element; its mean is ``clip(x, -1, 1)``. In evaluation mode the sign is certain.
+    The random sign is +1 with the probability ``clip((x + 1)/2, 0, 1)``, else -1, one draw of torch's global generator
+    for each element; its mean is ``clip(x, -1, 1)``. In evaluation mode the sign is deterministic.
     Backward of both: ``dy * [|x| <= 1]``. Raises BonnQatError for other ``activations``.
     """
 
@@ -75,8 +75,8 @@ class BnnSign(ActivationQuantizer):
         value, one = ste_sign(x), x.new_ones(())
         if self.activations == "deterministic" or not self.training:
             return value, one
-        plus = torch.rand_like(x) < (x.detach() + 1) / 2  # as it would be if clipped: the draws are in [0, 1)
-        # The difference is exactly 0, so that the value stays +-1, with the derivative of the certain sign.
+        plus = torch.rand_like(x) < (x.detach() + 1) / 2  # no clip needed, because the draws are in [0, 1)
+        # The difference is exactly 0 and has the derivative of the deterministic sign.
         return 2 * plus.to(x.dtype) - 1 + (value - value.detach()), one
 
     def extra_repr(self) -> str:

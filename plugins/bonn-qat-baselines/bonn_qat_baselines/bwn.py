@@ -1,9 +1,8 @@
 """BWN, Binary-Weight-Networks (Rastegari et al., ECCV 2016, arXiv:1603.05279): XNOR-Net's weights, float activations.
 
-The network is the float one but for its kernels W ``(O, I, kh, kw)``, which are ``alpha sign(W)`` with one alpha for
-each output filter: no norm is added, each ReLU stays, and the blocks keep the float network's shortcuts. Forward,
-the four readings of the weights' gradient and the option ``centre`` are those of
-:class:`bonn_qat_baselines.xnor.XnorWeight`.
+The network is the float one, except that its kernels W ``(O, I, kh, kw)`` are ``alpha sign(W)`` with one alpha for
+each output filter: no norm is added, each ReLU stays, and blocks keep their shortcuts. The forward pass, the four
+readings of the gradient and the option ``centre`` are those of :class:`bonn_qat_baselines.xnor.XnorWeight`.
 """
 
 from collections.abc import Iterable

@@ -4,8 +4,8 @@ W latent weights ``(O, I, kh, kw)`` or ``(O, I)``; x activations ``(B, C, ...)``
 dr that of a layer's output; k bits. ``quantize_k(r) = round((2^k - 1) r) / (2^k - 1)`` for r in [0, 1], halves go to
 the even neighbour; its backward is the identity.
 
-The default, 1-bit weights, 4-bit activations and float gradients, is the 1/4 of published tables. The blocks are
-those of the other schemes: what binarizing an activation is elsewhere, clipping and rounding it is here.
+The default, 1-bit weights, 4-bit activations and float gradients, is the 1/4 of published tables. The blocks are those
+of the other schemes; activations are clipped and rounded where the others binarize them.
 """
 
 from collections.abc import Iterable
@@ -124,14 +124,14 @@ class _QuantizeGradient(torch.autograd.Function):
         dr = grad.to(torch.promote_types(grad.dtype, torch.float32))
         span = 2 * dr.abs().amax(tuple(range(1, dr.ndim)), keepdim=True)
         noise = (torch.rand_like(dr) - 0.5) / levels
-        # A sample without a gradient has the span 0 and keeps it. Rounding can bring the largest beyond the top level.
+        # A sample without a gradient has the span 0 and stays 0. Rounding can lift the largest above the top level.
         r = (dr / torch.where(span > 0, span, torch.ones_like(span)) + 0.5 + noise).clamp_(0, 1)
         return (span * ((r * levels).round_().div_(levels) - 0.5)).to(grad.dtype), None
 
 
 @final
 class GradientQuantizer(nn.Module):
-    """The identity forward, for what a layer puts out; its gradient gets ``gradient_bits`` = k bits: 1 to 8, or 32.
+    """The identity on a layer's output; its gradient is rounded to ``gradient_bits`` = k bits: 1 to 8, or 32.
 
     Backward: ``2 max|dr| [quantize_k(dr / (2 max|dr|) + 1/2 + N) - 1/2]`` with the maximum over all axes but the
     batch's, the first, and the noise ``N = s / (2^k - 1)``, s uniform in [-1/2, 1/2), one draw of torch's global

@@ -1,4 +1,4 @@
-"""The float network itself, so that a comparison has its upper bound."""
+"""The float network, the upper bound of a comparison."""
 
 from collections.abc import Iterable
 
@@ -7,7 +7,7 @@ from bonn_qat import Scheme, hookimpl
 FLOAT = Scheme(
     name="float",
     title="Full precision",
-    reference="the float network as it is, trained with the same recipe",
+    reference="the float network, trained with the same recipe",
     weight=None,
     activation=None,
 )

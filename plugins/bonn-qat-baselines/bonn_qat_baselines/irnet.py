@@ -19,12 +19,12 @@ from bonn_qat.quantizers import ActivationQuantizer, WeightQuantizer
 
 @final
 class ErrorDecaySign(nn.Module):
-    """``sign(x)`` with the error decay estimator, which nears the sign's own derivative as the training proceeds.
+    """``sign(x)`` with the error decay estimator, which approaches the derivative of the sign during training.
 
     Backward: ``G k t (1 - tanh(t x)^2)`` with ``k = max(1 / t, 1)`` (:func:`bonn_qat.functional.ede_sign`). t is
-    ``t_min (t_max / t_min)^progress``, set by :meth:`advance`, and ``t_min`` before. It is in no state dict.
+    ``t_min (t_max / t_min)^progress``, set by :meth:`advance`; it starts at ``t_min`` and is in no state dict.
 
-    ``scheme`` is the one that the error names. Raises BonnQatError unless ``0 < t_min <= t_max``, both finite.
+    ``scheme`` is the name for error messages. Raises BonnQatError unless ``0 < t_min <= t_max``, both finite.
     """
 
     t: Tensor
@@ -40,7 +40,7 @@ class ErrorDecaySign(nn.Module):
         self.register_buffer("t", torch.tensor(float(t_min)), persistent=False)
 
     def advance(self, progress: float) -> None:
-        """Set t for a training of which the part ``progress`` is done."""
+        """Set t; ``progress`` is the part of the training that is done."""
         self.t.fill_(self.t_min * (self.t_max / self.t_min) ** progress)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,8 +59,8 @@ class IrNetWeight(WeightQuantizer):
     std is the sample's, with n - 1. Backward, s a constant: ``H = 2^s G k t (1 - tanh(t W_std)^2)`` to W_std, and
     ``(H - mean(H) - W_std sum(H W_std) / (n - 1)) / std`` to W, the mean and std being functions of W.
 
-    A filter of equal weights, such as one of a single element, has no std: it stays at W_std = 0, hence at +1 with
-    the scale 1, and its gradient is what the formulas give for std = 1. Other filters do not notice.
+    A filter of equal weights, such as one with a single element, has no std. It has W_std = 0, hence the value +1 and
+    the scale 1, and the gradient that the formulas give for std = 1. Other filters are not affected.
 
     ``t_min`` and ``t_max`` are the paper's; the authors' code for ResNet-20 with both binary has ``t_min`` 0.001.
     Raises BonnQatError unless ``0 < t_min <= t_max``, both finite.
@@ -78,7 +78,7 @@ class IrNetWeight(WeightQuantizer):
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """W -> (2^s sign(W_std), 2^s)."""
         axes = tuple(range(1, x.ndim))
-        # The rounded mean of equal numbers may differ from them, and be divided by a std that is only rounding.
+        # The rounded mean of equal numbers may differ from them; their std would then consist of rounding errors.
         mean = x.mean(axes, keepdim=True).clamp(x.amin(axes, keepdim=True), x.amax(axes, keepdim=True))
         centred = x - mean
         variance = centred.square().sum(axes, keepdim=True) / max(math.prod(x.shape[1:]) - 1, 1)

@@ -34,11 +34,11 @@ class McnWeight(WeightQuantizer):
     the sum of ``G_o * C^_o`` over the input channels and over all o with ``o mod K = j`` (3.26), or with
     ``"mean"`` its mean over the plane in each element. After each step M is its absolute value (3.25).
 
-    Left out are the absolute value of the step of C (3.21), after which no kernel would have a negative weight, and
-    the look-ahead term ``theta/2 ||C[k] - C - eta delta_C||^2`` of (3.19).
+    Two parts of the paper are left out: the absolute value of the step of C (3.21), after which no kernel would have a
+    negative weight, and the look-ahead term ``theta/2 ||C[k] - C - eta delta_C||^2`` of (3.19).
 
-    Deployed are the centres (one number for ``"sign"``) and M. Raises BonnQatError for ``planes`` below 1 and another
-    ``centres`` or ``modulation``.
+    A deployed layer keeps the centres (one number for ``"sign"``) and M. Raises BonnQatError for ``planes`` below 1 and
+    another ``centres`` or ``modulation``.
     """
 
     scaled_sign = False
@@ -125,11 +125,11 @@ class McnLoss(Regularizer):
     name = "mcn"
 
     def __init__(self, model: nn.Module, *, weight: float = 1e-3) -> None:
-        super().__init__(weight=weight)
+        super().__init__(model, weight=weight)
         layers = [layer for layer in model.modules() if isinstance(getattr(layer, "weight_quant", None), McnWeight)]
         if not layers:
-            raise BonnQatError(f"no weights of the scheme 'mcn' in {type(model).__name__}; the loss 'mcn' is of them")
-        # In a tuple, so that the model's layers are not registered as parts of this module.
+            raise BonnQatError(f"no weights of the scheme 'mcn' in {type(model).__name__}; the loss 'mcn' needs them")
+        # A tuple, because modules would be registered as submodules.
         self._layers: tuple[Any, ...] = tuple(layers)
 
     def loss(self, step: Step) -> Tensor:

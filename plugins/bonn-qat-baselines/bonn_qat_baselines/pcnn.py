@@ -58,13 +58,12 @@ class PcnnWeight(WeightQuantizer):
     J is ``projections``. One W starts at 1, which ``a = mean|C|`` asks for; several that start as one would get one
     gradient and stay one, so they start evenly within (0.5, 1.5), ``1 + (j - (J - 1) / 2) / J`` for j from 0. The paper
     starts its W at random and does not say how: ``start="random"`` draws every element from [0.5, 1.5).
-    Deployed are J bits per weight and a.
+    A deployed layer keeps J bits for each weight, and a.
 
     The terms with lambda are the gradient of the projection loss (3.42),
-    ``L_P = lambda/2 sum_j ||C^_j - W_j (C + eta G_j)||^2``. G is known in the backward pass only, so L_P enters here,
-    by its gradient, and is in no loss that is logged. Each backward pass adds it once, whatever the loss was
-    multiplied by: with gradients accumulated over n batches it counts n times, and G stands in it as it arrives,
-    scaled by a GradScaler.
+    ``L_P = lambda/2 sum_j ||C^_j - W_j (C + eta G_j)||^2``. G is known only in the backward pass, so L_P is added
+    there, as a gradient, and no logged loss contains it. Each backward pass adds it once, whatever the loss was
+    multiplied by: with gradients accumulated over n batches it counts n times, and it uses G as scaled by a GradScaler.
 
     The paper's eta is the learning rate, held constant. So is ``look_ahead``: it follows no schedule. What it
     changes in the gradient is of the order ``lambda eta G``, a millionth with the defaults; 0 leaves it out.
@@ -105,7 +104,7 @@ class PcnnWeight(WeightQuantizer):
 
     @torch.no_grad()
     def adopt(self, weight: Tensor) -> None:
-        """Start from W about 1, which a = mean|C| asks for, whatever the float weights are."""
+        """Start from W about 1, which matches a = mean|C|, whatever the float weights are."""
         if self.start == "random":
             self.projection.uniform_(0.5, 1.5)
             return

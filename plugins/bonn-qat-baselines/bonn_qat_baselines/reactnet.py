@@ -3,9 +3,8 @@
 x inputs ``(B, C, H, W)`` or ``(B, C)``; a the thresholds of the sign, gamma and zeta the shifts before and after the
 PReLU, slope its own, each ``(C,)``; G the gradient of what comes out. Weights are those of Bi-Real Net.
 
-The paper's other two parts are of its training. A first stage with ``weights="float"`` and binary activations, and a
-second one with both binary, are stages of a recipe; the distribution loss between the logits and a float teacher's is
-its distillation.
+The other two parts of the paper concern the training, and are settings of a recipe: two stages, the first with
+``weights="float"`` and binary activations, and distillation from a float teacher for the distribution loss.
 """
 
 import functools

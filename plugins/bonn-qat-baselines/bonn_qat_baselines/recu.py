@@ -1,7 +1,7 @@
 """ReCU (Xu et al., ICCV 2021, arXiv:2103.12369): latent weights in the tails, whose signs hardly flip, are clamped.
 
-W latent weights ``(O, I, kh, kw)`` or ``(O, I)``; W_1 the standardized ones; Q the clamp ``()``; tau the quantile
-that it stands for; alpha the filters' scales ``(O,)``; x inputs ``(B, C, H, W)`` or ``(B, C)``; G the gradient of
+W latent weights ``(O, I, kh, kw)`` or ``(O, I)``; W_1 the standardized ones; Q the bound of the clamp ``()``; tau its
+quantile; alpha the filters' scales ``(O,)``; x inputs ``(B, C, H, W)`` or ``(B, C)``; G the gradient of
 what is binarized.
 """
 
@@ -34,8 +34,8 @@ class RecuWeight(WeightQuantizer):
     a constant: ``alpha G`` to W_2, from there where ``|W_1| <= Q`` to W by way of mean and var, and to alpha the sum of
     ``G sign(W_2)`` over the filter. The forward does not depend on tau.
 
-    alpha starts at ``mean|W|`` of the float filter, where other schemes' scales are. In the authors' code it starts at
-    random in [0, 1), which the norm behind each convolution undoes; here the norm stands before. It does not decay.
+    alpha starts at ``mean|W|`` of the float filter, like the scales of other schemes. In the authors' code it is random
+    in [0, 1), which the norm after each convolution cancels; here the norm comes before. It has no weight decay.
     Raises BonnQatError unless ``0.5 < tau_min <= tau_max < 1``.
     """
 
@@ -69,7 +69,7 @@ class RecuWeight(WeightQuantizer):
         centred = x - x.mean(tuple(range(1, x.ndim)), keepdim=True)
         standardized = centred * (2 * math.sqrt(2)) / _deviation(x)
         magnitude = standardized.detach().abs()
-        # A clamp changes no sign, so that its derivative is all there is to it; clamp's own halves it at the bound.
+        # A clamp changes no sign, so only its derivative matters; that of torch.clamp is 1/2 at the bound.
         clamped = torch.where(magnitude <= self.bound * magnitude.mean(), standardized, standardized.detach())
         alpha = self.alpha.reshape(-1, *[1] * (x.ndim - 1))
         # A clip of infinity makes the straight-through estimator the identity.

@@ -75,7 +75,7 @@ class TbnActivation(ActivationQuantizer):
             raise BonnQatError(f"the option delta of the scheme 'tbn' is a number above 0; got {delta!r}")
         if variant not in ("tbn", "tbnv2"):
             raise BonnQatError(f"the option variant of the scheme 'tbn' is 'tbn' or 'tbnv2'; got {variant!r}")
-        self.delta, self.scheme_spec = delta, variant
+        self.delta, self.variant = delta, variant
         self.running_threshold: Tensor
         self.register_buffer("running_threshold", torch.empty(()))
         self.reset_parameters()
@@ -91,13 +91,13 @@ class TbnActivation(ActivationQuantizer):
             self.running_threshold.lerp_(threshold.to(self.running_threshold.dtype), _MOMENTUM)
         else:
             threshold = self.running_threshold.to(x.dtype, copy=True)
-        scaled = self.scheme_spec == "tbnv2"
+        scaled = self.variant == "tbnv2"
         value = cast(Tensor, _Ternarize.apply(x, threshold, scaled))
         return value, 2 * threshold if scaled else torch.ones_like(threshold)
 
     def extra_repr(self) -> str:
         """The options, for ``print(model)``."""
-        return f"delta={self.delta}, variant={self.scheme_spec!r}"
+        return f"delta={self.delta}, variant={self.variant!r}"
 
 
 TBN = Scheme(
