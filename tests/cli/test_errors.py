@@ -342,10 +342,10 @@ COMMANDS: Mapping[str, tuple[Command, ...]] = {
         ),
     ),
     "MLflow": (
-        Command(program="python -m bonn_qat_mlflow", gives="none.jsonl", names="none.jsonl"),
+        Command(program="python -m bonn_qat_mlflow", gives="sync none", names="none"),
         Command(
-            program="python -m bonn_qat_mlflow", gives="a.jsonl", names="a.jsonl, line 1", when="no event in it",
-            files={"a.jsonl": "{}\n"},
+            program="python -m bonn_qat_mlflow", gives="sync results", names="comparison.json", when="no plan in it",
+            files={"results/comparison.json": "{}\n"},
         ),
     ),
     "Interruptions and several processes": (
@@ -542,8 +542,8 @@ of the call. Each row is provoked by a test and written by `python tests/cli/tes
 other libraries, and for what is another one on each machine.
 
 A command prints its message as one line on stderr, behind `bonn-qat: `. Where runs fail the others go on, and the
-reasons stand below the table, on stdout. `python -m bonn_qat_mlflow`, which sends what a training could not, has the
-same exit codes, and no words in front.
+reasons stand below the table, on stdout. `python -m bonn_qat_mlflow sync`, which sends to MLflow what it has missed,
+has the same exit codes, and no words in front.
 
 | exit code | meaning |
 |---|---|

@@ -44,6 +44,7 @@ class Sender:
         """Have the job done, in place of an earlier one with the same key."""
         self._after_fork()
         with self._changed:
+            self._jobs.pop((place, key), None)  # so that a sync comes after the runs that it must find
             self._jobs[place, key] = job
             self._paused.discard(place)
             if self._thread is None:
