@@ -550,6 +550,13 @@ def test_results_come_back(directory):
     assert read_comparison(other.directory) == other
 
 
+def test_a_result_of_an_earlier_version_is_read(directory):
+    path = next((directory / "runs").iterdir())
+    rewritten(path, lambda content: [content.pop(key) for key in ("run_id", "started", "times")])
+    run = read_run(path)
+    assert (run.run_id, run.started, run.times) == ("", 0.0, [])
+
+
 @pytest.mark.parametrize(
     "name", ["../x", "..", ".", "", "/etc/passwd", "a/b", "a\\b", "a\0", "a\n", "x" * 241, "C:x", "\u00e9" * 121]
 )
@@ -595,6 +602,9 @@ def test_a_damaged_comparison_is_refused(change, words, directory):
         (lambda c: c["epochs"][0].update({"test/top1": 101}), r"epochs\.0 has no number"),
         (lambda c: c["epochs"][0].update({"test/top1": math.nan}), r"epochs\.0 has no number"),
         (lambda c: c["epochs"][0].update(epoch=math.inf), r"epochs\.0 has no number"),
+        (lambda c: c.update(times=[1.0]), "its times are not one per epoch"),
+        (lambda c: c.update(started=math.nan), "its times are not one per epoch"),
+        (lambda c: c.update(times=["x", 1.0]), r"times\.0 is 'x'"),
         (lambda c: c["size"].pop("mbit"), "its size lacks mbit"),
         (lambda c: c.update(name="other"), "its name is 'other'"),
         (lambda c: c.update(title="\x1b]0;x\x07"), "title is"),
