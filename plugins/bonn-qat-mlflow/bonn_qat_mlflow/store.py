@@ -104,14 +104,11 @@ class Store:
                 self._client.set_tag(found.info.run_id, COMPLETE_TAG, "true")
         return refused
 
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self) -> contextlib.AbstractContextManager[object]:
         """Keep out other processes that log the same comparison, or use the same database."""
         if self._place.uri is not None and not self._place.is_comparison:
-            yield
-            return
-        with locked(self._place.directory / ".mlflow.lock", waits=True):
-            yield
+            return contextlib.nullcontext()
+        return locked(self._place.directory / ".mlflow.lock", waits=True)
 
     def _experiment_id(self) -> str:
         if not self._experiment:

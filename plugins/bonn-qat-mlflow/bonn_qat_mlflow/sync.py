@@ -1,5 +1,6 @@
 """Sync: a results directory into a store. What the store has already is not sent again."""
 
+import contextlib
 import hashlib
 import time
 from dataclasses import replace
@@ -49,9 +50,8 @@ def read(directory: Path, unfinished: str = "RUNNING") -> list[Found]:
     comparison = read_comparison(directory)
     runs = [finished(directory, result) for result in comparison.results]
     for name in comparison.missing:
-        path = directory / RUNS / f"{name}.unfinished.safetensors"
-        if path.exists():
-            state = read_state(path).progress
+        with contextlib.suppress(InvalidData):  # there is none, or the run itself will refuse it
+            state = read_state(directory / RUNS / f"{name}.unfinished.safetensors").progress
             run = LoggedRun(identity(state.run_id), name, state.recipe, directory, state.started)
             runs.append(replace(run, epochs=list(zip(state.times, state.epochs, strict=False))))
     for name, why in comparison.failures.items():
@@ -65,7 +65,7 @@ def finished(directory: Path, result: RunResult) -> LoggedRun:
     """A finished run with its files below ``directory``; links that lead elsewhere are left out."""
     path = directory / RUNS / f"{result.name}.json"
     # An earlier version wrote neither id nor times.
-    times = list(result.times) or [path.stat().st_mtime] * len(result.epochs)
+    times = list(result.times) or [path.stat().st_mtime] * max(1, len(result.epochs))
     files = [file for file in (path, path.with_suffix(".safetensors")) if file.is_file()]
     return LoggedRun(
         identity(result.run_id or hashlib.sha256(path.read_bytes()).hexdigest()),
@@ -75,7 +75,7 @@ def finished(directory: Path, result: RunResult) -> LoggedRun:
         result.started or times[0],
         "FINISHED",
         times[-1],
-        list(zip(times, result.epochs, strict=True)),
+        list(zip(times, result.epochs, strict=False)),
         result,
         [file for file in files if file.resolve().is_relative_to(directory)],
     )

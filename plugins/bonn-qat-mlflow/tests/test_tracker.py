@@ -184,7 +184,7 @@ def test_artifacts_that_cannot_be_stored_cost_themselves_alone_until_sync(rehear
 
 def test_what_the_store_refuses_costs_only_itself(rehearsal, directory, monkeypatch, rehearsed):
     monkeypatch.setenv("MLFLOW_TRUNCATE_LONG_VALUES", "false")
-    one = rehearsed.recipe(compile="x" * 7000)
+    one = rehearsed.recipe(model_options={"x": "x" * 7000})
     with pytest.warns(RuntimeWarning, match="refused") as caught:
         rehearsal.whole(directory, one)
     assert len(caught) == 1
@@ -195,12 +195,12 @@ def test_what_the_store_refuses_costs_only_itself(rehearsal, directory, monkeypa
 
 def test_long_recipes_and_many_layers_are_logged_completely(hook, directory, rehearsed, monkeypatch):
     monkeypatch.setenv("BONN_QAT_MLFLOW_LAYERS", "1")
-    one = rehearsed.recipe(scheme_options={f"o{i}": i for i in range(230)})
+    one = rehearsed.recipe(model_options={f"o{i}": i for i in range(230)})
     hook.bonn_qat_before_run(recipe=one, model=None, run_id="")
     hook.bonn_qat_after_epoch(recipe=one, epoch=1, metrics={f"scale/l{i}": i / 7 for i in range(1100)}, time=1.0)
     hook.bonn_qat_after_run(recipe=one, result=None)
     data = runs_in(directory, "bonn-qat")[one.name].data
-    assert data.params["scheme_options.o229"] == "229"
+    assert data.params["model_options.o229"] == "229"
     assert data.metrics["scale/l1099"] == 1099 / 7
 
 
