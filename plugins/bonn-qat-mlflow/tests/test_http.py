@@ -11,7 +11,7 @@ from bonn_qat_mlflow.tracker import Tracker
 
 from bonn_qat import plugins
 
-LONG = 120.0  # seconds that nothing here takes
+LONG = 600.0  # seconds that nothing here takes
 
 
 @pytest.fixture

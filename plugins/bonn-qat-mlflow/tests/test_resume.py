@@ -21,7 +21,7 @@ def program(rehearsed):
 
     def program():
         pm = plugins.create_manager(entry_points=False)
-        pm.register(Tracker(Sender(patience=120.0, short=120.0)))
+        pm.register(Tracker(Sender(patience=600.0, short=600.0)))
         return rehearsed.Rehearsal(pm.hook)
 
     return program

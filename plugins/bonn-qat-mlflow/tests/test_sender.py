@@ -12,7 +12,7 @@ from bonn_qat_mlflow.where import Place
 
 from bonn_qat import plugins
 
-LONG = 60.0  # seconds that nothing here takes
+LONG = 600.0  # seconds that nothing here takes
 
 
 class Ledger:

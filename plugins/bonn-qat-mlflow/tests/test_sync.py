@@ -27,7 +27,7 @@ def live():
 
     def hooks():
         pm = plugins.create_manager(entry_points=False)
-        pm.register(Tracker(Sender(patience=120.0, short=120.0)))
+        pm.register(Tracker(Sender(patience=600.0, short=600.0)))
         return pm.hook
 
     return hooks

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:D
 def hook():
     """The hooks of a manager whose only observer is a fresh tracker."""
     pm = plugins.create_manager(entry_points=False)
-    pm.register(Tracker(Sender(patience=120.0, short=120.0)))
+    pm.register(Tracker(Sender(patience=600.0, short=600.0)))
     pm.check_pending()
     return pm.hook
 
@@ -187,7 +187,7 @@ def test_what_the_store_refuses_costs_only_itself(rehearsal, directory, monkeypa
     one = rehearsed.recipe(model_options={"x": "x" * 7000})
     with pytest.warns(RuntimeWarning, match="refused") as caught:
         rehearsal.whole(directory, one)
-    assert len(caught) == 1
+    assert ["refused" in str(warning.message) for warning in caught] == [True]
     run = runs_in(directory)[one.name]
     assert run.info.status == "FINISHED"
     assert run.data.metrics["epoch"] == 2

@@ -35,21 +35,18 @@ class TensorBoardObserver:
 
             for file in folder.glob("events.out.tfevents.*"):
                 file.unlink()
-            self._writers[recipe.name] = SummaryWriter(str(folder))
+            self._writers[recipe.name] = SummaryWriter(str(folder), flush_secs=10)
 
         self._try(begin)
 
     @hookimpl
     def bonn_qat_after_epoch(self, recipe: Recipe, epoch: int, metrics: Mapping[str, float], time: float) -> None:
         """Add a point to each curve, at the time at which the epoch ended."""
-        if writer := self._writers.get(recipe.name):
-            self._try(lambda: [writer.add_scalar(key, value, epoch, time) for key, value in metrics.items()])
-            self._try(writer.flush)
+        self._try(lambda: [self._writers[recipe.name].add_scalar(*item, epoch, time) for item in metrics.items()])
 
     @hookimpl
     def bonn_qat_after_run(self, recipe: Recipe) -> None:
-        if writer := self._writers.pop(recipe.name, None):
-            self._try(writer.close)
+        self._try(lambda: self._writers.pop(recipe.name).close())
 
     def _try(self, act: Callable[[], object]) -> None:
         try:
