@@ -187,7 +187,7 @@ def test_what_the_store_refuses_costs_only_itself(rehearsal, directory, monkeypa
     one = rehearsed.recipe(model_options={"x": "x" * 7000})
     with pytest.warns(RuntimeWarning, match="refused") as caught:
         rehearsal.whole(directory, one)
-    assert ["refused" in str(warning.message) for warning in caught] == [True]
+    assert len([warning for warning in caught if warning.category is RuntimeWarning]) == 1
     run = runs_in(directory)[one.name]
     assert run.info.status == "FINISHED"
     assert run.data.metrics["epoch"] == 2

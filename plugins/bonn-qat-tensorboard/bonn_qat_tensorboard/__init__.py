@@ -35,7 +35,7 @@ class TensorBoardObserver:
 
             for file in folder.glob("events.out.tfevents.*"):
                 file.unlink()
-            self._writers[recipe.name] = SummaryWriter(str(folder), flush_secs=10)
+            self._writers[recipe.name] = SummaryWriter(str(folder))
 
         self._try(begin)
 
@@ -43,6 +43,7 @@ class TensorBoardObserver:
     def bonn_qat_after_epoch(self, recipe: Recipe, epoch: int, metrics: Mapping[str, float], time: float) -> None:
         """Add a point to each curve, at the time at which the epoch ended."""
         self._try(lambda: [self._writers[recipe.name].add_scalar(*item, epoch, time) for item in metrics.items()])
+        self._try(lambda: self._writers[recipe.name].flush())
 
     @hookimpl
     def bonn_qat_after_run(self, recipe: Recipe) -> None:
