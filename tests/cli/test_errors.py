@@ -358,10 +358,10 @@ COMMANDS: Mapping[str, tuple[Command, ...]] = {
         ),
     ),
     "MLflow": (
-        Command(program="python -m bonn_qat_mlflow", gives="none.jsonl", names="none.jsonl"),
+        Command(program="python -m bonn_qat_mlflow", gives="sync none", names="none"),
         Command(
-            program="python -m bonn_qat_mlflow", gives="a.jsonl", names="a.jsonl, line 1", when="no event in it",
-            files={"a.jsonl": "{}\n"},
+            program="python -m bonn_qat_mlflow", gives="sync results", names="comparison.json", when="no plan in it",
+            files={"results/comparison.json": "{}\n"},
         ),
     ),
     "Interruptions and several processes": (
@@ -561,8 +561,8 @@ call. A test provokes each of them, and `python tests/cli/test_errors.py` writes
 other libraries and for text that differs between machines.
 
 A command prints its message as one line on stderr, prefixed with `bonn-qat: `. If a run fails, the others continue,
-and the reasons are printed on stdout below the table. `python -m bonn_qat_mlflow`, which sends what was not logged
-during the training, has the same exit codes and no prefix.
+and the reasons are printed on stdout below the table. `python -m bonn_qat_mlflow sync`, which sends what was not
+logged during the training, has the same exit codes and no prefix.
 
 | exit code | meaning |
 |---|---|

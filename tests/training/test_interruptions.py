@@ -16,6 +16,7 @@ from torch import Tensor
 from bonn_qat.errors import InvalidData
 from bonn_qat.files import atomic
 from bonn_qat.files.locks import locked
+from bonn_qat.files.tensors import digest, read_tensors, write_tensors
 from bonn_qat.scheme import Stage
 from bonn_qat.studies import compare as comparing
 from bonn_qat.studies.comparison import read_comparison
@@ -101,8 +102,27 @@ def test_a_run_that_ends_at_a_step_goes_on_to_the_same_weights(
     progress = read_state(path).progress
     assert (len(progress.epochs), progress.step) == ((step - 1) // 3, (step - 1) % 3 + 1)
     ticks: list[None] = []
-    assert_same(run(digits, checkpoint=path, tick=lambda: ticks.append(None)), whole)
+    resumed = run(digits, checkpoint=path, tick=lambda: ticks.append(None))
+    assert_same(resumed, whole)
     assert len(ticks) == STEPS
+    result, done = resumed[1], len(progress.epochs)
+    assert (result.run_id, result.started, result.times[:done]) == (progress.run_id, progress.started, progress.times)
+    assert result.started < result.times[0]
+    assert result.times == sorted(set(result.times))
+    assert len(result.times) == RECIPE.epochs
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_times_and_goes_on(digits: data.Data, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, epochs=2, stages=())
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(Stop):
+        run(digits, recipe, checkpoint=path, tick=at(4, stop))
+    tensors, header = read_tensors(path)
+    header = {key: header[key] for key in header if key not in ("started", "times", "sha256")}
+    write_tensors(path, tensors, header | {"sha256": digest(tensors, header)})
+    assert read_state(path).progress.times == []
+    _, result = run(digits, recipe, checkpoint=path)
+    assert len(result.times) == len(result.epochs) == 2
 
 
 def test_a_run_that_ends_at_every_step_goes_on(

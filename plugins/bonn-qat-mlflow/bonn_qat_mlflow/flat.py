@@ -1,29 +1,27 @@
-"""Recipes and metrics in the form that MLflow takes: flat, with names it allows."""
+"""Recipes and metrics in the form that MLflow takes: flat, with names that it allows."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """``{"lr": 0.1, "stages": [{"share": 1.0}]}`` -> ``{"lr": "0.1", "stages.0.share": "1.0"}``.
+    """Flatten tables and lists of tables; lists of plain values are joined by commas, empty ones left out.
 
-    A list of plain values is joined by commas; what is empty is left out.
+    >>> flatten({"lr": 0.1, "skip": ["stem", "head"], "stages": [{"share": 1.0}]})
+    {'lr': '0.1', 'skip': 'stem, head', 'stages.0.share': '1.0'}
     """
-    return dict(_items(content, prefix))
-
-
-def _items(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
-        value = {str(index): item for index, item in enumerate(value)}
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from _items(item, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list | tuple):
-        if value:
-            yield allowed(key), ", ".join(map(str, value))
-    else:
-        yield allowed(key), str(value)
+    flat: dict[str, str] = {}
+    for key, value in content.items():
+        if isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+            value = {str(index): item for index, item in enumerate(value)}
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif not isinstance(value, list | tuple):
+            flat[allowed(f"{prefix}{key}")] = str(value)
+        elif value:
+            flat[allowed(f"{prefix}{key}")] = ", ".join(map(str, value))
+    return flat
 
 
 def allowed(name: str) -> str:

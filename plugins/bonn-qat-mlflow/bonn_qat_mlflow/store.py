@@ -1,271 +1,236 @@
-"""Events into MLflow: a comparison is a parent run, each of its runs a child, each epoch a batch of metrics.
+"""The store: brings MLflow's runs up to what is known of a training run or a comparison; repeating it changes nothing.
 
-Taking an event again changes nothing. Only MLflow's client is used, never its active run, so a program's own tracking
-is left as it is; MLflow is imported when a store is opened.
+Only MLflow's client is used, never its active run, so a program's own tracking is left alone. MLflow is imported when
+a store is opened.
 """
 
 import contextlib
-import functools
+import hashlib
+import json
 import logging
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from bonn_qat_mlflow.events import ComparisonBegan, ComparisonEnded, EpochEnded, Event, RunBegan, RunEnded
+from bonn_qat.files.locks import locked
+from bonn_qat.training.results import RunResult
 from bonn_qat_mlflow.flat import allowed, flatten
-from bonn_qat_mlflow.where import ARTIFACTS, DATABASE, masked, own_uri
+from bonn_qat_mlflow.where import DATABASE, Parent, Place, own_uri, reason
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
 PARENT_TAG, DIRECTORY_TAG, RUN_TAG = "mlflow.parentRunId", "bonn_qat.directory", "bonn_qat.run_id"
-EPOCH = "epoch"  # the metric that is logged last
-_DEFAULT_ARTIFACTS = "mlruns"  # MLflow's own choice, for what it did not get a directory for
-_PARAMS_PER_BATCH, _METRICS_PER_BATCH = 100, 1000
-_STALE = 600.0  # seconds after which nobody makes a database any more
-# What is wrong with an event; any other code is the store's, the network's or the permission's trouble.
-_REFUSALS = (
-    "BAD_REQUEST", "INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST",
-)  # fmt: skip
-
-
-class Refused(Exception):
-    """The store can be reached and does not take this event, or a part of it."""
-
-
-class Store:
-    """One store, for the comparison in ``directory`` or for the runs of a program that is there."""
-
-    def __init__(self, directory: Path, uri: str | None) -> None:
-        """``uri`` None is the database in ``directory``. Raises what MLflow does."""
-        self._directory, self._own = directory, uri is None
-        if uri is None:
-            _make_database(directory / DATABASE)
-        self._client = open_client(uri or own_uri(directory))
-        self._comparisons: dict[str, _Place] = {}
-        self._runs: dict[str, _Logged] = {}
-
-    def take(self, event: Event) -> None:
-        """Log the event. Raises Refused, after all of it that the store takes, else what MLflow raises."""
-        refusal: Exception | None = None
-        for part in self._parts(event):
-            try:
-                part()
-            except Exception as error:
-                # Where a comparison cannot begin nothing of it can be logged: that is the store's trouble.
-                if not isinstance(error, Refused) and (isinstance(event, ComparisonBegan) or not _is_refusal(error)):
-                    raise
-                refusal = refusal or error
-        if refusal is not None:
-            raise refusal if isinstance(refusal, Refused) else Refused(reason(refusal)) from refusal
-
-    def _parts(self, event: Event) -> list[Callable[[], None]]:
-        parts: list[Callable[..., None]]
-        match event:
-            case ComparisonBegan():
-                parts = [self._open_comparison]
-            case RunBegan():
-                parts = [self._open_run, self._log_params]
-            case EpochEnded():
-                parts = [self._log_epoch]
-            case RunEnded():
-                parts = [self._log_result, self._log_report, self._end_run]
-            case ComparisonEnded():
-                parts = [self._log_page, self._end_comparison]
-        return [functools.partial(part, event) for part in parts]
-
-    def _open_comparison(self, event: ComparisonBegan) -> None:
-        directory = self._directory / event.directory
-        if event.above is None:
-            experiment, parent = self._experiment(event.experiment, ARTIFACTS), None
-        else:
-            experiment, parent = self._comparison(event.above)
-        above = self._directory / event.above if event.above is not None else directory.parent
-        # A path may hold what a filter cannot quote.
-        found = [
-            run
-            for run in self._found(experiment, f"tags.`{DIRECTORY_TAG}` LIKE '%'")
-            if run.data.tags[DIRECTORY_TAG] == str(directory)
-        ]
-        if found:
-            self._reopen(found[0], event.time)
-            run = found[0].info.run_id
-        else:
-            name = directory.relative_to(above).as_posix() if directory.is_relative_to(above) else directory.name
-            run = self._create(experiment, name, parent, {DIRECTORY_TAG: str(directory)}, event.time)
-        self._comparisons[event.directory] = _Place(experiment, run)
-
-    def _open_run(self, event: RunBegan) -> None:
-        experiment, parent = self._place_of(event)
-        found = self._found(experiment, f"tags.`{RUN_TAG}` = '{event.run}'")
-        if found:
-            run, params = found[0].info.run_id, set(found[0].data.params)
-            self._reopen(found[0], event.time)
-        else:
-            tags = {"backbone": str(event.recipe.get("model")), RUN_TAG: event.run}
-            tags.update((key, str(event.recipe[key])) for key in ("scheme", "data", "seed") if key in event.recipe)
-            run, params = self._create(experiment, event.name, parent, tags, event.time), set()
-        known = self._runs.get(event.run)
-        if known is None or known.id != run:
-            self._runs[event.run] = _Logged(run, event.name, params, is_new=not found)
-
-    def _place_of(self, event: RunBegan) -> "_Place":
-        if event.comparison is not None:
-            return self._comparison(event.comparison)
-        if event.parent_experiment is not None:
-            return _Place(event.parent_experiment, event.parent_run)
-        return _Place(self._experiment(event.experiment, _DEFAULT_ARTIFACTS), None)
-
-    def _log_params(self, event: RunBegan) -> None:
-        from mlflow.entities import Param
-
-        run = self._run(event)
-        missing = [Param(key, value) for key, value in flatten(event.recipe).items() if key not in run.params]
-        for batch in _batches(missing, _PARAMS_PER_BATCH):
-            self._client.log_batch(run.id, params=batch)
-            run.params.update(param.key for param in batch)
-
-    def _log_epoch(self, event: EpochEnded) -> None:
-        metrics = {key: value for key, value in event.metrics.items() if key != EPOCH}
-        self._log_metrics(self._run(event), {**metrics, EPOCH: event.epoch}, event.time, event.epoch)
-
-    def _log_metrics(self, run: "_Logged", metrics: Mapping[str, Any], time: int, step: int) -> None:
-        """Log batch by batch; each is logged whole, so its last metric tells whether the run has it."""
-        from mlflow.entities import Metric
-
-        logged = [Metric(allowed(key), float(value), time, step) for key, value in metrics.items()]
-        for batch in _batches(logged, _METRICS_PER_BATCH):
-            steps = self._steps(run, batch[-1].key)
-            if step not in steps:
-                self._client.log_batch(run.id, metrics=batch)
-                steps.add(step)
-
-    def _steps(self, run: "_Logged", key: str) -> set[int]:
-        if key not in run.steps:
-            there = [] if run.is_new else self._client.get_metric_history(run.id, key)
-            run.steps[key] = {metric.step for metric in there}
-        return run.steps[key]
-
-    def _log_result(self, event: RunEnded) -> None:
-        from mlflow.entities import RunTag
-
-        if event.report is None:
-            return
-        run, environment = self._run(event), event.report.get("environment", {})
-        tags = {f"environment.{key}": str(value) for key, value in environment.items()}
-        if environment.get("commit", "unknown") != "unknown":
-            tags["commit"] = str(environment["commit"])
-        self._client.log_batch(run.id, tags=[RunTag(allowed(key), value) for key, value in tags.items()])
-        numbers = {f"size/{key}": value for key, value in event.report.get("size", {}).items()}
-        if "seconds" in event.report:
-            numbers["seconds"] = event.report["seconds"]
-        self._log_metrics(run, numbers, event.time, 0)
-
-    def _log_report(self, event: RunEnded) -> None:
-        if event.report is not None:
-            run = self._run(event)
-            _attach(self._client.log_dict, run.id, dict(event.report), f"{run.name}.json")
-
-    def _end_run(self, event: RunEnded) -> None:
-        self._end(self._run(event).id, event)
-
-    def _log_page(self, event: ComparisonEnded) -> None:
-        page = (self._directory / event.page).resolve() if event.page is not None else None
-        if page is not None and page.is_relative_to(self._directory.resolve()) and page.exists():
-            _attach(self._client.log_artifact, self._comparison(event.directory).run, str(page))
-
-    def _end_comparison(self, event: ComparisonEnded) -> None:
-        run = self._comparison(event.directory).run
-        assert run is not None
-        self._end(run, event)
-
-    def _experiment(self, name: str, artifacts: str) -> str:
-        known = self._client.get_experiment_by_name(name)
-        location = (self._directory / artifacts).as_uri() if self._own else None
-        found: str = known.experiment_id if known else self._client.create_experiment(name, artifact_location=location)
-        return found
-
-    def _comparison(self, directory: str) -> "_Place":
-        if directory not in self._comparisons:
-            raise Refused(f"nothing told of the beginning of the comparison in {directory!r}")
-        return self._comparisons[directory]
-
-    def _run(self, event: RunBegan | EpochEnded | RunEnded) -> "_Logged":
-        if event.run not in self._runs:
-            raise Refused(f"the beginning of the run {event.run!r} was refused, or nothing told of it")
-        return self._runs[event.run]
-
-    def _found(self, experiment: str, condition: str) -> list["Run"]:
-        runs: list[Run] = []
-        token = None
-        while True:
-            page = self._client.search_runs([experiment], filter_string=condition, page_token=token)
-            runs += page
-            token = page.token
-            if not token:
-                return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
-
-    def _create(self, experiment: str, name: str, parent: str | None, tags: dict[str, str], time: int) -> str:
-        if parent is not None:
-            tags[PARENT_TAG] = parent
-        run: str = self._client.create_run(experiment, start_time=time, tags=tags, run_name=name).info.run_id
-        return run
-
-    # An event from before a run's end is one that is told again: it changes no status.
-
-    def _reopen(self, run: "Run", time: int) -> None:
-        if run.info.status != "RUNNING" and time >= (run.info.end_time or 0):
-            self._client.update_run(run.info.run_id, status="RUNNING")
-
-    def _end(self, run: str, event: RunEnded | ComparisonEnded) -> None:
-        if event.time >= (self._client.get_run(run).info.end_time or 0):
-            self._client.set_terminated(run, event.status, end_time=event.time)
-
-
-class _Place(NamedTuple):
-    experiment: str
-    run: str | None  # what becomes the parent
+COMPLETE_TAG = "bonn_qat.complete"  # set when all of a finished run is in the store
+LAYERS = "BONN_QAT_MLFLOW_LAYERS"  # the environment variable that switches the metrics of each layer on
+EPOCH = "epoch"  # the last metric of each epoch: a step that has it has all the others
+_EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",  # "Machine learning" in the UI
+    "mlflow.experiment.primaryMetric.name": "test/top1",  # the first chart
+    "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
+}
+# The data is at fault; any other code means trouble with the store, the network or permissions.
+_REFUSALS = ("BAD_REQUEST", "INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST")
 
 
 @dataclass
-class _Logged:
-    """A run, and what of it the store has."""
+class LoggedRun:
+    """What is known of a training run, from the hooks while it trains and from its results file later.
+
+    Without an ``id`` MLflow's run is found by its name. ``above`` is the directory of its comparison, or the MLflow run
+    that becomes its parent. ``status`` is MLflow's, "" for unknown; times are in seconds since 1970; ``epochs`` are
+    pairs of the time at the end and the metrics, among them ``epoch``; ``files`` become artifacts.
+    """
 
     id: str
     name: str
-    params: set[str]
-    is_new: bool
-    steps: dict[str, set[int]] = field(default_factory=dict)  # by metric
+    recipe: Mapping[str, Any]
+    above: Parent | Path | None
+    started: float
+    status: str = ""
+    ended: float = 0.0
+    epochs: Sequence[tuple[float, Mapping[str, float]]] = ()
+    result: RunResult | None = None
+    files: Sequence[Path] = ()
+    note: str = ""
+
+
+class Store:
+    """An open store; several processes may use it at once."""
+
+    def __init__(self, place: Place) -> None:
+        """Open the store. Raises what MLflow does."""
+        self._place = place
+        self._parents: dict[Path, Parent] = {}
+        self._experiment = ""
+        with self._alone():
+            if place.uri is None:
+                _make_database(place.directory / DATABASE)
+            self._client = open_client(place.uri or own_uri(place.directory))
+
+    def log_comparison(self, directory: Path, status: str, time: float, files: Sequence[Path] = ()) -> list[str]:
+        """Set the status of the run that stands for the comparison in ``directory``, from ``time`` on, and log files.
+
+        Returns what the store refused, each in one line. Raises what MLflow does where the store is out of reach.
+        """
+        with self._alone():
+            run = self._client.get_run(self._parent(directory, time).run)
+            refused = self._attach(run, files)
+            self._set_status(run, status, time)
+        return refused
+
+    def log_run(self, run: LoggedRun) -> list[str]:
+        """Bring MLflow's run up to ``run``; returns and raises what :meth:`log_comparison` does."""
+        with self._alone():
+            found = self._open(run)
+            if COMPLETE_TAG in found.data.tags:
+                return []
+            refused: list[str] = []
+            steps = {metric.step for metric in self._client.get_metric_history(found.info.run_id, EPOCH)}
+            for part in _parts(run, steps, found.data.params):
+                try:
+                    self._client.log_batch(found.info.run_id, **part)
+                except Exception as error:
+                    if not _is_refusal(error):
+                        raise
+                    refused.append(reason(error))
+            refused += self._attach(found, run.files)
+            self._set_status(found, run.status, run.ended)
+            if run.result is not None and not refused:
+                self._client.set_tag(found.info.run_id, COMPLETE_TAG, "true")
+        return refused
+
+    def _alone(self) -> contextlib.AbstractContextManager[object]:
+        """Keep out other processes that log the same comparison, or use the same database."""
+        if self._place.uri is not None and not self._place.is_comparison:
+            return contextlib.nullcontext()
+        return locked(self._place.directory / ".mlflow.lock", waits=True)
+
+    def _experiment_id(self) -> str:
+        if not self._experiment:
+            found = self._client.get_experiment_by_name(self._place.experiment)
+            artifacts = self._place.directory / ("mlartifacts" if self._place.is_comparison else "mlruns")
+            self._experiment = found.experiment_id if found else self._client.create_experiment(
+                self._place.experiment,
+                artifact_location=artifacts.as_uri() if self._place.uri is None else None,
+                tags=_EXPERIMENT_TAGS,
+            )  # fmt: skip
+        return self._experiment
+
+    def _parent(self, directory: Path, time: float) -> Parent:
+        if directory not in self._parents:
+            root, experiment = self._place.directory, self._experiment_id()
+            # A path may contain what a filter cannot quote.
+            found = self._search(experiment, f"tags.`{DIRECTORY_TAG}` LIKE '%'")
+            ids = [run.info.run_id for run in found if run.data.tags[DIRECTORY_TAG] == str(directory)]
+            if not ids:
+                above = self._parent(root, time).run if directory != root else None
+                name = Path(os.path.relpath(directory, root)).as_posix() if directory != root else root.name
+                ids.append(self._create(Parent(experiment, above), name, {DIRECTORY_TAG: str(directory)}, time))
+            self._parents[directory] = Parent(experiment, ids[0])
+        return self._parents[directory]
+
+    def _open(self, run: LoggedRun) -> "Run":
+        parent = self._parent(run.above, run.started) if isinstance(run.above, Path) else run.above
+        parent = parent or Parent(self._experiment_id(), None)
+        condition = f"tags.`{RUN_TAG}` = '{run.id}'"
+        if not run.id:
+            condition = f"tags.`{PARENT_TAG}` = '{parent.run}' AND attributes.run_name = '{run.name}'"
+        found = self._search(parent.experiment, condition)
+        if found:
+            return found[-1]
+        tags = {"backbone": str(run.recipe.get("model")), **({RUN_TAG: run.id} if run.id else {})}
+        tags |= {key: str(run.recipe[key]) for key in ("scheme", "data", "seed") if key in run.recipe}
+        created = self._create(parent, run.name, tags, run.started)
+        self._client.log_inputs(created, [_data_set(run.recipe)])
+        return self._client.get_run(created)
+
+    def _attach(self, run: "Run", files: Sequence[Path]) -> list[str]:
+        """Log files as artifacts. They stay on disk in any case, so a failure costs nothing else."""
+        refused = []
+        for path in files:
+            try:
+                self._client.log_artifact(run.info.run_id, str(path))
+            except Exception as error:
+                refused.append(reason(error))
+        return refused
+
+    def _set_status(self, run: "Run", status: str, time: float) -> None:
+        if status == "RUNNING" != run.info.status:
+            self._client.update_run(run.info.run_id, status=status)
+        elif status not in ("", run.info.status):
+            self._client.set_terminated(run.info.run_id, status, end_time=_ms(time))
+
+    def _search(self, experiment: str, condition: str) -> list["Run"]:
+        runs: list[Run] = []
+        page = None
+        while page is None or page.token:
+            page = self._client.search_runs([experiment], condition, page_token=page.token if page else None)
+            runs += page
+        return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
+
+    def _create(self, parent: Parent, name: str, tags: dict[str, str], time: float) -> str:
+        from mlflow.tracking.context.default_context import DefaultRunContext
+
+        tags |= DefaultRunContext().tags()  # the user and the program
+        if parent.run is not None:
+            tags[PARENT_TAG] = parent.run
+        run: str = self._client.create_run(parent.experiment, _ms(time), tags, name).info.run_id
+        return run
+
+
+def _parts(run: LoggedRun, steps: set[int], params: Mapping[str, str]) -> Iterator[dict[str, list[Any]]]:
+    """What the store does not have yet, as arguments of ``log_batch``; each part may be refused on its own."""
+    from mlflow.entities import Metric, Param, RunTag
+
+    yield {"params": [Param(key, value) for key, value in flatten(run.recipe).items() if key not in params]}
+    with_layers = os.environ.get(LAYERS, "0") not in ("", "0")
+    metrics = []
+    for time, values in run.epochs:
+        names = [name for name in values if with_layers or not name.startswith(("scale/", "flips/"))]
+        names.append(names.pop(names.index(EPOCH)))
+        if values[EPOCH] not in steps:
+            metrics += [Metric(allowed(name), values[name], _ms(time), int(values[EPOCH])) for name in names]
+    yield {"metrics": metrics}
+    tags, numbers = {"mlflow.note.content": run.note} if run.note else {}, {}
+    if run.result is not None:
+        commit, dirty, _ = run.result.environment.get("commit", "unknown").partition("-dirty")
+        tags |= {f"environment.{allowed(key)}": str(value) for key, value in run.result.environment.items()}
+        tags |= {"mlflow.source.git.commit": commit, "mlflow.source.git.dirty": str(bool(dirty))}
+        numbers = {"seconds": run.result.seconds, **{f"size/{key}": size for key, size in run.result.size.items()}}
+    yield {
+        "tags": [RunTag(key, value) for key, value in tags.items()],
+        "metrics": [Metric(allowed(key), float(value), _ms(run.ended), 0) for key, value in numbers.items()],
+    }
+
+
+def _data_set(recipe: Mapping[str, Any]) -> Any:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    profile = {key: recipe[key] for key in ("train_images", "test_images", "validation_images") if key in recipe}
+    name = str(recipe.get("data"))
+    digest = hashlib.sha256(json.dumps([name, profile]).encode()).hexdigest()[:8]
+    found = Dataset(name, digest, "bonn_qat", json.dumps({"name": name}), profile=json.dumps(profile))
+    return DatasetInput(found, [InputTag("mlflow.data.context", "train")])
 
 
 def _make_database(path: Path) -> None:
-    """Make the tables under another name: MLflow cannot go on from a half of them, which a kill would leave."""
+    """Create the tables under another name: MLflow cannot continue from half of them, which a kill would leave."""
     if path.exists():
-        _sweep(path)
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        open_client(f"sqlite:///{temporary.as_posix()}").search_experiments(max_results=1)
-        with contextlib.suppress(FileExistsError):  # another process was faster
-            os.link(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sweep(path: Path) -> None:
-    """Remove what processes that were killed while they made the database left."""
-    for file in path.parent.glob(f".{path.name}.*"):
-        with contextlib.suppress(OSError):  # it costs room, nothing else
-            if time.time() - file.stat().st_mtime > _STALE:
-                file.unlink()
+    temporary = path.with_name(f".{path.name}.new")
+    for file in path.parent.glob(f"{temporary.name}*"):
+        file.unlink()
+    open_client(f"sqlite:///{temporary.as_posix()}").search_experiments(max_results=1)
+    temporary.replace(path)
 
 
 def open_client(uri: str) -> "MlflowClient":
-    """The client of a store, without what is logged of making a database, and of each try to reach one."""
+    """MLflow's client of a store, without its log lines on new tables and on each try to reach a server."""
     import mlflow
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -273,30 +238,15 @@ def open_client(uri: str) -> "MlflowClient":
     return mlflow.MlflowClient(tracking_uri=uri)
 
 
-def reason(error: Exception) -> str:
-    """The error in one line without secrets."""
-    first = (str(error).strip().splitlines() or [""])[0]
-    return masked(f"{type(error).__name__}: {first}")[:300]
+def identity(run_id: str) -> str:
+    """``run_id`` in a form that a filter of MLflow can quote."""
+    return run_id if re.fullmatch(r"[\w.:-]{1,200}", run_id) else hashlib.sha256(run_id.encode()).hexdigest()
 
 
 def _is_refusal(error: Exception) -> bool:
-    from mlflow.exceptions import MlflowException
-
-    if isinstance(error, MlflowException):
-        return error.error_code in _REFUSALS
-    return isinstance(error, Refused | ValueError | TypeError | LookupError | ArithmeticError) and not isinstance(
-        error, OSError
-    )
+    code = getattr(error, "error_code", None)
+    return code in _REFUSALS if code else isinstance(error, ValueError | TypeError | LookupError | ArithmeticError)
 
 
-def _attach(log: Callable[..., None], *arguments: object) -> None:
-    """Log an artifact. What is in one is in a file too, so whatever fails costs the artifact alone."""
-    try:
-        log(*arguments)
-    except Exception as error:
-        raise Refused(reason(error)) from error
-
-
-def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _ms(seconds: float) -> int:
+    return round(1000 * seconds)
