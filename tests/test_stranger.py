@@ -110,7 +110,7 @@ def test_it_is_listed_with_its_options_as_soon_as_it_is_installed(installed, pyt
     assert code == 0, errors
     lines = printed.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("quantile"))
-    assert lines[start].split(maxsplit=2) == ["quantile", "1/1", "A. Stranger, unpublished"]
+    assert lines[start].rstrip().split(maxsplit=2) == ["quantile", "1/1", "A. Stranger, unpublished"]
     assert lines[start + 1].strip() == "options: quantile=0.5, clip=1.0"
     assert any(line.startswith("bonn  ") for line in lines)  # it adds, it replaces nothing
 
