@@ -266,6 +266,7 @@ def test_a_float_model_has_no_binary_parameters(model):
         binary_parameters(model)
 
 
+@pytest.mark.slow
 def test_training_keeps_signs_and_lowers_the_loss_and_leaves_the_others_to_another():
     model = network()
     binary, others = binary_parameters(model)

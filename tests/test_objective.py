@@ -242,6 +242,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_hold_equal_parameters_and_centres(tmp_path: Path, run_scripts) -> None:
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
