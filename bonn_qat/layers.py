@@ -246,7 +246,7 @@ def check_contract(scheme: Scheme) -> None:
     ):
         try:
             quantizer: Any = factory and cast(Any, factory)(given)
-            pair: Any = quantizer and quantizer.eval().quantize(source)
+            pair: Any = quantizer.eval().quantize(source) if isinstance(quantizer, base) else None
         except Exception:
             continue
         if factory and (wrong := _breach(quantizer, pair, source, base)):
@@ -261,8 +261,6 @@ def _breach(quantizer: object, pair: Any, source: Tensor, base: type) -> str:
     value, scale = pair
     if value.shape != source.shape:
         return f"returns a value of shape {tuple(value.shape)} for x of shape {tuple(source.shape)}"
-    if not value.requires_grad:
-        return "returns a value without a gradient; use an estimator, such as bonn_qat.functional.ste_sign"
     if isinstance(quantizer, WeightQuantizer) and quantizer.scaled_sign:
         if scale.numel() != 1 and scale.shape != (len(source), 1, 1, 1):
             return (

@@ -3,16 +3,17 @@
 import copy
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import timm.layers
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import bonn_qat
 from bonn_qat.bonn import BONN
-from bonn_qat.errors import InvalidModel
+from bonn_qat.errors import InvalidModel, PluginError
 from bonn_qat.functional import binary_linear
 from bonn_qat.layers import BinaryConv2d, BinaryLinear, binary_form
 from bonn_qat.plugins import find_scheme, schemes
@@ -261,3 +262,39 @@ def test_the_layers_say_what_they_are():
     assert isinstance(binary_form(nn.Conv2d(3, 4, 3), BONN), BinaryConv2d)
     assert isinstance(binary_form(timm.layers.Linear(3, 4), BONN), BinaryLinear)
     assert math.prod(binary_form(nn.Linear(3, 4), BONN).weight_quant.modulation.shape) == 3
+
+
+class Breach(WeightQuantizer):
+    """Returns what the option says, for kernels ``(O, I, kh, kw)``."""
+
+    def __init__(self, weight: Tensor, *, returns: str) -> None:
+        super().__init__()
+        self.returns = returns
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scale = x.detach().abs().mean((1, 2, 3), keepdim=True)
+        value = scale * bonn_qat.functional.ste_sign(x)
+        return {
+            "no pair": value,
+            "flat scale": (value, scale.flatten()),
+            "flat value": (value.flatten(), scale),
+            "other values": (value + 1, scale),
+        }[self.returns]
+
+
+@pytest.mark.parametrize(
+    ("returns", "words"),
+    [
+        ("no pair", "does not return a pair of tensors"),
+        ("flat scale", r"returns a scale of shape \(4,\) for x of shape \(O, I, kh, kw\); give \(\) or \(O, 1, 1, 1\)"),
+        ("flat value", r"returns a value of shape \(108,\) for x of shape \(4, 3, 3, 3\)"),
+        ("other values", "returns values other than scale .*; set scaled_sign = False"),
+    ],
+)
+def test_a_quantizer_that_breaks_the_contract_is_told(returns: str, words: str) -> None:
+    scheme = replace(BONN, name="mine", weight=partial(Breach, returns=returns))
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10))
+    with pytest.raises(PluginError, match=f"the weight of the scheme 'mine' {words}.*docs/plugins.md"):
+        bonn_qat.binarize(net, scheme)
+    with pytest.raises(PluginError, match="the activation of the scheme 'bonn' makes a Identity, which is no "):
+        bonn_qat.binarize(net, replace(BONN, activation=lambda channels: nn.Identity()))
