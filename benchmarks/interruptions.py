@@ -188,6 +188,7 @@ class Moment:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "bonn_qat", *arguments],
                     stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, cwd=self.directory.parent,
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},  # as in the forks
                 )  # fmt: skip
             pid = process.pid
         else:
