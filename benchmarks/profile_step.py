@@ -35,7 +35,7 @@ from bonn_qat.environment import environment
 from bonn_qat.layers import BinaryConv2d
 from bonn_qat.regularizers import FeatureLoss, KernelLoss
 from bonn_qat.training.data import TensorData
-from bonn_qat.training.trainer import to_memory_format
+from bonn_qat.training.network import to_memory_format
 
 PAGE = Path(__file__).parents[1] / "docs" / "training_speed.md"
 START, END = "<!-- made by benchmarks/profile_step.py -->\n", "<!-- end -->\n"

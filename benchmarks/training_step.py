@@ -34,8 +34,8 @@ import bonn_qat
 import bonn_qat.models
 from bonn_qat.environment import environment, processor
 from bonn_qat.layers import BinaryConv2d
+from bonn_qat.training.network import to_memory_format
 from bonn_qat.training.precision import matmul_precision
-from bonn_qat.training.trainer import to_memory_format
 
 BASE = "float"
 REGULARIZERS = {"binary + kernel loss": {"kernel": 1e-4}, "binary + both losses": {"kernel": 1e-4, "feature": 1e-3}}

@@ -91,6 +91,14 @@ def float_network(recipe: Recipe, classes: int, channels: int) -> nn.Module:
     return network
 
 
+def to_memory_format(model: nn.Module, layout: torch.memory_format) -> None:
+    """Change the memory format of the convolution kernels ``(O, I, kh, kw)`` of ``model`` in place."""
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            # contiguous() would keep the strides of a 1x1 kernel, which differ from those of its gradient.
+            parameter.data = torch.empty_like(parameter.data, memory_format=layout).copy_(parameter.data)
+
+
 def load_file(model: nn.Module, path: str | Path) -> None:
     """Load a safetensors file into ``model``. Raises InvalidData naming the file if it is of another network."""
     _load_tensors(model, read_tensors(path)[0], path)
@@ -170,8 +178,8 @@ def save(
     Raises InvalidModel for a network that cannot be rebuilt: not binarized, not timm's, made with other options, or
     with a scheme that no plugin offers. Raises OSError where the file cannot be written.
     """
-    # As a network that was just rebuilt: on the CPU, in its memory format, in evaluation mode.
-    copied = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format).eval()
+    copied = copy.deepcopy(model).cpu().eval()
+    to_memory_format(copied, torch.contiguous_format)  # as in the rebuilt network, for equal rounding
     tensors = copied.state_dict()
     try:
         for recipe, classes, image in _descriptions(model, model_options, pm):

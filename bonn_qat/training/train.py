@@ -15,12 +15,12 @@ from bonn_qat import distributed, plugins
 from bonn_qat.training.checkpoint import Checkpointer
 from bonn_qat.training.data import Data
 from bonn_qat.training.interrupts import deferred_interrupts
-from bonn_qat.training.network import float_network, load_file
+from bonn_qat.training.network import float_network, load_file, to_memory_format
 from bonn_qat.training.precision import matmul_precision
 from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.results import RunResult
 from bonn_qat.training.resume import resume, write_checkpoint
-from bonn_qat.training.trainer import Trainer, to_memory_format
+from bonn_qat.training.trainer import Trainer
 
 CHECKPOINT_SECONDS = 600.0
 

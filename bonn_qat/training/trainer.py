@@ -24,6 +24,7 @@ from bonn_qat.regularizers import latent_weights
 from bonn_qat.scheme import Stage, reweighed
 from bonn_qat.training.checkpoint import Checkpointer
 from bonn_qat.training.data import Batch, Data
+from bonn_qat.training.network import to_memory_format
 from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.results import SIZES, RunResult
 from bonn_qat.training.schedule import lr_factor, stage_of
@@ -306,14 +307,6 @@ def _optimizer(recipe: Recipe, groups: list[dict[str, Any]], device: torch.devic
     if recipe.optimizer == "adam":
         return torch.optim.AdamW(groups, lr=recipe.lr, fused=fused)
     return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=fused)
-
-
-def to_memory_format(model: nn.Module, layout: torch.memory_format) -> None:
-    """Change the memory format of the convolution kernels ``(O, I, kh, kw)`` of ``model`` in place."""
-    for parameter in model.parameters():
-        if parameter.ndim == 4:
-            # contiguous() would keep the strides of a 1x1 kernel, which differ from those of its gradient.
-            parameter.data = torch.empty_like(parameter.data, memory_format=layout).copy_(parameter.data)
 
 
 def _watched(model: nn.Module, record: Binarization) -> dict[str, nn.Module]:

@@ -50,6 +50,9 @@ OWN: dict[str, tuple[Callable[[], nn.Module], dict[str, object]]] = {
         lambda: bonn_qat.binarize(small(), input_size=SIZE, predicate=lambda name, _: "conv2" not in name and None),
         {},
     ),
+    "in another memory format": (
+        lambda: bonn_qat.binarize(small(), input_size=SIZE).to(memory_format=torch.channels_last), {}
+    ),
     "with one channel": (lambda: bonn_qat.binarize(small(in_chans=1), input_size=(1, 32, 32)), {}),
     "with options of its own": (
         lambda: bonn_qat.binarize(small(act_layer="gelu", stem_width=16), "reactnet", input_size=SIZE),
@@ -77,7 +80,7 @@ def test_a_network_of_ones_own_loop_comes_back_to_the_bit(name: str, tmp_path: P
     assert found.binarization.binary == model.binarization.binary  # type: ignore[union-attr]
     images = torch.randn(8, *size)  # type: ignore[misc]
     with torch.no_grad():
-        assert torch.equal(found(images), model.eval()(images))
+        assert torch.equal(found(images), model.to(memory_format=torch.contiguous_format).eval()(images))
 
 
 def test_a_network_of_a_recipe_comes_back_and_can_be_trained_on_and_saved_again(tmp_path: Path) -> None:
