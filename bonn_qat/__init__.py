@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from bonn_qat.runtime.packed import PackedModel
     from bonn_qat.scheme import Scheme, Stage
     from bonn_qat.training.data import load as load_data
+    from bonn_qat.training.network import load, save
     from bonn_qat.training.recipe import Recipe
     from bonn_qat.training.train import train
 
@@ -51,9 +52,11 @@ __all__ = [
     "diagnose",
     "export",
     "hookimpl",
+    "load",
     "load_data",
     "pack",
     "parameter_groups",
+    "save",
     "summary",
     "train",
 ]
@@ -74,6 +77,7 @@ _NAMES = {
     "runtime.packed": ("PackedModel",),
     "scheme": ("Scheme", "Stage"),
     "training.data": ("load as load_data",),
+    "training.network": ("load", "save"),
     "training.recipe": ("Recipe",),
     "training.train": ("train",),
 }

@@ -4,6 +4,7 @@ The plugins here are installed for real, as a module and a ``dist-info`` folder 
 """
 
 import importlib.metadata
+import re
 import sys
 import textwrap
 import warnings
@@ -172,7 +173,7 @@ def test_the_command_lists_what_works_and_says_what_is_broken(
     finally:
         plugins.manager.cache_clear()
     printed = capsys.readouterr().out
-    assert "\nsound  1/1 bits W/A\n" in "\n" + printed
+    assert re.search(r"^sound +1/1 ", printed, re.M)
     assert "not listed: the plugin 'broken' of bonn_qat_test_broken 1.0: ModuleNotFoundError" in printed
     assert "not listed: several plugins offer the scheme 'bonn': bonn_qat.bonn and other" in printed
 
