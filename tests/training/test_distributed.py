@@ -48,7 +48,7 @@ def test_every_batch_of_the_other_sets_is_in_one_share(tmp_path: Path, kind: str
     found = data.load("digits", test_images=23) if kind == "digits" else data.load(str(_folder(tmp_path, 9)), size=16)
     for batches in (found.test_batches, found.measure_batches):
         whole = [targets.tolist() for _, targets in batches(5)]
-        shares = [[targets.tolist() for _, targets in batches(5, share=(rank, 3))] for rank in range(3)]
+        shares = [[targets.tolist() for _, targets in batches(5, shard=(rank, 3))] for rank in range(3)]
         assert shares == [whole[rank::3] for rank in range(3)]
 
 
