@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pluggy
 from torch import nn
@@ -12,11 +12,21 @@ from torch import nn
 if TYPE_CHECKING:
     from bonn_qat.regularizers import Regularizer
     from bonn_qat.scheme import Scheme
-    from bonn_qat.training.recipe import Recipe
 
 PROJECT = "bonn_qat"
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+class RunRecipe(Protocol):
+    """What an observer can read of a run's :class:`bonn_qat.Recipe`: every field of it, its name, and it as data."""
+
+    @property
+    def name(self) -> str:
+        """The name of the run, unique within a comparison."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as JSON has it."""
 
 
 @hookspec
@@ -38,12 +48,12 @@ def bonn_qat_binarize_layer(scheme: Scheme, name: str, layer: nn.Module, parent:
     """
 
 
-# The timeline hooks: observers are told what happens, and nothing comes back. The calls come one at a time, in the
-# training's own thread: the training waits while an observer is at work, and an exception in one ends the training.
+# The timeline hooks report what happens to observers and ignore what they return. They are called one at a time, in the
+# training's own thread, so the training waits for them. An exception in an observer is a warning; the training goes on.
 
 
 @hookspec
-def bonn_qat_before_comparison(directory: Path, recipes: list[Recipe]) -> None:
+def bonn_qat_before_comparison(directory: Path, recipes: Sequence[RunRecipe]) -> None:
     """A comparison is about to begin; ``directory`` exists and no run of this call has started.
 
     A study is a comparison of comparisons: the hook is called for the study's directory, without recipes, and then for
@@ -60,7 +70,7 @@ def bonn_qat_describe(directory: Path) -> str | None:
 
 
 @hookspec
-def bonn_qat_before_run(recipe: Recipe, model: nn.Module, run_id: str) -> None:
+def bonn_qat_before_run(recipe: RunRecipe, model: nn.Module, run_id: str) -> None:
     """A training run starts, or resumes from its checkpoint; ``model`` is binarized and on its device.
 
     A resumed run has the same ``run_id`` as before, and ``bonn_qat_after_epoch`` is called again for each epoch that it
@@ -69,7 +79,7 @@ def bonn_qat_before_run(recipe: Recipe, model: nn.Module, run_id: str) -> None:
 
 
 @hookspec
-def bonn_qat_after_epoch(recipe: Recipe, epoch: int, metrics: Mapping[str, float], time: float) -> None:
+def bonn_qat_after_epoch(recipe: RunRecipe, epoch: int, metrics: Mapping[str, float], time: float) -> None:
     """An epoch (counted from 1) ended at ``time``, in seconds since 1970.
 
     The metrics have names like ``train/loss``, ``test/top1`` and ``scale/LAYER``, see
@@ -78,7 +88,7 @@ def bonn_qat_after_epoch(recipe: Recipe, epoch: int, metrics: Mapping[str, float
 
 
 @hookspec
-def bonn_qat_after_run(recipe: Recipe, result: Mapping[str, Any] | None) -> None:
+def bonn_qat_after_run(recipe: RunRecipe, result: Mapping[str, Any] | None) -> None:
     """A run ended; ``result`` is the content of its results file, or None if the run failed or was interrupted.
 
     In a comparison the results file and the weights are written right after this call.
