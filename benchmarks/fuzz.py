@@ -41,7 +41,6 @@ import torch
 from torch import Tensor, nn
 
 import bonn_qat
-import bonn_qat.models  # registers the paper's networks with timm
 from bonn_qat import plugins
 from bonn_qat.environment import environment, processor
 from bonn_qat.files.tensors import digest

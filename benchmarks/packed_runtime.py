@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, fx, nn
 
 import bonn_qat
-import bonn_qat.models
 from bonn_qat.environment import environment, processor
 from bonn_qat.files.tensors import read_tensors
 from bonn_qat.runtime import kernels, layout

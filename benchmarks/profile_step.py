@@ -29,7 +29,6 @@ from torch.profiler import DeviceType, ProfilerActivity, profile, record_functio
 from training_step import alternate, machine, synchronize  # type: ignore[import-not-found] # the script beside this one
 
 import bonn_qat
-import bonn_qat.models
 from bonn_qat import functional
 from bonn_qat.environment import environment
 from bonn_qat.layers import BinaryConv2d

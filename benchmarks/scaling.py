@@ -53,7 +53,6 @@ from torch.profiler import ProfilerActivity, profile
 from training_step import machine, synchronize  # type: ignore[import-not-found] # the script beside this
 
 import bonn_qat
-import bonn_qat.models
 from bonn_qat import distributed
 from bonn_qat.environment import environment
 from bonn_qat.scheme import Stage

@@ -31,7 +31,6 @@ import torch._dynamo
 from torch import nn
 
 import bonn_qat
-import bonn_qat.models
 from bonn_qat.environment import environment, processor
 from bonn_qat.layers import BinaryConv2d
 from bonn_qat.training.network import to_memory_format

@@ -49,7 +49,7 @@ def bonn_qat_binarize_layer(scheme: Scheme, name: str, layer: nn.Module, parent:
 
 
 # The timeline hooks report what happens to observers and ignore what they return. They are called one at a time, in the
-# training's own thread, so the training waits for them. An exception in an observer is a warning; the training goes on.
+# training's own thread, so the training waits for them. An exception in an observer becomes a warning.
 
 
 @hookspec

@@ -229,7 +229,7 @@ def binary_form(layer: nn.Module, scheme: Scheme, *, normalize: bool = True) -> 
         if isinstance(layer, nn.Linear):
             return BinaryLinear.from_float(layer, scheme, normalize=normalize)
         return BinaryConv2d.from_float(cast(nn.Conv2d, layer), scheme, normalize=normalize)
-    except Exception as error:  # the scheme's factories are anybody's code
+    except Exception as error:  # the scheme's factories are third-party code
         words = str(error) if isinstance(error, BonnQatError | ValueError | RuntimeError) else repr(error)
         raise InvalidModel(f"the scheme {scheme.name!r} does not fit {layer}: {words}") from error
 
@@ -255,7 +255,7 @@ def check_contract(scheme: Scheme) -> None:
 
 def _breach(quantizer: object, pair: Any, source: Tensor, base: type) -> str:
     if not isinstance(quantizer, base):
-        return f"makes a {type(quantizer).__name__}, which is no bonn_qat.quantizers.{base.__name__}"
+        return f"makes a {type(quantizer).__name__}, which is not a bonn_qat.quantizers.{base.__name__}"
     if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(x, Tensor) for x in pair)):
         return "does not return a pair of tensors (value, scale) from quantize(x)"
     value, scale = pair

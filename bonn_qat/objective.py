@@ -31,8 +31,8 @@ class Objective(nn.Module):
     DistributedDataParallel synchronises their parameters too.
 
     ``distillation`` is a task of timm for this model, such as ``timm.task.LogitDistillationTask(model, teacher)``: it
-    runs the model and computes the task's loss, and ``task`` is not used. It is no submodule: the teacher's parameters
-    are not the Objective's, and you move it to its device yourself.
+    runs the model and computes the task's loss, and ``task`` is not used. It is not a submodule: the teacher's
+    parameters are not the Objective's, and you move it to its device yourself.
 
     Raises UnknownName for an unknown regularizer and InvalidRecipe for options that it does not take. A call raises
     InvalidData for targets beyond the model's classes.

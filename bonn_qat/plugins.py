@@ -1,11 +1,12 @@
 """Plugins: load the built-in and the installed ones, and look up schemes and regularizers by name.
 
-A plugin is a module with hooks (:mod:`bonn_qat.hookspecs`). What becomes of a faulty one:
+A plugin is a module with hooks (:mod:`bonn_qat.hookspecs`). What happens to a faulty one:
 
 - It cannot be imported, has a hook that does not exist or takes other arguments, has the entry point name of another
   plugin, raises where it offers schemes or regularizers, or offers something else: it is unloaded, and a
-  :class:`BrokenPlugin` warning says why. Everything else goes on. An unknown name mentions the plugins that are broken.
-- An observer raises: a warning says so once for each of its hooks, and the training goes on.
+  :class:`BrokenPlugin` warning says why. Everything else keeps working. An unknown name mentions the plugins that are
+  broken.
+- An observer raises: a warning says so once for each of its hooks, and the training continues.
 - ``bonn_qat_binarize_layer`` raises, or two plugins offer one name and that name is asked for: an error names them,
   because any other answer could be the wrong network.
 """
@@ -57,7 +58,7 @@ class Manager(pluggy.PluginManager):
         """Warn, once for each hook, that an observer raised."""
         if (plugin, hook) not in self._complained:
             self._complained.add((plugin, hook))
-            words = f"{self.describe(plugin)} failed in {hook}, the run goes on without it: {_words_of(error)}"
+            words = f"{self.describe(plugin)} failed in {hook}; the run continues without it: {_words_of(error)}"
             warnings.warn(words, BrokenPlugin, stacklevel=2)
 
     def describe(self, plugin: str) -> str:
@@ -128,7 +129,7 @@ def manager() -> Manager:
 def _checked(pm: pluggy.PluginManager | None) -> Manager:
     pm = pm or manager()
     if not isinstance(pm, Manager):
-        raise TypeError(f"pm is made by bonn_qat.plugins.create_manager(); got {pm!r}")
+        raise TypeError(f"pm comes from bonn_qat.plugins.create_manager(); got {pm!r}")
     return pm
 
 
@@ -151,19 +152,20 @@ def faults(pm: pluggy.PluginManager | None = None) -> list[str]:
 
 
 def schemes(pm: pluggy.PluginManager | None = None) -> dict[str, Scheme]:
-    """Every scheme by name, but for names that several plugins offer. Warns of BrokenPlugin."""
+    """Every scheme by name, except names that several plugins offer. Warns of BrokenPlugin."""
     return _unique("scheme", pm)
 
 
 def regularizers(pm: pluggy.PluginManager | None = None) -> dict[str, type[Regularizer]]:
-    """Every regularizer class by name, but for names that several plugins offer. Warns of BrokenPlugin."""
+    """Every regularizer class by name, except names that several plugins offer. Warns of BrokenPlugin."""
     return _unique("regularizer", pm)
 
 
 def find_scheme(scheme: str | Scheme, pm: pluggy.PluginManager | None = None) -> Scheme:
     """The scheme of that name; a Scheme is returned as it is.
 
-    Raises UnknownName, PluginConflict if several plugins offer the name, and InvalidRecipe for what is no name.
+    Raises UnknownName, PluginConflict if several plugins offer the name, and InvalidRecipe for anything that is not a
+    name.
 
     >>> find_scheme("bonn").title
     'BONN'
@@ -205,11 +207,11 @@ def _offers(kind: str, pm: Manager) -> dict[str, dict[str, Any]]:
 def _check(kind: str, item: Any, base: type) -> None:
     is_class = base is Regularizer
     if not (isinstance(item, type) and issubclass(item, base) if is_class else isinstance(item, base)):
-        what = "subclass" if is_class else "instance"
-        raise TypeError(f"it offers {item!r}, which is no {what} of bonn_qat.{base.__name__}")
+        what = "a subclass" if is_class else "an instance"
+        raise TypeError(f"it offers {item!r}, which is not {what} of bonn_qat.{base.__name__}")
     name = getattr(item, "name", None)
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
-        raise TypeError(f"the name of a {kind} is made of letters, digits, '-', '_' and '.'; got {name!r}")
+        raise TypeError(f"the name of a {kind} consists of letters, digits, '-', '_' and '.'; got {name!r}")
     if inspect.isabstract(item):
         raise TypeError(f"the {kind} {name!r} lacks {', '.join(sorted(item.__abstractmethods__))}")
 
@@ -253,7 +255,7 @@ def binarize_layer(
 ) -> nn.Module | None:
     """The first answer to ``bonn_qat_binarize_layer``, or None without one.
 
-    Raises PluginError, which names the plugin, for an exception there or an answer that is no module, and every
+    Raises PluginError, which names the plugin, for an exception there or an answer that is not a module, and every
     BonnQatError with the plugin's name.
     """
     pm, hook = _checked(pm), "bonn_qat_binarize_layer"
@@ -271,12 +273,12 @@ def binarize_layer(
         if isinstance(found, nn.Module):
             return found
         if found is not None:
-            raise PluginError(f"{name}: {who} answered {hook} with {found!r}, which is no module")
+            raise PluginError(f"{name}: {who} returned {found!r} from {hook}, which is not a module")
     return None
 
 
 class Observers:
-    """The timeline hooks of ``pm``, each a method. An observer that raises is warned of, and the others are called.
+    """The timeline hooks of ``pm``, each a method. An exception in an observer becomes a warning.
 
     >>> Observers(create_manager(entry_points=False)).bonn_qat_describe(directory=None)
     []

@@ -56,8 +56,8 @@ class Regularizer(nn.Module, ABC):
     Called after a forward pass, it returns ``weight * loss(step)``, a scalar; :class:`bonn_qat.Objective` leaves out a
     term whose ``weight`` is 0. Keyword-only arguments of a subclass's ``__init__`` are its options.
 
-    ``self.model`` is the binarized model. It is no submodule: its parameters are not the regularizer's, and in a deep
-    copy of an Objective it is the copied model.
+    ``self.model`` is the binarized model. It is not a submodule: its parameters are not the regularizer's, and in a
+    deep copy of an Objective it is the copied model.
 
     >>> class Shrink(Regularizer):
     ...     name = "shrink"
@@ -71,13 +71,13 @@ class Regularizer(nn.Module, ABC):
     def __init__(self, model: nn.Module, *, weight: float) -> None:
         super().__init__()
         if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"the weight of a regularizer is at least 0; got {weight}")
+            raise ValueError(f"the weight of a regularizer must be at least 0; got {weight}")
         self.weight = weight
         self._model = (model,)  # a tuple, because a module would be registered as a submodule
 
     @property
     def model(self) -> nn.Module:
-        """The model that the loss is of."""
+        """The model that the loss belongs to."""
         return self._model[0]
 
     @abstractmethod
@@ -88,7 +88,7 @@ class Regularizer(nn.Module, ABC):
         loss = self.loss(self._step(targets))
         if not isinstance(loss, Tensor) or loss.ndim:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
-            raise InvalidModel(f"the regularizer {self.name!r} gave {got}; its loss(step) returns a scalar tensor")
+            raise InvalidModel(f"the regularizer {self.name!r} returned {got}; loss(step) must return a scalar tensor")
         return self.weight * loss
 
     def _step(self, targets: Tensor | None) -> Step:
@@ -172,7 +172,7 @@ class KernelLoss(Regularizer):
 
 
 class _ClassCentres(Regularizer):
-    """What the two losses of the features have in common: the tap, the centres, and the rule that updates them."""
+    """The base of the two feature losses: the tap, the centres, and the rule that updates them."""
 
     def __init__(
         self,
@@ -365,7 +365,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def _check(holds: bool, option: str, given: object, allowed: str) -> None:
     if not holds:
-        raise InvalidRecipe(f"the {option} is {allowed}; got {given!r}")
+        raise InvalidRecipe(f"the {option} must be {allowed}; got {given!r}")
 
 
 def _bits(quantizer: Any) -> float | None:

@@ -88,12 +88,14 @@ class Stage:
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
-            raise InvalidRecipe(f"a stage's share is a part of the epochs, above 0 and at most 1; got {self.share}")
+            raise InvalidRecipe(
+                f"a stage's share must be a fraction of the epochs, above 0 and at most 1; got {self.share}"
+            )
         if not number(self.lr_scale) > 0:
-            raise InvalidRecipe(f"a stage's lr_scale is a number above 0; got {self.lr_scale}")
+            raise InvalidRecipe(f"a stage's lr_scale must be a number above 0; got {self.lr_scale}")
         for name, weight in self.regularizers.items():
             if not number(weight) >= 0:
-                raise InvalidRecipe(f"the weight of {name!r} in a stage is a number of at least 0; got {weight}")
+                raise InvalidRecipe(f"the weight of {name!r} in a stage must be a number of at least 0; got {weight}")
         for name, allowed in (("weights", WEIGHTS), ("activations", ACTIVATIONS), ("trains", TRAINS)):
             if getattr(self, name) not in allowed:
                 raise UnknownName(f"{name} of a stage", getattr(self, name), allowed)
@@ -110,7 +112,7 @@ class _LastWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """How weights and activations become binary, and which modules stand between the binary layers.
+    """How weights and activations become binary, and which modules are between the binary layers.
 
     ``weight`` makes a quantizer for a float weight ``(O, I, kh, kw)``. ``activation`` makes one for a layer's input,
     given the number of its channels, or 1 where that is unknown. ``None`` leaves weights or activations float; a scheme
@@ -160,7 +162,7 @@ class Scheme:
             if getattr(self, name) not in allowed:
                 raise UnknownName(f"{name} of the scheme {self.name!r}", str(getattr(self, name)), allowed)
         if self.latent_std is not None and not number(self.latent_std) > 0:
-            raise InvalidRecipe(f"the latent_std of the scheme {self.name!r} is above 0; got {self.latent_std!r}")
+            raise InvalidRecipe(f"the latent_std of the scheme {self.name!r} must be above 0; got {self.latent_std!r}")
         if regularizers is None or isinstance(regularizers, _Read):
             return
         if not isinstance(regularizers, Mapping):
@@ -221,12 +223,12 @@ class Scheme:
             changed["nonlinearity"] = NONLINEARITIES[nonlinearity]
         elif nonlinearity is not None and not callable(nonlinearity):
             raise InvalidRecipe(
-                f"the nonlinearity of the scheme {self.name!r} is {', '.join(map(repr, NONLINEARITIES))}; "
+                f"the nonlinearity of the scheme {self.name!r} must be {', '.join(map(repr, NONLINEARITIES))}; "
                 f"got {nonlinearity!r}"
             )
         if norm is not None and not callable(norm):
             raise InvalidRecipe(
-                f"the norm of the scheme {self.name!r} is a class or function that makes a module for a number of "
+                f"the norm of the scheme {self.name!r} must be a class or function that makes a module for a number of "
                 f"channels; got {norm!r}"
             )
         defaults = self.options | {key: getattr(self, key) for key in self._own}
@@ -277,7 +279,9 @@ def reweighed(stage: Stage, options: Mapping[str, Any]) -> Stage:
     weights = {name: options.get(name, weight) for name, weight in stage.regularizers.items()}
     for name, weight in weights.items():
         if not number(weight) >= 0:
-            raise InvalidRecipe(f"the weight of the regularizer {name!r} is a number of at least 0; got {weight!r}")
+            raise InvalidRecipe(
+                f"the weight of the regularizer {name!r} must be a number of at least 0; got {weight!r}"
+            )
     return replace(stage, regularizers={name: float(weight) for name, weight in weights.items()})
 
 

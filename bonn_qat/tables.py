@@ -21,7 +21,7 @@ _RULE = box.Box("    \n    \n ── \n    \n    \n    \n    \n    \n")  # one l
 
 
 class Strong(str):
-    """The text of a cell that stands out from the others of its row."""
+    """The text of a cell that is emphasized in its row."""
 
     def __html__(self) -> str:
         return f"<strong>{escape(self)}</strong>"

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import bonn_qat
-import bonn_qat.models
 from bonn_qat import functional
 from bonn_qat.bop import Bop, binary_parameters
 from bonn_qat.errors import BonnQatError

@@ -116,7 +116,11 @@ def test_bonn_qat_binarize_layer(pm):
         (KeyError("key"), PluginError, "^2: the plugin 'clumsy' failed in bonn_qat_binarize_layer: KeyError: 'key'$"),
         (InvalidModel("not this"), InvalidModel, "^2: the plugin 'clumsy': not this; skip='2' leaves it float$"),
         (UnknownName("layer", "2", ["1"]), UnknownName, "^the plugin 'clumsy': unknown layer '2'; known: 1$"),
-        (nn.ReLU, PluginError, "2: the plugin 'clumsy' answered bonn_qat_binarize_layer with <class .*ReLU.*no module"),
+        (
+            nn.ReLU,
+            PluginError,
+            "2: the plugin 'clumsy' returned <class .*ReLU.* from bonn_qat_binarize_layer.*not a module",
+        ),
     ],
 )
 def test_an_error_of_binarize_layer_names_its_plugin_and_leaves_the_model_alone(pm, answer, error, words):
@@ -251,7 +255,7 @@ def test_an_observer_that_raises_is_warned_of_once_and_stops_nothing(pm):
     pm.register(quiet, name="quiet")
     pm.register(noisy, name="noisy")
     observers = plugins.Observers(pm)
-    words = "the plugin 'noisy' failed in bonn_qat_after_epoch, the run goes on without it: ConnectionError: no route"
+    words = "the plugin 'noisy' failed in bonn_qat_after_epoch; the run continues without it: ConnectionError: no route"
     with warnings.catch_warnings(record=True, action="always") as caught:
         for epoch in (1, 2):
             observers.bonn_qat_after_epoch(recipe=None, epoch=epoch, metrics={})

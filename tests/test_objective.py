@@ -189,7 +189,7 @@ def test_the_regularizers_of_a_copy_see_the_copied_model(model: nn.Module, batch
     assert not torch.equal(copied.regularizers["feature"].centres, objective.regularizers["feature"].centres)
 
 
-@pytest.mark.parametrize(("wrong", "words"), [(torch.ones(1), r"gave shape \(1,\)"), (0, "gave 0")])
+@pytest.mark.parametrize(("wrong", "words"), [(torch.ones(1), r"returned shape \(1,\)"), (0, "returned 0")])
 def test_a_loss_that_is_no_scalar_is_told(model: nn.Module, wrong: object, words: str) -> None:
     class Wrong(Regularizer):
         name = "wrong"

@@ -95,12 +95,12 @@ FAULTS = {
     "raises": (HOOK.format("bonn_qat_schemes()", "yield 1 / 0"), "bonn_qat_schemes: ZeroDivisionError"),
     "exits": (HOOK.format("bonn_qat_schemes()", "raise SystemExit"), "bonn_qat_schemes: SystemExit: no message"),
     "nothing": (HOOK.format("bonn_qat_schemes()", "pass"), "'NoneType' object is not iterable"),
-    "rubbish": (HOOK.format("bonn_qat_schemes()", "yield 'bonn'"), "it offers 'bonn', which is no instance of "),
+    "rubbish": (HOOK.format("bonn_qat_schemes()", "yield 'bonn'"), "it offers 'bonn', which is not an instance of "),
     "number": (
         HOOK.format("bonn_qat_schemes()", "yield Scheme(name=3, title='', reference='', weight=None, activation=None)"),
-        "the name of a scheme is made of letters, digits, '-', '_' and '.'; got 3",
+        "the name of a scheme consists of letters, digits, '-', '_' and '.'; got 3",
     ),
-    "class": (HOOK.format("bonn_qat_regularizers()", "yield Scheme"), "which is no subclass of bonn_qat.Regularizer"),
+    "class": (HOOK.format("bonn_qat_regularizers()", "yield Scheme"), "is not a subclass of bonn_qat.Regularizer"),
     "abstract": (
         "from bonn_qat import Regularizer\nclass Mine(Regularizer):\n    name = 'mine'\n"
         + HOOK.format("bonn_qat_regularizers()", "yield Mine"),
@@ -244,7 +244,7 @@ def test_what_is_neither_a_name_nor_a_scheme_is_refused(wrong):
 
 
 def test_a_manager_of_pluggys_own_is_refused():
-    with pytest.raises(TypeError, match=r"pm is made by bonn_qat.plugins.create_manager\(\)"):
+    with pytest.raises(TypeError, match=r"pm comes from bonn_qat.plugins.create_manager\(\)"):
         plugins.schemes(pluggy.PluginManager("bonn_qat"))
 
 

@@ -9,7 +9,6 @@ import timm
 import torch
 from torch import nn
 
-import bonn_qat.models  # noqa: F401 (registers the paper's networks with timm)
 from bonn_qat import binarize
 from bonn_qat.bonn import BONN
 from bonn_qat.errors import InvalidRecipe, UnknownName
@@ -62,7 +61,7 @@ def test_every_option_can_be_set_to_itself():
 
 @pytest.mark.parametrize("weight", [-1e-9, math.inf, math.nan, True, "1e-4", None])
 def test_a_weight_that_is_none_is_told(weight):
-    with pytest.raises(InvalidRecipe, match=r"the weight of the regularizer 'feature' is .* at least 0; got"):
+    with pytest.raises(InvalidRecipe, match=r"the weight of the regularizer 'feature' must be .* at least 0; got"):
         BONN.configure({"feature": weight})
 
 
@@ -109,9 +108,9 @@ def test_a_nonlinearity_can_be_named(name, function):
         ({"shortcut": "convs"}, UnknownName, "shortcut of the scheme 'bonn' 'convs'; did you mean 'conv'"),
         ({"shortcut": True}, UnknownName, "shortcut of the scheme 'bonn' 'True'; known: block, conv"),
         ({"nonlinearity_position": "after"}, UnknownName, "nonlinearity_position of the scheme 'bonn' 'after'"),
-        ({"latent_std": 0}, InvalidRecipe, "latent_std of the scheme 'bonn' is above 0; got 0"),
-        ({"norm": "batch"}, InvalidRecipe, "norm of the scheme 'bonn' is a class or function .*; got 'batch'"),
-        ({"latent_std": "small"}, InvalidRecipe, "latent_std of the scheme 'bonn' is above 0; got 'small'"),
+        ({"latent_std": 0}, InvalidRecipe, "latent_std of the scheme 'bonn' must be above 0; got 0"),
+        ({"norm": "batch"}, InvalidRecipe, "norm of the scheme 'bonn' must be a class or function .*; got 'batch'"),
+        ({"latent_std": "small"}, InvalidRecipe, "latent_std of the scheme 'bonn' must be above 0; got 'small'"),
     ],
 )
 def test_an_option_of_the_scheme_itself_is_checked(options, error, words):
@@ -144,7 +143,7 @@ def test_regularizers_beside_stages_are_refused():
         dataclasses.replace(STAGED, regularizers={"kernel": 1e-4})
     with pytest.raises(InvalidRecipe, match=r"map names to weights, such as .*; got \['kernel'\]"):
         dataclasses.replace(PLAIN, regularizers=["kernel"])
-    with pytest.raises(InvalidRecipe, match="the weight of 'kernel' in a stage is a number of at least 0; got -1"):
+    with pytest.raises(InvalidRecipe, match="the weight of 'kernel' in a stage must be a number of at least 0; got -1"):
         dataclasses.replace(PLAIN, regularizers={"kernel": -1})
 
 

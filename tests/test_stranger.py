@@ -44,7 +44,7 @@ class QuantileWeight(WeightQuantizer):
     def __init__(self, weight, *, quantile=0.5):
         super().__init__()
         if not 0 <= quantile <= 1:
-            raise BonnQatError(f"the option quantile of the scheme 'quantile' is 0 to 1; got {quantile!r}")
+            raise BonnQatError(f"the option quantile of the scheme 'quantile' must be 0 to 1; got {quantile!r}")
         self.quantile = quantile
 
     def quantize(self, x):
@@ -165,7 +165,7 @@ def test_it_binarizes_a_model_by_name_and_takes_its_option(installed, python):
         "binary_quantiles (16, 1, 1, 1) True",
         "32 True True",
         "True",
-        "the option quantile of the scheme 'quantile' is 0 to 1; got 2.0",
+        "the option quantile of the scheme 'quantile' must be 0 to 1; got 2.0",
     ]
 
 

@@ -13,7 +13,6 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import bonn_qat
-import bonn_qat.models  # registers wrn10_16
 from bonn_qat.binarization.binarize import binary_layers
 
 SIZE = (3, 32, 32)

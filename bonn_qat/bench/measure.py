@@ -58,10 +58,10 @@ def bench(
     counts as their median, because the first calls find the caches as another backend left them. Before the first
     round each backend is called WARMUP times and has one turn that does not count. Speed-ups are relative to
     ``reference``, or to the first backend that works if that one does not. ``startup_rounds`` above 0 adds
-    :func:`startup`. The report calls the network ``name``; ``watch`` is told what is being measured.
+    :func:`startup`. The report calls the network ``name``; ``watch`` is called with a line for each measurement.
 
     A backend that lacks a package or fails is left out, and the report says why. torch's number of threads is restored
-    afterwards. Raises InvalidBenchmark for numbers below 1, and UnknownName for a reference that is no backend.
+    afterwards. Raises InvalidBenchmark for numbers below 1, and UnknownName for an unknown reference.
     """
     counts = sorted({1, _cores()} if threads is None else set(threads))
     _check(batches=batches, threads=counts, rounds=[rounds])

@@ -188,8 +188,8 @@ _EFFECTS = {
 
 def _rewrite(model: nn.Module, schemes: _Schemes, frozen: set[int], pm: pluggy.PluginManager | None) -> None:
     # New modules are put in place at the end, so that an error leaves the model as it was. Each module is asked about
-    # once, so that one that stands at two places stays shared (named_children would leave out its second place);
-    # `done` keeps the replaced ones alive, for the id of a collected module may be given to a new one.
+    # once, so that a layer used at two places stays shared (named_children would leave out its second place);
+    # `done` keeps the replaced ones alive, because the id of a collected module may be reused.
     done: dict[int, tuple[nn.Module, nn.Module]] = {}
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
 

@@ -80,7 +80,7 @@ def _silence() -> Iterator[None]:
 
 
 def _ghost(model: nn.Module, device: str) -> nn.Module:
-    """A copy whose tensors have no memory."""
+    """A copy whose tensors have shapes but no memory."""
     # No parameter requires a gradient, so that a tensor requires one exactly if it depends on the image.
     memo: dict[int, Any] = {}
     for parameter in model.parameters():

@@ -33,7 +33,7 @@ def say(line: str) -> None:
 @contextmanager
 def stoppable(again: str) -> Iterator[None]:
     """Turn Ctrl-C, SIGTERM and a full disk within the block into :class:`Stopped`; ``again`` is how to continue."""
-    kept = f"finished runs are kept, and the one under way up to its last checkpoint; {again} goes on from there"
+    kept = f"finished runs are kept, and the current run up to its last checkpoint; {again} continues from there"
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         yield

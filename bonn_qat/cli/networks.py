@@ -135,8 +135,6 @@ def _float(model: str, num_classes: int) -> "nn.Module":
     """A timm model with random weights. Raises UnknownName."""
     import timm
 
-    import bonn_qat.models  # noqa: F401 (registers the paper's networks with timm)
-
     if not timm.is_model(model):
         raise UnknownName("model", model, timm.list_models())
     return timm.create_model(model, num_classes=num_classes)  # type: ignore[no-any-return]

@@ -150,16 +150,16 @@ def _planned(directory: Path) -> tuple["Recipe", list["Recipe"]]:
     given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
     given -= {"resume", "jobs", "ray", "cores_per_run", "gpus_per_run", "data_dir", "no_plugins"}
     if odd := sorted(max(option.opts, key=len) for option in context.command.params if option.name in given):
-        raise InvalidRecipe(f"--resume goes on as it was planned: leave out {', '.join(odd)}")
+        raise InvalidRecipe(f"--resume continues the runs as they were planned; leave out {', '.join(odd)}")
     comparison = read_comparison(directory)
     if missing := [name for name in comparison.planned if name not in comparison.recipes]:
         raise InvalidRecipe(
-            f"{directory} does not say how {missing[0]} was planned, for an earlier version began it; give the same "
-            f"command as then, with --output {directory}"
+            f"{directory} has no recipe for {missing[0]}, because an earlier version began it; repeat the same "
+            f"command with --output {directory}"
         )
     planned = [Recipe.from_dict(comparison.recipes[name]) for name in comparison.planned]
     if not planned:
-        raise InvalidRecipe(f"nothing was planned in {directory}; begin a comparison with --output")
+        raise InvalidRecipe(f"no runs were planned in {directory}; start a comparison with --output")
     return planned[0], planned
 
 
@@ -203,7 +203,7 @@ def _compare(
         say(str(difference))
     say(f"report: {directory / PAGE}")
     for name in comparison.elsewhere:
-        say(f"under way in another process: {name}")
+        say(f"running in another process: {name}")
     for name, reason in comparison.failures.items():
         say(f"failed: {name}: {reason}")
     if comparison.failures or set(comparison.missing) - set(comparison.elsewhere):
@@ -268,7 +268,7 @@ def reproduce(
     say(f"report: {directory / f'{chosen.name}.html'}")
     comparisons = [setting.comparison for setting in result.settings]
     for name in (name for comparison in comparisons for name in comparison.elsewhere):
-        say(f"under way in another process: {name}")
+        say(f"running in another process: {name}")
     for name, reason in (failure for comparison in comparisons for failure in comparison.failures.items()):
         say(f"failed: {name}: {reason}")
     if any(c.failures or set(c.missing) - set(c.elsewhere) for c in comparisons):

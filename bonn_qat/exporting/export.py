@@ -102,7 +102,9 @@ def verify(
     chosen = _find(format)
     _require(format, chosen.runs_in)
     if chosen.run is None:
-        raise PackageMissing(f"the format {format!r} has no runtime of its own; what is made of the file runs it")
+        raise PackageMissing(
+            f"the format {format!r} has no runtime of its own; compile the file into a program to run it"
+        )
     batch = torch.randn(images, *input_size_of(model, input_size), generator=torch.Generator().manual_seed(_SEED))
     reference = next((p for p in model.parameters() if p.is_floating_point()), batch)
     with modes(model), torch.no_grad():
@@ -135,7 +137,7 @@ def _check(model: nn.Module, format: str) -> None:
     for name, layer in layers.items():
         if not layer.binary_weight or layer.stand_in is not None:
             raise InvalidModel(
-                f"{name} is in a stage of the training that leaves something float; "
+                f"{name} is in a stage of the training that leaves weights or activations float; "
                 "layer.enter(bonn_qat.Stage()) makes it binary"
             )
         reason = FORMATS[format].refuses(layer)

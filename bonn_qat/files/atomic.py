@@ -14,7 +14,7 @@ from bonn_qat.files import plain
 def write_bytes(path: str | Path, content: bytes) -> Path:
     """Write a file atomically, making the folders above it: readers see the old content or the new, never a part.
 
-    Raises OSError where the system refuses to write; the old content stays.
+    Raises OSError if the file cannot be written; the old content stays.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
 
 
 def remove_leftovers(path: str | Path) -> None:
-    """Remove the temporary files of killed processes that were writing ``path``; nobody else may be writing it."""
+    """Remove the temporary files of killed processes that were writing ``path``; no other process may be writing it."""
     path = Path(path)
     prefix = f".{path.name}."
     with contextlib.suppress(OSError):  # they only take space

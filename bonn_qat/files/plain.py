@@ -1,4 +1,4 @@
-"""Plain data: tables, lists, strings and numbers from JSON and TOML files that anybody may have written.
+"""Plain data: tables, lists, strings and numbers from JSON and TOML files that may come from anybody.
 
 What is read is bounded: the size of a file, the depth of nested tables and lists, and integers, which must fit into 64
 bits.
@@ -14,7 +14,7 @@ from typing import Any
 DEPTH = 24  # of tables and lists in one another
 _SHOWN = 120  # characters of a value in a message
 _WORDS = 1000  # characters of another library's error
-_TOO_DEEP = f"more than {DEPTH} tables and lists lie in one another"
+_TOO_DEEP = f"tables and lists are nested more than {DEPTH} levels deep"
 
 
 def read_text(path: str | Path, limit: int) -> str:
@@ -47,7 +47,7 @@ def from_toml(text: str) -> dict[str, Any]:
 
 
 def toml_value(text: str) -> Any:
-    """Parse one TOML value; text that is none is taken as a string, so that quotes can be left out.
+    """Parse one TOML value; other text is taken as a string, so that quotes can be left out.
 
     >>> toml_value("0.1"), toml_value("[1, 2]"), toml_value("plain")
     (0.1, [1, 2], 'plain')
@@ -62,7 +62,7 @@ def toml_value(text: str) -> Any:
 def check(value: Any) -> None:
     """Raise ValueError for values that JSON does not have and tables and lists nested too deeply.
 
-    Also for keys that are no strings, strings with lone surrogates, and integers of more than 64 bits.
+    Also for keys that are not strings, strings with lone surrogates, and integers of more than 64 bits.
     """
     level = [value]
     for _ in range(DEPTH + 1):
@@ -93,7 +93,7 @@ def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {shown(twice)} is there twice")
+        raise ValueError(f"the key {shown(twice)} occurs twice")
     return table
 
 
@@ -108,8 +108,8 @@ def _within(item: Any) -> Iterable[Any]:
         return item
     elif isinstance(item, Mapping):
         if not all(isinstance(key, str) for key in item):
-            raise ValueError("a key of a table is no text")
+            raise ValueError("a key of a table is not a string")
         return [*item, *item.values()]
     elif item is not None and not isinstance(item, float):
-        raise ValueError(f"{shown(item)} is no text, number, list or table")
+        raise ValueError(f"{shown(item)} is not a string, number, list or table")
     return ()

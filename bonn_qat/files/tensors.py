@@ -27,7 +27,7 @@ _TYPES = ("BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64")
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> Path:
-    """Write tensors by name, with a header, atomically. Raises OSError where the system refuses to write."""
+    """Write tensors by name, with a header, atomically. Raises OSError if the file cannot be written."""
     # safetensors' save_file would turn a full disk into an error of its own.
     return write_bytes(path, dump_tensors(tensors, header))
 
@@ -60,25 +60,25 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = Path(path)
     try:
         if path.exists() and not path.is_file():
-            raise InvalidData(f"cannot read {path}: it is no file")
+            raise InvalidData(f"cannot read {path}: it is not a regular file")
         with safetensors.safe_open(path, framework="pt") as file:
             names = file.keys()
             if len(names) > _TENSORS:
-                raise ValueError(f"it holds {len(names):,} tensors; at most {_TENSORS:,} are read")
+                raise ValueError(f"it holds {len(names):,} tensors; at most {_TENSORS:,} are allowed")
             tensors = {name: _tensor(name, file) for name in names}
             text = (file.metadata() or {}).get(_KEY, "{}")
         if len(text) > _HEADER:
-            raise ValueError(f"its header of bonn-qat has {len(text):,} characters; at most {_HEADER:,} are read")
+            raise ValueError(f"its bonn-qat header has {len(text):,} characters; at most {_HEADER:,} are allowed")
         header = plain.from_json(text)
     except OSError as error:
         reason = error.strerror or ("no such file" if not path.is_file() else str(error))
         raise InvalidData(f"cannot read {path}: {reason}") from error
     except (safetensors.SafetensorError, ValueError) as error:
-        raise InvalidData(f"{path} is not a whole safetensors file: {plain.one_line(error)}") from error
+        raise InvalidData(f"{path} is not a complete safetensors file: {plain.one_line(error)}") from error
     except MemoryError as error:
         raise InvalidData(f"{path} does not fit into memory") from error
     if not isinstance(header, dict):
-        raise InvalidData(f"{path} has a header of bonn-qat that is no table")
+        raise InvalidData(f"{path} has a bonn-qat header that is not a table")
     return tensors, header
 
 
@@ -88,9 +88,9 @@ def _tensor(name: str, file: Any) -> Tensor:
     if kind not in _TYPES:
         raise ValueError(f"the tensor {plain.shown(name)} is of type {kind}; known: {', '.join(_TYPES)}")
     if len(shape) > _AXES or max(shape, default=0) >= 2**48:
-        raise ValueError(f"the tensor {plain.shown(name)} has the shape {plain.shown(shape)}, which no tensor has")
+        raise ValueError(f"the tensor {plain.shown(name)} has the impossible shape {plain.shown(shape)}")
     tensor: Tensor = file.get_tensor(name)
     if kind == "BOOL" and bool((tensor.view(torch.uint8) > 1).any()):
-        raise ValueError(f"the tensor {plain.shown(name)} holds bytes that are no truth values")
+        raise ValueError(f"the tensor {plain.shown(name)} is boolean, but holds bytes other than 0 and 1")
     # The tensor is a view of the file, which another process may change or shorten, and may be unaligned.
     return tensor.clone()

@@ -31,8 +31,8 @@ def read_as(cls: type[T], content: Any) -> T:
     """Make an instance of the dataclass ``cls`` from the content of a file that a person wrote.
 
     Fields are str, int, float, bool, Any, other dataclasses, and lists, tuples and mappings of these. An int may stand
-    for a float and a list for a tuple; a bool is no number. A field with a default may be missing. Errors call the data
-    by the name of its class: a recipe, an arm.
+    for a float and a list for a tuple; a bool is not a number. A field with a default may be missing. Errors call the
+    data by the name of its class: a recipe, an arm.
 
     >>> @dataclass
     ... class Arm:

@@ -1,7 +1,7 @@
-"""Fuse: rewrites of a packed network's graph, so that between two binary convolutions nothing but bits is written.
+"""Fuse: rewrites of a packed network's graph, so that only bits are written between two binary convolutions.
 
 Every rewrite computes what the operators before it computed, in the same order and with the same roundings.
-``REWRITES`` are applied one after the other; the equation of each stands in its docstring, with y for a map
+``REWRITES`` are applied one after the other; the equation of each is in its docstring, with y for a map
 ``(B, C, H, W)`` of floats and rows ``(C,)`` that broadcast over it.
 """
 

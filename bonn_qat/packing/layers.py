@@ -16,7 +16,7 @@ _ops = torch.ops.bonn_qat
 
 
 def pack_layer(model: nn.Module, name: str, layer: BinaryLayer) -> PackedLayer:
-    """Put the packed form of ``layer`` in its place, wherever ``model`` has it; say which form that is, and why."""
+    """Replace ``layer`` by its packed form, wherever it occurs in ``model``; return which form, and why."""
     value, scale = layer.weight_quant.quantize(layer.latent())
     signs = sign_thresholds(layer)
     reason = ""
@@ -25,7 +25,7 @@ def pack_layer(model: nn.Module, name: str, layer: BinaryLayer) -> PackedLayer:
     elif layer.input_quant is None or layer.input_quant.bits != 1:
         reason = "its inputs are not bits"
     elif signs is None:
-        reason = "its inputs are not of two opposite values, by a threshold for each channel"
+        reason = "its inputs are not two opposite values, separated by a threshold for each channel"
     if not reason and signs is not None:
         thresholds, flips, magnitude = signs
         new = BitsLayer(layer, value >= 0, scale * magnitude, thresholds, flips)

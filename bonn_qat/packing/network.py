@@ -48,7 +48,7 @@ class Network:
             return self.graph.create_node("get_attr", name)
 
     def substitute(self, old: fx.Node, function: Any, *args: Any) -> fx.Node:
-        """Call ``function`` in the place of ``old``, which nobody uses afterwards; the result has the same shape."""
+        """Call ``function`` in the place of ``old``, which is unused afterwards; the result has the same shape."""
         with self.graph.inserting_before(old):
             new = self.graph.call_function(function, args)
         new.meta = dict(old.meta)
@@ -61,7 +61,7 @@ class Network:
         self.graph.erase_node(old)
 
     def simplify(self) -> None:
-        """Remove what nobody needs, aliases and signs of signs, and compute what does not depend on the images."""
+        """Remove unused nodes, aliases and signs of signs, and compute what does not depend on the images."""
         self.drop_unused()
         for node in list(self.graph.nodes):
             if node.op != "call_function":
@@ -86,7 +86,7 @@ class Network:
         return result if isinstance(result, Tensor) else None
 
     def drop_unused(self) -> None:
-        """Remove nodes and tensors that nobody needs."""
+        """Remove unused nodes and tensors."""
         self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
         used = {node.target for node in self.graph.nodes if node.op == "get_attr"}
         self.tensors = {name: tensor for name, tensor in self.tensors.items() if name in used}

@@ -34,7 +34,7 @@ def trace(model: nn.Module, size: Sequence[int]) -> Network:
                 program = program.run_decompositions({})
             network = _decomposed_network(program, batch)
     if unknown := network.unknown_calls():
-        raise InvalidModel(f"a packed network does not call {', '.join(unknown)}, as {type(model).__name__} does")
+        raise InvalidModel(f"{type(model).__name__} calls {', '.join(unknown)}, which a packed network cannot call")
     return network
 
 
@@ -59,7 +59,7 @@ def _plain_network(program: Any, batch: int | None) -> Network | None:
 def _decomposed_network(program: Any, batch: int | None) -> Network:
     if parts := _subgraphs(program):
         raise InvalidModel(
-            f"torch.export leaves {parts[0]} a graph of its own, as for a part under torch.autocast, which a packed "
+            f"torch.export leaves {parts[0]} a graph of its own, as for code under torch.autocast, which a packed "
             "network does not hold"
         )
     return cast(Network, _network(program, batch, _restore_norms))
@@ -116,7 +116,7 @@ def _facts(node: fx.Node) -> dict[str, Any]:
 
 
 def _out_of_place(graph: fx.Graph) -> bool:
-    """Replace operations in place on values that nobody else sees; False if there are others."""
+    """Replace operations in place on values that nothing else reads; False if there are others."""
     for node in list(graph.nodes):
         target: Any = node.target
         if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
@@ -166,7 +166,7 @@ def _shape_output(graph: fx.Graph, spec: Any) -> None:
     if spec.is_leaf():
         node.args = (outputs[0],)
     elif spec.type not in (list, tuple) or not all(child.is_leaf() for child in spec.children()):
-        raise InvalidModel(f"a packed network gives a tensor, or a list or tuple of tensors; this one gives {spec}")
+        raise InvalidModel(f"a packed network returns a tensor, or a list or tuple of tensors; this one returns {spec}")
 
 
 @contextlib.contextmanager

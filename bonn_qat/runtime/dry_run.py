@@ -93,11 +93,11 @@ class _DryRun:
         found = fx.node.map_aggregate(node.args[0], self._ready)
         flat = found if isinstance(found, list | tuple) else [found]
         if not flat or not all(isinstance(tensor, Tensor) for tensor in flat):
-            raise InvalidData("a packed network gives a tensor, or a list or tuple of tensors")
+            raise InvalidData("a packed network returns a tensor, or a list or tuple of tensors")
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """Node -> the nodes whose values nobody needs after it."""
+    """Node -> the nodes whose values are not needed after it."""
     lasts: dict[fx.Node, list[fx.Node]] = {}
     seen: set[fx.Node] = set()
     for node in reversed(graph.nodes):
@@ -114,10 +114,10 @@ def _called(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     if any(str(result.type) == "List[Tensor]" for result in schema.returns):
         numbers = [number for number in args if isinstance(number, int)]
         if max(*args[0].shape, *numbers, 0) > _LONGEST:
-            raise InvalidData(f"{function} makes too many pieces of {tuple(args[0].shape)}")
+            raise InvalidData(f"{function} would make too many pieces of {tuple(args[0].shape)}")
     if schema.name == "aten::div" and kwargs.get("rounding_mode") == "trunc":
         if not any(tensor.is_floating_point() for tensor in _tensors((args, kwargs))):
-            raise InvalidData(f"{function} of whole numbers: dividing the smallest one by -1 ends the process")
+            raise InvalidData(f"{function} of whole numbers: dividing the smallest one by -1 crashes the process")
     elif schema.name.startswith("aten::conv") and len({tensor.dtype for tensor in _tensors(args)}) > 1:
         raise InvalidData(f"{function} of tensors of several types")  # torch notices this only in a real run
     elif schema.name == "aten::view":

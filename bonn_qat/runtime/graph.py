@@ -114,7 +114,7 @@ def _function(name: object) -> Any:
             function = getattr(getattr(getattr(torch.ops, namespace), operation, None), overload, None)
             if function is not None and is_known(function):
                 return function
-    raise InvalidData(f"a packed network does not call {shown(name)}")
+    raise InvalidData(f"a packed network cannot call {shown(name)}")
 
 
 def describe(graph: fx.Graph, weights: Mapping[str, Geometry]) -> list[dict[str, Any]]:
@@ -169,7 +169,7 @@ def _decode(value: Any, known: Mapping[str, fx.Node]) -> Any:
                 return torch.device("cpu")
             if kind in _TYPES and content in _TYPES[kind]:
                 return _TYPES[kind][content]
-    raise InvalidData(f"a packed network has no argument {shown(value)}")
+    raise InvalidData(f"a packed network cannot have the argument {shown(value)}")
 
 
 def rebuild(nodes: object) -> tuple[fx.Graph, dict[str, Geometry]]:
@@ -182,7 +182,7 @@ def rebuild(nodes: object) -> tuple[fx.Graph, dict[str, Geometry]]:
     ):
         raise InvalidData("the nodes of a packed network are a list of tables, each with an op")
     if len(nodes) > NODES:
-        raise InvalidData(f"a packed network has {len(nodes):,} nodes; at most {NODES:,} are read")
+        raise InvalidData(f"a packed network has {len(nodes):,} nodes; at most {NODES:,} are allowed")
     graph, known, weights = fx.Graph(), dict[str, fx.Node](), dict[str, Geometry]()
     ops = [node.get("op") for node in nodes]
     if ops.count("input") != 1 or ops.count("output") != 1 or ops[-1] != "output":
@@ -195,7 +195,7 @@ def rebuild(nodes: object) -> tuple[fx.Graph, dict[str, Geometry]]:
         node = _node(graph, entry, known)
         # Names become identifiers: torch.fx writes the network as Python code.
         if node.name != entry["name"] or node.name == "self" or node.name in known:
-            raise InvalidData(f"{shown(entry['name'])} is no name of a node, or there are two of it")
+            raise InvalidData(f"{shown(entry['name'])} is not a valid name of a node, or occurs twice")
         known[node.name] = node
         if "geometry" in entry:
             weights[node.target] = _geometry(entry["geometry"])  # type: ignore[index]
@@ -205,19 +205,19 @@ def rebuild(nodes: object) -> tuple[fx.Graph, dict[str, Geometry]]:
 def _node(graph: fx.Graph, entry: Mapping[str, Any], known: Mapping[str, fx.Node]) -> fx.Node:
     op, name = entry["op"], entry.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name) or keyword.iskeyword(name):
-        raise InvalidData(f"{shown(name)} is no name of a node, or there are two of it")
+        raise InvalidData(f"{shown(name)} is not a valid name of a node, or occurs twice")
     if op == "input":
         _expect_keys(entry, "name")
         return graph.placeholder(name)
     if op == "tensor":
         _expect_keys(entry, "name", "tensor", *(["geometry"] if "geometry" in entry else []))
         if not isinstance(entry["tensor"], str):
-            raise InvalidData(f"{shown(entry['tensor'])} is no name of a tensor")
+            raise InvalidData(f"{shown(entry['tensor'])} is not the name of a tensor")
         return graph.create_node("get_attr", entry["tensor"], name=name)
     _expect_keys(entry, "name", "args", "kwargs")
     function, args = _function(op), _decode(_listed(entry["args"]), known)
     if not isinstance(entry["kwargs"], dict):
-        raise InvalidData(f"the kwargs of {name} are no table")
+        raise InvalidData(f"the kwargs of {name} are not a table")
     kwargs = {key: _decode(value, known) for key, value in entry["kwargs"].items()}
     # As torch writes them: only keyword-only arguments have names. These become Python code, too.
     arguments = [] if op in PYTHON else function._schema.arguments
@@ -231,28 +231,30 @@ def _node(graph: fx.Graph, entry: Mapping[str, Any], known: Mapping[str, fx.Node
         kind = re.sub(r"Optional\[(\w+)\]", r"\1", str(argument.real_type))
         # torch also takes a number for these, and uses it as an index into a table without checking it.
         if kind in _KINDS and value is not None and not isinstance(value, _KINDS[kind]):
-            raise InvalidData(f"{op} takes no {shown(value)} for {argument.name}")
+            raise InvalidData(f"{op} does not take {shown(value)} for {argument.name}")
     lists = [argument for argument in args if isinstance(argument, list | tuple)]
     if op.startswith("bonn_qat.") and any(isinstance(item, fx.Node) for numbers in lists for item in numbers):
-        raise InvalidData(f"{op} takes lists of whole numbers, not of what other nodes give")
+        raise InvalidData(f"{op} takes lists of whole numbers, not of other nodes' results")
     return graph.create_node("call_function", function, tuple(args), kwargs, name=name)
 
 
 def _expect_keys(entry: Mapping[str, Any], *keys: str) -> None:
     if odd := sorted(entry.keys() ^ {"op", *keys}):
-        raise InvalidData(f"the node {shown(entry.get('name'))} of a packed network: look at its {shown(odd[0])}")
+        raise InvalidData(
+            f"the node {shown(entry.get('name'))} of a packed network has a missing or unknown key {shown(odd[0])}"
+        )
 
 
 def _listed(value: object) -> list[Any]:
     if not isinstance(value, list) or not value:
-        raise InvalidData(f"{shown(value)} is no list of arguments")
+        raise InvalidData(f"{shown(value)} is not a list of arguments")
     return value
 
 
 def _geometry(numbers: object) -> Geometry:
     try:
         if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
-            raise ValueError(f"{shown(numbers)} are no whole numbers")
+            raise ValueError(f"{shown(numbers)} are not whole numbers")
         return operators.geometry_of(numbers)
     except (ValueError, RuntimeError) as error:
         raise InvalidData(str(error)) from error
@@ -278,7 +280,7 @@ def check_words(words: Mapping[str, Tensor], weights: Mapping[str, Geometry]) ->
     if needed > _ROOM + _GROWTH * sum(8 * len(words[name]) for name in weights):
         raise InvalidData(f"its bits would need {needed:,} bytes in memory: too many small groups")
     if (groups := sum(geometry.groups for geometry in weights.values())) > _GROUPS:
-        raise InvalidData(f"its convolutions have {groups:,} groups; at most {_GROUPS:,} are read")
+        raise InvalidData(f"its convolutions have {groups:,} groups; at most {_GROUPS:,} are allowed")
 
 
 def from_words(words: Tensor, geometry: Geometry) -> Tensor:
@@ -298,12 +300,12 @@ def without_dispatcher(network: fx.GraphModule) -> fx.GraphModule:
 
 
 def takes_planes(graph: fx.Graph) -> bool:
-    """Whether the network wants images in ``torch.contiguous_format`` instead of ``torch.channels_last``."""
+    """Whether the network takes images in ``torch.contiguous_format`` instead of ``torch.channels_last``."""
     return bool(graph.find_nodes(op="call_function", target=torch.ops.bonn_qat.max_pool2d.default))
 
 
 def image_layout(graph: fx.Graph) -> torch.memory_format:
-    """The memory format that the network wants its images in."""
+    """The memory format in which the network takes images."""
     return torch.contiguous_format if takes_planes(graph) else torch.channels_last
 
 
@@ -341,7 +343,7 @@ def module(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> tuple[fx.GraphModu
 
 
 def _forgotten(network: fx.GraphModule) -> fx.GraphModule:
-    """``network``, whose source torch.fx now drops with it; otherwise torch.fx keeps 5 KiB for each network forever."""
+    """Return ``network``; torch.fx drops its source with it, instead of keeping 5 KiB for each network forever."""
     sources = getattr(getattr(fx.graph_module, "_loader", None), "eval_cache", {})
     name = getattr(getattr(type(network).forward, "__code__", None), "co_filename", "")
     if name in sources:

@@ -4,7 +4,7 @@ A binary product counts where signs differ: ``sum a_i w_i = n - 2 popcount(a xor
 how a nibble of activations differs from each of the 16 nibbles of weights is a row of 16 bytes. One byte shuffle looks
 that row up for 32 filters at once, 128 products; the counts add up in bytes and leave them for 16 bits before they
 overflow. A tile is four pixels by 64 filters, so that weights are read once for four pixels. What follows a convolution
-until the next sign, its *epilogue*, is done on a tile while it lies in the first cache.
+until the next sign, its *epilogue*, is done on a tile while it is in the first cache.
 
 Vectors are types of numba here, with the handful of operations that are needed; all else is plain loops. x86 has the
 shuffle since SSSE3, ARM since NEON; elsewhere bytes are looked up one by one.

@@ -44,7 +44,7 @@ class Geometry:
             raise ValueError(f"the geometry of a binary convolution has 13 numbers; got {len(numbers)}")
         o, i, kh, kw, sh, sw, top, bottom, left, right, dh, dw, groups = numbers
         if min(o, i, kh, kw, sh, sw, dh, dw, groups) < 1 or min(numbers) < 0 or o % groups or i % groups:
-            raise ValueError(f"{numbers} are no geometry of a binary convolution")
+            raise ValueError(f"{numbers} are not the geometry of a binary convolution")
         return cls(o, i, (kh, kw), (sh, sw), (top, bottom, left, right), (dh, dw), groups)
 
     @property

@@ -106,7 +106,7 @@ def _codes_shape(x_shape: tuple[int, ...], geometry: Geometry) -> tuple[int, int
 
 def _result_shape(codes: Tensor, geometry: Geometry) -> tuple[int, int, int, int]:
     if codes.dtype != torch.uint8 or codes.ndim != 4 or codes.shape[3] != geometry.groups * geometry.width:
-        raise RuntimeError(f"these are no codes for {geometry}: {codes.dtype} {tuple(codes.shape)}")
+        raise RuntimeError(f"these are not codes for {geometry}: {codes.dtype} {tuple(codes.shape)}")
     return codes.shape[0], geometry.out_channels, *geometry.output_size(*codes.shape[1:3])
 
 
@@ -244,7 +244,7 @@ def _pooled_size(x: Tensor, kernel: list[int], stride: list[int], padding: list[
     _expect_images(x)
     for numbers, least in ((kernel, 1), (stride, 1), (padding, 0)):
         if len(numbers) != 2 or min(numbers) < least or max(numbers) > _LARGEST:
-            raise RuntimeError(f"{kernel}, {stride}, {padding} are no windows")
+            raise RuntimeError(f"{kernel}, {stride}, {padding} are not valid windows")
     if any(2 * p > k for p, k in zip(padding, kernel, strict=True)):
         raise RuntimeError(f"padding {padding} is more than half of the kernel {kernel}")
     sides = zip(x.shape[2:], kernel, stride, padding, strict=True)

@@ -45,7 +45,7 @@ def _are_sizes(*numbers: int) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class _Header:
-    """What a file says beside its tensors."""
+    """The header of a file."""
 
     kind: str
     format: int
@@ -106,7 +106,8 @@ class PackedModel(nn.Module):
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Raise InvalidData for what the values in a file make impossible, as an index beyond the end of a table."""
+        """Within the block, errors that the values in a file cause, such as an index out of range, become
+        InvalidData."""
         try:
             yield
         except torch.OutOfMemoryError:
@@ -184,20 +185,20 @@ class PackedModel(nn.Module):
     @classmethod
     def _from_file(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> "PackedModel":
         if header.get("kind") != "packed":
-            raise InvalidData("no packed network; bonn_qat.pack(model).save(path) writes one")
+            raise InvalidData("not a packed network; bonn_qat.pack(model).save(path) writes one")
         if header.get("format") != FORMAT:
             raise InvalidData(
                 f"a packed network of format {plain.shown(header.get('format'))}; this version of bonn-qat reads "
                 f"{FORMAT}"
             )
         if header.pop("sha256", None) != digest(tensors, header):
-            raise InvalidData("the file was altered after it was written: its checksum is another")
-        given = vars(read_own(_Header, header, "its header has something wrong"))
+            raise InvalidData("the file was altered after it was written: its checksum does not match")
+        given = vars(read_own(_Header, header, "its header is invalid"))
         given = {key: value for key, value in given.items() if key not in ("kind", "format", "nodes")}
         graph, weights = graphs.rebuild(header["nodes"])
         used = [node.target for node in graph.nodes if node.op == "get_attr"]
         if missing := sorted(set(used) ^ set(tensors)):
-            raise InvalidData(f"its tensors are not those of its nodes; look at {plain.shown(missing[0])}")
+            raise InvalidData(f"its tensors do not match its nodes: {plain.shown(missing[0])} is missing or unused")
         graphs.check_words(tensors, weights)
         shapes = {name: torch.empty(weights[name].weight_bytes, dtype=torch.uint8, device="meta")
                   if name in weights else tensor.to("meta") for name, tensor in tensors.items()}  # fmt: skip

@@ -14,7 +14,7 @@ Shape = Sequence[int]
 
 
 def result_of(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What an operator of torch returns for meta tensors. Raises what torch raises where arguments do not fit."""
+    """What a torch operator returns for meta tensors. Raises what torch raises for arguments that do not fit."""
     found = own(function, args, kwargs)
     return function(*args, **kwargs) if found is None else found
 

@@ -18,7 +18,7 @@ _NAME, _LONGEST = re.compile(r"[\w.,=+-]+"), 240  # of a run, in bytes
 
 @dataclass(frozen=True, kw_only=True)
 class _Data:
-    """What a manifest says of the data: numbers of images, and ``image`` ``[C, H, W]``."""
+    """The data as the manifest describes them: numbers of images, and ``image`` ``[C, H, W]``."""
 
     name: str
     classes: int
@@ -31,17 +31,17 @@ def _check_names(name: str, runs: Sequence[str]) -> str | None:
     """Names of runs become names of files."""
     for run, count in Counter(runs).items():
         if count > 1 or len(run.encode()) > _LONGEST or not _NAME.fullmatch(run) or not run.strip("."):
-            return f"it plans a run {shown(run)}, or two of it"
+            return f"it plans the run {shown(run)} twice, or under a name that no file can have"
     return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a comparison's own file holds.
+    """The content of a comparison's manifest.
 
     ``data`` describes the data: name, classes, train, test (numbers of images), image (channels, height, width).
     ``planned`` has the names of runs in the order of the table, ``failures`` the error of each run that failed,
-    ``recipes`` the planned runs' recipes by name; an earlier version wrote none.
+    ``recipes`` the planned runs' recipes by name; comparisons of earlier versions have none.
     """
 
     data: Mapping[str, Any]
@@ -52,9 +52,9 @@ class Manifest:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Manifest):
-    """A comparison as it stands on disk: its manifest, and the results of the runs that are finished.
+    """A comparison on disk: its manifest, and the results of the runs that are finished.
 
-    ``elsewhere`` names runs that another process was at when this one came to them; it is not written.
+    ``elsewhere`` names the runs that another process was training; it is not written.
     """
 
     directory: Path

@@ -113,9 +113,7 @@ def best_rate(arm: StudyArm, searched: Mapping[float, Comparison]) -> float:
     """
     found = study_report.accuracies(arm, searched)
     if not found:
-        raise TrainingDiverged(
-            f"{arm.recipe.scheme_spec} came to an end with none of the learning rates {list(searched)}"
-        )
+        raise TrainingDiverged(f"{arm.recipe.scheme_spec} diverged with each of the learning rates {list(searched)}")
     return max(sorted(found), key=lambda rate: found[rate])
 
 
@@ -154,7 +152,7 @@ def _loader(study: Study, directory: Path | None, size: int, workers: int) -> Ca
     @functools.cache
     def loaded(name: str, train: int, test: int, validation: int) -> Data:
         if name == FOLDER and not Path(name).is_dir():
-            raise InvalidData(f"{study.name} reads an image folder of yours; name it: --data DIR")
+            raise InvalidData(f"{study.name} needs an image folder; pass it with --data DIR")
         return load_data(
             name, directory=directory, train_images=train, test_images=test, validation_images=validation,
             size=size, workers=workers,
@@ -175,14 +173,15 @@ def _changed(
     rates: Sequence[float],
     pm: pluggy.PluginManager | None,
 ) -> Setting:
-    """The setting with changed recipes; the float network keeps its start of the latent weights, for it has none.
+    """The setting with changed recipes; the float network keeps its value of ``latents``, because it has no latent
+    weights.
 
     An option of a scheme changes only the arms whose schemes have it.
     """
     for given in settings:
         key = given.partition("=")[0].strip()
         if key in ("scheme", "seed") or (key == "lr" and rates):
-            raise InvalidRecipe(f"{given!r} cannot be set: the study gives each of its runs a {key} of its own")
+            raise InvalidRecipe(f"{given!r} cannot be set: the study sets the {key} of each run")
 
     options = {given: name for given in settings if (name := _scheme_option(given))}
     offered = {arm.recipe.scheme: plugins.find_scheme(arm.recipe.scheme, pm).takes for arm in setting.arms}
@@ -238,7 +237,7 @@ def _own(comparison: Comparison, recipes: Sequence[Recipe], arms: Sequence[Study
 
 
 def _note(study: Study, directory: Path, scale: float, rates: Sequence[float], search_scale: float) -> None:
-    """Write scale and rates of the study to the directory, or check that they are the ones that stand there."""
+    """Write scale and rates of the study to the directory, or check that they match the ones written before."""
     path = directory / f"{study.name}.json"
     content = {
         "study": study.name,

@@ -24,7 +24,7 @@ _SHARED = ("model", "data", "train_images", "test_images", "validation_images")
 
 @dataclass(frozen=True, kw_only=True)
 class _Arm:
-    """An arm as a study's file has it: ``scheme`` with options, ``recipe`` changes the setting's."""
+    """An arm in a study's file: ``scheme`` with options, ``recipe`` changes the setting's."""
 
     scheme: str = ""
     label: str = ""
@@ -35,7 +35,7 @@ class _Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class _Setting:
-    """A setting as a study's file has it: ``recipe`` changes the study's."""
+    """A setting in a study's file: ``recipe`` changes the study's."""
 
     name: str = ""
     title: str = ""
@@ -193,7 +193,7 @@ def _read(name: str, path: Path) -> Study:
 
 def _some(kind: str, entries: tuple[_T, ...]) -> tuple[_T, ...]:
     if not entries:
-        raise InvalidRecipe(f"a study needs at least one of its {kind}, as an array of tables")
+        raise InvalidRecipe(f"a study needs {kind}, an array of at least one table")
     return entries
 
 
@@ -225,7 +225,7 @@ def _arm(base: Mapping[str, Any], file: _Arm) -> StudyArm:
         raise InvalidRecipe(f"an arm of a study has no scheme: {shown(file)}")
     for key in _SHARED:
         if key in file.recipe:
-            raise InvalidRecipe(f"the arm {scheme!r} has a {key} of its own; arms share the one of their setting")
+            raise InvalidRecipe(f"the arm {scheme!r} sets {key}; all arms of a setting share it")
     latents = {} if file.latents is None else {"latents": file.latents}
     recipe = Recipe.from_dict({**base, **file.recipe, **latents}).with_scheme(scheme)
     if recipe.scheme == "float":

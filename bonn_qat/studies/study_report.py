@@ -274,7 +274,7 @@ def _difference(result: SettingResult, arm: StudyArm, other: StudyArm | None) ->
 
 
 def _search(result: SettingResult) -> Table:
-    """A column for each rate; the best of each arm stands out."""
+    """A column for each rate; the best of each arm is emphasized."""
     body = []
     for arm in result.arms:
         found = accuracies(arm, result.search)

@@ -29,7 +29,7 @@ class Progress:
     ``epochs`` are the metrics of the finished epochs, ``step`` the optimizer steps of the current one, ``stage`` the
     index of the stage of the last step, -1 before the first. ``data`` describes the data, ``seconds`` is the time
     spent, ``histograms`` are those of the result, ``scaler`` is the state of the loss scaler. ``started`` and
-    ``times`` are those of the result too; a checkpoint of an earlier version has none.
+    ``times`` are those of the result too; checkpoints of earlier versions lack them.
     """
 
     run_id: str
@@ -57,7 +57,7 @@ class RunState(NamedTuple):
 
 
 def write_state(path: str | Path, state: RunState) -> Path:
-    """Write ``state`` atomically. Raises OSError where the system refuses to write."""
+    """Write ``state`` atomically. Raises OSError if the file cannot be written."""
     header = {"kind": "unfinished run", "format": FORMAT, **asdict(state.progress)}
     return write_tensors(path, state.tensors, header | {"sha256": digest(state.tensors, header)})
 
@@ -65,27 +65,27 @@ def write_state(path: str | Path, state: RunState) -> Path:
 def read_state(path: str | Path) -> RunState:
     """Read what :func:`write_state` wrote.
 
-    Raises InvalidData naming the file for one that cannot be read, was altered, or is no state of a run.
+    Raises InvalidData naming the file for one that cannot be read, was altered, or is not a checkpoint.
     """
     tensors, header = read_tensors(path)
     if header.pop("kind", None) != "unfinished run" and "stage" not in header:
-        raise InvalidData(f"{path} is no checkpoint of a training run; delete it, or give another path")
+        raise InvalidData(f"{path} is not a checkpoint of a training run; delete it, or give another path")
     if header.get("format") != FORMAT:
         raise InvalidData(
-            f"{path} is a checkpoint of format {shown(header.get('format'))}; this version of bonn-qat goes on from "
-            f"{FORMAT}; delete it to begin the run anew"
+            f"{path} is a checkpoint of format {shown(header.get('format'))}; this version of bonn-qat resumes "
+            f"{FORMAT}; delete it to start the run again"
         )
     checksum = header.pop("sha256", None)
     if checksum != digest(tensors, {"kind": "unfinished run", **header}):
-        raise InvalidData(f"{path} was altered after it was written: its checksum is another; delete it")
+        raise InvalidData(f"{path} was altered after it was written: its checksum does not match; delete it")
     del header["format"]
-    return RunState(read_own(Progress, header, f"{path} is no checkpoint"), tensors)
+    return RunState(read_own(Progress, header, f"{path} is not a checkpoint"), tensors)
 
 
 def mismatch(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
     """How tensors differ in name, type or shape from the expected ones; None if they do not."""
     if odd := sorted(found.keys() ^ expected.keys()):
-        return f"{shown(odd[0])[1:-1]} is {'not there' if odd[0] in expected else 'unknown'}"
+        return f"{shown(odd[0])[1:-1]} is {'missing' if odd[0] in expected else 'unknown'}"
     for name, tensor in expected.items():
         if found[name].shape != tensor.shape or found[name].dtype != tensor.dtype:
             return f"{name} is {found[name].dtype} {tuple(found[name].shape)}, not {tensor.dtype} {tuple(tensor.shape)}"

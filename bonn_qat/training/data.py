@@ -312,7 +312,7 @@ def load(
             workers=workers,
         )
     if os.sep in name or path.exists():
-        raise InvalidData(f"the image folder {name} does not exist" if not path.exists() else f"{name} is no folder")
+        raise InvalidData(f"the image folder {name} does not exist" if not path.exists() else f"{name} is not a folder")
     raise UnknownName("data set", name, [*NAMES, "the path of an image folder"])
 
 
@@ -320,7 +320,7 @@ def _digits(parts: tuple[int, int, int]) -> Data:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise InvalidData("the digits come with scikit-learn: pip install 'bonn-qat[compare]'") from error
+        raise InvalidData("the digits are part of scikit-learn: pip install 'bonn-qat[compare]'") from error
     bunch = load_digits()
     images = torch.tensor(bunch.images * (255 / 16), dtype=torch.float32).round().to(torch.uint8)[:, None]
     targets = torch.tensor(bunch.target, dtype=torch.int64)
@@ -368,7 +368,7 @@ def _chosen_tensors(train: Batch, test: Batch, parts: tuple[int, int, int]) -> t
 def _held_out(total: int, count: int) -> tuple[Tensor, Tensor]:
     """Indices of the images to train on, and of those held out."""
     if count >= total:
-        raise InvalidData(f"{count} images were to be held out for validation, of {total} training images")
+        raise InvalidData(f"cannot hold out {count} of {total} training images for validation")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(_SPLIT_SEED + 1))
     return order[count:], order[:count]
 
@@ -383,7 +383,7 @@ def _chosen(total: int, count: int) -> Tensor | None:
     if not count:
         return None
     if count > total:
-        raise InvalidData(f"{count} images were asked for, there are {total}")
+        raise InvalidData(f"{count} images were requested, but there are only {total}")
     return torch.randperm(total, generator=torch.Generator().manual_seed(_SPLIT_SEED))[:count]
 
 
@@ -409,7 +409,7 @@ def _image_folder(root: Path, transform: Any) -> Any:
     try:
         return ImageFolder(root, transform=transform)
     except FileNotFoundError as error:
-        raise InvalidData(f"{root} holds no images in one folder for each class: {one_line(error)}") from error
+        raise InvalidData(f"{root} does not have one folder of images for each class: {one_line(error)}") from error
 
 
 def _classes(dataset: Any) -> list[str]:

@@ -15,7 +15,7 @@ _DEFERRED = (signal.SIGINT, signal.SIGTERM)
 
 @final
 class Interrupts:
-    """The signal that came within :func:`deferred_interrupts`, if any; true if one came."""
+    """The first signal within :func:`deferred_interrupts`, if any; true if there was one."""
 
     def __init__(self) -> None:
         self._before: dict[int, Any] = {}

@@ -35,10 +35,8 @@ def recipe_scheme(recipe: Recipe, pm: pluggy.PluginManager | None = None) -> Sch
 
 
 def check(recipe: Recipe, pm: pluggy.PluginManager | None = None) -> None:
-    """Raise UnknownName for a model, scheme, option or regularizer of the recipe that nobody offers."""
+    """Raise UnknownName for a model, scheme, option or regularizer of the recipe that is not installed."""
     import timm
-
-    import bonn_qat.models  # noqa: F401 (registers the paper's networks with timm)
 
     if not timm.is_model(recipe.model):
         raise UnknownName("model", recipe.model, timm.list_models())
@@ -74,7 +72,7 @@ def _build(recipe: Recipe, classes: int, image: tuple[int, ...], pm: pluggy.Plug
 
 
 def float_network(recipe: Recipe, classes: int, channels: int) -> nn.Module:
-    """timm's network for the recipe, before it is binarized. Raises InvalidRecipe where timm cannot make it."""
+    """timm's network for the recipe, before it is binarized. Raises InvalidRecipe where timm cannot create it."""
     import timm
 
     try:
@@ -85,7 +83,7 @@ def float_network(recipe: Recipe, classes: int, channels: int) -> nn.Module:
         raise
     except Exception as error:  # whatever a network of timm makes of its arguments
         raise InvalidRecipe(
-            f"timm cannot make {recipe.model!r} for {classes} classes with model_options "
+            f"timm cannot create {recipe.model!r} for {classes} classes with model_options "
             f"{shown(dict(recipe.model_options))}: {type(error).__name__}: {one_line(error)}"
         ) from error
     return network
@@ -110,7 +108,7 @@ def _load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: str | P
     except RuntimeError as error:
         first, *rest = (line.strip() for line in str(error).splitlines() if line.strip())
         raise InvalidData(
-            f"{path} is no checkpoint of this {type(model).__name__}: {one_line(' '.join(rest) or first)}"
+            f"{path} is not a checkpoint of this {type(model).__name__}: {one_line(' '.join(rest) or first)}"
         ) from error
 
 
@@ -128,12 +126,12 @@ def load(path: str | Path, *, pm: pluggy.PluginManager | None = None) -> nn.Modu
     """The trained network of a weights file, ``runs/NAME.safetensors`` of a comparison or from :func:`save`.
 
     It is in evaluation mode; ``model.binarization.input_size`` is the size ``(C, H, W)`` of its images. The plugin of
-    its scheme must be installed, its data need not be there. Nothing is downloaded, and no code in the file is run.
+    its scheme must be installed; the data are not needed. Nothing is downloaded, and no code in the file is run.
 
     >>> model = bonn_qat.load("runs/bonn-0.01-seed0.safetensors")  # doctest: +SKIP
 
     Raises InvalidData naming the file: if it cannot be read, does not describe its network, is of another format, holds
-    an unfinished run or tensors of another network, or has a recipe with what this installation does not know.
+    an unfinished run or tensors of another network, or has a recipe with names that this installation does not know.
     """
     tensors, content = read_tensors(path)
     header = _read_header(content, path)
@@ -167,11 +165,11 @@ def save(
     model_options: Mapping[str, Any] | None = None,
     pm: pluggy.PluginManager | None = None,
 ) -> Path:
-    """Write a trained network, of timm's and made 1-bit by :func:`bonn_qat.binarize`, so that :func:`load` reads it.
+    """Write a trained timm model, binarized by :func:`bonn_qat.binarize`, so that :func:`load` can read it.
 
     The file holds the tensors, the names of the network and the scheme, and their options. ``model_options`` are the
-    arguments that ``timm.create_model`` was given besides ``num_classes`` and ``in_chans``, such as ``img_size``.
-    Before anything is written the network is rebuilt from all that, and must give the same outputs.
+    arguments that ``timm.create_model`` was called with besides ``num_classes`` and ``in_chans``, such as ``img_size``.
+    Before anything is written the network is rebuilt from this data, and must give the same outputs.
 
     >>> bonn_qat.save(model, "trained.safetensors")  # doctest: +SKIP
 
@@ -187,11 +185,13 @@ def save(
             rebuilt = _rebuilt(_read_header(header, path), tensors, pm)
             if _are_same(copied, rebuilt, image):
                 return write_tensors(path, tensors, header)
-        raise InvalidModel("the same scheme makes another network of timm's; give model_options, if it has any")
+        raise InvalidModel(
+            "timm.create_model builds another network from the same name; pass its arguments as model_options"
+        )
     except BonnQatError as error:
         raise InvalidModel(
             f"{type(model).__name__} cannot be rebuilt from a file: {error}. Write model.state_dict() with "
-            "safetensors.torch.save_file instead, and load it into the network that the same code makes"
+            "safetensors.torch.save_file instead, and load it into the network that the same code builds"
         ) from error
 
 
@@ -211,7 +211,7 @@ def _descriptions(
         return
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     if not isinstance(config, dict) or not config.get("architecture"):
-        raise InvalidModel("timm.create_model did not make it")
+        raise InvalidModel("it was not created by timm.create_model")
     scheme = record.scheme
     recipe = Recipe(
         model=config["architecture"], data="", scheme=scheme.name, model_options=model_options or {},
@@ -225,7 +225,7 @@ def _descriptions(
 
 
 def _options(scheme: Scheme, registered: Scheme) -> dict[str, Any]:
-    """The options that make ``registered`` into ``scheme``. Raises InvalidModel where its quantizers are others."""
+    """The options that make ``registered`` into ``scheme``. Raises InvalidModel if the quantizers differ."""
     for part in ("weight", "activation", "output"):
         makers = [getattr(of, part) for of in (scheme, registered)]
         if len({getattr(make, "func", make) for make in makers}) > 1:  # a partial where it has options
@@ -252,7 +252,7 @@ def _are_same(one: nn.Module, other: nn.Module, image: tuple[int, ...]) -> bool:
 
 
 def _check_size(recipe: Recipe, classes: int, channels: int, tensors: Mapping[str, Tensor]) -> None:
-    """Before a network is allocated: it must be about as large as what the file holds, give or take its scheme."""
+    """Check, before it is allocated, that the network is about as large as the tensors in its file."""
     held = sum(tensor.numel() for tensor in tensors.values())
     claimed = 0
 
@@ -261,7 +261,7 @@ def _check_size(recipe: Recipe, classes: int, channels: int, tensors: Mapping[st
         claimed += 0 if parameter is None else parameter.numel()
         # Checked at each parameter, because making very many layers takes long even without memory.
         if claimed > 2 * held + 1024:
-            raise InvalidData(f"it holds {held:,} numbers, and says to be a network of more than {claimed:,}")
+            raise InvalidData(f"it holds {held:,} numbers, but describes a network of more than {claimed:,}")
 
     counting = register_module_parameter_registration_hook(count)
     try:
@@ -277,7 +277,7 @@ _IMAGE = Allowed(f"[C, H, W], each 1 to {_LARGEST}", lambda s: len(s) == 3 and a
 
 @dataclass(frozen=True, kw_only=True)
 class _Header:
-    """What a weights file says beside its tensors: ``recipe`` as data, ``image`` is ``[C, H, W]``."""
+    """The header of a weights file: ``recipe`` as data, ``image`` is ``[C, H, W]``."""
 
     format: int
     recipe: Mapping[str, Any]
@@ -288,13 +288,13 @@ class _Header:
 def _read_header(header: Mapping[str, Any], path: str | Path) -> _Header:
     if "recipe" not in header:
         raise InvalidData(
-            f"{path} does not say of which network it holds the weights: an earlier version of bonn-qat wrote it, or "
-            "another program; make the network yourself and give it to load_state_dict, or train it again"
+            f"{path} does not describe the network of its weights: an earlier version of bonn-qat wrote it, or "
+            "another program; build the network yourself and call load_state_dict, or train it again"
         )
     if "stage" in header:
-        raise InvalidData(f"{path} is the checkpoint of a run that is not finished; the same command goes on from it")
+        raise InvalidData(f"{path} is the checkpoint of an unfinished run; the same command resumes it")
     if header.get("format") != WEIGHTS_FORMAT:
         raise InvalidData(
             f"{path} is of format {shown(header.get('format'))}; this version of bonn-qat reads {WEIGHTS_FORMAT}"
         )
-    return read_own(_Header, header, f"{path} is no weights file")
+    return read_own(_Header, header, f"{path} is not a weights file")

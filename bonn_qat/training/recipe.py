@@ -32,11 +32,12 @@ Fraction = Annotated[float, Allowed("at least 0, below 1", lambda x: 0 <= x < 1)
 class Recipe:
     """One training run: model, scheme, data, seed, optimizer, schedule and stages.
 
-    ``model`` is a name of timm's; ``data`` is a name of :mod:`bonn_qat.training.data` or the path of an image folder.
-    ``train_images`` and ``test_images`` take a fixed random part of the data, 0 all of it. ``validation_images`` of the
-    training images are held out and replace the test set, for a search that must not see it. ``latents`` is how the
-    latent weights (the float weights that are trained, whose signs are the binary weights) start: ``"scheme"`` as the
-    scheme says, ``"float"`` as in the float network, or scaled to a standard deviation such as ``"0.01"``.
+    ``model`` is the name of a timm model; ``data`` is a name of :mod:`bonn_qat.training.data` or the path of an image
+    folder. ``train_images`` and ``test_images`` take a fixed random part of the data, 0 all of it.
+    ``validation_images`` of the training images are held out and replace the test set, for a search that must not see
+    it. ``latents`` is how the latent weights (the float weights that are trained, whose signs are the binary weights)
+    start: ``"scheme"`` as the scheme says, ``"float"`` as in the float network, or scaled to a standard deviation such
+    as ``"0.01"``.
 
     ``schedule`` shapes the learning rate over all epochs: ``one_cycle`` (a linear rise for the fraction ``warmup``,
     then a cosine down), ``cosine``, ``constant``, or ``step``: multiplied by ``gamma`` at each of the ``milestones``
@@ -56,7 +57,7 @@ class Recipe:
     ``sync_norms`` gives batch norms the statistics of the whole batch when a run has several processes; without it
     each process uses its own, which is faster but makes the result depend on the number of processes.
 
-    A recipe may come from anybody: ``model_options`` name no files, and tables hold plain data.
+    Recipes may be untrusted: ``model_options`` must not name files, and tables hold only plain data.
 
     >>> Recipe(model="resnet18", scheme="xnor", epochs=90).name
     'xnor-scheme-seed0'
@@ -118,25 +119,25 @@ class Recipe:
         _ = self.latent_std
         if (length := len(self.name.encode())) > _LONGEST_NAME:
             raise InvalidRecipe(
-                f"the name of the run, {plain.shown(self.name)}, has {length} bytes; a file's takes {_LONGEST_NAME}: "
-                "give the scheme fewer or shorter options"
+                f"the name of the run, {plain.shown(self.name)}, has {length} bytes; a file name can have "
+                f"{_LONGEST_NAME}: give the scheme fewer or shorter options"
             )
 
     def _check_plain(self) -> None:
-        """Raise InvalidRecipe for values that TOML or the system do not take, and for options that name timm files."""
+        """Raise InvalidRecipe for values that TOML cannot hold, null characters, and options that name files."""
         for name, value in vars(self).items():
             if name == "stages":
                 continue
             try:
                 plain.check(value)
             except ValueError as error:
-                raise InvalidRecipe(f"{name} in the recipe holds what no recipe holds: {error}") from error
+                raise InvalidRecipe(f"{name} in the recipe holds a value that no recipe can hold: {error}") from error
             for item in _leaves(value):
-                _check(not isinstance(item, str) or "\0" not in item, name, item, "text without the character 0")
-                _check(not isinstance(item, float) or not math.isnan(item), name, item, "numbers, and NaN is none")
+                _check(not isinstance(item, str) or "\0" not in item, name, item, "strings without the null character")
+                _check(not isinstance(item, float) or not math.isnan(item), name, item, "numbers other than NaN")
         for name in _FILES:
             given = self.model_options.get(name)
-            allowed = "nothing; a safetensors file to start from is the recipe's own checkpoint"
+            allowed = "nothing; to start from a safetensors file, set the recipe's key checkpoint"
             _check(not given, f"model_options.{name}", given, allowed)
 
     @property
@@ -193,12 +194,12 @@ class Recipe:
         try:
             plain.check(content)
         except ValueError as error:
-            raise InvalidRecipe(f"this is no recipe: {error}") from error
+            raise InvalidRecipe(f"this is not a recipe: {error}") from error
         return read_as(cls, content)
 
     @classmethod
     def from_toml(cls, path: str | Path) -> "Recipe":
-        """Read a recipe. Raises InvalidRecipe naming the file if it cannot be read, and what :meth:`from_dict` does."""
+        """Read a recipe. Raises InvalidRecipe naming the file, and whatever :meth:`from_dict` raises."""
         return cls.from_dict(read_toml(path, "recipe"))
 
     @classmethod

@@ -19,7 +19,7 @@ SIZES = ("parameters", "mbit", "float_mbit", "compression", "macs", "binary_macs
 def _check_epochs(name: str, epochs: Sequence[Mapping[str, float]]) -> str | None:
     for place, metrics in enumerate(epochs):
         if not 1 <= metrics.get("epoch", 0) < 2**31 or not 0 <= metrics.get("test/top1", -1) <= 100:
-            return f"{name}.{place} has no number of an epoch, or no test/top1 in percent"
+            return f"{name}.{place} lacks an epoch number, or a test/top1 in percent"
     return None
 
 
@@ -29,7 +29,7 @@ def _check_size(name: str, size: Mapping[str, float]) -> str | None:
 
 
 def check_histograms(name: str, layers: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> str | None:
-    """What is wrong with histograms as :class:`RunResult` has them, None if nothing is."""
+    """What is wrong with the histograms of a :class:`RunResult`; None if they are valid."""
     for layer, kept in layers.items():
         for epoch, histogram in kept.items():
             if not _EPOCH.fullmatch(epoch) or not _is_histogram(histogram):
@@ -63,8 +63,8 @@ class RunResult:
     ``size`` holds ``parameters``, ``mbit``, ``float_mbit``, ``compression``, ``macs``, ``binary_macs``.
     ``histograms`` maps layer -> epoch (as text; "0" is the start) -> ``edges`` (n + 1) and ``counts`` (n) of
     its latent weights.
-    ``run_id`` is the run's own, the one that observers are told. ``started`` and ``times`` are when the run began and
-    when each of its epochs ended, in seconds since 1970. An earlier version wrote none of the three.
+    ``run_id`` identifies the run, also to observers. ``started`` and ``times`` are when the run began and
+    when each of its epochs ended, in seconds since 1970. Results of earlier versions have none of the three.
     """
 
     name: str

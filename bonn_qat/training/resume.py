@@ -1,4 +1,4 @@
-"""Resume: write the state of a run into a checkpoint, and go on from there."""
+"""Resume: write the state of a run into a checkpoint, and restore it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +21,7 @@ _OPTIMIZER_STATE = {"adam": ("exp_avg", "exp_avg_sq", "step"), "sgd": ("momentum
 def write_checkpoint(run: Trainer, path: str | Path) -> None:
     """Write the state of ``run``; all processes of a group call this together, and rank 0 writes.
 
-    Raises OSError where the system refuses to write; the last checkpoint stays.
+    Raises OSError if the file cannot be written; the last checkpoint stays.
     """
     state = capture(run)
     if distributed.rank() == 0:
@@ -61,7 +61,7 @@ def capture(run: Trainer) -> RunState:
 
 
 def resume(run: Trainer, path: str | Path) -> int:
-    """Go on with the run from its checkpoint; returns the number of finished epochs.
+    """Resume the run from its checkpoint; returns the number of finished epochs.
 
     Raises InvalidData naming the file if it is damaged or of another run; ``run`` is unchanged then.
     """
@@ -109,38 +109,38 @@ def _match_memory_format(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _mismatches(run: Trainer, found: RunState) -> Iterator[str]:
-    """Why ``run`` cannot go on from ``found``; each check relies on those before it."""
+    """Why ``run`` cannot resume from ``found``; each check relies on those before it."""
     progress = found.progress
     try:
         recipe = Recipe.from_dict(progress.recipe)
     except BonnQatError as error:
-        yield f"its recipe is none, {error}"
+        yield f"its recipe is invalid: {error}"
         return
     if recipe != run.recipe:
-        yield "it has another recipe"
+        yield "it has a different recipe"
     if dict(progress.data) != run.data.describe():
         yield f"it was trained on {shown(dict(progress.data))}, not on {run.data.describe()}"
     done = len(progress.epochs)
     if len(progress.times) not in (0, done):
         yield f"it has {len(progress.times)} times for {done} epochs"
     if done > recipe.epochs or progress.step > run.steps_in_epoch or (progress.step and done == recipe.epochs):
-        yield f"it stands at epoch {done}, step {progress.step}"
+        yield f"it claims to be at epoch {done}, step {progress.step}"
     for epoch, metrics in enumerate(progress.epochs, 1):
         if metrics.get("epoch") != epoch or not metrics.keys() >= _EVERY_EPOCH:
-            yield f"what it says of epoch {epoch} is not whole"
+            yield f"its metrics of epoch {epoch} are incomplete"
     last = done + bool(progress.step)
     stage = stage_of(run.stages, last, recipe.epochs) if last else -1
     if progress.stage != stage:
-        yield f"it stands in stage {progress.stage} after epoch {done}, step {progress.step}"
+        yield f"it claims stage {progress.stage} after epoch {done}, step {progress.step}"
     if run.scaler.state_dict().keys() != progress.scaler.keys():
-        yield "its loss was scaled otherwise"
+        yield "its loss scaler is different"
     yield from filter(None, [mismatch(found.tensors, _expected_tensors(run, found))])
     for name in found.tensors:
         if name.startswith(("random.data", "random.torch.")):
             try:
                 torch.Generator().set_state(found.tensors[name])
             except RuntimeError:
-                yield f"{name} is no state of a generator"
+                yield f"{name} is not the state of a random number generator"
 
 
 def _expected_tensors(run: Trainer, found: RunState) -> dict[str, Tensor]:

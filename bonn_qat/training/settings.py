@@ -17,8 +17,8 @@ def with_settings(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     >>> with_settings(Recipe(), ["lr=0.1", "scheme_options.granularity=plane"]).scheme_options
     {'granularity': 'plane'}
 
-    Raises InvalidRecipe for a setting without a value, a key inside something that is no table or list, and values that
-    the recipe does not allow; UnknownName for a field that it does not have.
+    Raises InvalidRecipe for a setting without a value, a key inside something that is neither a table nor a list, and
+    values that the recipe does not allow; UnknownName for a field that it does not have.
     """
     content = recipe.to_dict()
     for setting in settings:
@@ -48,5 +48,5 @@ def _put(within: Any, path: Sequence[str], value: Any, above: tuple[str, ...]) -
         return [*within[:index], _put(within[index], rest, value, (*above, first)), *within[index + 1 :]]
     if not isinstance(within, dict):
         whole = ".".join((*above, *path))
-        raise InvalidRecipe(f"{whole} cannot be set: {'.'.join(above)} in the recipe is {within!r} and no table")
+        raise InvalidRecipe(f"{whole} cannot be set: {'.'.join(above)} in the recipe is {within!r} and not a table")
     return {**within, first: _put(within.get(first, {}), rest, value, (*above, first))}

@@ -1,7 +1,6 @@
 """train(model, recipe, data): one run of a recipe."""
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -36,10 +35,10 @@ def train(
     tick: Callable[[], None] = lambda: None,
     pm: pluggy.PluginManager | None = None,
 ) -> RunResult:
-    """Train a binarized model in place and return what came out.
+    """Train a binarized model in place and return its result.
 
-    ``device`` defaults to a GPU if there is one. ``tick`` is called after each step, ``steps(recipe, data)`` times in
-    all. Everything random follows from the recipe's seed, which torch's global generators are seeded with.
+    ``device`` defaults to a GPU if there is one. ``tick`` is called after each step. Everything random follows from the
+    recipe's seed, which torch's global generators are seeded with.
 
     ``checkpoint`` is a file that is written at the start, after each epoch, every ``checkpoint_seconds`` and when the
     run is stopped. If it exists the run resumes from it, on a CPU to exactly the weights of an uninterrupted run.
@@ -84,11 +83,6 @@ def train(
             to_memory_format(model, torch.contiguous_format)  # as safetensors needs it
             hook.bonn_qat_after_run(recipe=recipe, result=outcome)
     return result
-
-
-def steps(recipe: Recipe, data: Data) -> int:
-    """Optimizer steps of a run."""
-    return recipe.epochs * math.ceil(data.train_size / recipe.batch_size)
 
 
 def _teacher(model: nn.Module, task: nn.Module, recipe: Recipe, data: Data, device: torch.device) -> nn.Module:

@@ -18,7 +18,6 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import bonn_qat
-import bonn_qat.models
 from bonn_qat import cli, environment, plotting
 from bonn_qat.bench import BACKENDS, Backend, BackendMissing, InvalidBenchmark, Launch, Networks, engines, measure
 from bonn_qat.bench import bench as bench_

@@ -11,7 +11,6 @@ import torchvision
 from torch import Tensor, nn
 
 import bonn_qat
-import bonn_qat.models
 from bonn_qat import plugins
 from bonn_qat.binarization.binarize import Binarization, binary_layers
 from bonn_qat.bonn import BONN

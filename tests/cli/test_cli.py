@@ -76,7 +76,7 @@ def test_compare_prints_the_table_and_writes_the_page(tmp_path: Path, capsys: py
         (["compare", "--set", "lrr=1"], 2, "unknown key of a recipe 'lrr'; did you mean 'lr'"),
         (["compare", "--set", "lr=fast"], 2, "lr of a recipe is 'fast'; a value of type float is needed"),
         (["compare", "--set", "seed=3"], 2, "seed=3 cannot be set; use --seeds"),
-        (["compare", "--train-images", "99999"], 2, "99999 images were asked for, there are 1438"),
+        (["compare", "--train-images", "99999"], 2, "99999 images were requested, but there are only 1438"),
         (["report", "nowhere"], 2, "cannot read nowhere"),
         (["summary", "resnet18", "--scheme", "bon"], 2, "unknown scheme 'bon'"),
         (["summary", "resnet81"], 2, "unknown model 'resnet81'"),
@@ -260,8 +260,8 @@ def test_what_a_signal_stopped_goes_on_with_resume_alone(
     assert signal.getsignal(number) is before
     command = f"bonn-qat compare --resume {tmp_path}"
     assert capsys.readouterr().err.splitlines() == [
-        f"bonn-qat: {words}; finished runs are kept, and the one under way up to its last checkpoint; "
-        f"{command} goes on from there"
+        f"bonn-qat: {words}; finished runs are kept, and the current run up to its last checkpoint; "
+        f"{command} continues from there"
     ]
     state = tmp_path / RUNS / f"{BONN}.unfinished.safetensors"
     assert (len(read_state(state).progress.epochs), read_state(state).progress.step) == (1, 1)
@@ -287,7 +287,9 @@ def test_resume_refuses_what_would_be_another_plan_by_its_name(
     verb: str, option: str, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main([verb, "--resume", str(whole), option, "1"]) == 2
-    assert capsys.readouterr().err == f"bonn-qat: --resume goes on as it was planned: leave out {option}\n"
+    assert (
+        capsys.readouterr().err == f"bonn-qat: --resume continues the runs as they were planned; leave out {option}\n"
+    )
 
 
 def test_resume_takes_what_does_not_change_the_plan(
@@ -304,11 +306,11 @@ def test_resume_takes_what_does_not_change_the_plan(
     ("manifest", "words"),
     [
         (None, "cannot read {}/comparison.json: No such file or directory"),
-        ({"planned": []}, "nothing was planned in {}; begin a comparison with --output"),
+        ({"planned": []}, "no runs were planned in {}; start a comparison with --output"),
         (
             {"planned": [BONN]},
-            f"{{}} does not say how {BONN} was planned, for an earlier version began it; give the same command as "
-            "then, with --output {}",
+            f"{{}} has no recipe for {BONN}, because an earlier version began it; repeat the same command "
+            "with --output {}",
         ),
     ],
     ids=["nothing", "no run", "an earlier version"],
@@ -330,7 +332,7 @@ def test_a_run_that_another_process_is_at_is_no_failure(tmp_path: Path, capsys: 
     (tmp_path / RUNS).mkdir()
     with locked(tmp_path / RUNS / f".{BONN}.lock", waits=False):
         assert cli.main(["train", *TINY, "--output", str(tmp_path)]) == 0
-    assert f"under way in another process: {BONN}" in capsys.readouterr().out.splitlines()
+    assert f"running in another process: {BONN}" in capsys.readouterr().out.splitlines()
     assert read_comparison(tmp_path).missing == [BONN]
 
 
@@ -355,7 +357,7 @@ def test_results_that_cannot_be_written_give_exit_code_3(
     told = capsys.readouterr().err
     state = tmp_path / RUNS / f"{BONN}.unfinished.safetensors"
     assert told.startswith(f"bonn-qat: {words.format(state)}; finished runs are kept")
-    assert told.endswith(f"; bonn-qat compare --resume {tmp_path} goes on from there\n")
+    assert told.endswith(f"; bonn-qat compare --resume {tmp_path} continues from there\n")
     assert told.count("\n") == 1
     assert read_comparison(tmp_path).missing == [BONN]
 

@@ -400,7 +400,7 @@ def test_a_convolution_of_other_than_signs_is_refused():
     with graph.inserting_after(node):
         new = graph.call_function(torch.ops.aten.clone.default, (node,))
     node.replace_all_uses_with(new, lambda user: user is not new)
-    with pytest.raises(InvalidModel, match=r"binary_conv2d_default has codes from clone_default; .* of a sign"):
+    with pytest.raises(InvalidModel, match=r"binary_conv2d_default reads codes from clone_default; .* of a sign"):
         c_header(other)
 
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bonn_qat
-import bonn_qat.models  # registers wrn10_16
 from bonn_qat import plugins
 from bonn_qat.binarization.binarize import binary_layers
 from bonn_qat.errors import BonnQatError, InvalidModel, UnknownName
@@ -435,7 +434,12 @@ def in_a_float_stage() -> nn.Module:
     [
         (small, "onx", UnknownName, "unknown format 'onx'; did you mean 'onnx' or 'qonnx'"),
         (lambda: nn.Linear(2, 2), "pt2", InvalidModel, r"Linear is not binarized; export\(binarize\(model\), ...\)"),
-        (in_a_float_stage, "pt2", InvalidModel, "1 is in a stage of the training that leaves something float"),
+        (
+            in_a_float_stage,
+            "pt2",
+            InvalidModel,
+            "1 is in a stage of the training that leaves weights or activations float",
+        ),
         (Branching, "pt2", InvalidModel, r"torch.export cannot trace Branching for an image of \(3, 8, 8\): "),
     ],
     ids=["format", "float", "stage", "branching"],

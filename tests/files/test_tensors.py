@@ -135,20 +135,20 @@ def whole(path: Path) -> bytes:
 def test_a_file_that_ends_early_is_told_wherever_it_ends(whole, path):
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        assert "not a whole safetensors file" in told(path), length
+        assert "not a complete safetensors file" in told(path), length
     path.write_bytes(whole)
     assert len(read_tensors(path)[0]) == 3
 
 
 def test_a_file_with_more_at_its_end_is_told(whole, path):
     path.write_bytes(whole + b"\0")
-    assert "not a whole safetensors file" in told(path)
+    assert "not a complete safetensors file" in told(path)
 
 
 def test_a_broken_byte_of_the_description_is_told(whole, path):
     for index in range(8 + int.from_bytes(whole[:8], "little")):
         path.write_bytes(whole[:index] + bytes([whole[index] ^ 0xFF]) + whole[index + 1 :])
-        assert "not a whole safetensors file" in told(path), index
+        assert "not a complete safetensors file" in told(path), index
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_a_broken_byte_of_the_description_is_told(whole, path):
 )
 def test_a_file_of_something_else_is_told(content, path):
     path.write_bytes(content)
-    assert "not a whole safetensors file" in told(path)
+    assert "not a complete safetensors file" in told(path)
 
 
 def test_of_what_safetensors_quotes_of_a_file_a_message_takes_over_little(path):
@@ -173,7 +173,7 @@ def test_a_pickle_is_told_and_not_run(path):
             return os.mkdir, (str(path.parent / "sprung"),)
 
     torch.save({"x": Trap()}, path)
-    assert "not a whole safetensors file" in told(path)
+    assert "not a complete safetensors file" in told(path)
     assert not (path.parent / "sprung").exists()
 
 
@@ -185,7 +185,7 @@ def test_a_file_of_another_program_is_read_and_a_header_that_is_no_json_is_told(
     assert identical(read, {"x": torch.ones(2)})
     assert header == {}
     save_file({"x": torch.ones(2)}, path, metadata={"bonn_qat": "{epoch"})
-    assert "not a whole safetensors file" in told(path)
+    assert "not a complete safetensors file" in told(path)
 
 
 def test_a_missing_file_and_a_directory_are_told(tmp_path):
@@ -257,7 +257,7 @@ def test_a_file_in_the_place_of_a_folder_is_an_error_of_the_system(whole, path):
 
 def test_a_header_that_is_no_table_is_told(path):
     safetensors.torch.save_file({"x": torch.zeros(1)}, path, metadata={"bonn_qat": "3"})
-    with pytest.raises(InvalidData, match=r"model\.safetensors has a header of bonn-qat that is no table"):
+    with pytest.raises(InvalidData, match=r"model\.safetensors has a bonn-qat header that is not a table"):
         read_tensors(path)
 
 

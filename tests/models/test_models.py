@@ -10,7 +10,6 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 import bonn_qat
-import bonn_qat.models
 from bonn_qat.bonn import BONN
 from bonn_qat.models.birealnet import BiRealNet, OneConvBlock
 from bonn_qat.models.wide_resnet import BasicBlock, WideResNet

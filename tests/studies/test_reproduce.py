@@ -315,10 +315,10 @@ def test_a_setting_is_for_the_arms_that_it_has_a_meaning_for(tmp_path: Path) -> 
         ({"scale": 0.5, "search_scale": 2.0}, "the search's scale is 2; allowed: above 0, at most 1"),
         ({"seeds": 0}, "seeds is 0; allowed: at least 1"),
         ({"rates": (0.1, 0.0)}, "lr in the recipe is 0.0; allowed: a number above 0"),
-        ({"rates": (float("nan"),)}, "lr in the recipe is nan; allowed: numbers, and NaN is none"),
-        ({"settings": ["scheme=xnor"]}, "'scheme=xnor' cannot be set: the study gives each of its runs a scheme"),
-        ({"settings": ["seed=3"]}, "'seed=3' cannot be set: the study gives each of its runs a seed of its own"),
-        ({"settings": ["lr=3"], "rates": (0.1,)}, "'lr=3' cannot be set: the study gives each of its runs a lr"),
+        ({"rates": (float("nan"),)}, "lr in the recipe is nan; allowed: numbers other than NaN"),
+        ({"settings": ["scheme=xnor"]}, "'scheme=xnor' cannot be set: the study sets the scheme of each run"),
+        ({"settings": ["seed=3"]}, "'seed=3' cannot be set: the study sets the seed of each run"),
+        ({"settings": ["lr=3"], "rates": (0.1,)}, "'lr=3' cannot be set: the study sets the lr of each run"),
         ({"settings": ["latents=float"]}, "two arms of the setting 'small' are both 'xnor-float-seed0'"),
         ({"settings": ["validation_images=9"], "rates": (0.1,)}, "validation_images in the recipe is 9; a search for"),
         ({"settings": ["epoch=9"]}, "unknown key of a recipe 'epoch'; did you mean 'epochs'"),
@@ -327,9 +327,9 @@ def test_a_setting_is_for_the_arms_that_it_has_a_meaning_for(tmp_path: Path) -> 
             "unknown option of a scheme in 'small' 'fature'; did you mean 'feat",
         ),
         ({"settings": ["model=wrn10"]}, "unknown model 'wrn10'; did you mean 'wrn10_16'"),
-        ({"settings": ["train_images=2000"]}, "2000 images were asked for, there are 1438"),
+        ({"settings": ["train_images=2000"]}, "2000 images were requested, but there are only 1438"),
         ({"data": "digit"}, "unknown data set 'digit'; did you mean 'digits'"),
-        ({"data": "imagenet"}, "mine reads an image folder of yours; name it: --data DIR"),
+        ({"data": "imagenet"}, "mine needs an image folder; pass it with --data DIR"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_written(tmp_path: Path, changed: dict[str, Any], words: str) -> None:
@@ -348,7 +348,7 @@ def test_a_scheme_that_nobody_offers_is_told_before_the_settings_above_it_are_ru
 
 def test_a_study_of_an_image_folder_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InvalidData, match="table4 reads an image folder of yours; name it: --data DIR"):
+    with pytest.raises(InvalidData, match="table4 needs an image folder; pass it with --data DIR"):
         reproduce.reproduce(study.load("table4"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -389,10 +389,10 @@ def test_the_best_rate_is_that_of_the_highest_accuracy(accuracies: Any, best: fl
 
 def test_an_arm_that_no_rate_brings_to_an_end_ends_the_study(tmp_path: Path) -> None:
     arm = StudyArm(label="", recipe=Recipe(scheme="xnor", latents="0.01"))
-    with pytest.raises(TrainingDiverged, match=r"xnor came to an end with none of the learning rates \[0.1, 0.2\]"):
+    with pytest.raises(TrainingDiverged, match=r"xnor diverged with each of the learning rates \[0.1, 0.2\]"):
         best_rate(arm, searched((0.1, None), (0.2, None)))
     observer = Observer()
-    with pytest.raises(TrainingDiverged, match=r"float came to an end with none of the learning rates \[1e\+30\]"):
+    with pytest.raises(TrainingDiverged, match=r"float diverged with each of the learning rates \[1e\+30\]"):
         reproduce.reproduce(write(tmp_path, [FLOAT]), tmp_path / "out", rates=[WILD], pm=watched(observer))
     assert observer.calls[-1] == ("after", tmp_path / "out" / "mine.html")
     assert not (tmp_path / "out" / "small" / MANIFEST).exists()
@@ -426,7 +426,7 @@ def test_the_command_prints_the_table_in_80_columns(
         (["none.toml"], "cannot read the study none.toml: No such file or directory"),
         (["table3", "--rates", "0.1,x"], "'x' in --rates is not a number"),
         (["table3", "--set", "epochs=many"], "epochs of a recipe is 'many'; a value of type int is needed"),
-        (["table4"], "table4 reads an image folder of yours; name it: --data DIR"),
+        (["table4"], "table4 needs an image folder; pass it with --data DIR"),
     ],
 )
 def test_bad_input_gives_one_line_and_exit_code_2(

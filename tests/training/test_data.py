@@ -73,7 +73,7 @@ def test_augmentation_crops_from_the_reflected_image_and_mirrors() -> None:
 def test_a_part_of_the_data_is_the_same_in_every_call() -> None:
     first, second = (list(data.load("digits", train_images=20).measure_batches()) for _ in range(2))
     assert torch.equal(first[0][0], second[0][0])
-    with pytest.raises(InvalidData, match="5000 images were asked for, there are 1438"):
+    with pytest.raises(InvalidData, match="5000 images were requested, but there are only 1438"):
         data.load("digits", train_images=5000)
 
 
@@ -136,7 +136,7 @@ def test_unknown_data_is_told(name: str, error: type[Exception], words: str) -> 
 
 def test_a_folder_without_images_is_told(tmp_path: Path) -> None:
     (tmp_path / "class0").mkdir()
-    with pytest.raises(InvalidData, match="holds no images"):
+    with pytest.raises(InvalidData, match="one folder of images for each class"):
         data.load(str(tmp_path))
 
 
@@ -161,7 +161,7 @@ def test_validation_images_are_held_out_of_the_training_images() -> None:
     held_out = pixels(part, part.test_batches())
     assert trained | held_out == everything
     assert not trained & held_out
-    with pytest.raises(InvalidData, match="90 images were to be held out for validation, of 90 training images"):
+    with pytest.raises(InvalidData, match="cannot hold out 90 of 90 training images"):
         data.load("digits", train_images=90, validation_images=90)
 
 

@@ -139,7 +139,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "a function as an option": (
         lambda: bonn_qat.binarize(small(), xnor(nonlinearity=lambda channels: nn.ELU()), input_size=SIZE),
-        "what no recipe holds",
+        "a value that no recipe can hold",
     ),
 }  # fmt: skip
 

@@ -56,7 +56,7 @@ def test_no_setting_changes_nothing() -> None:
         ("option.clip=1", UnknownName, "unknown key of a recipe 'option'; did you mean '.*scheme_options"),
         ("lr=fast", InvalidRecipe, "lr of a recipe is 'fast'; a value of type float is needed"),
         ("lr=0", InvalidRecipe, "lr in the recipe is 0.0; allowed: a number above 0"),
-        ("lr.scale=1", InvalidRecipe, r"lr\.scale cannot be set: lr in the recipe is 0\.05 and no table"),
+        ("lr.scale=1", InvalidRecipe, r"lr\.scale cannot be set: lr in the recipe is 0\.05 and not a table"),
         ("schedule=cosin", UnknownName, "unknown schedule in the recipe 'cosin'; did you mean 'cosine'"),
         ("stages.2.share=1", UnknownName, "unknown entry of stages in the recipe '2'; known: 0, 1"),
         ("stages.0.shar=1", UnknownName, "unknown key of a stage 'shar'; did you mean 'share'"),

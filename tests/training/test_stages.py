@@ -96,11 +96,11 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path, digits: data.
     path = tmp_path / "run.safetensors"
     train(build(RECIPE, digits), dataclasses.replace(RECIPE, epochs=1), digits, checkpoint=path, pm=_manager())
     with pytest.raises(
-        InvalidData, match=r"run\.safetensors is not a checkpoint of this run: it has another recipe; delete it"
+        InvalidData, match=r"run\.safetensors is not a checkpoint of this run: it has a different recipe; delete it"
     ):
         train(build(RECIPE, digits), RECIPE, digits, checkpoint=path, pm=_manager())
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(InvalidData, match=r"run\.safetensors is not a whole safetensors file"):
+    with pytest.raises(InvalidData, match=r"run\.safetensors is not a complete safetensors file"):
         train(build(RECIPE, digits), RECIPE, digits, checkpoint=path, pm=_manager())
 
 
@@ -221,7 +221,7 @@ def other_float(model: nn.Module) -> nn.Module:
 def test_a_checkpoint_of_another_network_is_named(tmp_path: Path, digits: data.Data, key: str) -> None:
     wrong = _save(nn.Linear(2, 3), tmp_path / "linear.safetensors")
     recipe = dataclasses.replace(RECIPE, **{key: wrong})
-    with pytest.raises(InvalidData, match=r"linear\.safetensors is no checkpoint of this WideResNet: Missing key"):
+    with pytest.raises(InvalidData, match=r"linear\.safetensors is not a checkpoint of this WideResNet: Missing key"):
         train(build(recipe, digits), recipe, digits, pm=_manager())
     recipe = dataclasses.replace(RECIPE, **{key: str(tmp_path / "nowhere")})
     with pytest.raises(InvalidData, match=r"cannot read .*nowhere"):

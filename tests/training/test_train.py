@@ -20,7 +20,7 @@ from bonn_qat.training import data
 from bonn_qat.training.network import build, load, weights_header
 from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.results import RUNS, RunResult
-from bonn_qat.training.train import steps, train
+from bonn_qat.training.train import train
 
 RECIPE = Recipe(model="wrn10_16", epochs=2, batch_size=32, train_images=96, test_images=64, latents="0.01")
 
@@ -54,7 +54,7 @@ def test_a_result_holds_what_the_run_did(digits: data.Data) -> None:
     ticks: list[None] = []
     recipe = dataclasses.replace(RECIPE, stages=(Stage(regularizers={"kernel": 1e-4, "feature": 1e-3}),))
     result = train(build(recipe, digits), recipe, digits, tick=lambda: ticks.append(None))
-    assert len(ticks) == steps(recipe, digits) == 6
+    assert len(ticks) == 6
     assert [epoch["epoch"] for epoch in result.epochs] == [1, 2]
     last = result.epochs[-1]
     assert last["train/loss"] == pytest.approx(last["train/task"] + last["train/kernel"] + last["train/feature"])
@@ -236,27 +236,27 @@ def test_restoring_downloads_no_pretrained_weights(digits: data.Data, tmp_path: 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda header: header.clear(), "does not say of which network it holds the weights: an earlier version of"),
-        (lambda header: header.update(stage=0), "is the checkpoint of a run that is not finished"),
+        (lambda header: header.clear(), "does not describe the network of its weights: an earlier version of"),
+        (lambda header: header.update(stage=0), "is the checkpoint of an unfinished run"),
         (lambda header: header.update(format=2), "is of format 2; this version of bonn-qat reads 1"),
         (lambda header: header.pop("format"), "is of format None; this version of bonn-qat reads 1"),
-        (lambda header: header.pop("classes"), r"is no weights file: its keys differ in \['classes'\]"),
+        (lambda header: header.pop("classes"), r"is not a weights file: its keys differ in \['classes'\]"),
         (lambda header: header.update(image=[1, 8]), r"image is \(1, 8\); allowed: \[C, H, W\], each 1 to 1048576"),
         (lambda header: header.update(classes="ten"), "classes is 'ten'; a value of type int"),
         (lambda header: header.update(recipe=[]), r"recipe is \[\]; a value of type table"),
-        (lambda header: header.update(classes=2**20), "it holds 79,.* numbers, and says to be .* more than 67,"),
-        (lambda header: header["recipe"].update(model="wrn40_64"), "says to be a network of more than"),
+        (lambda header: header.update(classes=2**20), "it holds 79,.* numbers, and describes .* more than 67,"),
+        (lambda header: header["recipe"].update(model="wrn40_64"), "describes a network of more than"),
         (
             lambda header: header["recipe"].update(model="vit_tiny_patch16_224", model_options={"depth": 20000}),
-            "says to be a network of more than",
+            "describes a network of more than",
         ),
         (lambda header: header.update(classes=2**21), "classes is 2097152; allowed: 1 to 1048576"),
-        (lambda header: header["recipe"].update(model_options={"a": 1}), "timm cannot make 'wrn10_16' for 10 classes"),
+        (lambda header: header["recipe"].update(model_options={"a": 1}), "timm cannot create 'wrn10_16' for 10 class"),
         (lambda header: header["recipe"].update(lrr=1), "cannot be restored: unknown key of a recipe 'lrr'; did you"),
         (lambda header: header["recipe"].update(lr="x"), "cannot be restored: lr of a recipe is 'x'"),
         (lambda header: header["recipe"].update(scheme="bon"), "cannot be restored: unknown scheme 'bon'; did you"),
-        (lambda header: header["recipe"].update(scheme="xnor"), "is no checkpoint of this WideResNet: Unexpected key"),
-        (lambda header: header.update(classes=3), "is no checkpoint of this WideResNet: size mismatch for fc.weight"),
+        (lambda header: header["recipe"].update(scheme="xnor"), "not a checkpoint of this WideResNet: Unexpected key"),
+        (lambda header: header.update(classes=3), "not a checkpoint of this WideResNet: size mismatch for fc.we"),
     ],
 )  # fmt: skip
 def test_a_file_that_restores_nothing_is_told(change: Any, words: str, digits: data.Data, tmp_path: Path) -> None:
@@ -269,9 +269,9 @@ def test_a_file_that_restores_nothing_is_told(change: Any, words: str, digits: d
 
 def test_the_weights_of_an_earlier_version_and_an_unfinished_run_are_told(digits: data.Data, tmp_path: Path) -> None:
     model = build(RECIPE, digits)
-    with pytest.raises(InvalidData, match="does not say of which network it holds the weights"):
+    with pytest.raises(InvalidData, match="does not describe the network of its weights"):
         load(write_tensors(tmp_path / "run.safetensors", model.state_dict()))
     train(model, RECIPE, digits, checkpoint=tmp_path / "unfinished.safetensors")
     assert read_tensors(tmp_path / "unfinished.safetensors")[1]["recipe"] == RECIPE.to_dict()
-    with pytest.raises(InvalidData, match="is the checkpoint of a run that is not finished"):
+    with pytest.raises(InvalidData, match="is the checkpoint of an unfinished run"):
         load(tmp_path / "unfinished.safetensors")

@@ -37,7 +37,7 @@ def c_header(packed: PackedModel, name: str = "network") -> str:
     if not re.fullmatch("[a-z][a-z0-9_]*", name) or name.startswith("bonn_qat"):
         raise InvalidModel(
             f"{name!r} cannot begin the names of a C header: give small letters, digits and _, with a letter first; "
-            "bonn_qat is taken by what all headers share"
+            "bonn_qat is reserved for what all headers share"
         )
     network, tensors = Network(packed, name), packed.tensors()
     channels, height, width = packed.input_size

@@ -48,6 +48,6 @@ def braces(items: Sequence[object]) -> str:
 
 
 def comment(text: str) -> str:
-    """Text that is safe in a comment of C, whatever stands in a file."""
+    """Text that is safe in a comment of C, whatever a file contains."""
     line = text.encode("ascii", "backslashreplace").decode().replace("*/", "* /").replace("/*", "/ *")
     return "".join(c if c.isprintable() else "?" for c in line).rstrip()

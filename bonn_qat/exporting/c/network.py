@@ -1,4 +1,4 @@
-"""What a C header needs to know of a packed network: its tensors, convolutions and epilogues, with names in C."""
+"""What a C header needs to know about a packed network: its tensors, convolutions and epilogues, with names in C."""
 
 import operator
 import re
@@ -89,10 +89,10 @@ class Network:
         self.elementwise = {node: self._epilogue(node, self.values[node].shape[1]) for node in elementwise}
 
     def tensor(self, node: fx.Node, argument: str) -> str:
-        """The name of the tensor that an argument of ``node`` is."""
+        """The name of the tensor passed as an argument of ``node``."""
         value = arguments(node)[argument]
         if value not in self.tensors:
-            raise InvalidModel(f"{node} has {argument} that are computed; a C header takes tensors of the network")
+            raise InvalidModel(f"{node} computes its {argument}; a C header needs constant tensors")
         return self.tensors[value]
 
     def _array(self, node: fx.Node, argument: str) -> str:
@@ -101,7 +101,7 @@ class Network:
     def _epilogue(self, node: fx.Node, channels: int) -> Epilogue:
         program = arguments(node)["program"]
         if not program:
-            raise InvalidModel(f"{node} has an epilogue without steps; C has no arrays without elements")
+            raise InvalidModel(f"{node} has an empty epilogue; C has no empty arrays")
         pairs = zip(program[::2], program[1::2], strict=True)
         return Epilogue(
             struct=self.structs[node], channels=channels, program=self._programs[node],
@@ -113,7 +113,7 @@ class Network:
         codes, geometry = arguments(node)["codes"], _geometry(node)
         sign = codes.args[0] if codes.target is operator.getitem and codes.args[1] == 1 else codes
         if sign.target not in (SIGN, SIGN_OF, BOTH):
-            raise InvalidModel(f"{node} has codes from {sign}; a C header takes those of a sign")
+            raise InvalidModel(f"{node} reads codes from {sign}; a C header needs those of a sign")
         written = _geometry(sign, "geometry" if sign.target is SIGN else "following")
         alike = [(each.in_channels, each.groups, each.padding) for each in (written, geometry)]
         if alike[0] != alike[1]:

@@ -1,7 +1,7 @@
 """ABC-Net (Lin et al., NIPS 2017, arXiv:1711.11294): weights and activations as sums of M and N binary bases.
 
 W latent weights ``(O, I, kh, kw)`` or ``(O, I)``; B_m its bases, of the same shape; alpha ``(M,)``; R activations
-``(B, C, H, W)`` or ``(B, C)``; A_n their bases; v and beta ``(N,)``; G the gradient of what W or R became.
+``(B, C, H, W)`` or ``(B, C)``; A_n their bases; v and beta ``(N,)``; G the gradient of the quantized W or R.
 """
 
 import functools
@@ -27,7 +27,9 @@ def _evenly(count: int, bound: float) -> tuple[float, ...]:
 
 def _check_bases(option: str, count: int) -> None:
     if not isinstance(count, int) or count < 1:
-        raise BonnQatError(f"the option {option} of the scheme 'abcnet' is a whole number, at least 1; got {count!r}")
+        raise BonnQatError(
+            f"the option {option} of the scheme 'abcnet' must be a whole number, at least 1; got {count!r}"
+        )
 
 
 @final
@@ -36,9 +38,9 @@ class AbcWeight(WeightQuantizer):
 
     ``u_m = weight_spread * (-1 + 2 (m - 1) / (M - 1))``, 0 for M = 1; M is ``weight_bases``. The formula is the paper's
     with ``weight_spread=1``; 2 gives the -2 to 2 of Table S4's rows (5, 1) and (5, 3). The paper does not say which
-    standard deviation: here that of the population, which a layer of one weight has too. ``centre=False`` leaves the
-    mean out, which for M = 1 is the ``sign(W)`` of BWN with one scale for the layer. alpha minimises
-    ``||W - sum_m alpha_m B_m||^2`` anew in each forward pass.
+    standard deviation it means; here it is the population's, which a single weight has too. ``centre=False`` leaves the
+    mean out, which for M = 1 is the ``sign(W)`` of BWN with one scale for the layer. alpha minimises ``||W - sum_m
+    alpha_m B_m||^2`` anew in each forward pass.
 
     Backward: ``(sum_m alpha_m) G``. Each sign is straight-through without a mask; alpha, mean and std are constants.
 
@@ -53,7 +55,7 @@ class AbcWeight(WeightQuantizer):
         _check_bases("weight_bases", weight_bases)
         if not 0 < weight_spread < math.inf:
             raise BonnQatError(
-                f"the option weight_spread of the scheme 'abcnet' is a number above 0; got {weight_spread!r}"
+                f"the option weight_spread of the scheme 'abcnet' must be a number above 0; got {weight_spread!r}"
             )
         self.bits, self.scaled_sign = weight_bases, weight_bases == 1
         self.weight_spread, self.centre = weight_spread, centre
@@ -125,7 +127,7 @@ class AbcActivation(ActivationQuantizer):
         super().__init__(channels)
         _check_bases("activation_bases", activation_bases)
         if mask not in ("threshold", "printed"):
-            raise BonnQatError(f"the option mask of the scheme 'abcnet' is 'threshold' or 'printed'; got {mask!r}")
+            raise BonnQatError(f"the option mask of the scheme 'abcnet' must be 'threshold' or 'printed'; got {mask!r}")
         self.bits, self.mask = activation_bases, mask
         self.v = nn.Parameter(torch.empty(activation_bases))
         self.beta = nn.Parameter(torch.empty(activation_bases))

@@ -2,7 +2,7 @@
 
 W latent weights ``(O, I, kh, kw)`` or ``(O, I)``; beta and alpha the centre and half the distance of a filter's two
 values, each ``(O, 1, ...)``; n the elements of a filter; x inputs ``(B, C, H, W)`` or ``(B, C)``; a and b the same of
-a layer's inputs, scalars; p and q ``(C,)``; G the gradient of what comes out.
+a layer's inputs, scalars; p and q ``(C,)``; G the gradient of the output.
 
 Convolutions are padded with zeros, which are neither of the two values of their input, as in the authors' code.
 """
@@ -72,7 +72,7 @@ class AdaBinActivation(ActivationQuantizer):
     def __init__(self, channels: int = 1, *, centre: Literal["paper", "code"] = "paper") -> None:
         super().__init__(channels)
         if centre not in ("paper", "code"):
-            raise BonnQatError(f"the option centre of the scheme 'adabin' is 'paper' or 'code'; got {centre!r}")
+            raise BonnQatError(f"the option centre of the scheme 'adabin' must be 'paper' or 'code'; got {centre!r}")
         self.centre = centre
         self.a, self.b = nn.Parameter(torch.empty(())), nn.Parameter(torch.empty(()))
         self.reset_parameters()

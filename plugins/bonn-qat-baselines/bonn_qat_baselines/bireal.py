@@ -45,7 +45,7 @@ class BiRealWeight(WeightQuantizer):
         super().__init__()
         if gradient not in ("magnitude", "clipped"):
             raise BonnQatError(
-                f"the option gradient of Bi-Real Net's weights is 'magnitude' or 'clipped'; got {gradient!r}"
+                f"the option gradient of Bi-Real Net's weights must be 'magnitude' or 'clipped'; got {gradient!r}"
             )
         self.gradient = gradient
 

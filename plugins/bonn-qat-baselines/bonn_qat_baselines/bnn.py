@@ -30,7 +30,9 @@ class BnnWeight(WeightQuantizer):
     def __init__(self, weight: Tensor, *, gradient: Literal["straight", "clipped"] = "straight") -> None:
         super().__init__()
         if gradient not in ("straight", "clipped"):
-            raise BonnQatError(f"the option gradient of the scheme 'bnn' is 'straight' or 'clipped'; got {gradient!r}")
+            raise BonnQatError(
+                f"the option gradient of the scheme 'bnn' must be 'straight' or 'clipped'; got {gradient!r}"
+            )
         self.gradient = gradient
 
     @torch.no_grad()
@@ -66,7 +68,8 @@ class BnnSign(ActivationQuantizer):
         super().__init__(channels)
         if activations not in ("deterministic", "stochastic"):
             raise BonnQatError(
-                f"the option activations of the scheme 'bnn' is 'deterministic' or 'stochastic'; got {activations!r}"
+                f"the option activations of the scheme 'bnn' must be 'deterministic' or 'stochastic'; "
+                f"got {activations!r}"
             )
         self.activations = activations
 

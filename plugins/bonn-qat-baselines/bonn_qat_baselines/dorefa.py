@@ -24,7 +24,7 @@ _BITS = (*range(1, 9), 32)  # up to 8 bits, half-precision types can tell the le
 
 def _checked(option: str, bits: int) -> int:
     if bits not in _BITS:
-        raise BonnQatError(f"the option {option} of the scheme 'dorefa' is 1 to 8, or 32 for float; got {bits!r}")
+        raise BonnQatError(f"the option {option} of the scheme 'dorefa' must be 1 to 8, or 32 for float; got {bits!r}")
     return int(bits)
 
 

@@ -33,7 +33,7 @@ class ErrorDecaySign(nn.Module):
         super().__init__()
         if not 0 < t_min <= t_max < math.inf:
             raise BonnQatError(
-                f"the options t_min and t_max of the scheme {scheme!r} are finite and 0 < t_min <= t_max; "
+                f"the options t_min and t_max of the scheme {scheme!r} must be finite, with 0 < t_min <= t_max; "
                 f"got t_min={t_min} and t_max={t_max}"
             )
         self.t_min, self.t_max = t_min, t_max

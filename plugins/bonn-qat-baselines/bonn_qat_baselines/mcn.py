@@ -27,8 +27,8 @@ class McnWeight(WeightQuantizer):
 
     ``C^`` has two values for the layer, the nearer of two centres (of two at the same distance the upper one). With
     ``centres="kmeans"`` they are those of Lloyd's algorithm in one dimension, started at ``-mean|C|`` and ``mean|C|``,
-    and a centre that no weight is near keeps its place; with ``"sign"`` both do. ``modulation="mean"`` puts the mean of
-    each plane in its place (MCN-1).
+    and a centre that no weight is near stays; with ``"sign"`` both stay. ``modulation="mean"`` replaces each plane by
+    its mean (MCN-1).
 
     Backward: ``G_o * M_j [|C_o| <= 1]`` to C (3.22), straight-through within the clip, C^'s centres constants; to M_j
     the sum of ``G_o * C^_o`` over the input channels and over all o with ``o mod K = j`` (3.26), or with
@@ -54,12 +54,14 @@ class McnWeight(WeightQuantizer):
     ) -> None:
         super().__init__()
         if not isinstance(planes, int) or planes < 1:
-            raise BonnQatError(f"the option planes of the scheme 'mcn' is a whole number, at least 1; got {planes!r}")
+            raise BonnQatError(
+                f"the option planes of the scheme 'mcn' must be a whole number, at least 1; got {planes!r}"
+            )
         if centres not in ("kmeans", "sign"):
-            raise BonnQatError(f"the option centres of the scheme 'mcn' is 'kmeans' or 'sign'; got {centres!r}")
+            raise BonnQatError(f"the option centres of the scheme 'mcn' must be 'kmeans' or 'sign'; got {centres!r}")
         if modulation not in ("elementwise", "mean"):
             raise BonnQatError(
-                f"the option modulation of the scheme 'mcn' is 'elementwise' or 'mean'; got {modulation!r}"
+                f"the option modulation of the scheme 'mcn' must be 'elementwise' or 'mean'; got {modulation!r}"
             )
         self.planes, self.centres, self.averaged = planes, centres, modulation == "mean"
         self.m_filter = nn.Parameter(weight.new_ones(planes, 1, *weight.shape[2:]))

@@ -49,16 +49,16 @@ class _Project(torch.autograd.Function):
 class PcnnWeight(WeightQuantizer):
     """The mean of J kernels ``C^_j = a sign(mean(W_j) C)`` with ``a = mean|C|`` over the layer; W is ``projection``.
 
-    With ``magnitude="norm"`` a is what (3.57) says to the letter, the mean over the kernels of the sum of ``|C_i|``.
+    With ``magnitude="norm"`` a is (3.57) taken literally, the mean over the kernels of the sum of ``|C_i|``.
 
     Backward, with lambda = ``projection_weight``, eta = ``look_ahead``, ``G_j = G / J`` and
     ``E_j = W_j (C + eta G_j) - C^_j``: the sum over j of ``G_j [|W_j C| <= 1] W_j + lambda E_j W_j`` to C (3.51, 3.52),
     and the sum over all planes of ``G_j [|W_j C| <= 1] C + lambda E_j (C + eta G_j)`` to W_j (3.55, 3.56).
 
-    J is ``projections``. One W starts at 1, which ``a = mean|C|`` asks for; several that start as one would get one
-    gradient and stay one, so they start evenly within (0.5, 1.5), ``1 + (j - (J - 1) / 2) / J`` for j from 0. The paper
-    starts its W at random and does not say how: ``start="random"`` draws every element from [0.5, 1.5).
-    A deployed layer keeps J bits for each weight, and a.
+    J is ``projections``. One W starts at 1, which matches ``a = mean|C|``. Several equal W would get equal gradients
+    and stay equal, so they start evenly spaced within (0.5, 1.5), ``1 + (j - (J - 1) / 2) / J`` for j from 0. The paper
+    starts its W at random and does not say how: ``start="random"`` draws every element from [0.5, 1.5). A deployed
+    layer keeps J bits for each weight, and a.
 
     The terms with lambda are the gradient of the projection loss (3.42),
     ``L_P = lambda/2 sum_j ||C^_j - W_j (C + eta G_j)||^2``. G is known only in the backward pass, so L_P is added
@@ -87,15 +87,15 @@ class PcnnWeight(WeightQuantizer):
         super().__init__()
         if not isinstance(projections, int) or projections < 1:
             raise BonnQatError(
-                f"the option projections of the scheme 'pcnn' is a whole number, at least 1; got {projections!r}"
+                f"the option projections of the scheme 'pcnn' must be a whole number, at least 1; got {projections!r}"
             )
         for option, value in (("projection_weight", projection_weight), ("look_ahead", look_ahead)):
             if not (math.isfinite(value) and value >= 0):
-                raise BonnQatError(f"the option {option} of the scheme 'pcnn' is at least 0; got {value}")
+                raise BonnQatError(f"the option {option} of the scheme 'pcnn' must be at least 0; got {value}")
         for option, name, allowed in (("start", start, ("one", "random")), ("magnitude", magnitude, ("mean", "norm"))):
             if name not in allowed:
                 words = " or ".join(map(repr, allowed))
-                raise BonnQatError(f"the option {option} of the scheme 'pcnn' is {words}; got {name!r}")
+                raise BonnQatError(f"the option {option} of the scheme 'pcnn' must be {words}; got {name!r}")
         self.projection_weight, self.look_ahead = projection_weight, look_ahead
         self.start, self.magnitude = start, magnitude
         self.bits, self.scaled_sign = projections, projections == 1

@@ -1,7 +1,7 @@
 """ReActNet (Liu et al., ECCV 2020, arXiv:2003.03488): signs and PReLUs whose thresholds are learned.
 
 x inputs ``(B, C, H, W)`` or ``(B, C)``; a the thresholds of the sign, gamma and zeta the shifts before and after the
-PReLU, slope its own, each ``(C,)``; G the gradient of what comes out. Weights are those of Bi-Real Net.
+PReLU, slope its own, each ``(C,)``; G the gradient of the output. Weights are those of Bi-Real Net.
 
 The other two parts of the paper concern the training, and are settings of a recipe: two stages, the first with
 ``weights="float"`` and binary activations, and distillation from a float teacher for the distribution loss.

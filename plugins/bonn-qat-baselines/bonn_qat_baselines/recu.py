@@ -45,7 +45,7 @@ class RecuWeight(WeightQuantizer):
         super().__init__()
         if not 0.5 < tau_min <= tau_max < 1:
             raise BonnQatError(
-                "the options tau_min and tau_max of the scheme 'recu' are such that 0.5 < tau_min <= tau_max < 1; "
+                "the options tau_min and tau_max of the scheme 'recu' must satisfy 0.5 < tau_min <= tau_max < 1; "
                 f"got tau_min={tau_min} and tau_max={tau_max}"
             )
         self.tau_min, self.tau_max = tau_min, tau_max

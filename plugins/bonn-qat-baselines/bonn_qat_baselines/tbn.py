@@ -1,7 +1,7 @@
 """TBN (Wan et al., ECCV 2018): ternary activations and binary weights; the paper's, and TBNv2 of the authors' code.
 
 W latent weights ``(O, I, kh, kw)`` or ``(O, I)``; alpha ``(O, 1, ...)``; I activations ``(B, C, H, W)`` or ``(B, C)``;
-T their ternary values; Delta a layer's threshold, a scalar; G the gradient of what W or I became. As read from the
+T their ternary values; Delta a layer's threshold, a scalar; G the gradient of the quantized W or I. As read from the
 authors' code, where the paper's delta is 0.4 and the code's 0.5.
 """
 
@@ -60,9 +60,9 @@ class TbnActivation(ActivationQuantizer):
 
     ``Delta = delta * mean|I|`` over the whole input in training, a constant of the backward pass. In evaluation it is
     ``running_threshold``, the moving average of these with momentum 0.1 (a buffer, part of the state dict), which
-    starts at ``delta * E|N(0, 1)|``, for the input is batch-normalized. An input of zeros alone stays 0.
+    starts at ``delta * E|N(0, 1)|``, because the input is batch-normalized. An input of zeros alone stays 0.
 
-    Backward: ``G [|I| <= 1]``, the mask that the code means; with ``variant="tbnv2"``
+    Backward: ``G [|I| <= 1]``, the mask that the code intends; with ``variant="tbnv2"``
     ``G 2 |fmod(I / Delta + 3, 2) - 1| [|I| <= 2 Delta]``, the slope of two parabolas between each pair of steps (the
     code's ``order`` 2). Raises BonnQatError for a ``delta`` that is not a number above 0 and another ``variant``.
     """
@@ -72,9 +72,9 @@ class TbnActivation(ActivationQuantizer):
     def __init__(self, channels: int = 1, *, delta: float = 0.4, variant: Literal["tbn", "tbnv2"] = "tbn") -> None:
         super().__init__(channels)
         if not 0 < delta < math.inf:
-            raise BonnQatError(f"the option delta of the scheme 'tbn' is a number above 0; got {delta!r}")
+            raise BonnQatError(f"the option delta of the scheme 'tbn' must be a number above 0; got {delta!r}")
         if variant not in ("tbn", "tbnv2"):
-            raise BonnQatError(f"the option variant of the scheme 'tbn' is 'tbn' or 'tbnv2'; got {variant!r}")
+            raise BonnQatError(f"the option variant of the scheme 'tbn' must be 'tbn' or 'tbnv2'; got {variant!r}")
         self.delta, self.variant = delta, variant
         self.running_threshold: Tensor
         self.register_buffer("running_threshold", torch.empty(()))

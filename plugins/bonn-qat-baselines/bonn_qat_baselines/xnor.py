@@ -17,7 +17,7 @@ from bonn_qat.quantizers import ActivationQuantizer, WeightQuantizer, sign_activ
 
 def _check_bool(option: str, value: bool) -> None:
     if value not in (True, False):
-        raise BonnQatError(f"the option {option} of XNOR-Net is true or false; got {value!r}")
+        raise BonnQatError(f"the option {option} of XNOR-Net must be true or false; got {value!r}")
 
 
 @final
@@ -32,11 +32,11 @@ class XnorWeight(WeightQuantizer):
     - ``"plain"``: ``alpha G_i [|W_i| <= 1]``, alpha a constant;
     - ``"straight"``: ``G_i``, as the paper's Algorithm 1 updates W.
 
-    ``centre`` does after each step what the authors' code does before the next: from W its mean over the input
-    channels is subtracted, then W is clamped to [-1, 1]. A single input channel has no other to be centred by and
-    is clamped only. That code's further factors of the gradient, ``1 - 1/I`` and n, are not part of this.
+    ``centre`` does after each step what the authors' code does before the next: from W its mean over the input channels
+    is subtracted, then W is clamped to [-1, 1]. With a single input channel W is only clamped. That code's further
+    factors of the gradient, ``1 - 1/I`` and n, are not part of this.
 
-    Raises BonnQatError for another ``gradient``, or a ``centre`` that is no bool.
+    Raises BonnQatError for another ``gradient``, or a ``centre`` that is not a bool.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class XnorWeight(WeightQuantizer):
         super().__init__()
         if gradient not in ("exact", "printed", "plain", "straight"):
             raise BonnQatError(
-                "the option gradient of XNOR-Net's weights is 'exact', 'printed', 'plain' or 'straight'; "
+                "the option gradient of XNOR-Net's weights must be 'exact', 'printed', 'plain' or 'straight'; "
                 f"got {gradient!r}"
             )
         _check_bool("centre", centre)
@@ -88,14 +88,14 @@ class XnorSign(ActivationQuantizer):
     Another ``estimator`` than that of the paper, ``"ste_sign"``, is ``"approx_sign"`` or ``"swish_sign"``, as in
     :func:`bonn_qat.quantizers.sign_activation`.
 
-    With ``input_scale`` the scale is the map A ``(B, 1, H, W)``, and the layer multiplies what its convolution gives
-    by ``K = A * k``, the mean of A over each window of the kernel, zeros of the padding included (the paper's (11),
+    With ``input_scale`` the scale is the map A ``(B, 1, H, W)``, and the layer multiplies the convolution's result by
+    ``K = A * k``, the mean of A over each window of the kernel, zeros of the padding included (the paper's (11),
     ``(sign(I) * sign(W)) K alpha``). A is a constant of the backward pass: the paper gives a derivative for the sign
     only, and the implementations that have K do not differentiate it. Inputs ``(B, C)`` have no map: their scale is 1.
 
     The authors' released code leaves K out, as does the default here; it zeroes the gradient at ``|I| = 1``, too.
-    Raises BonnQatError for what :func:`~bonn_qat.quantizers.sign_activation` refuses, and an ``input_scale`` that is no
-    bool.
+    Raises BonnQatError for what :func:`~bonn_qat.quantizers.sign_activation` refuses, and an ``input_scale`` that is
+    not a bool.
     """
 
     def __init__(

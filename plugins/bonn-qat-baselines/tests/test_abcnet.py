@@ -263,10 +263,14 @@ def test_options_reach_both_quantizers_and_impossible_ones_are_named():
     assert ABCNET_5_5.configure({"weight_bases": 2}).bits == "2/5"
     for option in ("weight_bases", "activation_bases"):
         for count in (0, 2.0):
-            with pytest.raises(BonnQatError, match=rf"option {option} .* is a whole number, at least 1; got {count}"):
+            with pytest.raises(
+                BonnQatError, match=rf"option {option} .* must be a whole number, at least 1; got {count}"
+            ):
                 ABCNET.configure({option: count})
     for spread in (0.0, math.nan, math.inf):
-        with pytest.raises(BonnQatError, match="option weight_spread of the scheme 'abcnet' is a number above 0; got"):
+        with pytest.raises(
+            BonnQatError, match="option weight_spread of the scheme 'abcnet' must be a number above 0; got"
+        ):
             ABCNET.configure({"weight_spread": spread})
     with pytest.raises(BonnQatError, match=r"'threshold' or 'printed'; got 'none'"):
         ABCNET.configure({"mask": "none"})

@@ -260,7 +260,7 @@ def test_schedule_and_centre_are_options_of_the_scheme():
     assert "centre='code'" in repr(scheme.activation(1))
     with pytest.raises(BonnQatError, match=r"'adabin' .* 0 < t_min <= t_max; got t_min=2.0 and t_max=1.0"):
         ADABIN.configure({"t_min": 2.0, "t_max": 1.0})
-    with pytest.raises(BonnQatError, match=r"centre of the scheme 'adabin' is 'paper' or 'code'; got 'mean'"):
+    with pytest.raises(BonnQatError, match=r"centre of the scheme 'adabin' must be 'paper' or 'code'; got 'mean'"):
         ADABIN.configure({"centre": "mean"})
 
 

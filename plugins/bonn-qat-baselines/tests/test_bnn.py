@@ -163,7 +163,11 @@ def test_bits_stored_numbers_and_options():
     assert weight.constants(torch.ones(2, 2, 1, 1)) == 0
     assert repr(weight) == "BnnWeight(gradient='clipped')"
     assert repr(activation) == "BnnSign(activations='stochastic')"
-    with pytest.raises(BonnQatError, match=r"gradient of the scheme 'bnn' is 'straight' or 'clipped'; got 'exact'"):
+    with pytest.raises(
+        BonnQatError, match=r"gradient of the scheme 'bnn' must be 'straight' or 'clipped'; got 'exact'"
+    ):
         BNN.configure({"gradient": "exact"})
-    with pytest.raises(BonnQatError, match=r"activations of the scheme 'bnn' is 'determin.*stochastic'; got 'random'"):
+    with pytest.raises(
+        BonnQatError, match=r"activations of the scheme 'bnn' must be 'determin.*stochastic'; got 'random'"
+    ):
         BNN.configure({"activations": "random"})

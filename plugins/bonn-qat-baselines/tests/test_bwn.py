@@ -10,7 +10,6 @@ from bonn_qat_baselines.bwn import BWN
 from torch import nn
 
 import bonn_qat
-import bonn_qat.models
 from bonn_qat import BonnQatError, plugins
 from bonn_qat.binarization.binarize import binary_layers
 from bonn_qat.layers import BinaryConv2d
@@ -125,7 +124,7 @@ def test_bits_stored_numbers_and_options():
     assert (quantizer.gradient, quantizer.centre) == ("printed", True)
     quantizer.constrain(weight)
     assert not weight.any()
-    with pytest.raises(BonnQatError, match=r"gradient of XNOR-Net's weights is 'exact', .*; got 'rough'"):
+    with pytest.raises(BonnQatError, match=r"gradient of XNOR-Net's weights must be 'exact', .*; got 'rough'"):
         BWN.configure({"gradient": "rough"})
     with pytest.raises(BonnQatError, match="input_scale"):  # there is no binary input to scale
         BWN.configure({"input_scale": True})

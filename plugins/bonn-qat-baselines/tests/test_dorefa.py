@@ -256,6 +256,6 @@ def test_bits_and_stored_numbers_follow_the_options(options, bits, constants, sc
 @pytest.mark.parametrize("option", ["weight_bits", "activation_bits", "gradient_bits"])
 @pytest.mark.parametrize("value", [0, 9, 2.5, "4"])
 def test_a_wrong_number_of_bits_is_told_with_what_is_allowed(option, value):
-    message = rf"option {option} of the scheme 'dorefa' is 1 to 8, or 32 for float; got {value!r}"
+    message = rf"option {option} of the scheme 'dorefa' must be 1 to 8, or 32 for float; got {value!r}"
     with pytest.raises(BonnQatError, match=message):
         DOREFA.configure({option: value}).output(1)

@@ -223,7 +223,7 @@ def test_options_reach_the_weights_and_impossible_ones_are_named():
     assert (quantizer.m_filter.shape, quantizer.centres) == ((3, 1, 3, 3), "sign")
     assert "modulation='mean'" in repr(quantizer)
     for planes in (0, 2.0):
-        with pytest.raises(BonnQatError, match=rf"option planes .* is a whole number, at least 1; got {planes}"):
+        with pytest.raises(BonnQatError, match=rf"option planes .* must be a whole number, at least 1; got {planes}"):
             MCN.configure({"planes": planes})
     with pytest.raises(BonnQatError, match=r"'kmeans' or 'sign'; got 'median'"):
         MCN.configure({"centres": "median"})

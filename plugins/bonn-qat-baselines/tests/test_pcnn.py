@@ -188,7 +188,7 @@ def test_a_layer_is_the_convolution_of_the_signs_with_the_projected_kernels(bias
 def test_lambda_and_eta_are_options_of_the_scheme():
     quantizer = PCNN.configure({"projection_weight": 0.5, "look_ahead": 0.0}).weight(torch.zeros(1, 1, 1, 1))
     assert (quantizer.projection_weight, quantizer.look_ahead) == (0.5, 0.0)
-    with pytest.raises(BonnQatError, match=r"option look_ahead of the scheme 'pcnn' is at least 0; got -1"):
+    with pytest.raises(BonnQatError, match=r"option look_ahead of the scheme 'pcnn' must be at least 0; got -1"):
         PCNN.configure({"look_ahead": -1.0}).weight(torch.zeros(1, 1, 1, 1))
 
 
@@ -223,7 +223,9 @@ def test_projections_are_an_option_and_a_bit_of_each_weight(pm):
     layer = summary(binarize(network(), scheme, pm=pm), (3, 8, 8)).layers[1]
     assert (layer.weight_bits, layer.scales) == (3, 1)
     for count in (0, 2.0):
-        with pytest.raises(BonnQatError, match=rf"option projections .* is a whole number, at least 1; got {count}"):
+        with pytest.raises(
+            BonnQatError, match=rf"option projections .* must be a whole number, at least 1; got {count}"
+        ):
             PCNN.configure({"projections": count})
 
 

@@ -176,7 +176,7 @@ def test_options_reach_the_activations_and_impossible_ones_are_named():
     quantizer = TBN.configure({"delta": 0.5, "variant": "tbnv2"}).activation(3)
     assert (quantizer.delta, quantizer.variant) == (0.5, "tbnv2")
     for delta in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(BonnQatError, match=r"option delta of the scheme 'tbn' is a number above 0; got"):
+        with pytest.raises(BonnQatError, match=r"option delta of the scheme 'tbn' must be a number above 0; got"):
             TBN.configure({"delta": delta})
     with pytest.raises(BonnQatError, match=r"'tbn' or 'tbnv2'; got 'v3'"):
         TBN.configure({"variant": "v3"})

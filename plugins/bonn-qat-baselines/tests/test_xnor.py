@@ -220,11 +220,11 @@ def test_the_options_reach_the_quantizers():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gradient": "rough"}, r"option gradient of XNOR-Net's weights is 'exact', .*'straight'; got 'rough'"),
-        ({"centre": "yes"}, r"option centre of XNOR-Net is true or false; got 'yes'"),
-        ({"input_scale": "yes"}, r"option input_scale of XNOR-Net is true or false; got 'yes'"),
-        ({"clip": 0.0}, r"clip of the sign's estimator is a number above 0; got 0\.0"),
-        ({"estimator": "sign"}, r"estimator of the sign is 'ste_sign', 'approx_sign' or 'swish_sign'; got 'sign'"),
+        ({"gradient": "rough"}, r"option gradient of XNOR-Net's weights must be 'exact', .*'straight'; got 'rough'"),
+        ({"centre": "yes"}, r"option centre of XNOR-Net must be true or false; got 'yes'"),
+        ({"input_scale": "yes"}, r"option input_scale of XNOR-Net must be true or false; got 'yes'"),
+        ({"clip": 0.0}, r"clip of the sign's estimator must be a number above 0; got 0\.0"),
+        ({"estimator": "sign"}, r"estimator of the sign must be 'ste_sign', 'approx_sign' or 'swish_sign'; got 'sign'"),
     ],
 )
 def test_a_wrong_option_is_told_with_what_is_allowed(options, message):

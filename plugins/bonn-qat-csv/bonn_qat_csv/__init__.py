@@ -54,7 +54,7 @@ class CsvObserver:
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                warnings.warn(f"cannot write {name} ({error}); the training goes on", RuntimeWarning, stacklevel=2)
+                warnings.warn(f"cannot write {name} ({error}); the training continues", RuntimeWarning, stacklevel=2)
 
 
 OBSERVER = CsvObserver()

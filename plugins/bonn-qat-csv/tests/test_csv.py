@@ -66,7 +66,7 @@ def test_the_runs_of_a_comparison_lie_beside_their_results(hook, tmp_path):
 
 def test_a_file_that_cannot_be_written_costs_one_warning(hook):
     Path(NAME).mkdir()
-    with pytest.warns(RuntimeWarning, match=f"cannot write {NAME}.*the training goes on") as caught:
+    with pytest.warns(RuntimeWarning, match=f"cannot write {NAME}.*the training continues") as caught:
         run(hook, 2)
     assert len(caught) == 1
 

@@ -104,13 +104,13 @@ class Sender:
                     del self._jobs[item]
                 if refused and None not in self._warned:
                     self._warned.add(None)
-                    self._notes.append(f"MLflow refused a part of a run ({refused[0]}); the training goes on")
+                    self._notes.append(f"MLflow refused a part of a run ({refused[0]}); the training continues")
                 self._changed.notify_all()
 
     def _note(self, place: Place, why: str) -> None:
         if place not in self._warned:
             self._warned.add(place)
-            self._notes.append(f"MLflow did not get everything ({why}); the training goes on. {_remedy(place)}")
+            self._notes.append(f"MLflow did not get everything ({why}); the training continues. {_remedy(place)}")
 
     def _warn(self) -> None:
         with self._changed:

@@ -73,7 +73,7 @@ class Store:
             self._client = open_client(place.uri or own_uri(place.directory))
 
     def log_comparison(self, directory: Path, status: str, time: float, files: Sequence[Path] = ()) -> list[str]:
-        """Set the status of the run that stands for the comparison in ``directory``, from ``time`` on, and log files.
+        """Set the status of the run that represents the comparison in ``directory``, from ``time`` on, and log files.
 
         Returns what the store refused, each in one line. Raises what MLflow does where the store is out of reach.
         """

@@ -1,7 +1,7 @@
 """The observer: each hook notes what is known by now and hands it to the sender's thread.
 
 What belongs to the program's own thread is looked up here: the working directory, MLflow's active run, and whether an
-interruption is under way. Whatever fails warns once, and the training goes on.
+interruption is under way. Every failure becomes one warning, and the training continues.
 """
 
 import contextlib
@@ -132,7 +132,7 @@ class Tracker:
         except Exception as error:
             if not self._warned:
                 self._warned = True
-                words = f"MLflow could not track this ({reason(error)}); the training goes on"
+                words = f"MLflow could not track this ({reason(error)}); the training continues"
                 warnings.warn(words, RuntimeWarning, stacklevel=3)
 
 
@@ -146,7 +146,7 @@ def _log_file(store: Store, run: LoggedRun) -> list[str]:
 
 
 def _log_with_file(store: Store, run: LoggedRun) -> list[str]:
-    """Log a run whose results file nobody writes."""
+    """Log a run whose results file is not written."""
     assert run.result is not None
     with tempfile.TemporaryDirectory() as folder:
         return store.log_run(replace(run, files=[write_run(Path(folder), run.result)]))

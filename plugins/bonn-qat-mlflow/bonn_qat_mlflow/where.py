@@ -43,7 +43,7 @@ def place_of(directory: Path, uri: str | None = None) -> Place:
 
 
 def active_run() -> Parent | None:
-    """The program's active MLflow run; None if there is none, or if nobody has imported MLflow."""
+    """The program's active MLflow run; None if there is none, or if MLflow has not been imported."""
     active = getattr(sys.modules.get("mlflow"), "active_run", lambda: None)()
     return Parent(active.info.experiment_id, active.info.run_id) if active is not None else None
 

@@ -1,4 +1,4 @@
-"""The store after a run that goes on, and after a process or a connection that died in the middle."""
+"""The store after a run that resumes, and after a process or a connection that died in the middle."""
 
 from dataclasses import replace
 
@@ -101,7 +101,7 @@ def test_an_epoch_of_which_the_store_has_a_part_is_completed(directory, rehearse
 
 
 def test_what_a_killed_process_left_of_a_database_is_made_anew(new_store, tmp_path):
-    """MLflow cannot go on from a half of its tables, so they are made under another name."""
+    """MLflow cannot continue with half of its tables, so they are created under another name."""
     for name in (".mlflow.db.new", ".mlflow.db.new-journal"):
         (tmp_path / name).write_text("half")
     _make_database(tmp_path / "mlflow.db")

@@ -55,7 +55,7 @@ class TensorBoardObserver:
         except Exception as error:
             if not self._warned:
                 self._warned = True
-                warnings.warn(f"TensorBoard: {error}; the training goes on", RuntimeWarning, stacklevel=3)
+                warnings.warn(f"TensorBoard: {error}; the training continues", RuntimeWarning, stacklevel=3)
 
 
 OBSERVER = TensorBoardObserver()

@@ -62,7 +62,7 @@ def test_the_runs_of_a_comparison_lie_in_its_directory(hook, tmp_path):
 
 def test_a_folder_that_cannot_be_made_costs_one_warning(hook):
     Path("tensorboard").write_text("a file")
-    with pytest.warns(RuntimeWarning, match="TensorBoard: .*the training goes on") as caught:
+    with pytest.warns(RuntimeWarning, match="TensorBoard: .*the training continues") as caught:
         run(hook, 2)
     assert len(caught) == 1
 
