@@ -7,7 +7,8 @@ import functools
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,27 +79,25 @@ def digits() -> data.Data:
     return data.load("digits", train_images=64, test_images=16)
 
 
-def _patiently(start: Callable[[], Any]) -> None:
-    """Start a node, if need be again: Ray gives its agents 15 seconds, which are too few on a busy machine."""
-    for last in (False, False, False, True):
-        try:
-            start()
-        except Exception as error:
-            if last or "timed out during startup" not in str(error):
-                raise
-        else:
-            return
+def _ports() -> dict[str, int]:
+    """Free ports for a node's agents. Where Ray chooses them, a node waits 15 seconds for its agents and then ends."""
+    names = ("dashboard_agent_listen_port", "runtime_env_agent_port", "metrics_agent_port", "metrics_export_port")
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("", 0))) for _ in names]
+        return {name: found.getsockname()[1] for name, found in zip(names, sockets, strict=True)}
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    # On a busy machine nodes and agents answer late.
+    os.environ |= {"RAY_agent_register_timeout_ms": "300000", "RAY_health_check_failure_threshold": "60"}
     from ray.cluster_utils import Cluster
 
     options = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_log_monitor": False}
     nodes = Cluster()
-    _patiently(lambda: nodes.add_node(**options, include_dashboard=False))
-    _patiently(lambda: nodes.add_node(**options))
+    nodes.add_node(**options, **_ports(), include_dashboard=False)
+    nodes.add_node(**options, **_ports())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(on_ray, "_SECONDS_BETWEEN_LOOKS", 0.05)
         yield RayCluster(address=nodes.address)
