@@ -30,7 +30,7 @@ from bonn_qat.training.recipe import Recipe
 DEATHS = 2  # of the processes that train a run, after which it has failed
 _NAME = "bonn-qat job"
 _GUARD = "a script that compares with several jobs does so below `if __name__ == '__main__':`"
-_RAISED, _OS_ERROR = 1, 3  # exit codes: Python's own for an exception, and one for an OSError, which is in the note
+_RAISED, _OS_ERROR = 1, 74  # exit codes: Python's for any exception; sysexits' EX_IOERR for an OSError, see _train
 # CUDA does not survive a fork, nor do the threads of OpenMP.
 _CONTEXT = multiprocessing.get_context("spawn")
 
@@ -118,6 +118,7 @@ def at_once(
 
 
 def _start(folder: Path, job: int, running: dict[Any, tuple[int, Any]]) -> None:
+    (folder / str(job)).unlink(missing_ok=True)  # the note of the job's process that died
     process = _CONTEXT.Process(target=_train, args=(folder, job), name=f"{_NAME} {job}")
     with contextlib.ExitStack() as stack:
         # A terminal sends Ctrl-C to all its processes; those that are started here leave it to this one.

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import importlib
 import json
 import multiprocessing
@@ -92,6 +93,7 @@ def _install(patch: pytest.MonkeyPatch, folder: Path, name: str, source: str) ->
     patch.syspath_prepend(folder)
     patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
     patch.setenv("BONN_QAT_PLUGINS", name, prepend=",")
+    patch.setattr(plugins, "manager", functools.cache(plugins.create_manager))
 
 
 # In processes
@@ -115,7 +117,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         _install(patch, place, "deadly", PLUGIN)
         module = importlib.import_module("deadly_plugin")
         patch.chdir(place)
-        two = comparing.compare([once, *recipes, deadly], digits, Path("two"), jobs=2, pm=plugins.create_manager())
+        two = comparing.compare([once, *recipes, deadly], digits, Path("two"), jobs=2)
         patch.setattr(module, "note", lambda *words: None)
         patch.setattr(multiprocessing, "parent_process", lambda: "itself")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
@@ -469,13 +471,24 @@ def test_a_failed_run_fails_alone(runs: dict[int, Any], at_once: Any, error: Exc
     assert failures[NAMES[0]] in ("nan", "out of memory; try fewer jobs, or a batch_size below 64")
 
 
+@pytest.mark.parametrize("before", [0, 1])
 def test_a_process_that_does_not_begin_is_an_error(
-    runs: dict[int, Any], at_once: Any, monkeypatch: pytest.MonkeyPatch
+    runs: dict[int, Any], at_once: Any, monkeypatch: pytest.MonkeyPatch, before: int
 ) -> None:
-    monkeypatch.setattr(jobs, "_train", lambda folder, job: sys.exit(1))
+    train = jobs._train
+    begun: list[int] = []
+
+    def begins_not(folder: Path, job: int) -> None:
+        begun.append(job)
+        if len(begun) > before:
+            sys.exit(1)
+        train(folder, job)
+
+    runs[0] = _dies
+    monkeypatch.setattr(jobs, "_train", begins_not)
     words = r"ended before it began one \(exit code 1\); a script .* below `if __name__ == '__main__':`"
     with pytest.raises(BonnQatError, match=words):
-        at_once(3)
+        at_once(1)
 
 
 def test_there_are_no_jobs_within_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -569,7 +582,12 @@ def test_each_job_prints_the_lines_of_its_epochs_and_loads_the_same_plugins(
 ) -> None:
     made: list[plugins.Manager] = []
     create = plugins.create_manager
-    monkeypatch.setattr(plugins, "create_manager", lambda **options: made.append(create(**options)) or made[-1])
+
+    def create_manager(**options: Any) -> plugins.Manager:
+        made.append(create(**options))
+        return made[-1]
+
+    monkeypatch.setattr(plugins, "create_manager", create_manager)
     monkeypatch.setattr(EpochLines, "bonn_qat_after_epoch", hookimpl(lambda self: SEEN.append("a line")))
     at_once(1)
     assert not SEEN

@@ -60,12 +60,22 @@ class Observer:
         self.seen[recipe.name].append("a result" if result else "nothing")
 
 
+def _parent(process: int) -> int:
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("PPid:"))
+
+
 def _kill(recipe: Recipe) -> None:
-    """Kill the worker process that trains it."""
+    """Kill the worker process that trains it, a child of a node that this process has started."""
     title = f"ray::{recipe.name}".encode()
-    workers = [path.parent for path in Path("/proc").glob("[0-9]*/cmdline") if path.read_bytes().startswith(title)]
+    workers: list[int] = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # processes come and go
+            process = int(path.parent.name)
+            if path.read_bytes().startswith(title) and _parent(_parent(process)) == os.getpid():
+                workers.append(process)
     (worker,) = workers
-    os.kill(int(worker.name), signal.SIGKILL)
+    os.kill(worker, signal.SIGKILL)
 
 
 def _manager(observer: Observer) -> pluggy.PluginManager:
