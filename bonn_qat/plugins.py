@@ -19,7 +19,7 @@ import os
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pluggy
@@ -31,6 +31,7 @@ from bonn_qat.regularizers import Regularizer
 from bonn_qat.scheme import Scheme
 
 DEFAULT_PLUGINS = ("bonn_qat.bonn", "bonn_qat.layers")
+OBSERVERS = ("bonn_qat_before_", "bonn_qat_after_", "bonn_qat_describe")  # how the timeline hooks' names begin
 _FAULTS = (Exception, SystemExit)  # what a plugin may raise; an interruption is the user's
 
 
@@ -39,13 +40,21 @@ class BrokenPlugin(UserWarning):
 
 
 class Manager(pluggy.PluginManager):
-    """pluggy's manager, with ``distributions``, plugin -> name and version, and ``broken``, plugin -> reason."""
+    """pluggy's manager, with ``distributions``, plugin -> name and version, and ``broken``, plugin -> reason.
 
-    def __init__(self) -> None:
+    While ``observes`` is False, plugins are registered without their timeline hooks.
+    """
+
+    def __init__(self, *, observes: bool = True) -> None:
         super().__init__(hookspecs.PROJECT)
+        self.observes = observes
         self.distributions: dict[str, str] = {}
         self.broken: dict[str, str] = {}
         self._complained: set[tuple[str, str]] = set()
+
+    def parse_hookimpl_opts(self, plugin: Any, name: str) -> pluggy.HookimplOpts | None:
+        """As pluggy's, which calls it for each attribute of a plugin; None is for one that is no hook."""
+        return super().parse_hookimpl_opts(plugin, name) if self.observes or not name.startswith(OBSERVERS) else None
 
     def skip(self, plugin: str, reason: str) -> None:
         """Unload ``plugin``, if it is loaded, and warn."""
@@ -77,34 +86,37 @@ def _words_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
 
 
-def create_manager(*, entry_points: bool = True) -> Manager:
+def create_manager(*, entry_points: bool | Sequence[str] = True, observes: bool = True) -> Manager:
     """A new plugin manager with the built-in plugins and, by default, every installed one.
 
     The environment variable ``BONN_QAT_PLUGINS``, a comma-separated list of entry point names, restricts the installed
-    plugins to those; empty means none. Warns of BrokenPlugin. Raises UnknownName for a listed plugin that is not
+    plugins to those; empty means none. A sequence of names as ``entry_points`` does the same. Unless it ``observes``,
+    no plugin is called at the timeline hooks. Warns of BrokenPlugin. Raises UnknownName for a listed plugin that is not
     installed.
 
     >>> sorted(schemes(create_manager(entry_points=False)))
     ['bonn']
     """
-    manager = Manager()
+    manager = Manager(observes=observes)
     manager.add_hookspecs(hookspecs)
     for dotted in DEFAULT_PLUGINS:
         manager.register(importlib.import_module(dotted), name=dotted)
-    if entry_points:
-        _load_installed(manager)
+    if entry_points is True:
+        listed = os.environ.get("BONN_QAT_PLUGINS")
+        names = None if listed is None else list(filter(None, (part.strip() for part in listed.split(","))))
+        _load_installed(manager, names, "plugin in BONN_QAT_PLUGINS")
+    elif entry_points:
+        _load_installed(manager, entry_points, "plugin")
     return manager
 
 
-def _load_installed(manager: Manager) -> None:
+def _load_installed(manager: Manager, wanted: Sequence[str] | None, kind: str) -> None:
     found: dict[str, list[importlib.metadata.EntryPoint]] = {}
     for entry in importlib.metadata.entry_points(group=hookspecs.PROJECT):
         found.setdefault(entry.name, []).append(entry)
-    wanted = os.environ.get("BONN_QAT_PLUGINS")
-    names = found if wanted is None else dict.fromkeys(filter(None, (part.strip() for part in wanted.split(","))))
-    for name in names:
+    for name in found if wanted is None else dict.fromkeys(wanted):
         if name not in found:
-            raise UnknownName("plugin in BONN_QAT_PLUGINS", name, found)
+            raise UnknownName(kind, name, found)
         owners = [f"{entry.dist.name} {entry.dist.version}" for entry in found[name] if entry.dist]
         manager.distributions[name] = " and ".join(owners)
         if len(found[name]) > 1:
@@ -137,6 +149,12 @@ def installed(pm: pluggy.PluginManager | None = None) -> list[str]:
     """The installed distributions whose plugins are loaded, with their versions."""
     pm = _checked(pm)
     return sorted({distribution for name, distribution in pm.distributions.items() if pm.has_plugin(name)})
+
+
+def entry_points(pm: pluggy.PluginManager | None = None) -> list[str]:
+    """The names by which :func:`create_manager` loads the same installed plugins in another process."""
+    pm = _checked(pm)
+    return [name for name in pm.distributions if pm.has_plugin(name)]
 
 
 def faults(pm: pluggy.PluginManager | None = None) -> list[str]:

@@ -85,6 +85,28 @@ def test_the_environment_restricts_the_installed_plugins(
         plugins.create_manager()
 
 
+def test_another_process_loads_the_same_plugins_by_name_with_or_without_their_observers(
+    install: Callable[[str, str], None],
+):
+    observing = """
+    @hookimpl
+    def bonn_qat_after_epoch():
+        raise AssertionError
+    """
+    for name in ("one", "two", "three"):
+        install(name, SCHEME.format(name=name) + observing)
+    manager = plugins.create_manager()
+    manager.unregister(name="two")
+    assert sorted(plugins.entry_points(manager)) == ["one", "three"]
+    for observes in (True, False):
+        again = plugins.create_manager(entry_points=plugins.entry_points(manager), observes=observes)
+        assert set(plugins.schemes(again)) == {"bonn", "one", "three"}
+        assert len(again.hook.bonn_qat_after_epoch.get_hookimpls()) == 2 * observes
+    with pytest.raises(UnknownName, match="unknown plugin 'four'"):
+        plugins.create_manager(entry_points=["one", "four"])
+    assert names(plugins.create_manager(entry_points=[])) == set(plugins.DEFAULT_PLUGINS)
+
+
 HOOK = "from bonn_qat import Scheme, hookimpl\n@hookimpl\ndef {}:\n    {}\n"
 FAULTS = {
     "import": ("import nothing_of_this_name", "ModuleNotFoundError: No module named 'nothing_of_this_name'"),

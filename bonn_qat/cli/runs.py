@@ -287,7 +287,7 @@ def report(directory: Annotated[Path, Argument(help="The results of a comparison
 
 
 def _observed() -> "pluggy.PluginManager":
-    """The installed plugins, and the observer that prints a line for each epoch."""
+    """The installed plugins, and the observer that prints a line for each epoch, also in each job."""
     from bonn_qat import plugins
     from bonn_qat.studies.progress import EpochLines
 

@@ -11,7 +11,7 @@ from bonn_qat import distributed, plugins
 from bonn_qat.errors import InvalidData, InvalidRecipe
 from bonn_qat.files.atomic import remove_leftovers
 from bonn_qat.studies.comparison import MANIFEST, PAGE, Comparison, read_comparison, write_manifest
-from bonn_qat.studies.jobs import at_once, check_jobs
+from bonn_qat.studies.jobs import at_once, check_jobs, check_plugins
 from bonn_qat.studies.on_ray import RayCluster, on_ray
 from bonn_qat.studies.report import write_report
 from bonn_qat.studies.run import checkpoint_of, in_turn, lock_of, whole_comparison
@@ -85,18 +85,20 @@ def compare(
     ``jobs`` above 1 starts that many such processes: several on one GPU where the kernels are too small to fill it, or
     as many as there are cores, which they share as threads unless ``OMP_NUM_THREADS`` is set. With the same number of
     threads the results are those of one job, on a CPU bit for bit. A run whose process dies is resumed from its
-    checkpoint by another process; it has failed when that dies too. The data and what is registered in ``pm`` must be
-    fit to be pickled; a script keeps its call below ``if __name__ == "__main__":``.
+    checkpoint by another process; it has failed when that dies too. Each process loads the installed plugins of ``pm``
+    itself, so no others may be registered there, and the data are pickled; a script keeps its call below
+    ``if __name__ == "__main__":``.
 
-    ``ray`` runs them as tasks of a Ray cluster, which needs no shared directory (:mod:`bonn_qat.studies.on_ray`).
+    ``ray`` runs them as tasks of a Ray cluster, which needs no shared directory (:mod:`bonn_qat.studies.on_ray`). All
+    plugins but observers are installed on its nodes.
 
     Observers are called in the process that trains; with ``ray`` they are called here. ``around`` is the directory of
     the study that this comparison belongs to, whose observers have been told of it. In a process group (see
     :func:`bonn_qat.train`) every process makes the same call, rank 0 writes and calls the observers, and jobs is 1.
 
     Raises UnknownName and InvalidRecipe before anything is run, InvalidData for a directory that holds another
-    comparison, BonnQatError for what cannot be sent to another process. An interruption or a full disk is raised
-    again after the report is written.
+    comparison or cannot be written, BonnQatError before anything is run for a plugin that another process cannot load,
+    and for an exception in a job. An interruption or a full disk is raised again after the report is written.
 
     >>> compare(plan(Recipe(epochs=5)), load("digits"), Path("results/mine"), jobs=2).results  # doctest: +SKIP
     """
@@ -104,6 +106,8 @@ def compare(
     if ray is not None and (jobs > 1 or distributed.world() > 1):
         raise InvalidRecipe("runs go to Ray or to several processes here, not both; leave out jobs and the launcher")
     pm = pm or plugins.manager()
+    if jobs > 1 or ray is not None:
+        check_plugins(pm, observers=ray is None)
     is_first = distributed.rank() == 0
     observers = plugins.Observers(pm)
     for recipe in recipes:

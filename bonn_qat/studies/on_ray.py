@@ -16,10 +16,10 @@ import pluggy
 import torch
 
 from bonn_qat import plugins
-from bonn_qat.errors import BonnQatError, InvalidData, InvalidRecipe
+from bonn_qat.errors import BonnQatError, InvalidRecipe
 from bonn_qat.files.atomic import write_bytes
 from bonn_qat.hookspecs import hookimpl
-from bonn_qat.studies.jobs import SentPlugins, pickled, sent_plugins
+from bonn_qat.studies.jobs import check_plugins, pickled
 from bonn_qat.studies.run import Outcome, checkpoint_of, claimed, is_over, note_failure, run
 from bonn_qat.training.data import Data
 from bonn_qat.training.network import build
@@ -75,8 +75,10 @@ def on_ray(
     node is lost resumes from the last one on another; results and weights come back at the end. Observers are called
     here. An interruption stops the tasks after their step, with a checkpoint.
 
-    Raises BonnQatError if the cluster cannot be reached, or if the data or a plugin cannot be pickled.
+    Raises BonnQatError if the cluster cannot be reached, if a plugin that does more than observe is not an installed
+    one, or if the data cannot be pickled.
     """
+    check_plugins(pm, observers=False)
     with _connected(cluster) as ray:
         driver = _Driver(ray, data, directory, cluster, pm)
         left: Sequence[Recipe] = recipes
@@ -98,8 +100,7 @@ class _Driver:
         gpus = cluster.gpus if cluster.gpus is not None else float(ray.cluster_resources().get("GPU", 0) > 0)
         self._task = ray.remote(_train)
         self._options = {"num_cpus": cluster.cores, "num_gpus": gpus, "max_retries": 0}
-        whole = pickled(data, InvalidData, f"the data {data.name!r}")
-        self._common = ray.put(_Common(whole, sent_plugins(pm, observers=False), cluster.cores))
+        self._common = ray.put(pickled(data, plugins.entry_points(pm), cluster.cores))
         self._recipes: dict[str, Recipe] = {}
         self._observed: set[str] = set()
 
@@ -188,28 +189,21 @@ class _Driver:
             self._forget(name)
 
 
-@dataclass(frozen=True)
-class _Common:
-    """What every task is given."""
-
-    data: bytes
-    plugins: SentPlugins
-    cores: int
-
-
-def _train(recipe: Recipe, common: _Common, checkpoint: bytes | None, inbox: Any) -> tuple[Any, ...]:
+def _train(recipe: Recipe, common: bytes, checkpoint: bytes | None, inbox: Any) -> tuple[Any, ...]:
     """The task: the outcome of the run, its files by name, and whether its checkpoint is of use still."""
-    torch.set_num_threads(common.cores)
+    data, names, cores = pickle.loads(common)
+    torch.set_num_threads(cores)
+    pm = plugins.create_manager(entry_points=names, observes=False)
+    pm.observes = True  # of the observers, the reporter alone
     with tempfile.TemporaryDirectory(prefix="bonn-qat-") as folder:
         directory = Path(folder)
         unfinished = checkpoint_of(directory, recipe.name)
         if checkpoint is not None:
             write_bytes(unfinished, checkpoint)
-        pm = common.plugins.manager(observers=False)
         reporter = _Reporter(recipe.name, unfinished, inbox)
         pm.register(reporter)
         try:
-            outcome = run(recipe, pickle.loads(common.data), directory, pm=pm, tick=reporter.tick)
+            outcome = run(recipe, data, directory, pm=pm, tick=reporter.tick)
         finally:
             reporter.tick()
         paths = [directory / RUNS / f"{recipe.name}{ending}" for ending in (".safetensors", ".json")]

@@ -39,7 +39,7 @@ def in_turn(
     pm: pluggy.PluginManager,
     waits: bool = False,
     device: torch.device | None = None,
-    begins: Callable[[Recipe], None] = lambda recipe: None,
+    begins: Callable[[Recipe], object] = lambda recipe: None,
 ) -> None:
     """Run one recipe after another in this process, except those that other processes are training.
 

@@ -1,6 +1,8 @@
 """Several runs at once: in processes once, as a user has it; otherwise in threads, for a process costs seconds."""
 
+import contextlib
 import errno
+import functools
 import importlib
 import json
 import multiprocessing
@@ -13,12 +15,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pluggy
 import pytest
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ from bonn_qat.studies import compare as comparing
 from bonn_qat.studies import jobs
 from bonn_qat.studies import run as running
 from bonn_qat.studies.comparison import PAGE, Comparison, read_comparison, write_manifest
+from bonn_qat.studies.progress import EpochLines
 from bonn_qat.training import data
 from bonn_qat.training.checkpoint import read_state
 from bonn_qat.training.recipe import Recipe
@@ -82,11 +83,17 @@ def bonn_qat_after_run(recipe, result):
 '''
 
 
-def _manager(*others: object) -> pluggy.PluginManager:
-    pm = plugins.create_manager()
-    for plugin in others:
-        pm.register(plugin)
-    return pm
+def _install(patch: pytest.MonkeyPatch, folder: Path, name: str, source: str) -> None:
+    """Install a plugin for this process and those that it starts: a module and its distribution on the path."""
+    (folder / f"{name}_plugin.py").write_text(source)
+    info = folder / f"{name}_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}_plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[bonn_qat]\n{name} = {name}_plugin\n")
+    patch.syspath_prepend(folder)
+    patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+    patch.setenv("BONN_QAT_PLUGINS", name, prepend=",")
+    patch.setattr(plugins, "manager", functools.cache(plugins.create_manager))
 
 
 # In processes
@@ -107,17 +114,18 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("OMP_NUM_THREADS", raising=False)
         patch.setattr(comparing, "write_report", lambda comparison: comparison.directory / PAGE)  # it costs seconds
-        (place / "deadly_plugin.py").write_text(PLUGIN)
-        patch.syspath_prepend(place)
+        _install(patch, place, "deadly", PLUGIN)
         module = importlib.import_module("deadly_plugin")
         patch.chdir(place)
-        two = comparing.compare([once, *recipes, deadly], digits, Path("two"), jobs=2, pm=_manager(module))
+        two = comparing.compare([once, *recipes, deadly], digits, Path("two"), jobs=2)
         patch.setattr(module, "note", lambda *words: None)
         patch.setattr(multiprocessing, "parent_process", lambda: "itself")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
-        one = comparing.compare([once, *recipes], digits, place / "one", pm=_manager(module))  # it has died already
+        one = comparing.compare(
+            [once, *recipes], digits, place / "one", pm=plugins.create_manager()
+        )  # it has died already
         torch.set_num_threads(threads)
-        patch.setattr(jobs, "_Job", None)
+        patch.setattr(jobs, "_start", None)
         again = comparing.compare(recipes[:2], digits, Path("two"), jobs=2)
     notes: dict[str, list[str]] = {}
     pids = set()
@@ -240,14 +248,13 @@ def test_a_signal_stops_all_jobs_after_their_step_with_a_checkpoint(tmp_path: Pa
 
 
 class Thread(threading.Thread):
-    """Stands in for a process: sends the same through its end of the pipe."""
+    """Stands in for a process; as with multiprocessing, an exception there makes the exit code 1."""
 
     exitcode: int | None = None
 
-    def __init__(self, target: Any, args: tuple[Path, int, Connection], name: str) -> None:
-        *first, connection = args
-        self.connection = Connection(os.dup(connection.fileno()))
-        super().__init__(target=target, args=(*first, self.connection), name=name)
+    def __init__(self, target: Any, args: tuple[Path, int], name: str) -> None:
+        self.sentinel, self.open_end = multiprocessing.Pipe(duplex=False)
+        super().__init__(target=target, args=args, name=name)
 
     def run(self) -> None:
         try:
@@ -255,8 +262,10 @@ class Thread(threading.Thread):
             self.exitcode = 0
         except SystemExit as stop:
             self.exitcode = int(stop.code or 0)
+        except Exception:
+            self.exitcode = 1
         finally:
-            self.connection.close()
+            self.open_end.close()
 
     def terminate(self) -> None:
         STOPPED.set()
@@ -270,23 +279,28 @@ STOPPED = threading.Event()
 
 
 class Observer:
-    """Notes what it is told; pickled and unpickled it still writes to the same list."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.error = error
+    """Notes what it is told."""
 
     @hookimpl
     def bonn_qat_before_comparison(self, directory: Path) -> None:
         SEEN.append(f"{threading.current_thread().name} before {directory.name}")
 
     @hookimpl
-    def bonn_qat_after_epoch(self) -> None:
-        if self.error:
-            raise self.error
-
-    @hookimpl
     def bonn_qat_after_comparison(self, directory: Path) -> None:
         SEEN.append(f"{threading.current_thread().name} after {directory.name}")
+
+
+def _with_plugins(monkeypatch: pytest.MonkeyPatch, *others: object) -> None:
+    """Have each process register these, in place of installed plugins."""
+    create = plugins.create_manager
+
+    def create_manager(**options: Any) -> plugins.Manager:
+        pm = create(**options)
+        for plugin in others:
+            pm.register(plugin)
+        return pm
+
+    monkeypatch.setattr(plugins, "create_manager", create_manager)
 
 
 @pytest.fixture
@@ -307,7 +321,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
 
     SEEN.clear()
     STOPPED.clear()
-    monkeypatch.setattr(jobs, "_CONTEXT", SimpleNamespace(Pipe=multiprocessing.Pipe, Process=Thread))
+    monkeypatch.setattr(jobs, "_CONTEXT", SimpleNamespace(Process=Thread))
     monkeypatch.setattr(jobs, "_stop_with_parent", lambda: None)
     monkeypatch.setattr(jobs, "_cores", lambda: 2 * torch.get_num_threads())
     monkeypatch.setattr(running, "build", lambda recipe, data, pm: nn.Linear(1, 1))
@@ -330,16 +344,20 @@ NAMES = [Recipe(seed=seed).name for seed in range(5)]
 def at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[str], dict[str, str]]]:
     """Runs recipes of seeds 0, 1, ... in two jobs; gives the names of those with a result, and the failures."""
 
+    pm = plugins.create_manager()
+
     def run(
         count: int, *others: object, data: Any = DATA, around: Path | None = None
     ) -> tuple[list[str], dict[str, str]]:
+        for plugin in others:
+            pm.register(plugin)
         recipes = [Recipe(seed=seed) for seed in range(count)]
         write_manifest(Comparison(directory=tmp_path, data=DATA.describe(), planned=NAMES[:count], results=()))
         monkeypatch.setattr(running, "read_comparison", lambda directory: SimpleNamespace(failures=noted()))
         monkeypatch.setattr(running, "replace", lambda comparison, failures: failures)
         monkeypatch.setattr(running, "write_manifest", lambda found: failures.update(found))
         monkeypatch.setattr(running, "_failures", lambda directory: noted())
-        jobs.at_once(recipes, data, tmp_path, jobs=2, pm=_manager(*others), around=around)
+        jobs.at_once(recipes, data, tmp_path, jobs=2, pm=pm, around=around)
         return sorted(path.stem for path in (tmp_path / RUNS).glob("*.json")), noted()
 
     failures: dict[str, str] = {}
@@ -365,12 +383,13 @@ def test_two_runs_go_on_at_once(runs: dict[int, Any], at_once: Any) -> None:
 
 
 def test_each_job_tells_its_observers_of_the_study_and_the_comparison(
-    runs: dict[int, Any], at_once: Any, tmp_path: Path
+    runs: dict[int, Any], at_once: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = threading.Barrier(2, timeout=30)
     runs[0] = runs[1] = together.wait
     study = tmp_path.parent
-    at_once(2, Observer(), around=study)
+    _with_plugins(monkeypatch, Observer())
+    at_once(2, around=study)
     for job in ("bonn-qat job 0", "bonn-qat job 1"):
         moments = [f"before {study.name}", f"before {tmp_path.name}", f"after {tmp_path.name}", f"after {study.name}"]
         assert [line for line in SEEN if line.startswith(job)] == [f"{job} {moment}" for moment in moments]
@@ -400,48 +419,45 @@ def _goes_on() -> None:
     STOPPED.wait(60)
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ZeroDivisionError("of a plugin")])
-def test_an_error_in_one_job_stops_all_and_is_raised_here(runs: dict[int, Any], at_once: Any, error: Exception) -> None:
+@pytest.mark.parametrize("file", [None, "runs/x.json"])
+def test_a_full_disk_in_one_job_stops_all_and_is_raised_here(
+    runs: dict[int, Any], at_once: Any, file: str | None
+) -> None:
+    error = OSError(errno.ENOSPC, "No space left on device", file)
+
     def fails() -> None:
         raise error
 
     runs[0], runs[1] = fails, _goes_on
-    with pytest.raises(type(error), match=str(error.args[-1])) as raised:
+    with pytest.raises(OSError, match="No space left on device") as raised:
         at_once(3)
-    assert raised.value.args == error.args
-    assert "in fails" in raised.value.__notes__[0]
+    assert (raised.value.errno, raised.value.strerror, raised.value.filename) == (*error.args[:2], file)
     assert not [thread for thread in threading.enumerate() if isinstance(thread, Thread)]
 
 
-def test_an_error_of_an_observer_is_raised_here(runs: dict[int, Any], at_once: Any) -> None:
-    with pytest.raises(ZeroDivisionError):
-        at_once(3, Observer(ZeroDivisionError()))
+def test_an_exception_in_one_job_stops_all_and_names_the_run(runs: dict[int, Any], at_once: Any) -> None:
+    def fails() -> None:
+        raise ZeroDivisionError
+
+    runs[0], runs[1] = fails, _goes_on
+    words = rf"{NAMES[0]}: an exception ended its process \(exit code 1\); see the traceback above"
+    with pytest.raises(BonnQatError, match=words):
+        at_once(3)
+    assert not [thread for thread in threading.enumerate() if isinstance(thread, Thread)]
 
 
 def test_an_interruption_here_stops_all(
     runs: dict[int, Any], at_once: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def interrupted(running: Any) -> Any:
+    def interrupted(sentinels: Any) -> Any:
         raise KeyboardInterrupt
 
     runs[0] = runs[1] = _goes_on
-    monkeypatch.setattr(jobs, "_with_news", interrupted)
+    monkeypatch.setattr("multiprocessing.connection.wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         at_once(3)
     assert not list((tmp_path / RUNS).glob("*.json"))
     assert not [thread for thread in threading.enumerate() if isinstance(thread, Thread)]
-
-
-def test_an_error_that_cannot_be_sent_is_told_in_words(runs: dict[int, Any], at_once: Any) -> None:
-    class Local(Exception):
-        pass
-
-    def fails() -> None:
-        raise Local("of its own")
-
-    runs[0] = fails
-    with pytest.raises(RuntimeError, match="Local: of its own"):
-        at_once(1)
 
 
 @pytest.mark.parametrize("error", [TrainingDiverged("nan"), torch.OutOfMemoryError("CUDA"), MemoryError()])
@@ -455,13 +471,24 @@ def test_a_failed_run_fails_alone(runs: dict[int, Any], at_once: Any, error: Exc
     assert failures[NAMES[0]] in ("nan", "out of memory; try fewer jobs, or a batch_size below 64")
 
 
+@pytest.mark.parametrize("before", [0, 1])
 def test_a_process_that_does_not_begin_is_an_error(
-    runs: dict[int, Any], at_once: Any, monkeypatch: pytest.MonkeyPatch
+    runs: dict[int, Any], at_once: Any, monkeypatch: pytest.MonkeyPatch, before: int
 ) -> None:
-    monkeypatch.setattr(jobs, "_work", lambda path, index, connection: sys.exit(1))
+    train = jobs._train
+    begun: list[int] = []
+
+    def begins_not(folder: Path, job: int) -> None:
+        begun.append(job)
+        if len(begun) > before:
+            sys.exit(1)
+        train(folder, job)
+
+    runs[0] = _dies
+    monkeypatch.setattr(jobs, "_train", begins_not)
     words = r"ended before it began one \(exit code 1\); a script .* below `if __name__ == '__main__':`"
     with pytest.raises(BonnQatError, match=words):
-        at_once(3)
+        at_once(1)
 
 
 def test_there_are_no_jobs_within_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -517,18 +544,9 @@ class LocalData:
         raise TypeError("not this one")
 
 
-def test_what_cannot_be_sent_is_named(runs: dict[int, Any], at_once: Any) -> None:
-    class Local:
-        @hookimpl
-        def bonn_qat_schemes(self) -> list[Any]:
-            return []
-
+def test_data_that_cannot_be_sent_are_named(runs: dict[int, Any], at_once: Any) -> None:
     with pytest.raises(InvalidData, match=r"the data 'local' cannot be sent to another process .* with jobs=1"):
         at_once(1, data=LocalData())
-    pm = _manager()
-    pm.register(Local(), name="mine")
-    with pytest.raises(BonnQatError, match=r"the plugin 'mine' cannot be sent to another process .* with jobs=1"):
-        jobs.sent_plugins(pm)
 
 
 class Both:
@@ -543,19 +561,40 @@ class Both:
         raise AssertionError
 
 
-def test_a_plugin_manager_is_the_same_after_it_was_sent() -> None:
-    pm = _manager(Both(), Observer())
-    left_out = next(name for name, _ in pm.list_name_plugin() if name.startswith("baselines."))
-    pm.unregister(name=left_out)
-    again = pickle.loads(pickle.dumps(jobs.sent_plugins(pm))).manager()
-    assert plugins.schemes(again).keys() == plugins.schemes(pm).keys() >= {"mine", "bonn"}
-    assert not again.has_plugin(left_out)
-    assert len(again.hook.bonn_qat_after_epoch.get_hookimpls()) == 2
-    offering = jobs.sent_plugins(pm, observers=False)
-    assert len(offering.others) == 1
-    again = pickle.loads(pickle.dumps(offering)).manager(observers=False)
-    assert plugins.schemes(again).keys() == plugins.schemes(pm).keys()
-    assert not again.hook.bonn_qat_after_epoch.get_hookimpls()
+@pytest.mark.parametrize("plugin", [Both(), Observer()], ids=lambda plugin: type(plugin).__name__)
+def test_a_plugin_that_is_not_installed_is_an_error_before_anything_is_run(plugin: object, tmp_path: Path) -> None:
+    pm = plugins.create_manager()
+    pm.register(plugin, name="mine")
+    words = (
+        "the plugin 'mine' is registered in this process only; install it with an entry point, or compare with jobs=1 "
+        "and without Ray"
+    )
+    with pytest.raises(BonnQatError, match=words):
+        comparing.compare([Recipe()], DATA, tmp_path / "none", jobs=2, pm=pm)
+    assert not (tmp_path / "none").exists()
+    # Observers are called by the process that submits the runs to Ray.
+    with pytest.raises(BonnQatError, match=words) if isinstance(plugin, Both) else contextlib.nullcontext():
+        jobs.check_plugins(pm, observers=False)
+
+
+def test_each_job_prints_the_lines_of_its_epochs_and_loads_the_same_plugins(
+    runs: dict[int, Any], at_once: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[plugins.Manager] = []
+    create = plugins.create_manager
+
+    def create_manager(**options: Any) -> plugins.Manager:
+        made.append(create(**options))
+        return made[-1]
+
+    monkeypatch.setattr(plugins, "create_manager", create_manager)
+    monkeypatch.setattr(EpochLines, "bonn_qat_after_epoch", hookimpl(lambda self: SEEN.append("a line")))
+    at_once(1)
+    assert not SEEN
+    at_once(2, EpochLines())
+    assert SEEN == ["a line"] * 3
+    names = {name for name, _ in create().list_name_plugin()}
+    assert all(names <= {name for name, _ in pm.list_name_plugin()} for pm in made)
 
 
 def test_data_are_the_same_after_they_were_sent(tmp_path: Path) -> None:

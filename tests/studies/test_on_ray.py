@@ -7,7 +7,8 @@ import functools
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,12 +60,22 @@ class Observer:
         self.seen[recipe.name].append("a result" if result else "nothing")
 
 
+def _parent(process: int) -> int:
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("PPid:"))
+
+
 def _kill(recipe: Recipe) -> None:
-    """Kill the worker process that trains it."""
+    """Kill the worker process that trains it, a child of a node that this process has started."""
     title = f"ray::{recipe.name}".encode()
-    workers = [path.parent for path in Path("/proc").glob("[0-9]*/cmdline") if path.read_bytes().startswith(title)]
+    workers: list[int] = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # processes come and go
+            process = int(path.parent.name)
+            if path.read_bytes().startswith(title) and _parent(_parent(process)) == os.getpid():
+                workers.append(process)
     (worker,) = workers
-    os.kill(int(worker.name), signal.SIGKILL)
+    os.kill(worker, signal.SIGKILL)
 
 
 def _manager(observer: Observer) -> pluggy.PluginManager:
@@ -78,27 +89,25 @@ def digits() -> data.Data:
     return data.load("digits", train_images=64, test_images=16)
 
 
-def _patiently(start: Callable[[], Any]) -> None:
-    """Start a node, if need be again: Ray gives its agents 15 seconds, which are too few on a busy machine."""
-    for last in (False, False, False, True):
-        try:
-            start()
-        except Exception as error:
-            if last or "timed out during startup" not in str(error):
-                raise
-        else:
-            return
+def _ports() -> dict[str, int]:
+    """Free ports for a node's agents. Where Ray chooses them, a node waits 15 seconds for its agents and then ends."""
+    names = ("dashboard_agent_listen_port", "runtime_env_agent_port", "metrics_agent_port", "metrics_export_port")
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("", 0))) for _ in names]
+        return {name: found.getsockname()[1] for name, found in zip(names, sockets, strict=True)}
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    # On a busy machine nodes and agents answer late.
+    os.environ |= {"RAY_agent_register_timeout_ms": "300000", "RAY_health_check_failure_threshold": "60"}
     from ray.cluster_utils import Cluster
 
     options = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_log_monitor": False}
     nodes = Cluster()
-    _patiently(lambda: nodes.add_node(**options, include_dashboard=False))
-    _patiently(lambda: nodes.add_node(**options))
+    nodes.add_node(**options, **_ports(), include_dashboard=False)
+    nodes.add_node(**options, **_ports())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(on_ray, "_SECONDS_BETWEEN_LOOKS", 0.05)
         yield RayCluster(address=nodes.address)
