@@ -76,10 +76,13 @@ class Manager(pluggy.PluginManager):
         return f"the plugin {plugin!r}" + (f" of {distribution}" if distribution else "")
 
     def callers(self, hook: str) -> Iterator[tuple[str, Callable[..., Any]]]:
-        """The plugins that have ``hook``, in pluggy's order, each with a function that calls it there alone."""
-        found = {i.plugin_name: i.plugin for i in reversed(getattr(self.hook, hook).get_hookimpls())}
-        for name, plugin in found.items():
-            yield name, self.subset_hook_caller(hook, [other for other in found.values() if other is not plugin])
+        """The plugins that have ``hook``, in pluggy's order, each with its function, which ignores other arguments."""
+        for found in reversed(getattr(self.hook, hook).get_hookimpls()):
+            yield found.plugin_name, functools.partial(_call, found)
+
+
+def _call(found: pluggy.HookImpl, **arguments: Any) -> Any:
+    return found.function(**{name: arguments[name] for name in found.argnames})
 
 
 def _words_of(error: BaseException) -> str:
@@ -310,9 +313,9 @@ class Observers:
             answers: list[Any] = []
             for plugin, call in self._pm.callers(hook):
                 try:
-                    answers += call(**arguments)
+                    answers.append(call(**arguments))
                 except Exception as error:
                     self._pm.complain(plugin, hook, error)
-            return answers
+            return [answer for answer in answers if answer is not None]
 
         return tell
