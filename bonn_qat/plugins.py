@@ -120,7 +120,7 @@ def _load_installed(manager: Manager, wanted: Sequence[str] | None, kind: str) -
     for name in found if wanted is None else dict.fromkeys(wanted):
         if name not in found:
             raise UnknownName(kind, name, found)
-        owners = [f"{entry.dist.name} {entry.dist.version}" for entry in found[name] if entry.dist]
+        owners = sorted(f"{entry.dist.name} {entry.dist.version}" for entry in found[name] if entry.dist)
         manager.distributions[name] = " and ".join(owners)
         if len(found[name]) > 1:
             manager.skip(name, f"{len(found[name])} distributions have this entry point; uninstall all but one")
