@@ -258,7 +258,7 @@ def test_an_observer_that_raises_is_warned_of_once_and_stops_nothing(pm):
     words = "the plugin 'noisy' failed in bonn_qat_after_epoch; the run continues without it: ConnectionError: no route"
     with warnings.catch_warnings(record=True, action="always") as caught:
         for epoch in (1, 2):
-            observers.bonn_qat_after_epoch(recipe=None, epoch=epoch, metrics={})
+            observers.bonn_qat_after_epoch(recipe=None, epoch=epoch, metrics={}, time=0.0)
         observers.bonn_qat_after_run(recipe=Recipe(), result=None)
     assert [str(warning.message) for warning in caught] == [words]
     assert [event[0] for event in noisy.seen] == [event[0] for event in quiet.seen]

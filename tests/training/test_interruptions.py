@@ -339,13 +339,13 @@ MISFITS: dict[str, tuple[Callable[[RunState], RunState], str]] = {
         lambda s: s._replace(progress=replace(s.progress, data={**s.progress.data, "train": 36})), "was trained on"
     ),
     "an epoch without its number": (
-        lambda s: s._replace(progress=replace(s.progress, epochs=[{}, *s.progress.epochs[1:]])), "epoch 1 are incomplete"
+        lambda s: s._replace(progress=replace(s.progress, epochs=[{}, *s.progress.epochs[1:]])), "1 are incomplete"
     ),
     "another recipe": (
         lambda s: s._replace(progress=replace(s.progress, recipe={**s.progress.recipe, "lr": 0.06})), "different recipe"
     ),
     "no recipe": (lambda s: s._replace(progress=replace(s.progress, recipe={"lrr": 1})), "its recipe is invalid"),
-    "a scaled loss": (lambda s: s._replace(progress=replace(s.progress, scaler={"scale": 2.0})), "loss scaler is different"),
+    "a scaled loss": (lambda s: s._replace(progress=replace(s.progress, scaler={"scale": 2.0})), "loss scaler"),
 }  # fmt: skip
 
 

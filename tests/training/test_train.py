@@ -244,7 +244,7 @@ def test_restoring_downloads_no_pretrained_weights(digits: data.Data, tmp_path: 
         (lambda header: header.update(image=[1, 8]), r"image is \(1, 8\); allowed: \[C, H, W\], each 1 to 1048576"),
         (lambda header: header.update(classes="ten"), "classes is 'ten'; a value of type int"),
         (lambda header: header.update(recipe=[]), r"recipe is \[\]; a value of type table"),
-        (lambda header: header.update(classes=2**20), "it holds 79,.* numbers, and describes .* more than 67,"),
+        (lambda header: header.update(classes=2**20), "it holds 79,.* numbers, but describes .* more than 67,"),
         (lambda header: header["recipe"].update(model="wrn40_64"), "describes a network of more than"),
         (
             lambda header: header["recipe"].update(model="vit_tiny_patch16_224", model_options={"depth": 20000}),
