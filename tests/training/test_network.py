@@ -121,14 +121,14 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "other options of timm's": (
         lambda: bonn_qat.binarize(small(act_layer="gelu"), "reactnet", skip=["layer1"], input_size=SIZE),
-        "makes another network of timm's; give model_options",
+        "builds another network .*; pass its arguments as model_options",
     ),
     "a network that was changed": (
-        lambda: bonn_qat.binarize(nn.Sequential(small(), nn.Softmax(1)), input_size=SIZE), "timm.create_model did not"
+        lambda: bonn_qat.binarize(nn.Sequential(small(), nn.Softmax(1)), input_size=SIZE), "it was not created by timm.create_model"
     ),
     "several schemes": (
         lambda: bonn_qat.binarize(small(), schemes={"layer4": "bireal"}, input_size=SIZE),
-        "makes another network of timm's",
+        "builds another network",
     ),
     "a scheme of one's own": (
         lambda: bonn_qat.binarize(small(), xnor(name="mine"), input_size=SIZE), "unknown scheme 'mine'"
