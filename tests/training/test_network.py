@@ -117,7 +117,7 @@ class Own(nn.Sequential):
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a float network": (small, "ResNet cannot be rebuilt from a file: it is not binarized"),
     "a class of one's own": (
-        lambda: bonn_qat.binarize(Own(), input_size=SIZE), "Own cannot be rebuilt from a file: timm.create_model did"
+        lambda: bonn_qat.binarize(Own(), input_size=SIZE), "Own cannot be rebuilt from a file: it was not created"
     ),
     "other options of timm's": (
         lambda: bonn_qat.binarize(small(act_layer="gelu"), "reactnet", skip=["layer1"], input_size=SIZE),
