@@ -296,5 +296,5 @@ def test_a_quantizer_that_breaks_the_contract_is_told(returns: str, words: str) 
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10))
     with pytest.raises(PluginError, match=f"the weight of the scheme 'mine' {words}.*docs/plugins.md"):
         bonn_qat.binarize(net, scheme)
-    with pytest.raises(PluginError, match="the activation of the scheme 'bonn' makes a Identity, which is no "):
+    with pytest.raises(PluginError, match="the activation of the scheme 'bonn' makes a Identity, which is not a "):
         bonn_qat.binarize(net, replace(BONN, activation=lambda channels: nn.Identity()))

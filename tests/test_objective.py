@@ -197,7 +197,7 @@ def test_a_loss_that_is_no_scalar_is_told(model: nn.Module, wrong: object, words
         def loss(self, step: Step) -> Tensor:
             return wrong
 
-    with pytest.raises(InvalidModel, match=f"the regularizer 'wrong' {words}; its loss.step. returns a scalar tensor"):
+    with pytest.raises(InvalidModel, match=f"the regularizer 'wrong' {words}; loss.step. must return a scalar tensor"):
         Wrong(model, weight=1.0)()
 
 

@@ -117,18 +117,18 @@ class Own(nn.Sequential):
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a float network": (small, "ResNet cannot be rebuilt from a file: it is not binarized"),
     "a class of one's own": (
-        lambda: bonn_qat.binarize(Own(), input_size=SIZE), "Own cannot be rebuilt from a file: timm.create_model did"
+        lambda: bonn_qat.binarize(Own(), input_size=SIZE), "Own cannot be rebuilt from a file: it was not created"
     ),
     "other options of timm's": (
         lambda: bonn_qat.binarize(small(act_layer="gelu"), "reactnet", skip=["layer1"], input_size=SIZE),
-        "makes another network of timm's; give model_options",
+        "builds another network .*; pass its arguments as model_options",
     ),
     "a network that was changed": (
-        lambda: bonn_qat.binarize(nn.Sequential(small(), nn.Softmax(1)), input_size=SIZE), "timm.create_model did not"
+        lambda: bonn_qat.binarize(nn.Sequential(small(), nn.Softmax(1)), input_size=SIZE), "not created by"
     ),
     "several schemes": (
         lambda: bonn_qat.binarize(small(), schemes={"layer4": "bireal"}, input_size=SIZE),
-        "makes another network of timm's",
+        "builds another network",
     ),
     "a scheme of one's own": (
         lambda: bonn_qat.binarize(small(), xnor(name="mine"), input_size=SIZE), "unknown scheme 'mine'"

@@ -2,7 +2,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -189,7 +189,9 @@ def test_a_run_leaves_weights_that_restore_the_network_without_its_data(digits: 
     write_tensors(start, build(dataclasses.replace(recipe, checkpoint=""), digits).state_dict())
     kept: list[nn.Module] = []
     pm = plugins.create_manager()
-    pm.register(SimpleNamespace(bonn_qat_before_run=hookimpl(lambda model: kept.append(model))))
+    observer = ModuleType("observer")
+    observer.bonn_qat_before_run = hookimpl(lambda model: kept.append(model))  # type: ignore[attr-defined]
+    pm.register(observer)
     result = run(recipe, digits, tmp_path, pm=pm)
     assert isinstance(result, RunResult)
     start.unlink()
