@@ -16,6 +16,7 @@ from bonn_qat.training import data
 from bonn_qat.training.network import build
 from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.results import RUNS
+from bonn_qat.training.resume import write_checkpoint
 from bonn_qat.training.train import train
 
 RECIPE = Recipe(model="wrn10_16", epochs=1, batch_size=16, latents="0.01")
@@ -88,9 +89,9 @@ def test_the_weights_beside_a_result_are_those_of_the_trained_model(tmp_path: Pa
 
 
 class _Interrupt:
-    """Raises in the middle of the second run."""
+    """Notes what it is told, and raises the error, if any, in the middle of the second run."""
 
-    def __init__(self, error: BaseException) -> None:
+    def __init__(self, error: BaseException | None = None) -> None:
         self.error, self.runs = error, 0
         self.calls: list[str] = []
 
@@ -104,7 +105,7 @@ class _Interrupt:
 
     @hookimpl
     def bonn_qat_after_epoch(self) -> None:
-        if self.runs == 2:
+        if self.runs == 2 and self.error:
             raise self.error
 
     @hookimpl
@@ -138,10 +139,16 @@ def test_a_run_that_was_interrupted_goes_on_from_its_last_epoch(tmp_path: Path, 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
 def test_an_interruption_keeps_what_was_finished_and_the_report_says_what_is_missing(
-    tmp_path: Path, digits: data.Data, error: BaseException
+    tmp_path: Path, digits: data.Data, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pm, observer = plugins.create_manager(), _Interrupt(error)
+    def write(*args: Any) -> None:
+        if observer.runs == 2:
+            raise error
+        write_checkpoint(*args)
+
+    pm, observer = plugins.create_manager(), _Interrupt()
     pm.register(observer)
+    monkeypatch.setattr("bonn_qat.training.train.write_checkpoint", write)
     planned = plan(RECIPE, schemes=["float", "xnor", "bonn"])
     with pytest.raises(type(error)):
         compare(planned, digits, tmp_path, pm=pm)
