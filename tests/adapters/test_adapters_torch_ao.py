@@ -22,7 +22,7 @@ adapter = pytest.importorskip("bonn_qat.adapters.torch_ao")
 @pytest.fixture(autouse=True)
 def _warned() -> Iterator[None]:
     adapter._warn_once.cache_clear()
-    with pytest.warns(DeprecationWarning, match="new code takes"):
+    with pytest.warns(DeprecationWarning, match="in new code use"):
         adapter._warn_once()
     yield
     adapter._warn_once.cache_clear()

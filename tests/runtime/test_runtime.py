@@ -199,7 +199,7 @@ GOOD = Geometry(8, 8, (3, 3))
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"codes": torch.zeros(1, 5, 5, 4, dtype=torch.uint8)}, "no codes"),
+        ({"codes": torch.zeros(1, 5, 5, 4, dtype=torch.uint8)}, "are not codes"),
         ({"codes": torch.zeros(1, 2, 5, 2, dtype=torch.uint8)}, "smaller than the kernel"),
         ({"weight": torch.zeros(3, dtype=torch.uint8)}, "the weights"),
         ({"vectors": torch.zeros(1, 9)}, "the vectors"),
@@ -209,7 +209,7 @@ GOOD = Geometry(8, 8, (3, 3))
         ({"program": [RESIDUAL, 0]}, "a residual that is not given"),
         ({"program": [SCALE]}, "a list of pairs"),
         ({"residual": torch.zeros(1, 8, 2, 2)}, "the residual"),
-        ({"geometry": [*GOOD.numbers[:-1], 3]}, "no geometry"),
+        ({"geometry": [*GOOD.numbers[:-1], 3]}, "are not the geometry"),
         ({"geometry": [1, 2]}, "13 numbers"),
     ],
 )
