@@ -128,7 +128,7 @@ def test_bad_input_is_told(model: nn.Module) -> None:
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
 def test_torch_ao_s_own_prepare_is_refused(model: nn.Module) -> None:
     adapter.assign_qconfig(model)
-    with pytest.raises(InvalidModel, match=r"is for bonn_qat\.adapters\.torch_ao\.prepare_qat"):
+    with pytest.raises(InvalidModel, match=r"needs bonn_qat\.adapters\.torch_ao\.prepare_qat"):
         ao.prepare_qat(model)
 
 

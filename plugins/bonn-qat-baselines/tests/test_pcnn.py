@@ -212,7 +212,8 @@ def test_the_magnitude_can_be_the_mean_norm_of_the_kernels():
 
 @pytest.mark.parametrize("option", ["start", "magnitude"])
 def test_a_reading_that_there_is_not_is_told(option):
-    with pytest.raises(BonnQatError, match=rf"option {option} of the scheme 'pcnn' must be '(one|mean)' or .* got 'zero'"):
+    message = rf"option {option} of the scheme 'pcnn' must be '(one|mean)' or .* got 'zero'"
+    with pytest.raises(BonnQatError, match=message):
         PCNN.configure({option: "zero"})
 
 
