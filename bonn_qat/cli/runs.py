@@ -191,7 +191,7 @@ def _compare(
     directory = _directory(output, loaded.name)
     say(
         f"{loaded.name}: {loaded.train_size} training and {loaded.test_size} test images; {base.model}, "
-        f"{base.epochs} epochs; {len(planned)} runs; results in {directory}"
+        f"{_counted(base.epochs, 'epoch')}; {_counted(len(planned), 'run')}; results in {directory}"
     )
     say_plugins(directory)
     place = f" --data-dir {shlex.quote(str(data_dir))}" if data_dir else ""
@@ -208,6 +208,10 @@ def _compare(
         say(f"failed: {name}: {reason}")
     if comparison.failures or set(comparison.missing) - set(comparison.elsewhere):
         raise click.exceptions.Exit(1)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def say_plugins(directory: Path) -> None:
@@ -254,7 +258,7 @@ def reproduce(
     directory = _directory(output, chosen.name)
     searched = [rate(part) for part in parts(rates)]
     count = reproducing.runs(chosen, seeds, searched)
-    say(f"{chosen.title}; {count} runs, scale {scale:g}; results in {directory}")
+    say(f"{chosen.title}; {_counted(count, 'run')}, scale {scale:g}; results in {directory}")
     say_plugins(directory)
     cluster = _cluster(ray, cores_per_run, gpus_per_run)
     with stoppable(f"the same command with --output {shlex.quote(str(directory))}"):

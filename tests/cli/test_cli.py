@@ -54,7 +54,7 @@ def test_compare_prints_the_table_and_writes_the_page(tmp_path: Path, capsys: py
     output = tmp_path / "results"
     assert cli.main(["compare", "--schemes", "float,bonn", *TINY, "--output", str(output)]) == 0
     printed = capsys.readouterr().out
-    assert "digits: 32 training and 16 test images; wrn10_16, 1 epochs; 2 runs" in printed
+    assert "digits: 32 training and 16 test images; wrn10_16, 1 epoch; 2 runs" in printed
     assert "BONN" in printed
     assert f"report: {output / PAGE}" in printed
     assert not read_comparison(output).missing
