@@ -37,7 +37,7 @@ _EXPERIMENT_TAGS = {
 _REFUSALS = ("BAD_REQUEST", "INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST")
 
 
-@dataclass
+@dataclass(frozen=True)  # the sender's thread reads one while the program's goes on
 class LoggedRun:
     """What is known of a training run, from the hooks while it trains and from its results file later.
 

@@ -81,7 +81,8 @@ class Tracker:
             if recipe.name in self._runs:
                 place, run = self._runs[recipe.name]
                 values = {name: float(value) for name, value in metrics.items()}
-                run.epochs = [*run.epochs, (time, {**values, "epoch": float(epoch)})]
+                run = replace(run, epochs=[*run.epochs, (time, {**values, "epoch": float(epoch)})])
+                self._runs[recipe.name] = place, run
                 self._sender.put(place, run.id, lambda store: store.log_run(run))
 
     @hookimpl
@@ -91,15 +92,15 @@ class Tracker:
             return
         place, run = self._runs.pop(recipe.name)
         with self._training_goes_on():
-            run.status, run.ended = "FINISHED" if result is not None else _status(), clock.time()
+            run = replace(run, status="FINISHED" if result is not None else _status(), ended=clock.time())
             if result is None:
                 self._sender.put(place, run.id, lambda store: store.log_run(run))
             elif isinstance(run.above, Path):
                 # The results file is written after this call, so its turn comes with the next one.
                 self._written.append(lambda: self._sender.put(place, run.id, lambda store: _log_file(store, run)))
             else:
-                run.result = RunResult(**result)
-                self._sender.put(place, run.id, lambda store: _log_with_file(store, run))
+                with_result = replace(run, result=RunResult(**result))
+                self._sender.put(place, run.id, lambda store: _log_with_file(store, with_result))
             if not isinstance(run.above, Path):
                 self._sender.wait(place, interrupted=_interrupted())
 

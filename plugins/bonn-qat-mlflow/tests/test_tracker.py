@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from bonn_qat_mlflow.flat import flatten
@@ -130,6 +131,19 @@ def test_a_run_outside_a_comparison_goes_to_mlflows_own_default(rehearsal, direc
     (logged,) = (directory / "mlruns").rglob("bonn-scheme-seed0.json")
     path = directory / "written" / "runs" / "bonn-scheme-seed0.json"
     assert logged.read_bytes() == path.read_bytes()
+
+
+def test_an_earlier_job_never_sees_what_the_run_became(rehearsed, directory):
+    """The sender's thread may be at an epoch's job when the run ends: a run called complete would lose its files."""
+    jobs, logged = [], []
+    store = SimpleNamespace(log_run=lambda run: logged.append((run.status, run.result is not None, len(run.epochs))))
+    sender = SimpleNamespace(put=lambda _place, _key, job: jobs.append(job), wait=lambda *_args, **_options: None)
+    pm = plugins.create_manager(entry_points=False)
+    pm.register(Tracker(sender))
+    rehearsed.Rehearsal(pm.hook).run(rehearsed.recipe())
+    for job in jobs:
+        job(store)
+    assert logged == [("RUNNING", False, 0), ("RUNNING", False, 1), ("RUNNING", False, 2), ("FINISHED", True, 2)]
 
 
 def test_a_tracking_uri_that_is_set_is_honoured(rehearsal, directory, tmp_path, monkeypatch, rehearsed):
