@@ -1,7 +1,8 @@
 """Layers: the binary convolution, the binary linear layer, and the built-in rule for what replaces a float module."""
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -19,6 +20,7 @@ _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
 )  # fmt: skip
+BINARY = "__binary__"  # an entry by which a model tells its layers that the state dict is not a float model's
 
 
 class BinaryLayer(nn.Module):
@@ -27,6 +29,9 @@ class BinaryLayer(nn.Module):
     The latent weights have the shape of a convolution's kernels, ``(O, I / groups, kh, kw)``. Without an
     ``input_quant`` the inputs stay float. :func:`binary_form` makes such a layer from a float one, and :meth:`enter`
     switches its quantizers for a stage of the training.
+
+    Loading the state of a float layer, which has a weight and nothing of what binarization added, makes the layer what
+    :func:`binary_form` and :meth:`adopt` would make of the float one, also as a part of any other model.
     """
 
     weight: Tensor
@@ -41,10 +46,12 @@ class BinaryLayer(nn.Module):
     # Only in a layer that standardizes its kernels: their standard deviation, in the float layer and as latents.
     kernel_std: float | None = None
     latent_std: Tensor
+    adoptions: int = 0  # how often the layer started from float weights
 
     def take(self, layer: nn.Module, scheme: Scheme, normalize: bool) -> None:
         """Take over a float ``layer``'s parameters, hooks and attributes, and quantize by ``scheme``."""
-        assert scheme.weight is not None
+        self.scheme, self._normalize = scheme, normalize
+        self._float_keys = frozenset(layer.state_dict())
         self.weight, self.bias = layer.weight, layer.bias  # type: ignore[assignment]
         if conv_type(layer).standardizes:
             self.kernel_std = float(getattr(layer, "scale", 1.0))
@@ -56,13 +63,18 @@ class BinaryLayer(nn.Module):
                 self.register_parameter(name, parameter)
         for hooks in _HOOKS:
             getattr(self, hooks).update(getattr(layer, hooks))
-        inputs, outputs = (getattr(layer, name) for name in self.channels)
+        self._add_parts()
+        self.train(layer.training)
+
+    def _add_parts(self) -> None:
+        scheme = self.scheme
+        assert scheme.weight is not None
+        inputs, outputs = (getattr(self, name) for name in self.channels)
         self.weight_quant = scheme.weight(self.latent().detach())
         self.input_quant = scheme.activation(inputs) if scheme.activation else None
         self.output = scheme.output(outputs) if scheme.output else None
-        norm = scheme.norm(inputs) if normalize and scheme.norm else nn.Identity()
+        norm = scheme.norm(inputs) if self._normalize and scheme.norm else nn.Identity()
         self.norm = norm.to(device=self.weight.device, dtype=self.weight.dtype)
-        self.train(layer.training)
 
     def latent(self) -> Tensor:
         """The real-valued kernels ``(O, I / groups, kh, kw)`` that ``weight_quant`` quantizes."""
@@ -78,8 +90,10 @@ class BinaryLayer(nn.Module):
         return self.weight
 
     @torch.no_grad()
-    def adopt(self, latent_std: float | None) -> None:
-        """Initialize the quantizer from the float weights in ``weight``, then rescale these to ``latent_std``."""
+    def adopt(self) -> None:
+        """Initialize the quantizer from the float ``weight``, then rescale that to the scheme's ``latent_std``."""
+        self.adoptions += 1
+        latent_std = self.scheme.latent_std
         if self.kernel_std is not None:
             self.latent_std.fill_(self.kernel_std)
         self.weight_quant.adopt(self.latent())
@@ -89,6 +103,57 @@ class BinaryLayer(nn.Module):
             self.latent_std.fill_(latent_std)
         else:
             self.weight.mul_(latent_std / self.weight.std())
+
+    def complete(self, state_dict: dict[str, Any], prefix: str, *, assign: bool, errors: list[str]) -> None:
+        """Turn a float layer's entries of ``state_dict`` into this layer's; ``assign`` is that of the loading."""
+        weight = state_dict[prefix + "weight"]
+        if isinstance(self.weight_quant, FrozenWeight):
+            errors.append(f"{prefix}weight is a float weight, but this layer is frozen; load it before freezing")
+        elif weight.shape == self.weight.shape:
+            fresh = self._started_from(
+                weight.detach().clone() if assign else weight.detach().to(self.weight, copy=True)
+            )
+            state_dict.update({prefix + key: tensor for key, tensor in fresh.state_dict().items()
+                               if key == "weight" or key not in self._float_keys})  # fmt: skip
+            self.adoptions += 1
+        else:  # torch reports the shape, and nothing else is missing
+            state_dict.update({prefix + key: own for key, own in self.state_dict().items()
+                               if key not in self._float_keys})  # fmt: skip
+
+    def _started_from(self, weight: Tensor) -> "BinaryLayer":
+        """A layer without hooks that has adopted ``weight``."""
+        fresh = copy.copy(self)
+        for members in ("_parameters", "_buffers", "_modules"):  # copy.copy shares these
+            fresh.__dict__[members] = dict(self.__dict__[members])
+        fresh.weight = nn.Parameter(weight)
+        if self.kernel_std is not None:
+            fresh.latent_std = weight.new_tensor(self.kernel_std)
+        fresh._add_parts()
+        for part in (fresh.weight_quant, fresh.input_quant, fresh.output):
+            if part is not None:
+                part.to(device=weight.device, dtype=weight.dtype)
+        fresh.adopt()
+        return fresh
+
+    def given_float(self, state_dict: Mapping[str, Any], prefix: str) -> bool | None:
+        """Whether ``state_dict`` has a float weight for this layer; None if nothing but its context can tell.
+
+        Entries that are the layer's own, as in ``own = model.state_dict(); own.update(pretrained)``, count as absent.
+        """
+        own = self.state_dict()
+        given = {key for key, tensor in own.items() if not is_own(state_dict.get(prefix + key), tensor)}
+        added = own.keys() - self._float_keys
+        return None if "weight" in given and not added else "weight" in given and added.isdisjoint(given)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any],
+        strict: bool, missing: list[str], unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        is_binary = state_dict.pop(prefix + BINARY, False)
+        if not is_binary and self.given_float(state_dict, prefix):
+            assign = metadata.get("assign_to_params_buffers", False)
+            self.complete(state_dict, prefix, assign=assign, errors=errors)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     @torch.no_grad()
     def freeze(self) -> None:
@@ -211,6 +276,14 @@ class BinaryLinear(BinaryLayer, nn.Linear):
         y = y[:, :, None, None]
         y = self.finish(y if positions is None else y * positions)
         return y.reshape(*input.shape[:-1], self.out_features)
+
+
+def is_own(entry: Tensor | None, own: Tensor) -> bool:
+    """Whether an entry of a state dict is missing, or the module's ``own`` tensor, which changes nothing."""
+    if not isinstance(entry, Tensor):
+        return entry is None
+    ours, theirs = (getattr(x, "_local_tensor", x) for x in (own, entry))  # of a DTensor
+    return bool(ours.device == theirs.device and ours.data_ptr() == theirs.data_ptr() and (own.is_meta or own.numel()))
 
 
 def binary_form(layer: nn.Module, scheme: Scheme, *, normalize: bool = True) -> BinaryConv2d | BinaryLinear:

@@ -105,8 +105,9 @@ class KernelLoss(Regularizer):
     Works on every layer with a ``weight`` and a 1-bit ``weight_quant``: those of :func:`binarize` and
     Brevitas' own. Without a learned modulation the quantizer's scale takes its place, as a constant.
     ``mu`` and ``sigma``, ``(all kernels,)``, start at the mean of ``|X_i|`` and the standard deviation of X_i, or with
-    ``spread="magnitudes"`` that of ``|X_i|``, to which (18) converges. Before each use sigma is clamped to at least
-    ``min_sigma``: with smaller values the gradient step would overshoot.
+    ``spread="magnitudes"`` that of ``|X_i|``, to which (18) converges; they start anew when the model has loaded float
+    weights. Before each use sigma is clamped to at least ``min_sigma``: with smaller values the gradient step would
+    overshoot.
 
     (17) and (18) are the derivatives of (9) divided by the number of elements of a kernel. ``per_element=False`` leaves
     out that division, so that mu and sigma learn faster by that factor.
@@ -142,13 +143,29 @@ class KernelLoss(Regularizer):
         if not self._layers:
             raise InvalidModel(f"no binary weights in {type(model).__name__}; binarize it before making the loss")
         self._kernels: list[int] = [layer.weight.shape[0] for layer in self._layers]  # type: ignore[index,misc]
+        self.spread = spread
+        self.mu, self.sigma = map(nn.Parameter, self._starts())
+        self._adoptions = self._count_adoptions()
+
+    def _starts(self) -> tuple[Tensor, Tensor]:
         latents = [latent_weights(layer).detach().flatten(1) for layer in self._layers]
-        self.mu = nn.Parameter(torch.cat([x.abs().mean(1) for x in latents]))
-        spreads = latents if spread == "weights" else [x.abs() for x in latents]
-        self.sigma = nn.Parameter(torch.cat([x.std(1).clamp(min=min_sigma) for x in spreads]))
+        spreads = latents if self.spread == "weights" else [x.abs() for x in latents]
+        mu, sigma = (torch.cat(parts) for parts in ([x.abs().mean(1) for x in latents], [x.std(1) for x in spreads]))
+        return mu, sigma.clamp(min=self.min_sigma)
+
+    def _count_adoptions(self) -> int:
+        return sum(getattr(layer, "adoptions", 0) for layer in self._layers)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._adoptions = self._count_adoptions()
 
     def loss(self, step: Step) -> Tensor:
         with torch.no_grad():
+            if self._adoptions != self._count_adoptions():  # float weights were loaded since
+                for parameter, start in zip((self.mu, self.sigma), self._starts(), strict=True):
+                    parameter.copy_(start)
+                self._adoptions = self._count_adoptions()
             self.sigma.clamp_(min=self.min_sigma)
         stacks: dict[tuple[Any, ...], list[tuple[Tensor, ...]]] = {}
         kernels = zip(self._layers, *(torch.split(x, self._kernels) for x in (self.mu, self.sigma)), strict=True)

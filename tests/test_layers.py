@@ -71,7 +71,7 @@ def test_a_linear_layer_is_a_1x1_convolution_to_every_scheme(name):
     tokens = torch.randn(20, 12, requires_grad=True)
     images = tokens.detach()[:, :, None, None].requires_grad_()
     for layer in (dense, convolution):
-        layer.adopt(scheme.latent_std)
+        layer.adopt()
     out, expected = dense(tokens), convolution(images)
     torch.testing.assert_close(out[:, :, None, None], expected)
     grad = torch.randn_like(out)
@@ -115,15 +115,15 @@ def test_a_standardized_layers_latents_get_their_scale_and_keep_their_signs(kind
     torch.manual_seed(0)
     conv = STANDARDIZING[kind]()
     before = conv.weight.clone()
-    layer = binary_form(conv, BARE)
+    layer = binary_form(conv, replace(BARE, latent_std=0.01))
     signs, modulation = sign(layer.latent()), layer.weight_quant.modulation.clone()
-    layer.adopt(0.01)
+    layer.adopt()
     assert layer.latent().std(unbiased=False).item() == pytest.approx(0.01, rel=1e-3)
     assert torch.equal(sign(layer.latent()), signs)
     assert torch.equal(layer.weight_quant.modulation, modulation)
     assert torch.equal(layer.weight, before)
     again = copy.deepcopy(layer)
-    again.adopt(0.01)
+    again.adopt()
     assert torch.equal(again.weight_quant.modulation, modulation)
 
 
@@ -164,7 +164,7 @@ def test_freezing_changes_no_output_and_leaves_no_latents(name, make):
         pytest.skip("float weights")
     torch.manual_seed(0)
     layer = binary_form(make(), scheme).eval()
-    layer.adopt(scheme.latent_std)
+    layer.adopt()
     x = torch.randn(3, 6, 6, 6)
     expected, bits = layer(x), layer.weight_quant.bits
     layer.freeze()
@@ -181,7 +181,7 @@ def test_freezing_changes_no_output_and_leaves_no_latents(name, make):
 def test_a_frozen_layer_of_standardized_kernels_is_the_same():
     torch.manual_seed(0)
     layer = binary_form(timm.layers.ScaledStdConv2d(6, 8, 3), BONN).eval()
-    layer.adopt(0.01)
+    layer.adopt()
     x = torch.randn(2, 6, 5, 5)
     expected = layer(x)
     layer.freeze()

@@ -124,7 +124,7 @@ def _replacement(module: nn.Module, scheme: Scheme) -> nn.Module:
     else:
         layer = binary_form(module, scheme)
         layer.to(layer.weight.device, layer.weight.dtype)
-        layer.adopt(scheme.latent_std)
+        layer.adopt()
         new = layer
     # torch.ao passes a qconfig on to child modules, so it is None here; torch.ao copies the hooks itself.
     new.qconfig = None  # type: ignore[assignment]

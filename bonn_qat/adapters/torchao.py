@@ -77,7 +77,7 @@ def _prepare(module: nn.Module, config: BonnConfig) -> nn.Module:
         return binarize(module, scheme, skip=config.skip, include=config.include, inplace=True)
     layer = binary_form(module, scheme)
     layer.to(layer.weight.device, layer.weight.dtype)
-    layer.adopt(scheme.latent_std)
+    layer.adopt()
     return layer
 
 

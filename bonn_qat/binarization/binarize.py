@@ -4,7 +4,7 @@ import copy
 import functools
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bonn_qat import plugins
 from bonn_qat.binarization import policy
 from bonn_qat.errors import InvalidModel, InvalidRecipe
-from bonn_qat.layers import BinaryLayer, check_contract
+from bonn_qat.layers import BINARY, BinaryLayer, check_contract, is_own
 from bonn_qat.scheme import Scheme, WatchedScheme
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
@@ -72,8 +72,8 @@ def binarize(
     A norm before each sign and the scheme's nonlinearity in place of each ReLU keep the signs informative. Norms and
     gains that start at zero (timm's ``zero_init_last``, the NFNets' ``skipinit_gain``) start at one, because a zero
     there stops the gradient of every binary weight of the block. The result loads the float model's state dict
-    strictly, as if it had been binarized after loading. ``model.binarization`` says what was done. Warns of
-    BypassedLayers.
+    strictly, as if it had been binarized after loading; of a part of one, each layer whose weight is there.
+    ``model.binarization`` says what was done. Warns of BypassedLayers.
 
     Raises UnknownName for an unknown scheme or a pattern without a match; InvalidRecipe for an option of
     :meth:`Scheme.configure` that has no effect on this model; PluginError for a faulty plugin; and InvalidModel if
@@ -127,10 +127,11 @@ def binarize(
         include=include,
         removed=frozenset(before - set(result.state_dict())),
     )
-    for name, layer in layers.items():
-        layer.adopt(others.of(name).latent_std)
+    for layer in layers.values():
+        layer.adopt()
     _refuse_folding(result)
-    result.register_load_state_dict_pre_hook(_complete_float_state_dict)  # type: ignore[no-untyped-call]
+    initial = _initial_values(result, set(result.state_dict()) - before)
+    result.register_load_state_dict_pre_hook(functools.partial(_complete_float_state_dict, initial))  # type: ignore[no-untyped-call]
     return result
 
 
@@ -288,35 +289,64 @@ def _refuse(kind: str, method: str, *_: object, **__: object) -> NoReturn:
     )
 
 
-def _complete_float_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    """Before loading: turn the state dict of a float model into that of the binarized float model."""
+def _initial_values(model: nn.Module, added: set[str]) -> dict[str, Tensor]:
+    """What binarization added outside of the binary layers, such as slopes of nonlinearities, as it starts."""
+    inside = {id(part) for _, layer in binary_layers(model) for part in layer.modules()}
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        keys = {key: f"{name}.{key}" for key in (*module._parameters, *module._buffers) if f"{name}.{key}" in added}
+        if not keys or id(module) in inside:
+            continue
+        if any(tensor.is_meta for tensor in module.state_dict().values()):
+            reset: Callable[[], None] | None = getattr(module, "reset_parameters", None)
+            if reset is None:
+                continue  # loading then reports that its values are missing
+            module = copy.deepcopy(module).to_empty(device="cpu")
+            module.reset_parameters()
+        found |= {key: module.state_dict()[part].detach().clone() for part, key in keys.items()}
+    return found
+
+
+def _complete_float_state_dict(
+    initial: Mapping[str, Tensor], model: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any],
+    _strict: bool, _missing: list[str], _unexpected: list[str], errors: list[str],
+) -> None:  # fmt: skip
+    """Before loading: turn the state of a float model, or of a part of one, into that of the binarized float model.
+
+    A binary layer does the same for itself wherever it can tell; here the state dict of the whole tells for all.
+    """
     record: Binarization = model.binarization  # type: ignore[assignment]
     own = model.state_dict()
-    is_float = all(prefix + key in state_dict for key in own.keys() - record.added)
-    if not record.added or not is_float or any(prefix + key in state_dict for key in record.added):
+    layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, BinaryLayer)}
+    given = {key for key, tensor in own.items() if not is_own(state_dict.get(prefix + key), tensor)}
+    if not given.isdisjoint(record.added):
+        state_dict.update({f"{prefix}{name}.{BINARY}": True for name in layers})
         return
-    for key in record.added:
-        state_dict[prefix + key] = own[key]
+    loaded = {name: m for name, m in layers.items() if m.given_float(state_dict, f"{prefix}{name}.") is not False}
+    if not loaded or not record.added:
+        return
     for key in record.removed:
         state_dict.pop(prefix + key, None)
-    first = {id(module): name for name, module in model.named_modules()}
-    for name, module in model.named_modules(remove_duplicate=False):
-        keys = {key: f"{name}.{key}" for key in module.state_dict()}
-        if isinstance(module, BinaryLayer):
-            fresh = copy.deepcopy(module)
-            weight: Tensor = state_dict[prefix + keys["weight"]]
-            if weight.shape != fresh.weight.shape:
-                continue
-            with torch.no_grad():
-                fresh.weight.copy_(weight)
-            fresh.adopt(record.schemes.get(first[id(module)], record.scheme).latent_std)
-            state_dict[prefix + keys["weight"]] = fresh.weight.detach()
-        elif hasattr(module, "reset_parameters"):
-            fresh = copy.deepcopy(module)
-            fresh.reset_parameters()
-        else:
-            continue
-        state_dict.update({prefix + keys[k]: v for k, v in fresh.state_dict().items() if keys[k] in record.added})
+    assign = metadata.get("assign_to_params_buffers", False)
+    for name, layer in loaded.items():
+        layer.complete(state_dict, f"{prefix}{name}.", assign=assign, errors=errors)
+    expected = own.keys() - record.added
+    for key, value in initial.items():
+        if _is_part_given(key, given, expected):
+            like = state_dict[f"{prefix}{next(iter(loaded))}.weight"] if assign else own[key]
+            state_dict[prefix + key] = value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
     for key in (prefix + scale for scale in _scales(model)):
-        if key in state_dict and not state_dict[key].any():
-            state_dict[key] = torch.ones_like(state_dict[key])
+        scale = state_dict.get(key)
+        if scale is not None and not scale.is_meta and not scale.any():
+            state_dict[key] = torch.ones_like(scale)
+
+
+def _is_part_given(key: str, given: set[str], expected: set[str]) -> bool:
+    """Whether the state dict has the block that ``key`` belongs to: the closest parent that has state of its own."""
+    parent = key
+    while parent:
+        parent = parent.rpartition(".")[0]
+        inside = [other for other in expected if not parent or other.startswith(parent + ".")]
+        if inside:
+            return not given.isdisjoint(inside)
+    return True

@@ -223,7 +223,7 @@ class Trainer:
         self.set_stage(stage)
         if before and before.weights == "float" and self._stage.weights == "binary":
             for layer in self.layers.values():
-                layer.adopt(self.scheme.latent_std)
+                layer.adopt()
             self.optimizer.state.clear()  # the weights had another scale
         for name, weight in self._stage.regularizers.items():
             if weight and not (before and before.regularizers.get(name)):
