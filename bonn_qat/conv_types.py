@@ -1,6 +1,7 @@
-"""Conv types: which convolutions and linear layers can become binary, and what their classes add to torch's."""
+"""Conv types: which convolutions and linear layers can become binary, what their classes add to torch's, their MACs."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -46,3 +47,22 @@ def conv_type(layer: nn.Module) -> ConvType:
         found = _TIMM[owner.__name__]
         return found._replace(same_padding=found.same_padding or bool(getattr(layer, "same_pad", False)))
     raise ValueError(f"{kind} has a forward of its own")
+
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+
+
+def macs(layer: nn.Module, source: Sequence[int], result: Sequence[int]) -> int:
+    """The MACs of a convolution or a linear layer for inputs and outputs of these shapes; 0 for other layers.
+
+    >>> macs(nn.Conv2d(3, 8, 3), (1, 3, 32, 32), (1, 8, 30, 30))
+    194400
+    """
+    if isinstance(layer, nn.Linear):
+        return math.prod(result) * layer.in_features
+    if isinstance(layer, TRANSPOSED):
+        return math.prod(source) * layer.out_channels // layer.groups * math.prod(layer.kernel_size)
+    if isinstance(layer, CONVOLUTIONS):
+        return math.prod(result) * layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+    return 0
