@@ -14,17 +14,28 @@ from torch import Tensor, nn
 
 from bonn_qat import plugins
 from bonn_qat.binarization import policy
+from bonn_qat.binarization.copies import copied
+from bonn_qat.binarization.fast_paths import close_fast_paths
 from bonn_qat.errors import InvalidModel, InvalidRecipe
 from bonn_qat.layers import BinaryLayer, check_contract
 from bonn_qat.scheme import Scheme, WatchedScheme
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 _SCALE = re.compile(r"gain|gamma|scale")
+_NAMED = 3  # layers in a warning
 _FOLDS = ("fuse", "reparameterize", "switch_to_deploy")  # those that timm.utils.reparameterize_model calls
 
 
 class BypassedLayers(UserWarning):
     """Layers that stay float because another module reads their weights directly."""
+
+
+class MostlyFloat(UserWarning):
+    """A network of which less than half of the MACs can become binary."""
+
+
+class UnseenModel(UserWarning):
+    """A model that no dry run could follow, so that names and classes decide which layers stay float."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +46,7 @@ class Binarization:
     layers with another scheme than ``scheme``. ``revived``: norms and gains that were all zero and are now one.
     ``input_size``: that of the policy's dry run, None without one. ``added`` and ``removed``: the keys of the state
     dict that only the binary or only the float model has. ``skip`` and ``include`` are as given to :func:`binarize`.
+    ``logits``: the layers that produce an output ``(B, classes)``, None without a dry run.
     """
 
     scheme: Scheme
@@ -47,6 +59,7 @@ class Binarization:
     skip: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     removed: frozenset[str] = field(default=frozenset(), repr=False)
+    logits: tuple[str, ...] | None = None
 
 
 def binarize(
@@ -63,8 +76,9 @@ def binarize(
 ) -> nn.Module:
     """Turn ``model`` into a 1-bit network by replacing modules; a copy unless ``inplace``.
 
-    Convolutions and linear layers become binary, except those that :mod:`bonn_qat.binarization.policy` keeps float: the
-    first layer, the classifier, shortcut projections, depthwise convolutions, gates. Three arguments overrule it:
+    Convolutions and linear layers become binary, except those that :mod:`bonn_qat.binarization.policy` keeps float:
+    layers that read the input or produce an output, shortcut projections, depthwise convolutions, gates. Three
+    arguments overrule it:
     ``skip`` and ``include``, which are names of modules or globs, and ``predicate(name, layer) -> bool | None``.
     ``schemes`` maps names or globs to other schemes, of which the last match counts; a scheme with float weights keeps
     a layer float. ``input_size`` ``(C, H, W)`` is the size of the model's images; None finds it out.
@@ -72,19 +86,21 @@ def binarize(
     A norm before each sign and the scheme's nonlinearity in place of each ReLU keep the signs informative. Norms and
     gains that start at zero (timm's ``zero_init_last``, the NFNets' ``skipinit_gain``) start at one, because a zero
     there stops the gradient of every binary weight of the block. The result loads the float model's state dict
-    strictly, as if it had been binarized after loading. ``model.binarization`` says what was done. Warns of
-    BypassedLayers.
+    strictly, as if it had been binarized after loading. ``model.binarization`` says what was done. Of a compiled model
+    the result is the binarized original; compile that. Warns of BypassedLayers, of a MostlyFloat network and of an
+    UnseenModel.
 
     Raises UnknownName for an unknown scheme or a pattern without a match; InvalidRecipe for an option of
     :meth:`Scheme.configure` that has no effect on this model; PluginError for a faulty plugin; and InvalidModel if
     there is nothing to binarize, the model is binary already, a layer of ``include`` cannot be binary, the scheme does
-    not fit a layer, or the model refuses the size. After an error the model is as before.
+    not fit a layer, the model refuses the size, or it cannot be copied. After an error the model is as before.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 28 * 28, 10))
     >>> binarize(net, input_size=(3, 32, 32)).binarization.binary
     ('2',)
     """
     _check_arguments(model, input_size)
+    model = _original(model)
     chosen = plugins.find_scheme(scheme, pm)
     if isinstance(getattr(model, "binarization", None), Binarization):
         raise InvalidModel(f"{type(model).__name__} is already binarized ({model.binarization.scheme.name}); "  # type: ignore[union-attr]
@@ -95,25 +111,27 @@ def binarize(
     kept = decision.kept | {n: f"scheme {others.of(n).name!r}" for n in decision.binary if others.of(n).weight is None}
     if chosen.weight is None and not others.patterns:
         others.check_options(model)
-        result = model if inplace else copy.deepcopy(model)
+        result = model if inplace else copied(model)
         result.binarization = Binarization(  # type: ignore[assignment]
-            scheme=chosen, binary=(), kept=decision.kept, input_size=decision.input_size, skip=skip, include=include
-        )
+            scheme=chosen, binary=(), kept=decision.kept, input_size=decision.input_size, skip=skip, include=include,
+            logits=decision.logits,
+        )  # fmt: skip
         return result
     if len(kept) == len(decision.kept) + len(decision.binary):
         reasons = ", ".join(f"{name} ({why})" for name, why in kept.items()) or "no module inside it has weights"
         raise InvalidModel(f"nothing to binarize in {type(model).__name__}: {reasons}")
-    _warn_of_bypassed(decision.bypassed)
+    _warn(model, decision)
 
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # the network must not depend on the check
         for used in {id(scheme): scheme for scheme in (others.of(name) for name in decision.binary)}.values():
             check_contract(used)
     before = set(model.state_dict())
-    result = model if inplace else copy.deepcopy(model)
+    result = model if inplace else copied(model)
     names = {*kept, *policy.named(model, skip, "skip"), *_gates(model, kept)}
     originals = list(result.modules())
     _rewrite(result, others, {id(result.get_submodule(name)) for name in names}, pm)
     _place_what_is_new(result, originals)
+    close_fast_paths(result, {id(module) for module in originals})
     layers = dict(binary_layers(result))
     result.binarization = Binarization(  # type: ignore[assignment]
         scheme=chosen,
@@ -126,6 +144,7 @@ def binarize(
         skip=skip,
         include=include,
         removed=frozenset(before - set(result.state_dict())),
+        logits=decision.logits,
     )
     for name, layer in layers.items():
         layer.adopt(others.of(name).latent_std)
@@ -234,16 +253,34 @@ def _gates(model: nn.Module, kept: Mapping[str, str]) -> Iterator[str]:
             yield name
 
 
-def _warn_of_bypassed(bypassed: Mapping[str, str]) -> None:
-    if not bypassed:
-        return
-    name, reader = next(iter(bypassed.items()))
-    more = f", and {len(bypassed) - 1} more" if len(bypassed) > 1 else ""
-    warnings.warn(
-        f"{name} stays float because {reader or 'the model'} reads its weight directly{more}; skip silences this",
-        BypassedLayers,
-        stacklevel=3,
-    )
+def _original(model: nn.Module) -> nn.Module:
+    """The model inside the one that torch.compile returned."""
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else inner
+
+
+def _warn(model: nn.Module, decision: policy.Decision) -> None:
+    if decision.bypassed:
+        name, reader = next(iter(decision.bypassed.items()))
+        more = f", and {len(decision.bypassed) - 1} more" if len(decision.bypassed) > 1 else ""
+        words = f"{name} stays float because {reader or 'the model'} reads its weight directly{more}"
+        warnings.warn(f"{words}; skip silences this", BypassedLayers, stacklevel=3)
+    kind = type(model).__name__
+    if decision.unseen:
+        words = f"names and classes decide which layers of {kind} stay float, because {decision.unseen}"
+        warnings.warn(f"{words}; give input_size=(C, H, W), or choose with skip and include", UnseenModel, stacklevel=3)
+    total = sum(decision.macs.values())
+    never = {name: decision.macs[name] for name in decision.kept if name in decision.macs} 
+    never = {name: macs for name, macs in never.items() if name not in decision.asked}
+    if sum(never.values()) > total / 2:
+        largest = sorted(never, key=lambda name: -never[name])[:_NAMED]
+        listed = ", ".join(f"{n} ({decision.kept[n]}, {never[n] / total:.0%})" for n in largest if never[n] * 100 > total)
+        warnings.warn(
+            f"only {1 - sum(never.values()) / total:.1%} of the MACs of {kind} can become binary; the largest layers "
+            f"that stay float: {listed}",
+            MostlyFloat,
+            stacklevel=3,
+        )
 
 
 def _place_what_is_new(model: nn.Module, originals: list[nn.Module]) -> None:

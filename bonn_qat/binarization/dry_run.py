@@ -26,7 +26,7 @@ from bonn_qat.binarization.fast_paths import close_fast_paths
 from bonn_qat.binarization.guesses import Guesses
 from bonn_qat.conv_types import macs
 
-_BATCH = 2
+BATCH = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ def _follow(model: nn.Module, layers: list[str], input_size: Sequence[int], one:
     close_fast_paths(copied)
     with _unnoticed(), fake or torch.device(device):
         reference = next((p for p in copied.parameters() if p.is_floating_point()), torch.empty(0))
-        image = torch.empty(_BATCH, *input_size, dtype=reference.dtype, device=device)
+        image = torch.empty(BATCH, *input_size, dtype=reference.dtype, device=device)
         watch = _Watch(copied, layers, guesses=Guesses() if fake else None)
         with torch.set_grad_enabled(one.grad), watch:
             if one.grad:
@@ -276,7 +276,7 @@ class _Watch(TorchDispatchMode):
                     self._without_grad.add(name)
                 else:
                     self._nodes[tensor.grad_fn] = frozenset(own)
-            self.macs[name] = self.macs.get(name, 0) + macs(layer, shape, results[0].shape) // _BATCH
+            self.macs[name] = self.macs.get(name, 0) + macs(layer, shape, results[0].shape) // BATCH
             if name not in self.uses:
                 self.uses[name] = Use(
                     order=len(self.uses), input=shape, output=results[0].shape,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bonn_qat.binarization.copies import CannotBeCopied
-from bonn_qat.binarization.dry_run import DryRun, dry_run
+from bonn_qat.binarization.dry_run import BATCH, DryRun, Use, dry_run
 from bonn_qat.conv_types import conv_type
 from bonn_qat.errors import InvalidModel, UnknownName
 from bonn_qat.files.plain import one_line
@@ -33,7 +33,8 @@ class Decision:
 
     ``bypassed``: the kept layers whose weight another module reads, layer -> module. ``input_size`` ``(C, H, W)``: that
     of the dry run, None if the model ran with no size; ``unseen`` then says why. ``macs``: those of each layer for one
-    image. ``asked``: the kept layers that ``skip`` or ``predicate`` keeps.
+    image. ``asked``: the kept layers that ``skip`` or ``predicate`` keeps. ``logits``: the layers that produce an
+    output ``(B, classes)``, None without a dry run.
     """
 
     binary: tuple[str, ...]
@@ -43,6 +44,7 @@ class Decision:
     unseen: str | None
     macs: Mapping[str, int]
     asked: frozenset[str]
+    logits: tuple[str, ...] | None
 
 
 def decide(
@@ -101,6 +103,7 @@ def decide(
         unseen=unseen,
         macs=run.macs if run else {},
         asked=frozenset(name for name, reason in kept.items() if reason not in ours),
+        logits=tuple(n for n in layers if n in run.outputs and _is_logits(run.uses[n])) if run else None,
     )
 
 
@@ -133,7 +136,7 @@ def _ends(name: str) -> Iterator[int]:
 
 
 def _has_matrix(module: nn.Module) -> bool:
-    if isinstance(module, nn.Conv2d | nn.Linear):
+    if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
         return True
     if isinstance(module, (*_NORMS, nn.PReLU)):
         return False
@@ -203,9 +206,12 @@ def _ends_by_flow(model: nn.Module, layers: dict[str, nn.Module], run: DryRun) -
     found |= {name: CLASSIFIER for name in _classifiers(model, layers) if name not in found}
     for name in layers:
         if name in run.outputs:
-            alone = run.outputs == {name} and len(run.uses[name].output) == 2
-            found.setdefault(name, CLASSIFIER if alone else OUTPUT)
+            found.setdefault(name, CLASSIFIER if run.outputs == {name} and _is_logits(run.uses[name]) else OUTPUT)
     return found
+
+
+def _is_logits(use: Use) -> bool:
+    return len(use.output) == 2 and use.output[0] == BATCH
 
 
 def _ends_by_name(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, str]:
