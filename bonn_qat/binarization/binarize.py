@@ -1,5 +1,6 @@
 """binarize: a float model -> a binary one."""
 
+import contextlib
 import copy
 import functools
 import re
@@ -129,7 +130,8 @@ def binarize(
     result = model if inplace else copied(model)
     names = {*kept, *policy.named(model, skip, "skip"), *_gates(model, kept)}
     originals = list(result.modules())
-    _rewrite(result, others, {id(result.get_submodule(name)) for name in names}, pm)
+    with _as_before_after_an_error(result):
+        _rewrite(result, others, {id(result.get_submodule(name)) for name in names}, pm)
     _place_what_is_new(result, originals)
     close_fast_paths(result, {id(module) for module in originals})
     layers = dict(binary_layers(result))
@@ -237,6 +239,21 @@ def _rewrite(model: nn.Module, schemes: _Schemes, frozen: set[int], pm: pluggy.P
         setattr(parent, child_name, new)
 
 
+@contextlib.contextmanager
+def _as_before_after_an_error(model: nn.Module) -> Iterator[None]:
+    # A block that is replaced may hand over its parts, and change them, before a later one turns out not to fit.
+    before = [
+        (module, {key: copy.copy(value) if isinstance(value, dict) else value for key, value in vars(module).items()})
+        for module in model.modules()
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, attributes in before:
+            vars(module).update(attributes)
+        raise
+
+
 def _stays_float(module: nn.Module, frozen: set[int]) -> bool:
     # A block whose layers are all kept must not be rebuilt as a binary one.
     layers = [id(m) for m in module.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
@@ -269,18 +286,29 @@ def _warn(model: nn.Module, decision: policy.Decision) -> None:
     if decision.unseen:
         words = f"names and classes decide which layers of {kind} stay float, because {decision.unseen}"
         warnings.warn(f"{words}; give input_size=(C, H, W), or choose with skip and include", UnseenModel, stacklevel=3)
-    total = sum(decision.macs.values())
-    never = {name: decision.macs[name] for name in decision.kept if name in decision.macs} 
-    never = {name: macs for name, macs in never.items() if name not in decision.asked}
-    if sum(never.values()) > total / 2:
-        largest = sorted(never, key=lambda name: -never[name])[:_NAMED]
-        listed = ", ".join(f"{n} ({decision.kept[n]}, {never[n] / total:.0%})" for n in largest if never[n] * 100 > total)
-        warnings.warn(
-            f"only {1 - sum(never.values()) / total:.1%} of the MACs of {kind} can become binary; the largest layers "
-            f"that stay float: {listed}",
-            MostlyFloat,
-            stacklevel=3,
-        )
+    _warn_of_floats(model, decision)
+
+
+def _warn_of_floats(model: nn.Module, decision: policy.Decision) -> None:
+    what, costs = "MACs", decision.macs
+    if not costs:
+        what, costs = "weights", {n: _weights(model.get_submodule(n)) for n in (*decision.binary, *decision.kept)}
+    never = {n: costs[n] for n in decision.kept if n in costs and n not in decision.asked}
+    total = sum(costs.values())
+    if 2 * sum(never.values()) <= total:
+        return
+    largest = sorted(never, key=lambda name: -never[name])[:_NAMED]
+    listed = ", ".join(f"{name} ({decision.kept[name]}, {never[name] / total:.1%})" for name in largest)
+    warnings.warn(
+        f"only {1 - sum(never.values()) / total:.1%} of the {what} of {type(model).__name__} can become binary; the "
+        f"largest layers that stay float: {listed}",
+        MostlyFloat,
+        stacklevel=4,
+    )
+
+
+def _weights(layer: nn.Module) -> int:
+    return sum(p.numel() for name, p in layer.named_parameters(recurse=False) if "weight" in name)
 
 
 def _place_what_is_new(model: nn.Module, originals: list[nn.Module]) -> None:

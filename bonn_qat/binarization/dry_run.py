@@ -11,6 +11,7 @@ import functools
 import logging
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -143,7 +144,7 @@ def _follow(model: nn.Module, layers: list[str], input_size: Sequence[int], one:
 
 @contextlib.contextmanager
 def _unnoticed() -> Iterator[None]:
-    """The caller's random numbers stay as they are, compiled parts run as they were written, and nothing is logged."""
+    """The caller's random numbers stay as they are, compiled parts run as they were written, and nothing is told."""
     # torch logs a traceback for a size that does not fit, although the caller gets the exception.
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True
@@ -152,7 +153,8 @@ def _unnoticed() -> Iterator[None]:
     if "torch._dynamo" in sys.modules:
         eager = torch.compiler.set_stance("force_eager")
     try:
-        with eager, torch.random.fork_rng(devices=[]):
+        with eager, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     finally:
         logger.disabled = before

@@ -23,7 +23,8 @@ SHORTCUT, DEPTHWISE, SINGLE, GATE = "shortcut projection", "depthwise", "single 
 NO_IMAGE, UNREACHED = "does not see the image", "not reached by a forward pass"
 _SHORTCUT = re.compile(r"downsample|shortcut|skip|project|proj_conv|residual|identity|c1x1_w", re.IGNORECASE)
 _GATE = re.compile(r"^SE$|^SE(Layer|Block)$|SEModule$|Excit|^Eca|ChannelAttn$|^GlobalContext$")
-_SIDES = (224, 64, 32)
+_SIDES = (224, 64, 32, 28, 96, 128, 256)
+_LENGTHS = (16_000, 1024, 128)  # of signals
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -103,7 +104,7 @@ def decide(
         unseen=unseen,
         macs=run.macs if run else {},
         asked=frozenset(name for name, reason in kept.items() if reason not in ours),
-        logits=tuple(n for n in layers if n in run.outputs and _is_logits(run.uses[n])) if run else None,
+        logits=tuple(n for n, use in run.uses.items() if n in run.outputs and _is_logits(use)) if run else None,
     )
 
 
@@ -202,9 +203,9 @@ def _rules(model: nn.Module, layers: dict[str, nn.Module], run: DryRun | None) -
 
 
 def _ends_by_flow(model: nn.Module, layers: dict[str, nn.Module], run: DryRun) -> dict[str, str]:
-    found = {name: READS if run.uses[name].reads_layers else FIRST for name in layers if name in run.inputs}
+    found = {name: READS if use.reads_layers else FIRST for name, use in run.uses.items() if name in run.inputs}
     found |= {name: CLASSIFIER for name in _classifiers(model, layers) if name not in found}
-    for name in layers:
+    for name in run.uses:
         if name in run.outputs:
             found.setdefault(name, CLASSIFIER if run.outputs == {name} and _is_logits(run.uses[name]) else OUTPUT)
     return found
@@ -285,7 +286,7 @@ def _observe(
 
 
 def _sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
-    """Sizes to try: those in the model's metadata, then usual ones."""
+    """Sizes to try: those in the model's metadata, then usual ones of images, signals, videos, vectors and tokens."""
     config = getattr(model, "pretrained_cfg", None)
     known = config.get("input_size") if isinstance(config, dict) else None
     first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
@@ -296,3 +297,11 @@ def _sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     # itself but its patches.
     for channels in (getattr(model, "in_chans", None), known[0] if known else None, first):
         yield from ((channels, *side) for side in sides if channels and side)
+    reads = next((m for m in model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)), None)
+    if isinstance(reads, nn.Conv1d):
+        yield from ((reads.in_channels, length) for length in _LENGTHS)
+        yield from ((length,) for length in _LENGTHS)
+    elif isinstance(reads, nn.Conv3d):
+        yield from ((reads.in_channels, 16, side, side) for side in _SIDES)
+    elif isinstance(reads, nn.Linear):
+        yield from ((reads.in_features,), (16, reads.in_features))
