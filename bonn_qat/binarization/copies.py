@@ -38,11 +38,11 @@ def copied(model: nn.Module) -> nn.Module:
             with _Detached():
                 return copy.deepcopy(model, dict(known))
         except Exception as error:
-            culprit = _refused(error.__traceback__)
-            make = _LOCKS.get(type(culprit))
-            if make is None or id(culprit) in known:
-                raise _refusal(model, culprit, error) from error
-            known[id(culprit)] = make()
+            chain = _refused(error.__traceback__)
+            make = _LOCKS.get(type(chain[-1])) if chain else None
+            if make is None or id(chain[-1]) in known:
+                raise _refusal(model, chain, error) from error
+            known[id(chain[-1])] = make()
 
 
 def ghost(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
@@ -63,10 +63,10 @@ def ghost(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
             with _Detached():
                 return copy.deepcopy(model, dict(known))
         except Exception as error:
-            culprit = _refused(error.__traceback__)
-            if culprit is None or isinstance(culprit, nn.Module | Tensor) or id(culprit) in known:
-                raise _refusal(model, culprit, error) from error
-            known[id(culprit)] = culprit
+            chain = _refused(error.__traceback__)
+            if not chain or isinstance(chain[-1], nn.Module | Tensor) or id(chain[-1]) in known:
+                raise _refusal(model, chain, error) from error
+            known[id(chain[-1])] = chain[-1]
 
 
 class _Detached(TorchFunctionMode):
@@ -79,26 +79,25 @@ class _Detached(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _refused(trace: TracebackType | None) -> Any:
-    """The object at which copy.deepcopy stopped."""
-    found = None
+def _refused(trace: TracebackType | None) -> list[Any]:
+    """The objects that copy.deepcopy was in, from the model to the one at which it stopped."""
+    found = []
     while trace is not None:
         if trace.tb_frame.f_code is copy.deepcopy.__code__:
-            found = trace.tb_frame.f_locals["x"]
+            found.append(trace.tb_frame.f_locals["x"])
         trace = trace.tb_next
     return found
 
 
-def _refusal(model: nn.Module, culprit: object, error: Exception) -> CannotBeCopied:
+def _refusal(model: nn.Module, chain: list[Any], error: Exception) -> CannotBeCopied:
+    owners = [i for i, x in enumerate(chain) if isinstance(x, nn.Module)]
+    place = type(model).__name__
+    if owners:
+        owner, within = chain[owners[-1]], chain[owners[-1] + 1 :]
+        name = next((name for name, module in model.named_modules() if module is owner), "")
+        key = next((key for key, value in vars(owner).items() if any(value is x for x in within)), "")
+        place = ".".join(filter(None, (name, key))) or f"{type(owner).__name__} itself"
     return CannotBeCopied(
-        f"{type(model).__name__} cannot be copied because of {_place(model, culprit)}: {one_line(error)}; "
-        "remove it first, or give inplace=True"
+        f"{type(model).__name__} cannot be copied because of {place}: {one_line(error)}; remove it first, or give "
+        "inplace=True"
     )
-
-
-def _place(model: nn.Module, culprit: object) -> str:
-    for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            if value is culprit:
-                return f"{name}.{key}" if name else key
-    return f"a {type(culprit).__name__} inside it"
