@@ -161,9 +161,17 @@ def _check_arguments(model: object, input_size: object) -> None:
             f"create it first: timm.create_model({model!r})" if isinstance(model, str) else "give a torch.nn.Module"
         )
         raise InvalidModel(f"binarize takes a model; got {model!r}; {advice}")
-    sizes = input_size if isinstance(input_size, Sequence) else [input_size]
-    if input_size is not None and (sizes is not input_size or not all(type(x) is int and x > 0 for x in sizes)):
-        raise InvalidModel(f"input_size is (C, H, W), such as (3, 224, 224); got {input_size!r}")
+    check_size(input_size)
+
+
+def check_size(size: object) -> None:
+    """Raise InvalidModel unless ``size`` is None or the shape of one input: ``(C, H, W)``, ``(C, L)``, ``(features,)``.
+
+    >>> check_size((3, 224, 224))
+    """
+    sides = size if isinstance(size, Sequence) and size else [size]
+    if size is not None and not all(type(x) is int and x > 0 for x in sides):
+        raise InvalidModel(f"input_size is (C, H, W), such as (3, 224, 224); got {size!r}")
 
 
 def binary_layers(model: nn.Module) -> Iterator[tuple[str, BinaryLayer]]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bonn_qat.binarization.binarize import Binarization
+from bonn_qat.binarization.binarize import Binarization, check_size
 from bonn_qat.conv_types import CONVOLUTIONS, macs
 from bonn_qat.errors import InvalidModel
 from bonn_qat.files.plain import one_line
@@ -27,7 +27,7 @@ from bonn_qat.regularizers import binary_weight_layers
 from bonn_qat.runtime.packed import PackedModel
 
 def summary(model: nn.Module, input_size: Sequence[int] | None = None) -> Report:
-    """Count the bits and MACs of ``model`` for one image of ``input_size`` ``(C, H, W)``.
+    """Count the bits and MACs of ``model`` for one image of ``input_size`` ``(C, H, W)``, or an input of other shape.
 
     By default that is the size that the model was binarized for, else timm's. The model runs once on zeros, in
     evaluation mode and on its own device, and is left unchanged. Raises InvalidModel if the size is unknown or the
@@ -74,7 +74,8 @@ def summary(model: nn.Module, input_size: Sequence[int] | None = None) -> Report
 
 
 def input_size_of(model: nn.Module, given: Sequence[int] | None) -> tuple[int, ...]:
-    """``given``, else the size that ``model`` was binarized for, else timm's. Raises InvalidModel without one."""
+    """``given``, else the size that ``model`` was binarized for, else timm's. Raises InvalidModel if there is none."""
+    check_size(given)
     record, config = getattr(model, "binarization", None), getattr(model, "pretrained_cfg", None)
     said = config.get("input_size") if isinstance(config, dict) else None
     size = given or (record.input_size if isinstance(record, Binarization) else None) or said
