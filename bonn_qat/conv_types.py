@@ -53,7 +53,7 @@ def conv_type(layer: nn.Module) -> ConvType:
 def _by(layer: nn.Module) -> str:
     tools: list[object] = list(layer._forward_pre_hooks.values())  # weight_norm, spectral_norm, prune
     if is_parametrized(layer):
-        tools = [tool for chain in layer.parametrizations.values() for tool in chain]  # type: ignore[operator, union-attr]
+        tools = [tool for chain in layer.parametrizations.values() for tool in chain]  # type: ignore[operator]
     names = dict.fromkeys(type(tool).__name__.lstrip("_") for tool in tools if not inspect.isroutine(tool))
     return f" by {', '.join(names)}" if names else ""
 

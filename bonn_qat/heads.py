@@ -32,7 +32,7 @@ def classifier(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
 def _logits(model: nn.Module) -> tuple[str, ...] | None:
     record = getattr(model, "binarization", None)
     if record is not None:
-        return record.logits  # type: ignore[no-any-return, union-attr]
+        return record.logits  # type: ignore[no-any-return]
     from bonn_qat.binarization.policy import decide  # of a higher rank
 
     return decide(model).logits

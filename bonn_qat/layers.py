@@ -70,7 +70,7 @@ class BinaryLayer(nn.Module):
         proxy = next((x for x in (*args, *kwargs.values()) if isinstance(x, Proxy)), None)
         if proxy is None:
             return super().__call__(*args, **kwargs)
-        tracer = proxy.tracer
+        tracer: Any = proxy.tracer
         path = tracer.path_of_module(self)
         return tracer.call_module(self, lambda *a, **k: tracer.create_proxy("call_module", path, a, k), args, kwargs)
 

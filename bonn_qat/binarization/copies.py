@@ -14,7 +14,6 @@ from bonn_qat.errors import InvalidModel
 from bonn_qat.files.plain import one_line
 
 
-
 class CannotBeCopied(InvalidModel):
     """A model that keeps something that copy.deepcopy refuses."""
 

@@ -177,7 +177,7 @@ _NOTHING = _Origin()
 _NORMS = {"native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "native_layer_norm"}
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the image from layer to layer, and notes every operation on the weight of a layer that is not running.
 
     Hooks would be seen by the model's code, which may take another path because of them, so forward methods are
@@ -185,7 +185,7 @@ class _Watch(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[str], guesses: Guesses | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.uses: dict[str, Use] = {}
         self.readers: dict[str, str] = {}
         self.macs: dict[str, int] = {}
@@ -325,7 +325,7 @@ def _joined(origins: Iterable[_Origin]) -> _Origin:
 
 def _storage(tensor: Tensor) -> int:
     try:
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError):  # sparse and nested tensors have none
         return -id(tensor)
 

@@ -1,4 +1,4 @@
-"""Fast paths: torch's own code that computes a block at once from its layers' weights, instead of calling the layers."""
+"""Fast paths: torch's code that computes a block at once from the weights of its layers, without calling them."""
 
 from collections.abc import Collection
 

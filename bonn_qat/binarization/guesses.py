@@ -46,7 +46,7 @@ def _nonzero(func: Any, x: Tensor) -> Tensor:
 
 
 def _masked_select(func: Any, x: Tensor, mask: Tensor) -> Tensor:
-    return x.new_empty(math.prod(torch.broadcast_shapes(x.shape, mask.shape)))
+    return x.new_empty(math.prod(torch.broadcast_shapes(x.shape, mask.shape)))  # type: ignore[no-untyped-call]
 
 
 def _index(func: Any, x: Tensor, indices: list[Tensor | None], *values: Any, **kwargs: Any) -> Any:

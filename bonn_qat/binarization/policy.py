@@ -271,7 +271,7 @@ def _observe(
         try:
             return dry_run(model, layers, size), size, None
         except CannotBeCopied as refusal:
-            return None, input_size and tuple(input_size), one_line(refusal)
+            return None, tuple(input_size) if input_size else None, one_line(refusal)
         except Exception as caught:  # a model may raise anything for a size that does not fit
             tried.append(size)
             error = caught

@@ -6,7 +6,6 @@ training only, such as BONN's modulation, buffers such as running statistics, an
 attention.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ from bonn_qat.modes import modes
 from bonn_qat.quantizers import ActivationQuantizer, WeightQuantizer
 from bonn_qat.regularizers import binary_weight_layers
 from bonn_qat.runtime.packed import PackedModel
+
 
 def summary(model: nn.Module, input_size: Sequence[int] | None = None) -> Report:
     """Count the bits and MACs of ``model`` for one image of ``input_size`` ``(C, H, W)``, or an input of other shape.

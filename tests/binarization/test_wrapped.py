@@ -1,4 +1,4 @@
-"""Models that cannot be copied, compute their weights, are compiled, or are traced by torch.fx: they work, or say why."""
+"""Models that cannot be copied, compute their weights, are compiled or traced by torch.fx: they work, or say why."""
 
 import copy
 import itertools
@@ -100,7 +100,9 @@ def test_state_that_copy_refuses_is_copied_where_that_is_right(what, where, size
 def test_state_that_cannot_be_copied_is_named_and_works_in_place(what, where, size):
     make, word = NOT_COPIED[what]
     model = Keeps(WITHIN[where](make()))
-    with pytest.raises(InvalidModel, match=rf"Keeps cannot be copied because of inner\.kept: cannot pickle '{word}' .*inplace"):
+    with pytest.raises(
+        InvalidModel, match=rf"Keeps cannot be copied because of inner\.kept: cannot pickle '{word}' .*inplace"
+    ):
         bonn_qat.binarize(model, input_size=size)
     expected = bonn_qat.binarize(Keeps(None), input_size=size)
     assert bonn_qat.binarize(model, input_size=size, inplace=True) is model
