@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import pluggy
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from bonn_qat import plugins
 from bonn_qat.binarization import policy
@@ -161,6 +162,8 @@ def _check_arguments(model: object, input_size: object) -> None:
             f"create it first: timm.create_model({model!r})" if isinstance(model, str) else "give a torch.nn.Module"
         )
         raise InvalidModel(f"binarize takes a model; got {model!r}; {advice}")
+    if any(map(is_lazy, model.parameters())):
+        raise InvalidModel(f"{type(model).__name__} has lazy layers without weights yet; call it once with a batch first")
     check_size(input_size)
 
 
@@ -280,8 +283,8 @@ def _gates(model: nn.Module, kept: Mapping[str, str]) -> Iterator[str]:
 
 def _original(model: nn.Module) -> nn.Module:
     """The model inside the one that torch.compile returned."""
-    inner = model._modules.get("_orig_mod")
-    return model if inner is None else inner
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def _warn(model: nn.Module, decision: policy.Decision) -> None:

@@ -516,6 +516,16 @@ def test_what_is_no_model_is_told(wrong):
         bonn_qat.binarize(wrong)
 
 
+def test_lazy_layers_are_told():
+    with pytest.raises(InvalidModel, match="Sequential has lazy layers without weights yet; call it once"):
+        bonn_qat.binarize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.LazyConv2d(8, 3), nn.LazyConv2d(8, 3)))
+
+
+def test_what_torchscript_made_has_nothing_to_binarize():
+    with pytest.raises(InvalidModel, match=r"RecursiveScriptModule: 0 \(RecursiveScriptModule is neither"):
+        bonn_qat.binarize(torch.jit.script(small()))
+
+
 @pytest.mark.parametrize("wrong", [16, 16.0, "16", ("3", 8, 8), (3, 0, 8), torch.Size, {3, 8}])
 def test_an_input_size_that_is_none_is_told(wrong):
     with pytest.raises(InvalidModel, match=r"input_size is \(C, H, W\), such as \(3, 224, 224\); got"):
