@@ -172,8 +172,8 @@ def check_size(size: object) -> None:
 
     >>> check_size((3, 224, 224))
     """
-    sides = size if isinstance(size, Sequence) and size else [size]
-    if size is not None and not all(type(x) is int and x > 0 for x in sides):
+    valid = isinstance(size, Sequence) and size and all(type(x) is int and x > 0 for x in size)
+    if size is not None and not valid:
         raise InvalidModel(f"input_size is (C, H, W), such as (3, 224, 224); got {size!r}")
 
 
