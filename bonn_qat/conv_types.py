@@ -1,6 +1,8 @@
-"""Conv types: which convolutions and linear layers can become binary, and what their classes add to torch's."""
+"""Conv types: which convolutions and linear layers can become binary, what their classes add to torch's, their MACs."""
 
-from collections.abc import Mapping
+import inspect
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -38,7 +40,7 @@ def conv_type(layer: nn.Module) -> ConvType:
     if not isinstance(layer, nn.Conv2d | nn.Linear):
         raise ValueError(f"{kind} is neither a Conv2d nor a Linear")
     if is_parametrized(layer) or layer._parameters.get("weight") is None:
-        raise ValueError(f"{kind} computes its weight, see torch.nn.utils.parametrize")
+        raise ValueError(f"{kind} computes its weight{_by(layer)}")
     owner = next(k for k in type(layer).__mro__ if {"forward", "_conv_forward"} & vars(k).keys())
     if owner in (nn.Conv2d, nn.Linear):
         return ConvType()
@@ -46,3 +48,30 @@ def conv_type(layer: nn.Module) -> ConvType:
         found = _TIMM[owner.__name__]
         return found._replace(same_padding=found.same_padding or bool(getattr(layer, "same_pad", False)))
     raise ValueError(f"{kind} has a forward of its own")
+
+
+def _by(layer: nn.Module) -> str:
+    tools: list[object] = list(layer._forward_pre_hooks.values())  # weight_norm, spectral_norm, prune
+    if is_parametrized(layer):
+        tools = [tool for chain in layer.parametrizations.values() for tool in chain]  # type: ignore[operator]
+    names = dict.fromkeys(type(tool).__name__.lstrip("_") for tool in tools if not inspect.isroutine(tool))
+    return f" by {', '.join(names)}" if names else ""
+
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+
+
+def macs(layer: nn.Module, source: Sequence[int], result: Sequence[int]) -> int:
+    """The MACs of a convolution or a linear layer for inputs and outputs of these shapes; 0 for other layers.
+
+    >>> macs(nn.Conv2d(3, 8, 3), (1, 3, 32, 32), (1, 8, 30, 30))
+    194400
+    """
+    if isinstance(layer, nn.Linear):
+        return math.prod(result) * layer.in_features
+    if isinstance(layer, TRANSPOSED):
+        return math.prod(source) * layer.out_channels // layer.groups * math.prod(layer.kernel_size)
+    if isinstance(layer, CONVOLUTIONS):
+        return math.prod(result) * layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+    return 0

@@ -8,21 +8,34 @@ from bonn_qat.errors import InvalidModel
 def classifier(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
     """Name and module of the layer that turns features into logits.
 
-    It is the one in timm's metadata, else the last linear layer in the order of registration. Raises InvalidModel if
-    there is none, or more than one.
+    It is the one in timm's metadata, else the one that returns ``(B, classes)`` among those that produce the model's
+    outputs. Of a model that no dry run could follow it is the last linear layer in the order of registration. Raises
+    InvalidModel if there is none, or more than one.
 
-    >>> classifier(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 10)))[0]
-    '2'
+    >>> classifier(nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)))[0]
+    '3'
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
     found = [name for name in metadata(model, "classifier") if name in layers]
-    found = found or [name for name, layer in layers.items() if isinstance(layer, nn.Linear)][-1:]
+    if not found:
+        logits = _logits(model)
+        linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
+        found = linear[-1:] if logits is None else [name for name in logits if name in layers]
     if len(found) != 1:
-        reason = "none" if not found else f"{len(found)} ({', '.join(found)})"
+        reason = "none that returns (B, classes)" if not found else f"{len(found)} ({', '.join(found)})"
         raise InvalidModel(
             f"{type(model).__name__} needs one classifier layer, has {reason}; name it: classifier='...'"
         )
     return found[0], layers[found[0]]
+
+
+def _logits(model: nn.Module) -> tuple[str, ...] | None:
+    record = getattr(model, "binarization", None)
+    if record is not None:
+        return record.logits  # type: ignore[no-any-return]
+    from bonn_qat.binarization.policy import decide  # of a higher rank
+
+    return decide(model).logits
 
 
 def metadata(model: nn.Module, key: str) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from bonn_qat import functional
 from bonn_qat.conv_types import conv_type
@@ -75,6 +76,15 @@ class BinaryLayer(nn.Module):
         self.output = scheme.output(outputs) if scheme.output else None
         norm = scheme.norm(inputs) if self._normalize and scheme.norm else nn.Identity()
         self.norm = norm.to(device=self.weight.device, dtype=self.weight.dtype)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # A leaf for torch.fx, as torch's own layers are; of other modules fx would record what their forward does.
+        proxy = next((x for x in (*args, *kwargs.values()) if isinstance(x, Proxy)), None)
+        if proxy is None:
+            return super().__call__(*args, **kwargs)
+        tracer: Any = proxy.tracer
+        path = tracer.path_of_module(self)
+        return tracer.call_module(self, lambda *a, **k: tracer.create_proxy("call_module", path, a, k), args, kwargs)
 
     def latent(self) -> Tensor:
         """The real-valued kernels ``(O, I / groups, kh, kw)`` that ``weight_quant`` quantizes."""

@@ -253,7 +253,9 @@ def test_binary_parameters_are_the_weights_of_the_binary_layers_and_the_others_a
 
 def test_a_shared_layer_counts_once():
     conv = nn.Conv2d(4, 4, 3, padding=1)
-    model = bonn_qat.binarize(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), conv, nn.ReLU(), conv), SCHEME)
+    model = bonn_qat.binarize(
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), conv, nn.ReLU(), conv), SCHEME, include=["2"]
+    )
     binary, others = binary_parameters(model)
     assert len(binary) == 1
     assert len(others) == len(list(model.parameters())) - 1

@@ -207,10 +207,10 @@ def test_a_scheme_that_does_not_fit_a_layer_names_both_and_changes_nothing():
     with pytest.raises(
         InvalidModel, match=r"4: the scheme 'fussy' does not fit Conv2d\(8, 8.*one pixel.*skip='4' leaves"
     ):
-        bonn_qat.binarize(model, fussy, inplace=True)
+        bonn_qat.binarize(model, fussy, include=["5"], inplace=True)
     assert [type(module) for module in model.modules()] == kinds
     assert not hasattr(model, "binarization")
-    assert bonn_qat.binarize(model, fussy, skip="4").binarization.binary == ("2", "5")
+    assert bonn_qat.binarize(model, fussy, skip="4", include=["5"]).binarization.binary == ("2", "5")
 
 
 @pytest.mark.parametrize("layer", [nn.Conv1d(3, 4, 3), nn.ConvTranspose2d(3, 4, 3), nn.Embedding(3, 4)])
@@ -295,6 +295,6 @@ def test_a_quantizer_that_breaks_the_contract_is_told(returns: str, words: str) 
     scheme = replace(BONN, name="mine", weight=partial(Breach, returns=returns))
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10))
     with pytest.raises(PluginError, match=f"the weight of the scheme 'mine' {words}.*docs/plugins.md"):
-        bonn_qat.binarize(net, scheme)
+        bonn_qat.binarize(net, scheme, input_size=(3, 8, 8))
     with pytest.raises(PluginError, match="the activation of the scheme 'bonn' makes a Identity, which is not a "):
-        bonn_qat.binarize(net, replace(BONN, activation=lambda channels: nn.Identity()))
+        bonn_qat.binarize(net, replace(BONN, activation=lambda channels: nn.Identity()), input_size=(3, 8, 8))

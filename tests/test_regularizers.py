@@ -207,7 +207,9 @@ def test_latents_and_modulation_get_equations_11_to_16_of_task_and_kernel_loss(g
     lam, nu = 0.05, 0.4
     torch.manual_seed(2)
     scheme = PLAIN.configure({"granularity": granularity, "reading": reading})
-    model = binarize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3, padding=1, stride=2)).double(), scheme)
+    model = binarize(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3, padding=1, stride=2)).double(), scheme, include=["1"]
+    )
     layer = model[1]
     assert isinstance(layer, BinaryConv2d)
     is_inverse = reading == "inverse"

@@ -105,7 +105,7 @@ def test_inductor_gives_the_same():
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 2)
     )
-    model = bonn_qat.binarize(net)
+    model = bonn_qat.binarize(net, input_size=(3, 8, 8))
     other = copy.deepcopy(model)
     images = torch.randn(4, 3, 8, 8)
     torch.compiler.reset()

@@ -1,5 +1,6 @@
 """binarize: a float model -> a binary one."""
 
+import contextlib
 import copy
 import functools
 import re
@@ -11,20 +12,32 @@ from typing import Any, NoReturn
 import pluggy
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from bonn_qat import plugins
 from bonn_qat.binarization import policy
+from bonn_qat.binarization.copies import copied
+from bonn_qat.binarization.fast_paths import close_fast_paths
 from bonn_qat.errors import InvalidModel, InvalidRecipe
 from bonn_qat.layers import BINARY, BinaryLayer, check_contract, is_own
 from bonn_qat.scheme import Scheme, WatchedScheme
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 _SCALE = re.compile(r"gain|gamma|scale")
+_NAMED = 3  # layers in a warning
 _FOLDS = ("fuse", "reparameterize", "switch_to_deploy")  # those that timm.utils.reparameterize_model calls
 
 
 class BypassedLayers(UserWarning):
     """Layers that stay float because another module reads their weights directly."""
+
+
+class MostlyFloat(UserWarning):
+    """A network of which less than half of the MACs can become binary."""
+
+
+class UnseenModel(UserWarning):
+    """A model that no dry run could follow, so that names and classes decide which layers stay float."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +48,7 @@ class Binarization:
     layers with another scheme than ``scheme``. ``revived``: norms and gains that were all zero and are now one.
     ``input_size``: that of the policy's dry run, None without one. ``added`` and ``removed``: the keys of the state
     dict that only the binary or only the float model has. ``skip`` and ``include`` are as given to :func:`binarize`.
+    ``logits``: the layers that produce an output ``(B, classes)``, None without a dry run.
     """
 
     scheme: Scheme
@@ -47,6 +61,7 @@ class Binarization:
     skip: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     removed: frozenset[str] = field(default=frozenset(), repr=False)
+    logits: tuple[str, ...] | None = None
 
 
 def binarize(
@@ -63,8 +78,9 @@ def binarize(
 ) -> nn.Module:
     """Turn ``model`` into a 1-bit network by replacing modules; a copy unless ``inplace``.
 
-    Convolutions and linear layers become binary, except those that :mod:`bonn_qat.binarization.policy` keeps float: the
-    first layer, the classifier, shortcut projections, depthwise convolutions, gates. Three arguments overrule it:
+    Convolutions and linear layers become binary, except those that :mod:`bonn_qat.binarization.policy` keeps float:
+    layers that read the input or produce an output, shortcut projections, depthwise convolutions, gates. Three
+    arguments overrule it:
     ``skip`` and ``include``, which are names of modules or globs, and ``predicate(name, layer) -> bool | None``.
     ``schemes`` maps names or globs to other schemes, of which the last match counts; a scheme with float weights keeps
     a layer float. ``input_size`` ``(C, H, W)`` is the size of the model's images; None finds it out.
@@ -73,18 +89,20 @@ def binarize(
     gains that start at zero (timm's ``zero_init_last``, the NFNets' ``skipinit_gain``) start at one, because a zero
     there stops the gradient of every binary weight of the block. The result loads the float model's state dict
     strictly, as if it had been binarized after loading; of a part of one, each layer whose weight is there.
-    ``model.binarization`` says what was done. Warns of BypassedLayers.
+    ``model.binarization`` says what was done. Of a compiled model the result is the binarized original; compile that.
+    Warns of BypassedLayers, of a MostlyFloat network and of an UnseenModel.
 
     Raises UnknownName for an unknown scheme or a pattern without a match; InvalidRecipe for an option of
     :meth:`Scheme.configure` that has no effect on this model; PluginError for a faulty plugin; and InvalidModel if
     there is nothing to binarize, the model is binary already, a layer of ``include`` cannot be binary, the scheme does
-    not fit a layer, or the model refuses the size. After an error the model is as before.
+    not fit a layer, the model refuses the size, or it cannot be copied. After an error the model is as before.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 28 * 28, 10))
     >>> binarize(net, input_size=(3, 32, 32)).binarization.binary
     ('2',)
     """
     _check_arguments(model, input_size)
+    model = _original(model)
     chosen = plugins.find_scheme(scheme, pm)
     if isinstance(getattr(model, "binarization", None), Binarization):
         raise InvalidModel(f"{type(model).__name__} is already binarized ({model.binarization.scheme.name}); "  # type: ignore[union-attr]
@@ -95,25 +113,28 @@ def binarize(
     kept = decision.kept | {n: f"scheme {others.of(n).name!r}" for n in decision.binary if others.of(n).weight is None}
     if chosen.weight is None and not others.patterns:
         others.check_options(model)
-        result = model if inplace else copy.deepcopy(model)
+        result = model if inplace else copied(model)
         result.binarization = Binarization(  # type: ignore[assignment]
-            scheme=chosen, binary=(), kept=decision.kept, input_size=decision.input_size, skip=skip, include=include
-        )
+            scheme=chosen, binary=(), kept=decision.kept, input_size=decision.input_size, skip=skip, include=include,
+            logits=decision.logits,
+        )  # fmt: skip
         return result
     if len(kept) == len(decision.kept) + len(decision.binary):
         reasons = ", ".join(f"{name} ({why})" for name, why in kept.items()) or "no module inside it has weights"
         raise InvalidModel(f"nothing to binarize in {type(model).__name__}: {reasons}")
-    _warn_of_bypassed(decision.bypassed)
+    _warn(model, decision)
 
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # the network must not depend on the check
         for used in {id(scheme): scheme for scheme in (others.of(name) for name in decision.binary)}.values():
             check_contract(used)
     before = set(model.state_dict())
-    result = model if inplace else copy.deepcopy(model)
+    result = model if inplace else copied(model)
     names = {*kept, *policy.named(model, skip, "skip"), *_gates(model, kept)}
     originals = list(result.modules())
-    _rewrite(result, others, {id(result.get_submodule(name)) for name in names}, pm)
+    with _as_before_after_an_error(result):
+        _rewrite(result, others, {id(result.get_submodule(name)) for name in names}, pm)
     _place_what_is_new(result, originals)
+    close_fast_paths(result, {id(module) for module in originals})
     layers = dict(binary_layers(result))
     result.binarization = Binarization(  # type: ignore[assignment]
         scheme=chosen,
@@ -126,6 +147,7 @@ def binarize(
         skip=skip,
         include=include,
         removed=frozenset(before - set(result.state_dict())),
+        logits=decision.logits,
     )
     for layer in layers.values():
         layer.adopt()
@@ -141,9 +163,19 @@ def _check_arguments(model: object, input_size: object) -> None:
             f"create it first: timm.create_model({model!r})" if isinstance(model, str) else "give a torch.nn.Module"
         )
         raise InvalidModel(f"binarize takes a model; got {model!r}; {advice}")
-    sizes = input_size if isinstance(input_size, Sequence) else [input_size]
-    if input_size is not None and (sizes is not input_size or not all(type(x) is int and x > 0 for x in sizes)):
-        raise InvalidModel(f"input_size is (C, H, W), such as (3, 224, 224); got {input_size!r}")
+    if any(map(is_lazy, model.parameters())):
+        raise InvalidModel(f"{type(model).__name__} has lazy layers without weights yet; call it once with a batch first")
+    check_size(input_size)
+
+
+def check_size(size: object) -> None:
+    """Raise InvalidModel unless ``size`` is None or the shape of one input: ``(C, H, W)``, ``(C, L)``, ``(features,)``.
+
+    >>> check_size((3, 224, 224))
+    """
+    valid = isinstance(size, Sequence) and size and all(type(x) is int and x > 0 for x in size)
+    if size is not None and not valid:
+        raise InvalidModel(f"input_size is (C, H, W), such as (3, 224, 224); got {size!r}")
 
 
 def binary_layers(model: nn.Module) -> Iterator[tuple[str, BinaryLayer]]:
@@ -219,6 +251,21 @@ def _rewrite(model: nn.Module, schemes: _Schemes, frozen: set[int], pm: pluggy.P
         setattr(parent, child_name, new)
 
 
+@contextlib.contextmanager
+def _as_before_after_an_error(model: nn.Module) -> Iterator[None]:
+    # A block that is replaced may hand over its parts, and change them, before a later one turns out not to fit.
+    before = [
+        (module, {key: copy.copy(value) if isinstance(value, dict) else value for key, value in vars(module).items()})
+        for module in model.modules()
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, attributes in before:
+            vars(module).update(attributes)
+        raise
+
+
 def _stays_float(module: nn.Module, frozen: set[int]) -> bool:
     # A block whose layers are all kept must not be rebuilt as a binary one.
     layers = [id(m) for m in module.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
@@ -235,16 +282,45 @@ def _gates(model: nn.Module, kept: Mapping[str, str]) -> Iterator[str]:
             yield name
 
 
-def _warn_of_bypassed(bypassed: Mapping[str, str]) -> None:
-    if not bypassed:
+def _original(model: nn.Module) -> nn.Module:
+    """The model inside the one that torch.compile returned."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _warn(model: nn.Module, decision: policy.Decision) -> None:
+    if decision.bypassed:
+        name, reader = next(iter(decision.bypassed.items()))
+        more = f", and {len(decision.bypassed) - 1} more" if len(decision.bypassed) > 1 else ""
+        words = f"{name} stays float because {reader or 'the model'} reads its weight directly{more}"
+        warnings.warn(f"{words}; skip silences this", BypassedLayers, stacklevel=3)
+    kind = type(model).__name__
+    if decision.unseen:
+        words = f"names and classes decide which layers of {kind} stay float, because {decision.unseen}"
+        warnings.warn(f"{words}; give input_size=(C, H, W), or choose with skip and include", UnseenModel, stacklevel=3)
+    _warn_of_floats(model, decision)
+
+
+def _warn_of_floats(model: nn.Module, decision: policy.Decision) -> None:
+    what, costs = "MACs", decision.macs
+    if not costs:
+        what, costs = "weights", {n: _weights(model.get_submodule(n)) for n in (*decision.binary, *decision.kept)}
+    never = {n: costs[n] for n in decision.kept if n in costs and n not in decision.asked}
+    total = sum(costs.values())
+    if 2 * sum(never.values()) <= total:
         return
-    name, reader = next(iter(bypassed.items()))
-    more = f", and {len(bypassed) - 1} more" if len(bypassed) > 1 else ""
+    largest = sorted(never, key=lambda name: -never[name])[:_NAMED]
+    listed = ", ".join(f"{name} ({decision.kept[name]}, {never[name] / total:.1%})" for name in largest)
     warnings.warn(
-        f"{name} stays float because {reader or 'the model'} reads its weight directly{more}; skip silences this",
-        BypassedLayers,
-        stacklevel=3,
+        f"only {1 - sum(never.values()) / total:.1%} of the {what} of {type(model).__name__} can become binary; the "
+        f"largest layers that stay float: {listed}",
+        MostlyFloat,
+        stacklevel=4,
     )
+
+
+def _weights(layer: nn.Module) -> int:
+    return sum(p.numel() for name, p in layer.named_parameters(recurse=False) if "weight" in name)
 
 
 def _place_what_is_new(model: nn.Module, originals: list[nn.Module]) -> None:

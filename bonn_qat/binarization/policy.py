@@ -2,14 +2,15 @@
 
 import fnmatch
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from bonn_qat.binarization.dry_run import DryRun, dry_run
+from bonn_qat.binarization.copies import CannotBeCopied
+from bonn_qat.binarization.dry_run import BATCH, DryRun, Use, dry_run
 from bonn_qat.conv_types import conv_type
 from bonn_qat.errors import InvalidModel, UnknownName
 from bonn_qat.files.plain import one_line
@@ -17,12 +18,13 @@ from bonn_qat.heads import metadata
 
 Predicate = Callable[[str, nn.Module], bool | None]
 
-FIRST, CLASSIFIER, LAST = "first layer", "classifier", "last layer"
+FIRST, READS, CLASSIFIER, OUTPUT = "first layer", "reads the input", "classifier", "produces an output"
 SHORTCUT, DEPTHWISE, SINGLE, GATE = "shortcut projection", "depthwise", "single input channel", "gate"
 NO_IMAGE, UNREACHED = "does not see the image", "not reached by a forward pass"
 _SHORTCUT = re.compile(r"downsample|shortcut|skip|project|proj_conv|residual|identity|c1x1_w", re.IGNORECASE)
 _GATE = re.compile(r"^SE$|^SE(Layer|Block)$|SEModule$|Excit|^Eca|ChannelAttn$|^GlobalContext$")
-_SIDES = (224, 64, 32)
+_SIDES = (224, 64, 32, 28, 96, 128, 256)
+_LENGTHS = (16_000, 1024, 128)  # of signals
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -31,13 +33,19 @@ class Decision:
     """``binary``: names of the layers to binarize. ``kept``: the layers that stay float, each with the reason.
 
     ``bypassed``: the kept layers whose weight another module reads, layer -> module. ``input_size`` ``(C, H, W)``: that
-    of the dry run, None if the model ran with no size.
+    of the dry run, None if the model ran with no size; ``unseen`` then says why. ``macs``: those of each layer for one
+    image. ``asked``: the kept layers that ``skip`` or ``predicate`` keeps. ``logits``: the layers that produce an
+    output ``(B, classes)``, None without a dry run.
     """
 
     binary: tuple[str, ...]
     kept: dict[str, str]
     bypassed: dict[str, str]
     input_size: tuple[int, ...] | None
+    unseen: str | None
+    macs: Mapping[str, int]
+    asked: frozenset[str]
+    logits: tuple[str, ...] | None
 
 
 def decide(
@@ -55,22 +63,23 @@ def decide(
     2. ``skip``: names of modules or globs, each with everything below it, stay float. Then ``predicate(name, layer)``:
        True makes a layer binary, False keeps it float, None leaves it to the rules. Then ``include``, written like
        ``skip``: binary.
-    3. These layers stay float: the first one; the classifier (by timm's metadata, else the last layer, if it returns
-       ``(B, classes)`` or is a 1x1 convolution with a bias); 1x1 shortcut projections; depthwise convolutions; layers
+    3. These layers stay float: those that read the input, with no other layer between; those that produce an output:
+       it derives from no other layer, or no other layer learns through them, as in a sum of two heads or where the
+       result is detached; the classifier of timm's metadata; 1x1 shortcut projections; depthwise convolutions; layers
        with one input channel; gates, as of squeeze-and-excite, which are layers on pooled features before other layers
        on unpooled ones; and layers that the image does not reach.
 
-    A dry run with images of ``input_size`` ``(C, H, W)`` finds out part of that. If it is None, usual sizes are tried;
-    a model that takes none of them is decided by names and classes alone. Raises UnknownName for a pattern that matches
-    no module, and InvalidModel for an ``input_size`` that the model refuses, or an ``include`` that names no layer that
-    can be binary.
+    A dry run with images of ``input_size`` ``(C, H, W)`` finds out most of that. If it is None, usual sizes are tried;
+    a model that takes none of them is decided by names and classes alone: the first convolution and the last linear
+    layer stay float. Raises UnknownName for a pattern that matches no module, and InvalidModel for an ``input_size``
+    that the model refuses, or an ``include`` that names no layer that can be binary.
 
     >>> decide(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 60 * 60, 10))).kept
     {'0': 'first layer', '3': 'classifier'}
     """
     include = [include] if isinstance(include, str) else list(include)
     layers = {name: module for name, module in model.named_modules() if name and _has_matrix(module)}
-    run, size = _observe(model, list(layers), input_size)
+    run, size, unseen = _observe(model, list(layers), input_size)
     impossible = _impossible(model, layers, run)
     kept = {n: r for n, r in named(model, skip, "skip").items() if n in layers}
     wanted = named(model, include, "include")
@@ -86,11 +95,16 @@ def decide(
             elif opinion is None and name not in wanted and name in soft:
                 kept[name] = soft[name]
     readers = run.readers if run else {}
+    ours = {*impossible.values(), *soft.values()}
     return Decision(
         binary=tuple(name for name in layers if name not in kept),
         kept={name: kept[name] for name in layers if name in kept},
         bypassed={name: reader for name, reader in readers.items() if kept.get(name) == impossible.get(name)},
         input_size=size,
+        unseen=unseen,
+        macs=run.macs if run else {},
+        asked=frozenset(name for name, reason in kept.items() if reason not in ours),
+        logits=tuple(n for n, use in run.uses.items() if n in run.outputs and _is_logits(use)) if run else None,
     )
 
 
@@ -123,11 +137,14 @@ def _ends(name: str) -> Iterator[int]:
 
 
 def _has_matrix(module: nn.Module) -> bool:
-    if isinstance(module, nn.Conv2d | nn.Linear):
+    if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
         return True
     if isinstance(module, (*_NORMS, nn.PReLU)):
         return False
-    return any(p is not None and p.ndim > 1 and "weight" in name for name, p in module._parameters.items())
+    return any(
+        p is not None and "weight" in name and sum(side > 1 for side in p.shape) > 1
+        for name, p in module._parameters.items()
+    )
 
 
 def _impossible(model: nn.Module, layers: dict[str, nn.Module], run: DryRun | None) -> dict[str, str]:
@@ -163,9 +180,7 @@ def _check_include(
 
 def _rules(model: nn.Module, layers: dict[str, nn.Module], run: DryRun | None) -> dict[str, str]:
     """Layers that stay float unless ``include`` or ``predicate`` makes them binary, with the reason."""
-    found = dict.fromkeys(_first(model, layers, run), FIRST) | dict.fromkeys(_classifiers(model, layers), CLASSIFIER)
-    if not _knows_classifier(model):
-        found |= _last(layers, run)
+    found = _ends_by_name(model, layers) if run is None else _ends_by_flow(model, layers, run)
     gates = _gates(layers, run)
     for name, layer in layers.items():
         use = run.uses.get(name) if run else None
@@ -187,19 +202,26 @@ def _rules(model: nn.Module, layers: dict[str, nn.Module], run: DryRun | None) -
     return found
 
 
-def _first(model: nn.Module, layers: dict[str, nn.Module], run: DryRun | None) -> list[str]:
-    named_first = [name for name in metadata(model, "first_conv") if name in layers]
-    if named_first:
-        return named_first
-    if run:
-        seeing = (name for name, use in run.uses.items() if use.sees_image)
-        return list(seeing)[:1]
-    return [name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)][:1] or list(layers)[:1]
+def _ends_by_flow(model: nn.Module, layers: dict[str, nn.Module], run: DryRun) -> dict[str, str]:
+    found = {name: READS if use.reads_layers else FIRST for name, use in run.uses.items() if name in run.inputs}
+    found |= {name: CLASSIFIER for name in _classifiers(model, layers) if name not in found}
+    for name in run.uses:
+        if name in run.outputs:
+            found.setdefault(name, CLASSIFIER if run.outputs == {name} and _is_logits(run.uses[name]) else OUTPUT)
+    return found
 
 
-def _knows_classifier(model: nn.Module) -> bool:
-    # A backbone that returns features has no classifier.
-    return bool(metadata(model, "classifier")) or hasattr(model, "get_classifier") or hasattr(model, "feature_info")
+def _is_logits(use: Use) -> bool:
+    return len(use.output) == 2 and use.output[0] == BATCH
+
+
+def _ends_by_name(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, str]:
+    convolutions = [name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)]
+    linears = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
+    first = [name for name in metadata(model, "first_conv") if name in layers] or (convolutions or list(layers))[:1]
+    knows = metadata(model, "classifier") or hasattr(model, "get_classifier") or hasattr(model, "feature_info")
+    last = _classifiers(model, layers) if knows else linears[-1:]
+    return dict.fromkeys(first, FIRST) | dict.fromkeys(last, CLASSIFIER)
 
 
 def _classifiers(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
@@ -209,19 +231,6 @@ def _classifiers(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
     inside = {id(m) for head in (heads if isinstance(heads, tuple | list) else (heads,))
               if isinstance(head, nn.Module) for m in head.modules()}  # fmt: skip
     return [n for n, m in layers.items() if id(m) in inside or any(n == r or n.startswith(r + ".") for r in roots)]
-
-
-def _last(layers: dict[str, nn.Module], run: DryRun | None) -> dict[str, str]:
-    if run is None:
-        return dict.fromkeys([n for n, layer in layers.items() if isinstance(layer, nn.Linear)][-1:], CLASSIFIER)
-    found = {}
-    for name in list(run.uses)[-1:]:
-        layer = layers[name]
-        if len(run.uses[name].output) == 2:
-            found[name] = CLASSIFIER
-        elif isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.bias is not None:
-            found[name] = LAST
-    return found
 
 
 def _gates(layers: dict[str, nn.Module], run: DryRun | None) -> Collection[str]:
@@ -254,25 +263,30 @@ def _is_shortcut(model: nn.Module, name: str, conv: nn.Conv2d) -> bool:
 
 def _observe(
     model: nn.Module, layers: list[str], input_size: Sequence[int] | None
-) -> tuple[DryRun | None, tuple[int, ...] | None]:
-    if input_size is not None:
+) -> tuple[DryRun | None, tuple[int, ...] | None, str | None]:
+    """The dry run, its size, and without one the reason."""
+    tried: list[tuple[int, ...]] = []
+    error: Exception | None = None
+    for size in dict.fromkeys(_sizes(model) if input_size is None else [tuple(input_size)]):
         try:
-            return dry_run(model, layers, input_size), tuple(input_size)
-        except Exception as error:
-            raise InvalidModel(
-                f"{type(model).__name__} does not take an image of {tuple(input_size)}: {one_line(error)}; "
-                "give input_size=(C, H, W)"
-            ) from error
-    for size in dict.fromkeys(_sizes(model)):
-        try:
-            return dry_run(model, layers, size), size
-        except Exception:  # a model may raise anything for a size that does not fit
-            continue
-    return None, None
+            return dry_run(model, layers, size), size, None
+        except CannotBeCopied as refusal:
+            return None, tuple(input_size) if input_size else None, one_line(refusal)
+        except Exception as caught:  # a model may raise anything for a size that does not fit
+            tried.append(size)
+            error = caught
+    if input_size is None:
+        given = ", ".join(map(str, tried[:3])) + (" and others" if len(tried) > 3 else "")
+        return None, None, f"it takes no image of {given}: {one_line(error)}" if error else "no size is known to try"
+    assert error is not None
+    raise InvalidModel(
+        f"{type(model).__name__} does not take an image of {tuple(input_size)}: {one_line(error)}; "
+        "give input_size=(C, H, W)"
+    ) from error
 
 
 def _sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
-    """Sizes to try: those in the model's metadata, then usual ones."""
+    """Sizes to try: those in the model's metadata, then usual ones of images, signals, videos, vectors and tokens."""
     config = getattr(model, "pretrained_cfg", None)
     known = config.get("input_size") if isinstance(config, dict) else None
     first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
@@ -283,3 +297,11 @@ def _sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     # itself but its patches.
     for channels in (getattr(model, "in_chans", None), known[0] if known else None, first):
         yield from ((channels, *side) for side in sides if channels and side)
+    reads = next((m for m in model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)), None)
+    if isinstance(reads, nn.Conv1d):
+        yield from ((reads.in_channels, length) for length in _LENGTHS)
+        yield from ((length,) for length in _LENGTHS)
+    elif isinstance(reads, nn.Conv3d):
+        yield from ((reads.in_channels, 16, side, side) for side in _SIDES)
+    elif isinstance(reads, nn.Linear):
+        yield from ((reads.in_features,), (16, reads.in_features))

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from bonn_qat.binarization.binarize import binary_layers
-from bonn_qat.errors import InvalidModel
+from bonn_qat.errors import InvalidData, InvalidModel
+from bonn_qat.files.plain import one_line
 from bonn_qat.layers import BinaryLayer
 from bonn_qat.modes import modes
 from bonn_qat.tables import Column, Table
@@ -48,9 +49,11 @@ class Diagnosis:
 def diagnose(model: nn.Module, images: Tensor) -> Diagnosis:
     """Measure the signs of the inputs of each binary layer for ``images`` ``(B, C, H, W)``, B at least 2.
 
+    They may be inputs of another shape that the model takes, such as ``(B, C, L)`` or ``(B, features)``.
+
     Norms use the statistics of the batch, as in training, because the running ones of a new network do not normalise;
-    dropout is off. The model is unchanged afterwards. Warns of DeadLayers, once for all of them. Raises InvalidModel
-    for a model without binary activations.
+    dropout is off. The model is unchanged afterwards. Warns of DeadLayers, once for all of them. Raises InvalidData
+    for less than two images, InvalidModel for a model without binary activations or that does not take the images.
 
     >>> from bonn_qat import binarize
     >>> net = binarize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10)))
@@ -60,6 +63,9 @@ def diagnose(model: nn.Module, images: Tensor) -> Diagnosis:
     layers = {name: layer for name, layer in binary_layers(model) if layer.input_quant is not None}
     if not layers:
         raise InvalidModel(f"{type(model).__name__} has no binary activations; binarize it with a scheme that has them")
+    if not isinstance(images, Tensor) or images.ndim < 2 or len(images) < 2:
+        given = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise InvalidData(f"diagnose takes a batch of at least 2 images, (B, C, H, W); got {given}")
     counts: dict[str, list[int]] = {name: [0, 0] for name in layers}
     hooks = [
         layer.get_submodule("norm").register_forward_hook(_counter(layer, counts[name]))
@@ -71,6 +77,10 @@ def diagnose(model: nn.Module, images: Tensor) -> Diagnosis:
     try:
         with modes(model, training=lambda module: isinstance(module, _NormBase)), torch.no_grad():
             torch.func.functional_call(model, buffers, (images.to(reference.device, reference.dtype),))
+    except Exception as error:  # whatever a model raises
+        raise InvalidModel(
+            f"{type(model).__name__} does not take images of {tuple(images.shape)}: {one_line(error)}"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()

@@ -6,7 +6,6 @@ training only, such as BONN's modulation, buffers such as running statistics, an
 attention.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bonn_qat.binarization.binarize import Binarization
+from bonn_qat.binarization.binarize import Binarization, check_size
+from bonn_qat.conv_types import CONVOLUTIONS, macs
 from bonn_qat.errors import InvalidModel
 from bonn_qat.files.plain import one_line
 from bonn_qat.inspection.packed_size import packed_report
@@ -25,12 +25,9 @@ from bonn_qat.quantizers import ActivationQuantizer, WeightQuantizer
 from bonn_qat.regularizers import binary_weight_layers
 from bonn_qat.runtime.packed import PackedModel
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
-
 
 def summary(model: nn.Module, input_size: Sequence[int] | None = None) -> Report:
-    """Count the bits and MACs of ``model`` for one image of ``input_size`` ``(C, H, W)``.
+    """Count the bits and MACs of ``model`` for one image of ``input_size`` ``(C, H, W)``, or an input of other shape.
 
     By default that is the size that the model was binarized for, else timm's. The model runs once on zeros, in
     evaluation mode and on its own device, and is left unchanged. Raises InvalidModel if the size is unknown or the
@@ -49,7 +46,7 @@ def summary(model: nn.Module, input_size: Sequence[int] | None = None) -> Report
     rows = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (*_CONVOLUTIONS, nn.Linear)) or name in kept
+        if isinstance(module, (*CONVOLUTIONS, nn.Linear)) or name in kept
     }
     calls = _calls(model, list(rows.values()), size)
     binary = set(binary_weight_layers(model).values())
@@ -77,7 +74,8 @@ def summary(model: nn.Module, input_size: Sequence[int] | None = None) -> Report
 
 
 def input_size_of(model: nn.Module, given: Sequence[int] | None) -> tuple[int, ...]:
-    """``given``, else the size that ``model`` was binarized for, else timm's. Raises InvalidModel without one."""
+    """``given``, else the size that ``model`` was binarized for, else timm's. Raises InvalidModel if there is none."""
+    check_size(given)
     record, config = getattr(model, "binarization", None), getattr(model, "pretrained_cfg", None)
     said = config.get("input_size") if isinstance(config, dict) else None
     size = given or (record.input_size if isinstance(record, Binarization) else None) or said
@@ -99,7 +97,8 @@ def _calls(model: nn.Module, layers: list[nn.Module], size: tuple[int, ...]) -> 
     def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         source, result = (_tensor(x) for x in (inputs[0] if inputs else None, output))
         call = found.setdefault(module, _Call(output=tuple(result.shape[1:]) if isinstance(result, Tensor) else ()))
-        call.macs += _layer_macs(module, source, result)
+        if isinstance(source, Tensor) and isinstance(result, Tensor):
+            call.macs += macs(module, source.shape, result.shape)
 
     hooks = [module.register_forward_hook(count) for module in layers]
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
@@ -119,17 +118,6 @@ def _calls(model: nn.Module, layers: list[nn.Module], size: tuple[int, ...]) -> 
 def _tensor(x: Any) -> Any:
     # Brevitas' QuantTensor is a tuple that starts with its value.
     return x[0] if isinstance(x, tuple) else x
-
-
-def _layer_macs(module: nn.Module, source: Any, result: Any) -> int:
-    macs = 0
-    if isinstance(module, nn.Linear):
-        macs = result.numel() * module.in_features
-    elif isinstance(module, _TRANSPOSED):
-        macs = source.numel() * module.out_channels // module.groups * math.prod(module.kernel_size)
-    elif isinstance(module, _CONVOLUTIONS):
-        macs = result.numel() * module.in_channels // module.groups * math.prod(module.kernel_size)
-    return macs
 
 
 def _training_only(layer: nn.Module) -> list[nn.Parameter]:

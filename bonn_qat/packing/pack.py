@@ -33,7 +33,7 @@ def pack(model: nn.Module, input_size: Sequence[int] | None = None) -> PackedMod
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
     >>> packed = bonn_qat.pack(bonn_qat.binarize(net, input_size=(3, 8, 8)))
     >>> [(layer.name, layer.kind) for layer in packed.layers]
-    [('2', 'bits'), ('4', 'bits')]
+    [('2', 'bits')]
     """
     _check(model)
     size = cast(tuple[int, int, int], input_size_of(model, input_size))

@@ -232,8 +232,8 @@ def test_nothing_to_binarize_is_an_error_that_says_why():
         bonn_qat.binarize(nn.Linear(2, 2))
     with pytest.raises(InvalidModel, match=r"Flatten: no module inside it has weights"):
         bonn_qat.binarize(nn.Flatten())
-    with pytest.raises(InvalidModel, match=r"0 \(first layer\), 1 \(depthwise\)"):
-        bonn_qat.binarize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8)))
+    with pytest.raises(InvalidModel, match=r"0 \(first layer\), 1 \(depthwise\), 2 \(produces an output\)"):
+        bonn_qat.binarize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3)))
     with pytest.raises(InvalidModel, match=r"layer1\.0\.conv1 \(skip 'layer\*'\)"):
         bonn_qat.binarize(MODELS["wrn10_16"](), skip=["layer*"])
 
@@ -294,7 +294,7 @@ def test_conv_sums_before_scaling_are_exact_integers():
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "circular"])
 def test_geometry_and_bias_are_those_of_the_convolution(padding, mode):
     conv = nn.Conv2d(4, 6, 3, padding=padding, padding_mode=mode, dilation=2, groups=2)
-    model = bonn_qat.binarize(nn.Sequential(nn.Conv2d(3, 4, 1), conv), replace(BONN, norm=None))
+    model = bonn_qat.binarize(nn.Sequential(nn.Conv2d(3, 4, 1), conv), replace(BONN, norm=None), include=["1"])
     with torch.no_grad():
         x = torch.randn(2, 4, 9, 9)
         kernels = torch.where(conv.weight >= 0, 1.0, -1.0)
@@ -423,7 +423,7 @@ def test_a_resnet_compiles_whole_and_exports_with_equal_outputs():
     torch.testing.assert_close(exported, expected)
 
 
-RELU_FREE = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4 * 16, 2))
+RELU_FREE = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8 * 24**2, 2))
 
 
 @pytest.mark.parametrize(
@@ -478,6 +478,16 @@ def test_what_is_no_model_is_told(wrong):
     advice = "create it first: timm.create_model.'resnet18'." if wrong == "resnet18" else "give a torch.nn.Module"
     with pytest.raises(InvalidModel, match=f"binarize takes a model; got .*{advice}"):
         bonn_qat.binarize(wrong)
+
+
+def test_lazy_layers_are_told():
+    with pytest.raises(InvalidModel, match="Sequential has lazy layers without weights yet; call it once"):
+        bonn_qat.binarize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.LazyConv2d(8, 3), nn.LazyConv2d(8, 3)))
+
+
+def test_what_torchscript_made_has_nothing_to_binarize():
+    with pytest.raises(InvalidModel, match=r"RecursiveScriptModule: 0 \(RecursiveScriptModule is neither"):
+        bonn_qat.binarize(torch.jit.script(small()))
 
 
 @pytest.mark.parametrize("wrong", [16, 16.0, "16", ("3", 8, 8), (3, 0, 8), torch.Size, {3, 8}])

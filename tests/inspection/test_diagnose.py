@@ -11,7 +11,7 @@ from torch import nn
 
 from bonn_qat import FeatureLoss, binarize
 from bonn_qat.bonn import BONN
-from bonn_qat.errors import InvalidModel
+from bonn_qat.errors import InvalidData, InvalidModel
 from bonn_qat.inspection.diagnose import DeadLayers, Diagnosis, diagnose
 
 NAIVE = dataclasses.replace(BONN, norm=None, nonlinearity=None)
@@ -68,7 +68,7 @@ def test_the_measure_does_not_depend_on_mode_or_chance(resnet18, images):
 
 
 def test_shares_are_those_of_a_norm_with_the_statistics_of_the_batch():
-    model = binarize(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3)))
+    model = binarize(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3)), include=["1"])
     images = torch.randn(3, 3, 6, 6) + 5
     features = model[0](images)
     normed = features - features.mean((0, 2, 3), keepdim=True)
@@ -77,7 +77,8 @@ def test_shares_are_those_of_a_norm_with_the_statistics_of_the_batch():
 
 
 def test_dropout_is_off():
-    model = binarize(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Dropout(0.9), nn.Conv2d(3, 3, 3)), NAIVE)
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Dropout(0.9), nn.Conv2d(3, 3, 3))
+    model = binarize(net, NAIVE, include=["2"])
     images = torch.randn(4, 3, 9, 9)
     share = (model[0](images) >= 0).float().mean().item()
     assert diagnose(model, images).shares == {"2": pytest.approx(share)}
@@ -94,14 +95,14 @@ def test_a_norm_outside_the_binary_layer_counts():
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.conv(self.norm(x))
 
-    model = binarize(nn.Sequential(nn.Conv2d(3, 3, 1), Block()))
+    model = binarize(nn.Sequential(nn.Conv2d(3, 3, 1), Block()), include=["1"])
     diagnosis = diagnose(model, torch.rand(4, 3, 6, 6))
     assert 0.3 < diagnosis.shares["1.conv"] < 0.7
 
 
 def test_a_layer_at_two_places_counts_both():
     conv = nn.Conv2d(3, 3, 3)
-    model = binarize(nn.Sequential(nn.Conv2d(3, 3, 1), conv, nn.ReLU(), conv), NAIVE)
+    model = binarize(nn.Sequential(nn.Conv2d(3, 3, 1), conv, nn.ReLU(), conv), NAIVE, include=["1"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeadLayers)
         diagnosis = diagnose(model, torch.randn(4, 3, 6, 6))
@@ -118,7 +119,9 @@ def test_float_inputs_have_no_sign_to_look_at(resnet18, images):
 
 def test_a_failing_forward_leaves_no_trace(resnet18):
     model = binarize(resnet18)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(
+        InvalidModel, match=r"ResNet does not take images of \(2, 5, 64, 64\): Given groups=1.*3 channels"
+    ):
         diagnose(model, torch.randn(2, 5, 64, 64))
     assert model.training
     assert not any(module._forward_hooks for module in model.modules())
@@ -128,6 +131,20 @@ def test_a_tap_of_the_feature_loss_does_not_disturb(resnet18, images):
     model = binarize(resnet18)
     FeatureLoss(model)
     assert diagnose(model, images).dead == ()
+
+
+@pytest.mark.parametrize("size", [(12,), (5, 12), (2, 3, 12), (3, 9, 9)])
+def test_inputs_may_have_any_number_of_axes(size):
+    layers = [nn.Conv2d(3, 12, 9), nn.Flatten()] if size == (3, 9, 9) else [nn.Linear(12, 12)]
+    model = binarize(nn.Sequential(*layers, nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 3)), input_size=size)
+    names = tuple(str(len(layers) + i) for i in range(2))
+    assert tuple(diagnose(model, torch.randn(8, *size)).shares) == names == model.binarization.binary
+
+
+@pytest.mark.parametrize("images", [torch.randn(1, 3, 8, 8), torch.randn(0, 3, 8, 8), torch.randn(3), [1.0], None])
+def test_less_than_two_images_are_told(resnet18, images):
+    with pytest.raises(InvalidData, match="diagnose takes a batch of at least 2 images"):
+        diagnose(binarize(resnet18), images)
 
 
 @pytest.mark.parametrize(("share", "dead"), [(0.04, True), (0.05, False), (0.5, False), (0.95, False), (0.96, True)])

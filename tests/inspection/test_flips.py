@@ -38,7 +38,7 @@ def network(weight: type[WeightQuantizer] = Plain) -> nn.Module:
     model = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
     for conv in convs:
         nn.init.constant_(conv.weight, 0.5)
-    return bonn_qat.binarize(model, scheme)
+    return bonn_qat.binarize(model, scheme, include=["4"])
 
 
 def flat(model: nn.Module, layer: str) -> Tensor:
@@ -150,7 +150,9 @@ def test_a_centred_weight_flips_when_the_mean_passes_it():
 def test_a_layer_at_two_places_counts_once():
     scheme = network().binarization.scheme
     conv = nn.Conv2d(2, 2, 3)
-    model = bonn_qat.binarize(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), conv, nn.ReLU(), conv), scheme)
+    model = bonn_qat.binarize(
+        nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), conv, nn.ReLU(), conv), scheme, include=["2"]
+    )
     ratio = FlipRatio(model)
     flat(model, "2").copy_(-functional.sign(flat(model, "2")))
     ratio.update()

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+import random
 import warnings
 
 import pytest
@@ -372,3 +373,26 @@ def test_torchinfo_counts_the_same(name):
     additions = sum(math.prod(x.output_size) for x in layers if x.module.bias is not None)
     convolutions = [layer.macs for layer in own.layers if "Conv2d" in layer.type]
     assert sum(convolutions) == sum(x.macs for x in layers) - additions
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_inputs_may_have_any_number_of_axes(seed):
+    pick = random.Random(seed)
+    width, axes = pick.randint(4, 9), seed % 3
+    lead = tuple(pick.randint(2, 5) for _ in range(axes))  # none: a vector; one: tokens; two: a grid of them
+    model = nn.Sequential(nn.Linear(width, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    binary = binarize(model, input_size=(*lead, width))
+    report, positions = summary(binary), math.prod(lead)
+    assert report.input_size == (*lead, width)
+    assert report.macs == summary(model, (*lead, width)).macs == positions * (width * 8 + 64 + 24)
+    assert report.binary_macs == positions * 64
+    assert [layer.output for layer in report.layers] == [(*lead, 8), (*lead, 8), (*lead, 3)]
+    assert f"one image of {' x '.join(map(str, (*lead, width)))}" in str(report)
+    signal = nn.Sequential(nn.Conv1d(width, 8, 3), nn.Flatten(), nn.Linear(8 * 10, 8), nn.Linear(8, 3))
+    assert summary(binarize(signal, input_size=(width, 12)), (width, 12)).macs == 10 * width * 8 * 3 + 640 + 24
+
+
+@pytest.mark.parametrize("wrong", [16, "16", (3.0, 8, 8), (0,), (), torch.Size])
+def test_a_size_that_is_none_is_told(wrong):
+    with pytest.raises(InvalidModel, match=r"input_size is \(C, H, W\), such as \(3, 224, 224\); got"):
+        summary(small(), wrong)

@@ -115,8 +115,12 @@ class Maxout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, ...)`` -> the same shape."""
-        p, q = (slope.reshape(-1, *[1] * (x.ndim - 2)) for slope in (self.p, self.q))
-        return p * torch.relu(x) - q * torch.relu(-x)
+        return _along_channels(self.p, x) * torch.relu(x) - _along_channels(self.q, x) * torch.relu(-x)
+
+
+@torch.fx.wrap  # it needs the number of axes, which torch.fx does not know
+def _along_channels(slope: Tensor, x: Tensor) -> Tensor:
+    return slope.reshape(-1, *[1] * (x.ndim - 2))
 
 
 ADABIN = Scheme(

@@ -20,6 +20,7 @@ from bonn_qat.quantizers import ActivationQuantizer
 from bonn_qat_baselines.bireal import BiRealWeight
 
 
+@torch.fx.wrap  # it needs the number of axes, which torch.fx does not know
 def _along_channels(parameter: Tensor, x: Tensor) -> Tensor:
     return parameter.reshape(-1, *[1] * (x.ndim - 2))
 

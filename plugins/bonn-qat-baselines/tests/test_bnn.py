@@ -61,7 +61,7 @@ def test_the_constraint_clips_the_weights_in_place():
 
 
 def test_bonn_qat_constrain_clips_every_binary_layer():
-    model = bonn_qat.binarize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)), BNN)
+    model = bonn_qat.binarize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)), BNN, include=["1"])
     for layer in model:
         nn.init.constant_(layer.weight, -7.0)
     bonn_qat.constrain_(model)
