@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from bonn_qat import functional
 from bonn_qat.conv_types import conv_type
-from bonn_qat.errors import BonnQatError, InvalidModel, PluginError
+from bonn_qat.errors import BonnQatError, InvalidModel, InvalidRecipe, PluginError
 from bonn_qat.hookspecs import hookimpl
 from bonn_qat.quantizers import ActivationQuantizer, FrozenWeight, WeightQuantizer
-from bonn_qat.scheme import ACTIVATIONS, Scheme, Stage
+from bonn_qat.scheme import ACTIVATIONS, EQUAL_OUTPUT, Scheme, Stage, Start
 
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
@@ -78,17 +78,24 @@ class BinaryLayer(nn.Module):
         return self.weight
 
     @torch.no_grad()
-    def adopt(self, latent_std: float | None) -> None:
-        """Initialize the quantizer from the float weights in ``weight``, then rescale these to ``latent_std``."""
+    def adopt(self, latent_std: Start) -> None:
+        """Initialize the quantizer from the float weights in ``weight``, then rescale these to ``latent_std``.
+
+        With ``"equal-output"`` the weights are rescaled first, to :func:`equalizing` times their magnitude.
+        """
         if self.kernel_std is not None:
             self.latent_std.fill_(self.kernel_std)
         self.weight_quant.adopt(self.latent())
         if latent_std is None:
             return
-        if self.kernel_std is not None:
+        if latent_std == EQUAL_OUTPUT:
+            scaled = self.weight if self.kernel_std is None else self.latent_std
+            scaled.mul_(equalizing(self.weight_quant, self.latent()))
+            self.weight_quant.adopt(self.latent())
+        elif self.kernel_std is not None:
             self.latent_std.fill_(latent_std)
         else:
-            self.weight.mul_(latent_std / self.weight.std())
+            self.weight.copy_(functional.rescaled(self.weight, latent_std))
 
     @torch.no_grad()
     def freeze(self) -> None:
@@ -232,6 +239,34 @@ def binary_form(layer: nn.Module, scheme: Scheme, *, normalize: bool = True) -> 
     except Exception as error:  # the scheme's factories are third-party code
         words = str(error) if isinstance(error, BonnQatError | ValueError | RuntimeError) else repr(error)
         raise InvalidModel(f"the scheme {scheme.name!r} does not fit {layer}: {words}") from error
+
+
+@torch.no_grad()
+def equalizing(quantizer: WeightQuantizer, latent: Tensor) -> Tensor:
+    """The factor for ``latent`` ``(O, I, ...)`` that gives quantized weights the root mean square ``sqrt(2 / n)``.
+
+    n is the number of elements of a kernel. It is He's initialisation, with which random signs as inputs give every
+    layer outputs of the standard deviation ``sqrt(2)``, whatever the scheme. 1 if all quantized weights are 0.
+    """
+    values = quantizer.quantize(latent)[0]
+    unit = functional.power_of_two(values.abs().amax())
+    root_mean_square = unit * (values / unit).square().mean().sqrt()
+    return torch.where(root_mean_square > 0, (2 / latent[0].numel()) ** 0.5 / root_mean_square, 1.0)
+
+
+def check_start(scheme: Scheme) -> None:
+    """Raise InvalidRecipe if the latents are to be rescaled to ``"equal-output"``, but do not set the output's scale."""
+    if scheme.latent_std != EQUAL_OUTPUT or scheme.weight is None:
+        return
+    latent = torch.randn(4, 3, 3, 3)
+    quantizer = scheme.weight(latent)
+    latent = latent * equalizing(quantizer, latent)
+    quantizer.adopt(latent)
+    if not torch.isclose(equalizing(quantizer, latent), torch.ones(()), rtol=1e-3):
+        raise InvalidRecipe(
+            f"the scheme {scheme.name!r} cannot start with the latents {EQUAL_OUTPUT!r}, because its quantized weights "
+            "do not follow their scale; give it a standard deviation, such as 0.01, or 'float'"
+        )
 
 
 def check_contract(scheme: Scheme) -> None:

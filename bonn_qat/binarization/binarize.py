@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bonn_qat import plugins
 from bonn_qat.binarization import policy
 from bonn_qat.errors import InvalidModel, InvalidRecipe
-from bonn_qat.layers import BinaryLayer, check_contract
+from bonn_qat.layers import BinaryLayer, check_contract, check_start
 from bonn_qat.scheme import Scheme, WatchedScheme
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
@@ -108,6 +108,7 @@ def binarize(
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # the network must not depend on the check
         for used in {id(scheme): scheme for scheme in (others.of(name) for name in decision.binary)}.values():
             check_contract(used)
+            check_start(used)
     before = set(model.state_dict())
     result = model if inplace else copy.deepcopy(model)
     names = {*kept, *policy.named(model, skip, "skip"), *_gates(model, kept)}
@@ -183,6 +184,7 @@ _EFFECTS = {
     "norm": "no binary layer takes a norm of the scheme; its blocks have their own",
     "shortcut": "it has no block whose shortcut can be changed",
     "nonlinearity_position": "it has no block whose nonlinearity can be moved",
+    "norm_position": "it has no block whose norms can be moved; its own norms stay where they are",
 }
 
 

@@ -81,6 +81,7 @@ class Trainer:
             weight_decay=recipe.weight_decay,
             modulation_lr_scale=recipe.modulation_lr_scale,
             modulation_decay_scale=recipe.modulation_decay_scale,
+            norm_decay=recipe.norm_decay,
         )
         self.optimizer = _optimizer(recipe, groups, device)
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
@@ -194,7 +195,7 @@ class Trainer:
             scheme=self.recipe.scheme_spec,
             title=" ".join(filter(None, (self.scheme.title, self.recipe.scheme_spec.partition(":")[2]))),
             bits=self.scheme.bits,
-            latents="float" if self.scheme.latent_std is None else f"{self.scheme.latent_std:g}",
+            latents=self.scheme.start,
             seed=self.recipe.seed,
             recipe=self.recipe.to_dict(),
             environment=environment(self.device),
@@ -306,7 +307,8 @@ def _optimizer(recipe: Recipe, groups: list[dict[str, Any]], device: torch.devic
     fused = device.type == "cuda"  # handles the scaled loss as well; no faster on a CPU
     if recipe.optimizer == "adam":
         return torch.optim.AdamW(groups, lr=recipe.lr, fused=fused)
-    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=fused)
+    nesterov = recipe.nesterov and recipe.momentum > 0
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov, fused=fused)
 
 
 def _watched(model: nn.Module, record: Binarization) -> dict[str, nn.Module]:
