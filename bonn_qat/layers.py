@@ -81,21 +81,23 @@ class BinaryLayer(nn.Module):
     def adopt(self, latent_std: Start) -> None:
         """Initialize the quantizer from the float weights in ``weight``, then rescale these to ``latent_std``.
 
-        With ``"equal-output"`` the weights are rescaled first, to :func:`equalizing` times their magnitude.
+        With ``"equal-output"`` they get the magnitude of :func:`equalizing`, and the quantizer starts from these.
         """
         if self.kernel_std is not None:
             self.latent_std.fill_(self.kernel_std)
         self.weight_quant.adopt(self.latent())
         if latent_std is None:
             return
-        if latent_std == EQUAL_OUTPUT:
-            scaled = self.weight if self.kernel_std is None else self.latent_std
-            scaled.mul_(equalizing(self.weight_quant, self.latent()))
-            self.weight_quant.adopt(self.latent())
-        elif self.kernel_std is not None:
-            self.latent_std.fill_(latent_std)
+        std = he_std(self.kernels()) if isinstance(latent_std, str) else latent_std
+        if self.kernel_std is not None:
+            self.latent_std.fill_(std)
         else:
-            self.weight.copy_(functional.rescaled(self.weight, latent_std))
+            self.weight.copy_(functional.rescaled(self.weight, std))
+        if latent_std == EQUAL_OUTPUT:
+            self.weight_quant.adopt(self.latent())
+            magnitude = self.weight if self.kernel_std is None else self.latent_std
+            magnitude.mul_(equalizing(self.weight_quant, self.latent()))
+            self.weight_quant.adopt(self.latent())
 
     @torch.no_grad()
     def freeze(self) -> None:
@@ -241,17 +243,20 @@ def binary_form(layer: nn.Module, scheme: Scheme, *, normalize: bool = True) -> 
         raise InvalidModel(f"the scheme {scheme.name!r} does not fit {layer}: {words}") from error
 
 
+def he_std(kernels: Tensor) -> float:
+    """``sqrt(2 / n)`` for kernels ``(O, ...)`` of n elements: the standard deviation of He's initialisation."""
+    return math.sqrt(2 / math.prod(kernels.shape[1:]))
+
+
 @torch.no_grad()
 def equalizing(quantizer: WeightQuantizer, latent: Tensor) -> Tensor:
-    """The factor for ``latent`` ``(O, I, ...)`` that gives quantized weights the root mean square ``sqrt(2 / n)``.
+    """The factor for ``latent`` ``(O, I, ...)`` that gives the quantized weights the root mean square :func:`he_std`.
 
-    n is the number of elements of a kernel. It is He's initialisation, with which random signs as inputs give every
-    layer outputs of the standard deviation ``sqrt(2)``, whatever the scheme. 1 if all quantized weights are 0.
+    Random signs as inputs then give every layer outputs of the standard deviation ``sqrt(2)``, whatever the scheme. It
+    is 1 if all quantized weights are 0.
     """
-    values = quantizer.quantize(latent)[0]
-    unit = functional.power_of_two(values.abs().amax())
-    root_mean_square = unit * (values / unit).square().mean().sqrt()
-    return torch.where(root_mean_square > 0, (2 / latent[0].numel()) ** 0.5 / root_mean_square, 1.0)
+    root_mean_square = quantizer.quantize(latent)[0].square().mean().sqrt()
+    return torch.where(root_mean_square > 0, he_std(latent) / root_mean_square, 1.0)
 
 
 def check_start(scheme: Scheme) -> None:

@@ -5,7 +5,7 @@ import copy
 import os
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -53,11 +53,19 @@ class Data(ABC):
 
     @abstractmethod
     def train_batches(
-        self, batch_size: int, generator: torch.Generator, *, augment: bool, shard: Shard = WHOLE, start: int = 0
+        self,
+        batch_size: int,
+        generator: torch.Generator,
+        *,
+        augment: bool,
+        augmentation: str = "crop",
+        shard: Shard = WHOLE,
+        start: int = 0,
     ) -> Iterator[Batch]:
         """One epoch, shuffled and augmented by ``generator`` alone, from the batch with the index ``start`` on.
 
-        Batches do not depend on ``start``.
+        Batches do not depend on ``start``. ``augmentation`` is that of a recipe, used if ``augment`` is true. Raises
+        InvalidData for one that this data does not have.
         """
 
     @abstractmethod
@@ -105,8 +113,17 @@ class TensorData(Data):
         return (images.float() - self._mean) / self._std
 
     def train_batches(
-        self, batch_size: int, generator: torch.Generator, *, augment: bool, shard: Shard = WHOLE, start: int = 0
+        self,
+        batch_size: int,
+        generator: torch.Generator,
+        *,
+        augment: bool,
+        augmentation: str = "crop",
+        shard: Shard = WHOLE,
+        start: int = 0,
     ) -> Iterator[Batch]:
+        if augment and augmentation != "crop":
+            raise InvalidData(f"{self.name} has the augmentation 'crop' only; got {augmentation!r}")
         images, targets = self._train
         order = torch.randperm(len(images), generator=generator)
         views = random_views(len(images), generator, pad=self._pad, flip=self._flip) if augment else None
@@ -174,7 +191,11 @@ def _reflected(places: Tensor, length: int) -> Tensor:
 
 @final
 class FolderData(Data):
-    """An image folder, read from disk in batches, with timm's transforms for training and evaluation."""
+    """An image folder, read from disk in batches, with timm's transforms for evaluation.
+
+    The augmentations are ``"crop"``, which resizes as for evaluation, then crops and mirrors at random, and timm's
+    ``"resized_crop"``.
+    """
 
     def __init__(
         self,
@@ -187,11 +208,17 @@ class FolderData(Data):
         workers: int = 0,
     ) -> None:
         from timm.data import create_transform
+        from torchvision.transforms import CenterCrop, Compose, RandomCrop, RandomHorizontalFlip
 
         root = Path(root)
         self.name, self.image, self._workers = root.name, (3, size, size), workers
         plain = create_transform((3, size, size), is_training=False)
-        train, test = _split_folder(root, train=create_transform((3, size, size), is_training=True), test=plain)
+        crop = Compose([RandomCrop(size), RandomHorizontalFlip()])
+        self._augmentations = {
+            "crop": Compose([crop if isinstance(part, CenterCrop) else part for part in plain.transforms]),
+            "resized_crop": create_transform((3, size, size), is_training=True),
+        }
+        train, test = _split_folder(root, train=None, test=plain)
         measure, _ = _split_folder(root, train=plain, test=plain)
         self.classes = len(_classes(train))
         self._train, self._test = _part(train, train_images), _part(test, test_images)
@@ -212,9 +239,19 @@ class FolderData(Data):
         return iter(loader)
 
     def train_batches(
-        self, batch_size: int, generator: torch.Generator, *, augment: bool, shard: Shard = WHOLE, start: int = 0
+        self,
+        batch_size: int,
+        generator: torch.Generator,
+        *,
+        augment: bool,
+        augmentation: str = "crop",
+        shard: Shard = WHOLE,
+        start: int = 0,
     ) -> Iterator[Batch]:
-        part = self._train if augment else self._measure
+        if augmentation not in self._augmentations:
+            raise UnknownName("augmentation", augmentation, self._augmentations)
+        transform = self._augmentations[augmentation] if augment else None
+        part = _SeededImages(self._train if augment else self._measure, transform)
         order = torch.randperm(self.train_size, generator=generator).tolist()
         seeds = torch.randint(2**32, (self.train_size,), generator=generator).tolist()
         images = list(zip(order, seeds, strict=True))
@@ -223,7 +260,7 @@ class FolderData(Data):
         whole = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
         batches = [batch[: len(batch) - len(batch) % world][rank::world] for batch in whole]
         own = [batch for batch in batches if len(batch) > 1 or self.train_size == 1]
-        return self._loader(_SeededImages(part), own[start:])
+        return self._loader(part, own[start:])
 
     def test_batches(self, batch_size: int = 100, *, shard: Shard = WHOLE) -> Iterator[Batch]:
         return self._in_order(self._test, batch_size, shard)
@@ -238,18 +275,19 @@ class FolderData(Data):
 
 
 class _SeededImages(torch.utils.data.Dataset[Any]):
-    """Images by (index, seed): the random transforms of an image depend on its seed alone.
+    """Images by (index, seed), after ``transform``, whose random numbers depend on the image's seed alone.
 
     They depend neither on earlier images nor on the worker process.
     """
 
-    def __init__(self, images: Any) -> None:
-        self._images = images
+    def __init__(self, images: Any, transform: Callable[[Any], Tensor] | None) -> None:
+        self._images, self._transform = images, transform
 
     def __getitem__(self, item: tuple[int, int]) -> Any:
         place, seed = item
         with _seeded(seed):
-            return self._images[place]
+            image, target = self._images[place]
+            return (image if self._transform is None else self._transform(image)), target
 
 
 def _pins() -> bool:

@@ -136,8 +136,9 @@ class Trainer:
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         self.objective.train()
         batches = self.data.train_batches(
-            self.recipe.batch_size, self.generator, augment=self.recipe.augment, shard=self.shard, start=self.done
-        )
+            self.recipe.batch_size, self.generator, augment=self.recipe.augment,
+            augmentation=self.recipe.augmentation, shard=self.shard, start=self.done,
+        )  # fmt: skip
         if self.done:
             self._set_lr((epoch - 1) + (self.done - 1) / self.steps_in_epoch)  # no step may be left to set it
         losses = None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bonn_qat import BonnQatError, Scheme, hookimpl
 from bonn_qat.functional import approx_sign, power_of_two, ste_sign
 from bonn_qat.quantizers import ActivationQuantizer, WeightQuantizer
+from bonn_qat_baselines.irnet import mean_between
 
 _EPSILON = 1e-5  # of the authors' code, beside both variances
 
@@ -24,7 +25,7 @@ def _deviation(x: Tensor) -> Tensor:
     axes, n = tuple(range(1, x.ndim)), math.prod(x.shape[1:])
     unit = power_of_two(x.detach().abs().amax(axes, keepdim=True)).clamp(min=1)
     variance = (x / unit).var(axes, correction=min(n - 1, 1), keepdim=True)
-    return unit * (variance + _EPSILON / unit / unit).sqrt()
+    return unit * (variance + _EPSILON / unit / unit).clamp(min=torch.finfo(x.dtype).tiny).sqrt()
 
 
 @final
@@ -69,7 +70,7 @@ class RecuWeight(WeightQuantizer):
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """W -> (alpha sign(W_2), |alpha|)."""
-        centred = x - x.mean(tuple(range(1, x.ndim)), keepdim=True)
+        centred = x - mean_between(x, tuple(range(1, x.ndim)))
         standardized = centred * (2 * math.sqrt(2)) / _deviation(x)
         magnitude = standardized.detach().abs()
         # A clamp changes no sign, so only its derivative matters; that of torch.clamp is 1/2 at the bound.
