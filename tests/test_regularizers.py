@@ -82,8 +82,8 @@ def test_sigma_can_start_at_the_spread_of_the_magnitudes():
     [
         ({"nu": -1e-4}, "nu of the kernel loss must be a number of at least 0; got -0.0001"),
         ({"nu": "1e-3"}, "nu of the kernel loss must be a number of at least 0; got '1e-3'"),
-        ({"min_sigma": 0}, "min_sigma of the kernel loss must be a number above 0; got 0"),
-        ({"min_sigma": True}, "min_sigma of the kernel loss must be a number above 0; got True"),
+        ({"min_sigma": 0}, "min_sigma of the kernel loss must be a number of at least 1e-15; got 0"),
+        ({"min_sigma": True}, "min_sigma of the kernel loss must be a number of at least 1e-15; got True"),
         ({"spread": "all"}, "spread of the kernel loss must be 'weights' or 'magnitudes'; got 'all'"),
         ({"per_element": "no"}, "per_element of the kernel loss must be true or false; got 'no'"),
     ],
@@ -97,7 +97,7 @@ def test_an_impossible_option_of_the_kernel_loss_is_told(options, words):
     ("options", "words"),
     [
         ({"alpha": float("nan")}, "alpha of the feature loss must be a number of at least 0; got nan"),
-        ({"min_sigma": 0.0}, r"min_sigma of the feature loss must be a number above 0; got 0\.0"),
+        ({"min_sigma": 0.0}, r"min_sigma of the feature loss must be a number of at least 1e-15; got 0\.0"),
         ({"spread": "weights"}, "spread of the feature loss must be 'class' or 'all'; got 'weights'"),
     ],
 )

@@ -108,9 +108,9 @@ def test_a_nonlinearity_can_be_named(name, function):
         ({"shortcut": "convs"}, UnknownName, "shortcut of the scheme 'bonn' 'convs'; did you mean 'conv'"),
         ({"shortcut": True}, UnknownName, "shortcut of the scheme 'bonn' 'True'; known: block, conv"),
         ({"nonlinearity_position": "after"}, UnknownName, "nonlinearity_position of the scheme 'bonn' 'after'"),
-        ({"latent_std": 0}, InvalidRecipe, "latent_std of the scheme 'bonn' must be above 0; got 0"),
+        ({"latent_std": 0}, InvalidRecipe, "latent_std of the scheme 'bonn' must be a number above 0, or 'equal-output'; got 0"),
         ({"norm": "batch"}, InvalidRecipe, "norm of the scheme 'bonn' must be a class or function .*; got 'batch'"),
-        ({"latent_std": "small"}, InvalidRecipe, "latent_std of the scheme 'bonn' must be above 0; got 'small'"),
+        ({"latent_std": "small"}, InvalidRecipe, "latent_std of the scheme 'bonn' must be a number above 0, or 'equal-output'; got 'small'"),
     ],
 )
 def test_an_option_of_the_scheme_itself_is_checked(options, error, words):
