@@ -57,7 +57,7 @@ class DorefaWeight(WeightQuantizer):
       ``(1 - v_i^2)/m (G_i - [i = j] sign(v_j)/m sum_l G_l v_l)``;
     - 32: ``W``.
 
-    Up to the square root of the smallest normal number, max|tanh(W)| counts as 1: a layer of zeros, whose gradient is G.
+    Up to the square root of the smallest normal number max|tanh(W)| counts as 1, as in a layer of zeros.
     The 2^k levels from 2 bits on are ``-1, -1 + 2/(2^k - 1), ..., 1`` in every layer, so that the scale is 1 and a
     deployed layer stores k bits for each weight and no constant; with 1 bit it stores E|W|.
     Raises BonnQatError for another ``weight_bits``.
