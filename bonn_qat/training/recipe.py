@@ -193,7 +193,12 @@ class Recipe:
             std = float(self.latents)
         except ValueError:
             std = -1.0
-        _check(0 < std < float("inf"), "latents", self.latents, "'scheme', 'float', 'equal-output' or a standard deviation above 0")
+        _check(
+            0 < std < float("inf"),
+            "latents",
+            self.latents,
+            "'scheme', 'float', 'equal-output' or a standard deviation above 0",
+        )
         return std
 
     def to_dict(self) -> dict[str, Any]:

@@ -212,7 +212,7 @@ def test_networks_of_every_norm_position_load_pack_and_are_measured(name, option
 
 def test_a_network_without_rebuilt_blocks_refuses_another_norm_position():
     network = timm.create_model("resnet18", num_classes=4, channels=(8, 8, 16, 16), stem_width=8)
-    with pytest.raises(InvalidRecipe, match="'norm_position' .* no effect on ResNet: it has no block whose norms can"):
+    with pytest.raises(InvalidRecipe, match=r"'norm_position' .* no effect on ResNet: it has no block whose norms can"):
         bonn_qat.binarize(network, BONN.configure({"norm_position": "after_conv"}))
     assert bonn_qat.binarize(network, replace(BONN, norm_position="after_conv")).layer1[0].bn1 is not None
 

@@ -90,7 +90,9 @@ def test_the_optimizer_is_what_the_recipe_says(
     digits: data.Data, momentum: float, nesterov: bool, norm_decay: bool
 ) -> None:
     recipe = dataclasses.replace(RECIPE, momentum=momentum, nesterov=nesterov, norm_decay=norm_decay, stages=())
-    trainer = Trainer(build(recipe, digits, _manager()), recipe, digits, torch.device("cpu"), task=nn.CrossEntropyLoss())
+    trainer = Trainer(
+        build(recipe, digits, _manager()), recipe, digits, torch.device("cpu"), task=nn.CrossEntropyLoss()
+    )
     norms = {id(p) for m in trainer.model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
     assert norms
     for group in trainer.optimizer.param_groups:

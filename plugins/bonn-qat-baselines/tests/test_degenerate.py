@@ -27,10 +27,7 @@ VARIANTS = [
 
 @pytest.fixture(scope="module")
 def pm():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("BONN_QAT_PLUGINS", raising=False)
-        found = plugins.create_manager()
-    return found
+    return plugins.create_manager()
 
 
 def scheme_of(variant: str, pm) -> Scheme:

@@ -10,11 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-import bonn_qat.models  # noqa: F401
-from bonn_qat import layers
-from bonn_qat.models.birealnet import OneConvBlock
 from bonn_qat_baselines.adabin import ADABIN
 from bonn_qat_baselines.bireal import BIREAL
 from bonn_qat_baselines.bnn import BnnSign, BnnWeight
@@ -24,6 +19,11 @@ from bonn_qat_baselines.reactnet import REACTNET
 from bonn_qat_baselines.recu import RECU
 from bonn_qat_baselines.tbn import TBN
 from bonn_qat_baselines.xnor import XnorSign, XnorWeight
+from torch import Tensor, nn
+
+import bonn_qat.models  # noqa: F401
+from bonn_qat import layers
+from bonn_qat.models.birealnet import OneConvBlock
 
 ROUNDING = {"rtol": 1e-12, "atol": 1e-13}
 # The blocks of the papers, in the order of their code: two convolutions of AdaBin and ReCU are two of our blocks.
@@ -85,7 +85,9 @@ def test_a_block_with_its_norm_after_the_convolution_is_the_authors(name):
     check_gradients(block, x, y, content)
 
 
-@pytest.mark.parametrize(("name", "scheme"), [("irnet", IRNET), ("tbn", TBN.configure({"variant": "tbnv2", "delta": 0.5}))])
+@pytest.mark.parametrize(
+    ("name", "scheme"), [("irnet", IRNET), ("tbn", TBN.configure({"variant": "tbnv2", "delta": 0.5}))]
+)
 def test_a_layer_is_the_authors(name, scheme):
     content = official(name)
     layer = layers.binary_form(convolution(content["weight"]), scheme, normalize=False).double().train()
