@@ -482,8 +482,7 @@ def feature_loss(features: Tensor, targets: Tensor, centres: Tensor, sigma: Tens
     """The Bayesian feature loss: the second sum of (9) without its factor theta, averaged over the batch; a scalar.
 
     ``1/(2B) sum_b { ||f_b - c_m||^2 + sum_k [ (f_bk - c_mk)^2 / sigma_mk^2 + log sigma_mk^2 ] }``, where m is the
-    class of sample b. Features ``(B, D)``, targets ``(B,)`` of class indices, centres and sigma ``(M, D)``. An empty
-    batch has the loss 0.
+    class of sample b. Features ``(B, D)``, targets ``(B,)`` of class indices, centres and sigma ``(M, D)``.
 
     >>> features, centres = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 0.0], [1.0, 1.0]])
     >>> feature_loss(features, torch.tensor([1]), centres, torch.ones(2, 2))  # distance 1, twice, halved
@@ -491,8 +490,7 @@ def feature_loss(features: Tensor, targets: Tensor, centres: Tensor, sigma: Tens
     """
     spread = sigma[targets]
     squared = (features - centres[targets]).square()
-    total = (squared * (1 + spread.reciprocal().square()) + 2 * spread.log()).sum()
-    return 0.5 * total / max(1, len(features))
+    return 0.5 * (squared * (1 + spread.reciprocal().square()) + 2 * spread.log()).sum(1).mean()
 
 
 def centre_update(features: Tensor, targets: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:

@@ -322,7 +322,7 @@ class CenterLoss(_ClassCentres):
 
     def loss(self, step: Step) -> Tensor:
         features, targets = self._inputs(step)
-        loss = 0.5 * (features - self.centres[targets]).square().sum() / max(1, len(features))
+        loss = 0.5 * (features - self.centres[targets]).square().sum(1).mean()
         if self.training:
             self._move_centres(features.detach(), targets)
         return loss

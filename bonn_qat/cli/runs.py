@@ -88,9 +88,7 @@ def compare(
         ),
     ] = None,
     seeds: Annotated[int, Option(min=1, help="Number of seeds, counted from 0.")] = 1,
-    latents: Annotated[
-        str, Option(help="Comma-separated starts of the latent weights: 0.01, float, equal-output.")
-    ] = "",
+    latents: Annotated[str, Option(help="Comma-separated starts of the latent weights: 0.01, float, ...")] = "",
     model: Model = None,
     epochs: Epochs = None,
     batch_size: BatchSize = None,
