@@ -5,7 +5,7 @@ import copy
 import os
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -191,11 +191,7 @@ def _reflected(places: Tensor, length: int) -> Tensor:
 
 @final
 class FolderData(Data):
-    """An image folder, read from disk in batches, with timm's transforms for evaluation.
-
-    The augmentations are ``"crop"``, which resizes as for evaluation, then crops and mirrors at random, and timm's
-    ``"resized_crop"``.
-    """
+    """An image folder, read from disk in batches, with timm's transforms for training and evaluation."""
 
     def __init__(
         self,
@@ -208,18 +204,14 @@ class FolderData(Data):
         workers: int = 0,
     ) -> None:
         from timm.data import create_transform
-        from torchvision.transforms import CenterCrop, Compose, RandomCrop, RandomHorizontalFlip
 
         root = Path(root)
         self.name, self.image, self._workers = root.name, (3, size, size), workers
         plain = create_transform((3, size, size), is_training=False)
-        crop = Compose([RandomCrop(size), RandomHorizontalFlip()])
-        self._augmentations = {
-            "crop": Compose([crop if isinstance(part, CenterCrop) else part for part in plain.transforms]),
-            "resized_crop": create_transform((3, size, size), is_training=True),
-        }
-        train, test = _split_folder(root, train=None, test=plain)
+        splits = {name: _split_folder(root, train=part, test=plain) for name, part in _augmentations(size).items()}
+        train, test = splits["crop"]
         measure, _ = _split_folder(root, train=plain, test=plain)
+        self._augmented = {name: _part(split[0], train_images) for name, split in splits.items()}
         self.classes = len(_classes(train))
         self._train, self._test = _part(train, train_images), _part(test, test_images)
         self._measure = _part(measure, train_images)
@@ -229,6 +221,9 @@ class FolderData(Data):
             self._train, self._measure = (
                 torch.utils.data.Subset(part, kept.tolist()) for part in (self._train, self._measure)
             )
+            self._augmented = {
+                name: torch.utils.data.Subset(part, kept.tolist()) for name, part in self._augmented.items()
+            }
         self.train_size, self.test_size = len(self._train), len(self._test)
 
     def _loader(self, dataset: Any, batches: list[Any]) -> Iterator[Batch]:
@@ -248,10 +243,9 @@ class FolderData(Data):
         shard: Shard = WHOLE,
         start: int = 0,
     ) -> Iterator[Batch]:
-        if augmentation not in self._augmentations:
-            raise UnknownName("augmentation", augmentation, self._augmentations)
-        transform = self._augmentations[augmentation] if augment else None
-        part = _SeededImages(self._train if augment else self._measure, transform)
+        if augmentation not in self._augmented:
+            raise UnknownName("augmentation", augmentation, self._augmented)
+        part = self._augmented[augmentation] if augment else self._measure
         order = torch.randperm(self.train_size, generator=generator).tolist()
         seeds = torch.randint(2**32, (self.train_size,), generator=generator).tolist()
         images = list(zip(order, seeds, strict=True))
@@ -260,7 +254,7 @@ class FolderData(Data):
         whole = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
         batches = [batch[: len(batch) - len(batch) % world][rank::world] for batch in whole]
         own = [batch for batch in batches if len(batch) > 1 or self.train_size == 1]
-        return self._loader(part, own[start:])
+        return self._loader(_SeededImages(part), own[start:])
 
     def test_batches(self, batch_size: int = 100, *, shard: Shard = WHOLE) -> Iterator[Batch]:
         return self._in_order(self._test, batch_size, shard)
@@ -275,19 +269,34 @@ class FolderData(Data):
 
 
 class _SeededImages(torch.utils.data.Dataset[Any]):
-    """Images by (index, seed), after ``transform``, whose random numbers depend on the image's seed alone.
+    """Images by (index, seed): the random transforms of an image depend on its seed alone.
 
     They depend neither on earlier images nor on the worker process.
     """
 
-    def __init__(self, images: Any, transform: Callable[[Any], Tensor] | None) -> None:
-        self._images, self._transform = images, transform
+    def __init__(self, images: Any) -> None:
+        self._images = images
 
     def __getitem__(self, item: tuple[int, int]) -> Any:
         place, seed = item
         with _seeded(seed):
-            image, target = self._images[place]
-            return (image if self._transform is None else self._transform(image)), target
+            return self._images[place]
+
+
+def _augmentations(size: int) -> dict[str, Any]:
+    """The transforms of a recipe's ``augmentation``.
+
+    ``"crop"`` resizes as for evaluation, then crops and mirrors at random; ``"resized_crop"`` is timm's.
+    """
+    from timm.data import create_transform
+    from torchvision.transforms import CenterCrop, Compose, RandomCrop, RandomHorizontalFlip
+
+    crop = Compose([RandomCrop(size), RandomHorizontalFlip()])
+    plain = create_transform((3, size, size), is_training=False)
+    return {
+        "crop": Compose([crop if isinstance(part, CenterCrop) else part for part in plain.transforms]),
+        "resized_crop": create_transform((3, size, size), is_training=True),
+    }
 
 
 def _pins() -> bool:
