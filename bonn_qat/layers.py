@@ -260,7 +260,7 @@ def equalizing(quantizer: WeightQuantizer, latent: Tensor) -> Tensor:
 
 
 def check_start(scheme: Scheme) -> None:
-    """Raise InvalidRecipe for the start ``"equal-output"`` of a scheme whose values do not follow the latents' scale."""
+    """Raise InvalidRecipe for the start ``"equal-output"`` of a scheme whose values do not follow its latents."""
     if scheme.latent_std != EQUAL_OUTPUT or scheme.weight is None:
         return
     latent = torch.randn(4, 3, 3, 3)

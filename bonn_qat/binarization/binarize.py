@@ -69,7 +69,8 @@ def binarize(
     ``schemes`` maps names or globs to other schemes, of which the last match counts; a scheme with float weights keeps
     a layer float. ``input_size`` ``(C, H, W)`` is the size of the model's images; None finds it out.
 
-    A norm before each sign and the scheme's nonlinearity in place of each ReLU keep the signs informative. Norms and
+    A norm before each sign and the scheme's nonlinearity in place of each ReLU keep the signs informative; the model's
+    own norms stay where they are, but for blocks that give their own binary form, as the paper's networks do. Norms and
     gains that start at zero (timm's ``zero_init_last``, the NFNets' ``skipinit_gain``) start at one, because a zero
     there stops the gradient of every binary weight of the block. The result loads the float model's state dict
     strictly, as if it had been binarized after loading. ``model.binarization`` says what was done. Warns of

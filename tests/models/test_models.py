@@ -210,6 +210,24 @@ def test_networks_of_every_norm_position_load_pack_and_are_measured(name, option
     assert torch.equal(packed(images).argmax(1), model(images).argmax(1))
 
 
+@pytest.mark.parametrize("norm_position", NORMS)
+def test_networks_of_every_norm_position_are_exported(norm_position, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    scheme = replace(BONN, norm_position=norm_position)
+    model = bonn_qat.binarize(timm.create_model("wrn10_16", num_classes=4), scheme, input_size=(3, 16, 16))
+    model.train()(torch.randn(8, 3, 16, 16))
+    images = torch.randn(2, 3, 16, 16)
+    expected = model.eval()(images).detach()
+    path = bonn_qat.export(model, tmp_path / "net.onnx", "onnx")
+    session = runtime.InferenceSession(str(path))
+    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+    bonn_qat.export(model, tmp_path / "net.h", "c")
+    program = torch.export.load(bonn_qat.export(model, tmp_path / "net.pt2", "pt2"))
+    torch.testing.assert_close(program.module()(images), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_network_without_rebuilt_blocks_refuses_another_norm_position():
     network = timm.create_model("resnet18", num_classes=4, channels=(8, 8, 16, 16), stem_width=8)
     with pytest.raises(InvalidRecipe, match=r"'norm_position' .* no effect on ResNet: it has no block whose norms can"):
