@@ -27,8 +27,8 @@ class AdaBinWeight(WeightQuantizer):
     ``S'(u) = k t (1 - tanh(t u)^2)``, the error decay estimator, and ``D = G S'(u)``:
     ``D + mean(G - D) + u mean(G S(u) - D u)``, means over the filter.
 
-    A filter of equal weights keeps both values at beta; alpha is at least the square root of the smallest normal
-    number, so that u is 0 there and the gradient finite.
+    A filter of equal weights keeps both values at beta: alpha is at least ``tiny ** 0.75``, 3e-29 in float32, so that u
+    is 0 there and the gradient finite.
 
     t grows by equal factors from ``t_min`` to ``t_max`` (:class:`~bonn_qat_baselines.irnet.ErrorDecaySign`), from 0.001
     to 10 as in both training scripts of the authors. Their CIFAR program without its option ``--progressive``, which
@@ -54,11 +54,14 @@ class AdaBinWeight(WeightQuantizer):
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """W -> (alpha S(u) + beta, alpha)."""
         axes = tuple(range(1, x.ndim))
-        unit = power_of_two(x.detach().abs().amax(axes, keepdim=True)).clamp(min=1)
+        tiny = torch.finfo(x.dtype).tiny
+        unit = power_of_two(x.detach().abs().amax(axes, keepdim=True)).clamp(min=tiny**0.5)
         beta = mean_between(x, axes)
-        centred = (x - beta) / unit
-        alpha = centred.square().mean(axes, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny).sqrt()
-        return unit * (alpha * self.sign(centred / alpha)) + beta, unit * alpha.detach()
+        centred = x - beta
+        variance = (centred / unit).square().mean(axes, keepdim=True)
+        alpha = (unit * torch.where(variance > 0, variance, tiny).sqrt()).clamp(min=tiny**0.75)
+        alpha = torch.where(variance > 0, alpha, tiny**0.75)
+        return alpha * self.sign(centred / alpha) + beta, alpha.detach()
 
 
 @final

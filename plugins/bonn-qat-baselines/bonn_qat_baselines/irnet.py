@@ -70,10 +70,10 @@ class IrNetWeight(WeightQuantizer):
     std is the sample's, with n - 1. Backward, s a constant: ``H = 2^s G k t (1 - tanh(t W_std)^2)`` to W_std, and
     ``(H - mean(H) - W_std sum(H W_std) / (n - 1)) / std`` to W, the mean and std being functions of W.
 
-    A filter of equal weights, such as one with a single element, has no std, and that of very small ones cannot be
-    computed: it counts as none if its square is below the smallest normal number. Such a filter has the signs of
-    ``W - mean``, which are +1 for equal weights, the scale 1 that any other filter has within a factor of two, and the
-    gradient that the formulas give for std = 1. Other filters are not affected.
+    A filter of equal weights, such as one with a single element, has no std, and one below about ``tiny ** 0.75``,
+    3e-29 in float32, counts as none, because the gradient would overflow. Such a filter has the signs of ``W - mean``,
+    which are +1 for equal weights, the scale 1, which is about that of every other filter, and the gradient that the
+    formulas give for std = 1. Other filters are not affected.
 
     ``t_min`` and ``t_max`` are the paper's; the authors' code for ResNet-20 with both binary has ``t_min`` 0.001.
     Raises BonnQatError unless ``0 < t_min <= t_max``, both finite.
@@ -91,11 +91,12 @@ class IrNetWeight(WeightQuantizer):
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """W -> (2^s sign(W_std), 2^s)."""
         axes = tuple(range(1, x.ndim))
-        unit = power_of_two(x.detach().abs().amax(axes, keepdim=True)).clamp(min=1)
-        centred = (x - mean_between(x, axes)) / unit
-        variance = centred.square().sum(axes, keepdim=True) / max(math.prod(x.shape[1:]) - 1, 1)
-        has_std = variance >= torch.finfo(x.dtype).tiny
-        standardized = centred / torch.where(has_std, variance, 1.0).sqrt()
+        least = torch.finfo(x.dtype).tiny ** 0.5
+        unit = power_of_two(x.detach().abs().amax(axes, keepdim=True)).clamp(min=least)
+        centred = x - mean_between(x, axes)
+        variance = (centred / unit).square().sum(axes, keepdim=True) / max(math.prod(x.shape[1:]) - 1, 1)
+        has_std = variance >= least
+        standardized = centred / torch.where(has_std, unit * torch.where(has_std, variance, 1.0).sqrt(), 1.0)
         magnitude = standardized.detach().abs().mean(axes, keepdim=True)
         scale = torch.where(has_std, magnitude, 1.0).log2().round().exp2()
         return scale * self.sign(standardized), scale

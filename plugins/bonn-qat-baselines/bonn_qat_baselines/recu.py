@@ -25,7 +25,12 @@ def _deviation(x: Tensor) -> Tensor:
     axes, n = tuple(range(1, x.ndim)), math.prod(x.shape[1:])
     unit = power_of_two(x.detach().abs().amax(axes, keepdim=True)).clamp(min=1)
     variance = (x / unit).var(axes, correction=min(n - 1, 1), keepdim=True)
-    return unit * (variance + _EPSILON / unit / unit).clamp(min=torch.finfo(x.dtype).tiny).sqrt()
+    return (
+        unit
+        * (variance + _EPSILON / unit / unit)
+        .clamp(min=torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps)
+        .sqrt()
+    )
 
 
 @final

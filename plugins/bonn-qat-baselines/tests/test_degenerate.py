@@ -154,7 +154,7 @@ def test_the_kernel_loss_of_degenerate_weights_is_finite(pm, variant):
 def test_weights_of_any_magnitude_are_quantized_as_those_of_magnitude_one(pm, variant):
     scheme, normal = scheme_of(variant, pm), torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
     expected = scheme.weight(normal).quantize(normal)[0]
-    for exponent in (-40, 60, 100):
+    for exponent in (-80, -40, 60, 100):
         scaled = torch.ldexp(normal, torch.tensor(exponent))
         value = scheme.weight(scaled).quantize(scaled)[0]
         if variant != "irnet":
