@@ -189,6 +189,34 @@ def magnitude_aware_sign(x: Tensor, clip: float = 1.0) -> Tensor:
     return alpha * ste_sign(x, clip)
 
 
+def power_of_two(peak: Tensor) -> Tensor:
+    """The largest power of two up to ``peak``, 1/2 for 0; same shape, no gradient.
+
+    Numbers of this magnitude can be divided by it without changing a digit, and then squared without an overflow.
+
+    >>> power_of_two(torch.tensor([0.3, 9.0]))
+    tensor([0.2500, 8.0000])
+    """
+    return torch.ldexp(torch.ones_like(peak), torch.frexp(peak.detach())[1] - 1)
+
+
+def rescaled(x: Tensor, std: float) -> Tensor:
+    """``x`` times the positive number that gives it the standard deviation ``std``.
+
+    A constant x, also one of a single element, has no standard deviation to divide by: it becomes ``std sign(x)``, and
+    zeros stay zeros. Constant means that the elements differ by rounding only.
+
+    >>> rescaled(torch.tensor([3.0, -1.0]), 0.01), rescaled(torch.tensor([-2.0, -2.0]), 0.01)
+    (tensor([ 0.0106, -0.0035]), tensor([-0.0100, -0.0100]))
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    peak = wide.abs().max()
+    unit = wide / power_of_two(peak)
+    spread = unit.std(correction=min(1, x.numel() - 1))
+    is_constant = unit.amax() - unit.amin() <= 2 * torch.finfo(x.dtype).eps  # their std may be larger than 0
+    return (unit * (std / torch.where(is_constant, unit.abs().max().clamp(min=1), spread))).to(x.dtype)
+
+
 def leaky_clip(x: Tensor, slope: float = 0.1) -> Tensor:
     """``x`` within [-1, 1], a line of ``slope`` outside: Bi-Real Net's intermediate step between ReLU and sign.
 

@@ -12,10 +12,10 @@ from torch.fx import Proxy
 
 from bonn_qat import functional
 from bonn_qat.conv_types import conv_type
-from bonn_qat.errors import BonnQatError, InvalidModel, PluginError
+from bonn_qat.errors import BonnQatError, InvalidModel, InvalidRecipe, PluginError
 from bonn_qat.hookspecs import hookimpl
 from bonn_qat.quantizers import ActivationQuantizer, FrozenWeight, WeightQuantizer
-from bonn_qat.scheme import ACTIVATIONS, Scheme, Stage
+from bonn_qat.scheme import ACTIVATIONS, EQUAL_OUTPUT, Scheme, Stage
 
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
@@ -101,7 +101,10 @@ class BinaryLayer(nn.Module):
 
     @torch.no_grad()
     def adopt(self) -> None:
-        """Initialize the quantizer from the float ``weight``, then rescale that to the scheme's ``latent_std``."""
+        """Initialize the quantizer from the float ``weight``, then rescale that to the scheme's ``latent_std``.
+
+        With ``"equal-output"`` it gets the magnitude of :func:`equalizing`, and the quantizer starts from that.
+        """
         self.adoptions += 1
         latent_std = self.scheme.latent_std
         if self.kernel_std is not None:
@@ -109,10 +112,16 @@ class BinaryLayer(nn.Module):
         self.weight_quant.adopt(self.latent())
         if latent_std is None:
             return
+        std = he_std(self.kernels()) if isinstance(latent_std, str) else latent_std
         if self.kernel_std is not None:
-            self.latent_std.fill_(latent_std)
+            self.latent_std.fill_(std)
         else:
-            self.weight.mul_(latent_std / self.weight.std())
+            self.weight.copy_(functional.rescaled(self.weight, std))
+        if latent_std == EQUAL_OUTPUT:
+            self.weight_quant.adopt(self.latent())
+            magnitude = self.weight if self.kernel_std is None else self.latent_std
+            magnitude.mul_(equalizing(self.weight_quant, self.latent()))
+            self.weight_quant.adopt(self.latent())
 
     def complete(self, state_dict: dict[str, Any], prefix: str, *, assign: bool, errors: list[str]) -> None:
         """Turn a float layer's entries of ``state_dict`` into this layer's; ``assign`` is that of the loading."""
@@ -315,6 +324,37 @@ def binary_form(layer: nn.Module, scheme: Scheme, *, normalize: bool = True) -> 
     except Exception as error:  # the scheme's factories are third-party code
         words = str(error) if isinstance(error, BonnQatError | ValueError | RuntimeError) else repr(error)
         raise InvalidModel(f"the scheme {scheme.name!r} does not fit {layer}: {words}") from error
+
+
+def he_std(kernels: Tensor) -> float:
+    """``sqrt(2 / n)`` for kernels ``(O, ...)`` of n elements: the standard deviation of He's initialisation."""
+    return math.sqrt(2 / math.prod(kernels.shape[1:]))
+
+
+@torch.no_grad()
+def equalizing(quantizer: WeightQuantizer, latent: Tensor) -> Tensor:
+    """The factor for ``latent`` ``(O, I, ...)`` that gives the quantized weights the root mean square :func:`he_std`.
+
+    Random signs as inputs then give every layer outputs of the standard deviation ``sqrt(2)``, whatever the scheme. It
+    is 1 if all quantized weights are 0.
+    """
+    root_mean_square = quantizer.quantize(latent)[0].square().mean().sqrt()
+    return torch.where(root_mean_square > 0, he_std(latent) / root_mean_square, 1.0)
+
+
+def check_start(scheme: Scheme) -> None:
+    """Raise InvalidRecipe for the start ``"equal-output"`` of a scheme whose values do not follow its latents."""
+    if scheme.latent_std != EQUAL_OUTPUT or scheme.weight is None:
+        return
+    latent = torch.randn(4, 3, 3, 3)
+    quantizer = scheme.weight(latent)
+    latent = latent * equalizing(quantizer, latent)
+    quantizer.adopt(latent)
+    if not torch.isclose(equalizing(quantizer, latent), torch.ones(()), rtol=1e-3):
+        raise InvalidRecipe(
+            f"the scheme {scheme.name!r} cannot start with the latents {EQUAL_OUTPUT!r}, because its quantized weights "
+            "do not follow their scale; give it a standard deviation, such as 0.01, or 'float'"
+        )
 
 
 def check_contract(scheme: Scheme) -> None:

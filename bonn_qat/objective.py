@@ -97,18 +97,21 @@ def parameter_groups(
     weight_decay: float,
     modulation_lr_scale: float = 0.1,
     modulation_decay_scale: float = 1.0,
+    norm_decay: bool = False,
 ) -> list[dict[str, Any]]:
-    """Parameter groups with the paper's rates, for an Objective, or for a model and its regularizers.
+    """Parameter groups for an Objective, or for a model and its regularizers.
 
-    BONN's modulation w and the kernel loss' sigma learn at ``modulation_lr_scale`` times ``lr``. The latent
-    weights and the float layers decay, w by ``modulation_decay_scale`` times ``weight_decay``; biases, norms, PReLU
-    slopes, mu, sigma and the class spreads do not.
+    BONN's modulation w and the kernel loss' sigma learn at ``modulation_lr_scale`` times ``lr``, as in the paper's
+    ImageNet setting. The latent weights and the float layers decay, w by ``modulation_decay_scale`` times
+    ``weight_decay``; mu, sigma and the class spreads do not. The paper says nothing about the other parameters: norms,
+    biases, PReLU slopes and scales that schemes learn decay if ``norm_decay`` is true, as in the training code of wide
+    residual networks, and by default do not.
 
     >>> [group["lr"] for group in parameter_groups(nn.Linear(2, 2), lr=0.1, weight_decay=1e-4)]
     [0.1, 0.1]
     """
     groups: dict[ParameterRule, list[nn.Parameter]] = {}
-    for rule, parameter in _rules(modules):
+    for rule, parameter in _rules(modules, norm_decay):
         groups.setdefault(rule, []).append(parameter)
     result = []
     for rule, parameters in groups.items():
@@ -118,7 +121,7 @@ def parameter_groups(
     return result
 
 
-def _rules(modules: Iterable[nn.Module]) -> Iterator[tuple[ParameterRule, nn.Parameter]]:
+def _rules(modules: Iterable[nn.Module], norm_decay: bool) -> Iterator[tuple[ParameterRule, nn.Parameter]]:
     seen: set[int] = set()
     for root in modules:
         for module in root.modules():
@@ -126,7 +129,7 @@ def _rules(modules: Iterable[nn.Module]) -> Iterator[tuple[ParameterRule, nn.Par
             for name, parameter in module.named_parameters(recurse=False):
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
-                    yield rules.get(name, ParameterRule(decay=parameter.ndim > 1)), parameter
+                    yield rules.get(name, ParameterRule(decay=norm_decay or parameter.ndim > 1)), parameter
 
 
 @torch.no_grad()

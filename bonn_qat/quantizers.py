@@ -178,7 +178,8 @@ class BonnWeight(WeightQuantizer):
 
     ``start`` is the initial scale: the mean of ``|weight|`` over the elements that share it (``"mean_magnitude"``), or
     ``sqrt(2 / (I kh kw))``, the standard deviation of the MSRA initialization (``"msra"``). Every element of w starts
-    at that scale, or at its inverse. Raises InvalidRecipe for any other value of an option.
+    at that scale, or at its inverse, which is bounded where the weights are 0. Raises InvalidRecipe for any other value
+    of an option.
 
     >>> quantizer = BonnWeight(torch.tensor([[[[0.5, -0.3]]], [[[0.1, 0.3]]]]))
     >>> quantizer.modulation.shape, quantizer(torch.randn(2, 1, 1, 2)).scale
@@ -186,6 +187,7 @@ class BonnWeight(WeightQuantizer):
     """
 
     parameter_rules: ClassVar[Mapping[str, ParameterRule]] = {"modulation": ParameterRule(slow=True)}
+    _LEAST = 0.01  # of w in the reading "inverse"
 
     def __init__(
         self,
@@ -220,13 +222,13 @@ class BonnWeight(WeightQuantizer):
         else:
             scale = magnitude.mean()
         if self.reading == "inverse":
-            scale = scale.clamp_(min=torch.finfo(scale.dtype).tiny).reciprocal_()
+            scale = scale.clamp_(torch.finfo(scale.dtype).eps, 1 / self._LEAST).reciprocal_()
         self.modulation.copy_(scale.expand_as(self.modulation))
 
     @torch.no_grad()
     def constrain(self, weight: Tensor) -> None:
         if self.reading == "inverse":
-            self.modulation.clamp_(min=0.01)
+            self.modulation.clamp_(min=self._LEAST)
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         is_inverse = self.reading == "inverse"

@@ -134,7 +134,7 @@ class KernelLoss(Regularizer):
     ) -> None:
         super().__init__(model, weight=weight)
         _check(number(nu) >= 0, "nu of the kernel loss", nu, "a number of at least 0")
-        _check(number(min_sigma) > 0, "min_sigma of the kernel loss", min_sigma, "a number above 0")
+        _check_sigma("kernel", min_sigma)
         _check(spread in ("weights", "magnitudes"), "spread of the kernel loss", spread, "'weights' or 'magnitudes'")
         _check(isinstance(per_element, bool), "per_element of the kernel loss", per_element, "true or false")
         self.nu, self.min_sigma, self.per_element = nu, min_sigma, per_element
@@ -150,8 +150,8 @@ class KernelLoss(Regularizer):
     def _starts(self) -> tuple[Tensor, Tensor]:
         latents = [latent_weights(layer).detach().flatten(1) for layer in self._layers]
         spreads = latents if self.spread == "weights" else [x.abs() for x in latents]
-        mu, sigma = (torch.cat(parts) for parts in ([x.abs().mean(1) for x in latents], [x.std(1) for x in spreads]))
-        return mu, sigma.clamp(min=self.min_sigma)
+        deviations = [x.std(1, correction=min(1, x.shape[1] - 1)) for x in spreads]  # 0 for kernels of one element
+        return torch.cat([x.abs().mean(1) for x in latents]), torch.cat(deviations).clamp(min=self.min_sigma)
 
     def _count_adoptions(self) -> int:
         return sum(getattr(layer, "adoptions", 0) for layer in self._layers)
@@ -289,7 +289,7 @@ class FeatureLoss(_ClassCentres):
         spread: Literal["class", "all"] = "class",
     ) -> None:
         super().__init__(model, weight=weight, classifier=classifier, num_classes=num_classes, alpha=alpha)
-        _check(number(min_sigma) > 0, "min_sigma of the feature loss", min_sigma, "a number above 0")
+        _check_sigma("feature", min_sigma)
         _check(spread in ("class", "all"), "spread of the feature loss", spread, "'class' or 'all'")
         self.min_sigma, self.spread = min_sigma, spread
         self.sigma = nn.Parameter(torch.ones_like(self.centres))
@@ -383,6 +383,11 @@ def _whole(tensor: Tensor) -> Tensor:
 def _check(holds: bool, option: str, given: object, allowed: str) -> None:
     if not holds:
         raise InvalidRecipe(f"the {option} must be {allowed}; got {given!r}")
+
+
+def _check_sigma(loss: str, least: float) -> None:
+    # 1 / sigma^2 of a smaller one is infinite in float32.
+    _check(number(least) >= 1e-15, f"min_sigma of the {loss} loss", least, "a number of at least 1e-15")
 
 
 def _bits(quantizer: Any) -> float | None:

@@ -47,6 +47,9 @@ def _hardtanh(channels: int) -> nn.Module:
 WEIGHTS = ("binary", "float")
 SHORTCUTS = ("conv", "block")
 POSITIONS = ("after_add", "before_add")
+NORM_POSITIONS = ("before_sign", "after_conv", "both")
+EQUAL_OUTPUT: Literal["equal-output"] = "equal-output"
+Start = float | Literal["equal-output"] | None
 NONLINEARITIES: Mapping[str, Callable[[int], nn.Module]] = {
     "prelu": PReLU,
     "relu": _relu,
@@ -120,17 +123,25 @@ class Scheme:
     each binary layer.
 
     ``norm``, given the channels, makes the module before each sign. ``nonlinearity``, given the channels or 1, makes
-    the module that replaces each ReLU: after a ReLU every sign would be +1. ``shortcut`` and ``nonlinearity_position``
-    shape blocks that can be rebuilt, which are those with a method ``binary_form``: one shortcut for each convolution
-    (``"conv"``) or that of the float block (``"block"``), and the nonlinearity after or before the addition.
+    the module that replaces each ReLU: after a ReLU every sign would be +1. ``shortcut``, ``nonlinearity_position`` and
+    ``norm_position`` shape blocks that can be rebuilt, which are those with a method ``binary_form``, as in the paper's
+    networks: one shortcut for each convolution (``"conv"``) or that of the float block (``"block"``); the nonlinearity
+    after or before the addition; and the norms before the signs (``"before_sign"``: BONN, XNOR-Net), between the
+    convolution and the addition (``"after_conv"``: Bi-Real Net, ReActNet, IR-Net, ReCU, AdaBin), or at both places.
+    Other networks keep their own norms where they are, in addition to ``norm``.
 
     ``latent_std`` rescales the latent weights of each binary layer to this standard deviation, which keeps their signs;
-    ``None`` keeps their scale. ``regularizers`` maps names to weights, for a training of one stage; ``stages`` are for
+    ``None`` keeps their scale. The quantizers start from the float weights: a scheme with a scale of its own, such as
+    BONN's, keeps that scale, where one that computes it from the latents, such as XNOR-Net's, shrinks with them. With
+    ``"equal-output"`` the latents get the scale at which the quantized weights have the root mean square of He's
+    initialisation, so that the outputs of a layer start with the same standard deviation in every scheme.
+
+    ``regularizers`` maps names to weights, for a training of one stage; ``stages`` are for
     more. Read from a scheme, ``regularizers`` are the weights of its last stage. ``given`` is set by :meth:`configure`:
     the options that differ from the scheme's own.
 
-    Raises UnknownName for another ``shortcut`` or ``nonlinearity_position``, and InvalidRecipe for an impossible
-    ``latent_std`` or weight, or for both ``regularizers`` and ``stages``.
+    Raises UnknownName for another ``shortcut``, ``nonlinearity_position`` or ``norm_position``, and InvalidRecipe for
+    an impossible ``latent_std`` or weight, or for both ``regularizers`` and ``stages``.
 
     >>> from bonn_qat.quantizers import BonnWeight, SteSign
     >>> mine = Scheme(name="mine", title="Mine", reference="ours", weight=BonnWeight, activation=SteSign,
@@ -149,7 +160,8 @@ class Scheme:
     nonlinearity: Callable[[int], nn.Module] | None = PReLU
     shortcut: Literal["conv", "block"] = "conv"
     nonlinearity_position: Literal["after_add", "before_add"] = "after_add"
-    latent_std: float | None = None
+    norm_position: Literal["before_sign", "after_conv", "both"] = "before_sign"
+    latent_std: Start = None
     if TYPE_CHECKING:
         regularizers: dict[str, float] = field(default_factory=dict)
     else:
@@ -158,11 +170,16 @@ class Scheme:
     given: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 
     def __post_init__(self, regularizers: Mapping[str, float] | None) -> None:  # type: ignore[override]
-        for name, allowed in (("shortcut", SHORTCUTS), ("nonlinearity_position", POSITIONS)):
+        for name, allowed in (
+            ("shortcut", SHORTCUTS), ("nonlinearity_position", POSITIONS), ("norm_position", NORM_POSITIONS)
+        ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise UnknownName(f"{name} of the scheme {self.name!r}", str(getattr(self, name)), allowed)
-        if self.latent_std is not None and not number(self.latent_std) > 0:
-            raise InvalidRecipe(f"the latent_std of the scheme {self.name!r} must be above 0; got {self.latent_std!r}")
+        if self.latent_std not in (None, EQUAL_OUTPUT) and not number(self.latent_std) > 0:
+            raise InvalidRecipe(
+                f"the latent_std of the scheme {self.name!r} must be a number above 0, or {EQUAL_OUTPUT!r}; "
+                f"got {self.latent_std!r}"
+            )
         if regularizers is None or isinstance(regularizers, _Read):
             return
         if not isinstance(regularizers, Mapping):
@@ -192,6 +209,14 @@ class Scheme:
         """Bits of weights and activations, such as ``"1/1"``; 32 is float."""
         weight = 32 if self.weight is None else self.weight(torch.ones(2, 1, 1, 1)).bits
         return f"{weight}/{32 if self.activation is None else self.activation(1).bits}"
+
+    @property
+    def start(self) -> str:
+        """``latent_std`` as the ``latents`` of a recipe: ``"float"``, ``"equal-output"``, or a number."""
+        if self.latent_std is None or isinstance(self.latent_std, str):
+            return self.latent_std or "float"
+        short = f"{self.latent_std:g}"
+        return short if float(short) == self.latent_std else repr(float(self.latent_std))
 
     @property
     def takes(self) -> set[str]:

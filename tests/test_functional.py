@@ -33,6 +33,43 @@ def np_sign(x: np.ndarray) -> np.ndarray:
     return np.where(x >= 0, 1.0, -1.0)
 
 
+# ---------------------------------------------------------------------------------------------- magnitudes
+
+
+@given(st.floats(2.0**-149, float(np.finfo(np.float32).max), width=32))
+@quick
+def test_a_power_of_two_is_at_most_the_number_and_more_than_its_half(x: float) -> None:
+    power = functional.power_of_two(torch.tensor(x)).item()
+    assert x / 2 < power <= x
+    assert math.frexp(power)[0] == 0.5
+
+
+@given(
+    st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=30),
+    st.integers(-110, 120),
+    st.floats(1e-4, 10),
+    st.booleans(),
+)
+@quick
+def test_rescaled_numbers_have_the_deviation_and_the_signs_and_constants_the_magnitude(
+    values: list[float], exponent: int, std: float, is_constant: bool
+) -> None:
+    x = torch.tensor(values[:1] * len(values) if is_constant else values) * 2.0**exponent
+    found = functional.rescaled(x, std)
+    assert found.isfinite().all()
+    spread = np.ptp(array(x)) / max(np.abs(array(x)).max(), 1e-300)
+    if spread > 1e-3:
+        assert array(found).std(ddof=1) == pytest.approx(std, rel=1e-3)
+        assert torch.equal(found[x.abs() > x.abs().max() / 1e6] > 0, x[x.abs() > x.abs().max() / 1e6] > 0)
+    if is_constant:
+        np.testing.assert_allclose(array(found), std * np.sign(array(x)), rtol=1e-6)
+
+
+def test_rescaling_is_one_multiplication_where_nothing_is_out_of_range() -> None:
+    x = torch.randn(16, 8, 3, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(functional.rescaled(x, 0.01), x * (0.01 / x.std()))
+
+
 # ---------------------------------------------------------------------------------------------- estimators
 
 

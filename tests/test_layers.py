@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import bonn_qat
 from bonn_qat.bonn import BONN
-from bonn_qat.errors import InvalidModel, PluginError
+from bonn_qat.errors import InvalidModel, InvalidRecipe, PluginError
 from bonn_qat.functional import binary_linear
 from bonn_qat.layers import BinaryConv2d, BinaryLinear, binary_form
 from bonn_qat.plugins import find_scheme, schemes
@@ -125,6 +125,36 @@ def test_a_standardized_layers_latents_get_their_scale_and_keep_their_signs(kind
     again = copy.deepcopy(layer)
     again.adopt()
     assert torch.equal(again.weight_quant.modulation, modulation)
+
+
+SCALED = ["bonn", "xnor", "bwn", "bireal", "pcnn", "recu", "adabin", "tbn", "dorefa", "abcnet-5-5", "mcn", "reactnet"]
+
+
+@pytest.mark.parametrize("name", SCALED)
+@pytest.mark.parametrize("make", [*STANDARDIZING.values(), lambda: nn.Conv2d(6, 8, 3), lambda: nn.Linear(6, 8)])
+def test_every_scheme_can_start_with_the_output_of_hes_initialisation(name, make):
+    torch.manual_seed(0)
+    module = make()
+    with torch.no_grad():
+        module.weight.mul_(10 ** torch.randn(()))
+    layer = binary_form(module, replace(find_scheme(name), latent_std="equal-output"), normalize=False)
+    signs = sign(layer.latent())
+    layer.adopt()
+    values, _ = layer.weight_quant.quantize(layer.latent())
+    assert values.square().mean().sqrt().item() == pytest.approx((2 / values[0].numel()) ** 0.5, rel=1e-4)
+    assert torch.equal(sign(layer.latent()), signs)
+
+
+@pytest.mark.parametrize("name", ["bnn", "irnet", "dorefa:weight_bits=2"])
+def test_a_start_with_equal_output_is_refused_where_values_do_not_follow_the_latents(name):
+    name, _, option = name.partition(":")
+    scheme = find_scheme(name).configure({"latent_std": "equal-output", **({"weight_bits": 2} if option else {})})
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1))
+    before = [parameter.clone() for parameter in net.parameters()]
+    with pytest.raises(InvalidRecipe, match=f"'{name}' cannot start with the latents 'equal-output'"):
+        bonn_qat.binarize(net, scheme, input_size=(3, 4, 4), inplace=True)
+    assert type(net[1]) is nn.Conv2d
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("size", [(7, 7), (8, 8), (9, 12)])

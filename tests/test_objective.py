@@ -81,9 +81,10 @@ def test_targets_out_of_range_are_told(model: nn.Module, batch: tuple[Tensor, Te
         Objective(model)(batch[0], torch.tensor([0, 1, 2, 3, 4, 0]))
 
 
-def test_parameter_groups_are_the_papers(model: nn.Module) -> None:
+@pytest.mark.parametrize("norm_decay", [False, True])
+def test_parameter_groups_have_the_papers_rates_and_decay_norms_where_told(model: nn.Module, norm_decay: bool) -> None:
     objective = Objective(model)
-    groups = parameter_groups(objective, lr=0.1, weight_decay=5e-4)
+    groups = parameter_groups(objective, lr=0.1, weight_decay=5e-4, norm_decay=norm_decay)
     settings = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
     found = {name: settings[id(p)] for name, p in objective.named_parameters()}
     assert len(found) == sum(len(g["params"]) for g in groups)
@@ -91,8 +92,11 @@ def test_parameter_groups_are_the_papers(model: nn.Module) -> None:
     assert found["model.3.weight"] == found["model.6.weight"] == (0.1, 5e-4)
     assert found["model.3.weight_quant.modulation"] == (slow, 5e-4)
     assert found["regularizers.kernel.sigma"] == (slow, 0.0)
-    for name in ("regularizers.kernel.mu", "regularizers.feature.sigma", "model.3.norm.weight", "model.2.weight"):
-        assert found[name] == (0.1, 0.0), name
+    assert found["regularizers.kernel.mu"] == found["regularizers.feature.sigma"] == (0.1, 0.0)
+    rest = [name for name, p in objective.named_parameters() if name.startswith("model.") and p.ndim == 1]
+    assert {"model.3.norm.weight", "model.3.norm.bias", "model.2.weight"} < set(rest)  # a norm's, a PReLU's
+    for name in rest:
+        assert found[name] == (0.1, 5e-4 if norm_decay else 0.0), name
 
 
 def test_parameter_groups_of_parts_hold_each_parameter_once(model: nn.Module) -> None:

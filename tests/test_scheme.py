@@ -107,10 +107,19 @@ def test_a_nonlinearity_can_be_named(name, function):
         ({"nonlinearity": "prleu"}, UnknownName, "nonlinearity of the scheme 'bonn' 'prleu'; did you mean 'prelu'"),
         ({"shortcut": "convs"}, UnknownName, "shortcut of the scheme 'bonn' 'convs'; did you mean 'conv'"),
         ({"shortcut": True}, UnknownName, "shortcut of the scheme 'bonn' 'True'; known: block, conv"),
+        (
+            {"norm_position": "before"},
+            UnknownName,
+            "norm_position of the scheme 'bonn' 'before'; did you mean 'before_",
+        ),
         ({"nonlinearity_position": "after"}, UnknownName, "nonlinearity_position of the scheme 'bonn' 'after'"),
-        ({"latent_std": 0}, InvalidRecipe, "latent_std of the scheme 'bonn' must be above 0; got 0"),
+        ({"latent_std": 0}, InvalidRecipe, "latent_std of .* must be a number above 0, or 'equal-output'; got 0"),
         ({"norm": "batch"}, InvalidRecipe, "norm of the scheme 'bonn' must be a class or function .*; got 'batch'"),
-        ({"latent_std": "small"}, InvalidRecipe, "latent_std of the scheme 'bonn' must be above 0; got 'small'"),
+        (
+            {"latent_std": "small"},
+            InvalidRecipe,
+            "latent_std of .* must be a number above 0, or 'equal-output'; got 'sm",
+        ),
     ],
 )
 def test_an_option_of_the_scheme_itself_is_checked(options, error, words):
@@ -158,3 +167,8 @@ def test_a_scheme_knows_the_options_that_were_given():
 def test_a_float_scheme_takes_no_options():
     with pytest.raises(UnknownName, match="unknown option of the scheme 'float' 'shortcut'; known: none"):
         dataclasses.replace(PLAIN, name="float", weight=None, activation=None).configure({"shortcut": "block"})
+
+
+@pytest.mark.parametrize("start", [None, "equal-output", 0.01, 1, 1e-5, 0.1 + 0.2, 1 / 3])
+def test_a_start_in_words_is_the_latents_of_a_recipe(start):
+    assert Recipe(latents=dataclasses.replace(BONN, latent_std=start).start).latent_std == start

@@ -19,7 +19,7 @@ from bonn_qat.binarization import policy
 from bonn_qat.binarization.copies import copied
 from bonn_qat.binarization.fast_paths import close_fast_paths
 from bonn_qat.errors import InvalidModel, InvalidRecipe
-from bonn_qat.layers import BINARY, BinaryLayer, check_contract, is_own
+from bonn_qat.layers import BINARY, BinaryLayer, check_contract, check_start, is_own
 from bonn_qat.scheme import Scheme, WatchedScheme
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
@@ -85,7 +85,8 @@ def binarize(
     ``schemes`` maps names or globs to other schemes, of which the last match counts; a scheme with float weights keeps
     a layer float. ``input_size`` ``(C, H, W)`` is the size of the model's images; None finds it out.
 
-    A norm before each sign and the scheme's nonlinearity in place of each ReLU keep the signs informative. Norms and
+    A norm before each sign and the scheme's nonlinearity in place of each ReLU keep the signs informative; the model's
+    own norms stay where they are, but for blocks that give their own binary form, as the paper's networks do. Norms and
     gains that start at zero (timm's ``zero_init_last``, the NFNets' ``skipinit_gain``) start at one, because a zero
     there stops the gradient of every binary weight of the block. The result loads the float model's state dict
     strictly, as if it had been binarized after loading; of a part of one, each layer whose weight is there.
@@ -127,6 +128,7 @@ def binarize(
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # the network must not depend on the check
         for used in {id(scheme): scheme for scheme in (others.of(name) for name in decision.binary)}.values():
             check_contract(used)
+            check_start(used)
     before = set(model.state_dict())
     result = model if inplace else copied(model)
     names = {*kept, *policy.named(model, skip, "skip"), *_gates(model, kept)}
@@ -164,7 +166,9 @@ def _check_arguments(model: object, input_size: object) -> None:
         )
         raise InvalidModel(f"binarize takes a model; got {model!r}; {advice}")
     if any(map(is_lazy, model.parameters())):
-        raise InvalidModel(f"{type(model).__name__} has lazy layers without weights yet; call it once with a batch first")
+        raise InvalidModel(
+            f"{type(model).__name__} has lazy layers without weights yet; call it once with a batch first"
+        )
     check_size(input_size)
 
 
@@ -216,6 +220,7 @@ _EFFECTS = {
     "norm": "no binary layer takes a norm of the scheme; its blocks have their own",
     "shortcut": "it has no block whose shortcut can be changed",
     "nonlinearity_position": "it has no block whose nonlinearity can be moved",
+    "norm_position": "it has no block whose norms can be moved; its own norms stay where they are",
 }
 
 

@@ -12,8 +12,10 @@ class FlipRatio:
     """The share of binary weights whose sign changed from one :meth:`update` to the next, 0 to 1 (Larq's FlipRatio).
 
     Call :meth:`update` after each step or each epoch; :meth:`compute` averages over the intervals since the last
-    :meth:`reset`. The sign is that of the quantized weight; for values other than ``+-scale``, such as AdaBin's, that
-    of its difference from the middle of the filter's range. Raises InvalidModel for a model without binary layers.
+    :meth:`reset`. The first of these begins at the last update before the reset, or at the creation; Larq's metric
+    forgets the signs too, so that its first interval begins with the update after the reset. The sign is that of the
+    quantized weight; for values other than ``+-scale``, such as AdaBin's, that of its difference from the middle of the
+    filter's range. Raises InvalidModel for a model without binary layers.
 
     >>> from bonn_qat import binarize
     >>> net = binarize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10)))

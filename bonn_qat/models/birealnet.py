@@ -18,15 +18,17 @@ class OneConvBlock(nn.Module):
     """``PReLU(conv(BN(x)) + shortcut(x))``; ``(B, I, H, W) -> (B, O, ceil(H/stride), ceil(W/stride))``.
 
     The shortcut is the identity or, if the shape changes, a 1x1 convolution, BN and average pooling. A binary
-    convolution takes the sign of the BN's output itself.
+    convolution takes the sign itself: of the BN's output, or of x in the binary form with the BN ``after_conv``,
+    ``PReLU(BN(conv(sign(x))) + shortcut(x))``.
     """
 
     normalizes_input = True
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
-        self.bn = nn.BatchNorm2d(in_channels)
+        self.bn: nn.Module = nn.BatchNorm2d(in_channels)
         self.conv = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.bn_after: nn.Module = nn.Identity()
         self.act: nn.Module = PReLU(out_channels)
         self.act_after_add = True
         if stride == 1 and in_channels == out_channels:
@@ -40,11 +42,11 @@ class OneConvBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        y, shortcut = self.conv(self.bn(x)), self.shortcut(x)
+        y, shortcut = self.bn_after(self.conv(self.bn(x))), self.shortcut(x)
         return self.act(y + shortcut) if self.act_after_add else self.act(y) + shortcut  # type: ignore[no-any-return]
 
     def binary_form(self, scheme: Scheme) -> nn.Module:
-        """This block with the nonlinearity of ``scheme`` and its position; the modules are its own.
+        """This block with the nonlinearity of ``scheme``, its position and that of the norm; the modules are its own.
 
         The PReLU stays, with its slopes, unless the scheme has another nonlinearity, such as ReActNet's RPReLU. With
         one convolution in the block there is nothing for ``scheme.shortcut`` to choose.
@@ -54,6 +56,10 @@ class OneConvBlock(nn.Module):
         if scheme.nonlinearity not in (None, PReLU):
             block.act = scheme.nonlinearity(self.conv.out_channels)
         block.act_after_add = scheme.nonlinearity_position == "after_add"
+        if scheme.norm_position == "after_conv":
+            block.bn = nn.Identity()
+        if scheme.norm_position != "before_sign":
+            block.bn_after = nn.BatchNorm2d(self.conv.out_channels)
         return block
 
     def extra_repr(self) -> str:

@@ -20,12 +20,16 @@ class BasicBlock(nn.Module):
     """BN-ReLU-conv-BN-ReLU-dropout-conv, plus a shortcut; ``(B, I, H, W) -> (B, O, ceil(H/stride), ceil(W/stride))``.
 
     The shortcut is the identity or, if the shape changes, a 1x1 convolution of the first ReLU's output.
+    ``follows_stem`` marks the first block: its input has had no norm.
     """
 
     normalizes_input = True
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, drop_rate: float) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, drop_rate: float, follows_stem: bool = False
+    ) -> None:
         super().__init__()
+        self.follows_stem = follows_stem
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.act1 = nn.ReLU(inplace=True)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
@@ -57,15 +61,28 @@ class _BinaryBlock(nn.Module):
     """The base of both binary forms. Signs are taken by the binary convolutions, after the BNs of the block.
 
     Dropout acts on the output of the first convolution: between BN and sign it would make +1 of what it drops.
+
+    With the norm position ``after_conv`` the BNs stand between convolution and addition instead of before the signs;
+    the first block keeps its first BN, now for the sign and the shortcut alike, because the stem has none. With
+    ``both`` they stand at both places.
     """
 
     normalizes_input = True
 
     def __init__(self, block: BasicBlock, scheme: Scheme) -> None:
         super().__init__()
-        self.bn1, self.conv1 = block.bn1, block.conv1
-        self.bn2, self.conv2 = block.bn2, block.conv2
+        self.bn1: nn.Module = block.bn1
+        self.conv1 = block.conv1
+        self.bn2: nn.Module = block.bn2
+        self.conv2 = block.conv2
+        self.bn2_after: nn.Module = nn.Identity()
         self.dropout, self.shortcut = block.dropout, block.shortcut
+        self.norm_position, moved = scheme.norm_position, scheme.norm_position == "after_conv"
+        self.shares_norm = moved and block.follows_stem
+        if moved and not self.shares_norm:
+            self.bn1 = nn.Identity()
+        if self.norm_position != "before_sign":
+            self.bn2_after = nn.BatchNorm2d(block.conv2.out_channels)
         self.act_after_add = scheme.nonlinearity_position == "after_add"
         self.training = block.training
 
@@ -74,15 +91,15 @@ class _BinaryBlock(nn.Module):
         return joined
 
     def extra_repr(self) -> str:
-        return f"act_after_add={self.act_after_add}"
+        return f"act_after_add={self.act_after_add}, norm_position={self.norm_position!r}"
 
 
 class ConvShortcutBlock(_BinaryBlock):
     """One shortcut per convolution, as in BONN's ResNet-18; shapes as in :class:`BasicBlock`.
 
     Twice ``act(conv(sign(BN(x))) + shortcut(x))``, or ``act(conv(...)) + shortcut(x)`` for the position
-    ``before_add``. If the shape changes, the first shortcut is 2x2 average pooling and the 1x1 convolution with
-    stride 1, of the block's input before the BN.
+    ``before_add``; ``act(BN(conv(sign(x))) + shortcut(x))`` for the norm position ``after_conv``. If the shape changes,
+    the first shortcut is 2x2 average pooling and the 1x1 convolution with stride 1, of the block's input before the BN.
     """
 
     def __init__(self, block: BasicBlock, scheme: Scheme) -> None:
@@ -94,21 +111,29 @@ class ConvShortcutBlock(_BinaryBlock):
         self.pool = nn.Identity() if stride == 1 else nn.AvgPool2d(stride, ceil_mode=True)
         if self.shortcut is not None:
             self.shortcut.stride = (1, 1)
+        self.bn1_after: nn.Module = nn.Identity()
+        if self.norm_position == "after_conv":
+            self.bn2 = nn.Identity()
+        if self.norm_position != "before_sign":
+            self.bn1_after = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        normed = self.bn1(x)
+        x = normed if self.shares_norm else x
         # In this order, because a compiler that finds a convolution between two uses of x keeps the mask of the sign
         # in memory, which it could recompute.
         pooled = self.pool(x)
-        y = self.dropout(self.conv1(self.bn1(x)))
+        y = self.dropout(self.bn1_after(self.conv1(normed)))
         x = self._join(y, x if self.shortcut is None else self.shortcut(pooled), self.act1)
-        return self._join(self.conv2(self.bn2(x)), x, self.act2)
+        return self._join(self.bn2_after(self.conv2(self.bn2(x))), x, self.act2)
 
 
 class BlockShortcutBlock(_BinaryBlock):
     """The float block with signs in place of its ReLUs; shapes as in :class:`BasicBlock`.
 
     With y the output of both convolutions it returns ``act2(y + shortcut)`` or ``act2(y) + shortcut``. The projection
-    takes the output of the first BN before the sign.
+    takes the output of the first BN before the sign, if there is one. The BN between the convolutions stands after the
+    one and before the other's sign in every norm position.
     """
 
     def __init__(self, block: BasicBlock, scheme: Scheme) -> None:
@@ -117,8 +142,10 @@ class BlockShortcutBlock(_BinaryBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn1(x)
+        x = y if self.shares_norm else x
         shortcut = x if self.shortcut is None else self.shortcut(y)
-        return self._join(self.conv2(self.bn2(self.dropout(self.conv1(y)))), shortcut, self.act2)
+        y = self.conv2(self.bn2(self.dropout(self.conv1(y))))
+        return self._join(self.bn2_after(y), shortcut, self.act2)
 
 
 def _nonlinearity(scheme: Scheme, channels: int) -> nn.Module:
@@ -155,7 +182,7 @@ class WideResNet(Backbone):
 
         blocks = (depth - 4) // 6
         self.conv1 = nn.Conv2d(in_chans, widths[0], 3, 1, 1, bias=False)
-        self.layer1 = _stage(widths[0], widths[1], blocks, 1, drop_rate)
+        self.layer1 = _stage(widths[0], widths[1], blocks, 1, drop_rate, follows_stem=True)
         self.layer2 = _stage(widths[1], widths[2], blocks, 2, drop_rate)
         self.layer3 = _stage(widths[2], widths[3], blocks, 2, drop_rate)
         self.bn = nn.BatchNorm2d(widths[3])
@@ -183,8 +210,10 @@ class WideResNet(Backbone):
         return self.act(self.bn(x))  # type: ignore[no-any-return]
 
 
-def _stage(in_channels: int, out_channels: int, blocks: int, stride: int, drop_rate: float) -> nn.Sequential:
-    first = BasicBlock(in_channels, out_channels, stride, drop_rate)
+def _stage(
+    in_channels: int, out_channels: int, blocks: int, stride: int, drop_rate: float, follows_stem: bool = False
+) -> nn.Sequential:
+    first = BasicBlock(in_channels, out_channels, stride, drop_rate, follows_stem)
     return nn.Sequential(first, *(BasicBlock(out_channels, out_channels, 1, drop_rate) for _ in range(blocks - 1)))
 
 

@@ -248,7 +248,8 @@ CAPTIONS = {
 def _panel_title(latents: str, facets: Mapping[str, Any]) -> str:
     if len(facets) < 2:
         return ""
-    return "latents start as float" if latents == "float" else plain_text(f"latents start at std {latents}")
+    words = {"float": "latents start as float", "equal-output": "layers start with equal outputs"}
+    return words.get(latents) or plain_text(f"latents start at std {latents}")
 
 
 class _Looks(NamedTuple):

@@ -146,10 +146,11 @@ def rows(comparison: Comparison) -> list[Row]:
 def differences(comparison: Comparison, reference: tuple[str, str] | None = None) -> list[Difference]:
     """Paired differences of a reference arm (scheme, latents) against every other arm.
 
-    Without ``reference``, each BONN arm is compared with the arms whose latent weights are initialized alike and with
-    float networks; an arm whose initialization no BONN arm shares is compared with all of them. The spread over the
-    seeds is estimated from all arms together (:func:`residual_spread`) if they have two seeds in common, else from the
-    two arms alone. Raises UnknownName if no run of ``reference`` is finished.
+    Without ``reference``, each BONN arm is compared with the arms that have the same ``latents`` and with float
+    networks. Equal latents are not equal outputs, unless they are ``"equal-output"``: BONN's scale starts from the
+    float weights, XNOR-Net's from its latents. An arm whose initialization no BONN arm shares is compared with all of
+    them. The spread over the seeds is estimated from all arms together (:func:`residual_spread`) if they have two seeds
+    in common, else from the two arms alone. Raises UnknownName if no run of ``reference`` is finished.
     """
     by_key = {arm[0].arm: arm for arm in arms(comparison)}
     if reference is not None and reference not in by_key:

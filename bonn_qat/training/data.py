@@ -53,11 +53,19 @@ class Data(ABC):
 
     @abstractmethod
     def train_batches(
-        self, batch_size: int, generator: torch.Generator, *, augment: bool, shard: Shard = WHOLE, start: int = 0
+        self,
+        batch_size: int,
+        generator: torch.Generator,
+        *,
+        augment: bool,
+        augmentation: str = "crop",
+        shard: Shard = WHOLE,
+        start: int = 0,
     ) -> Iterator[Batch]:
         """One epoch, shuffled and augmented by ``generator`` alone, from the batch with the index ``start`` on.
 
-        Batches do not depend on ``start``.
+        Batches do not depend on ``start``. ``augmentation`` is that of a recipe, used if ``augment`` is true. Raises
+        InvalidData for one that this data does not have.
         """
 
     @abstractmethod
@@ -105,8 +113,17 @@ class TensorData(Data):
         return (images.float() - self._mean) / self._std
 
     def train_batches(
-        self, batch_size: int, generator: torch.Generator, *, augment: bool, shard: Shard = WHOLE, start: int = 0
+        self,
+        batch_size: int,
+        generator: torch.Generator,
+        *,
+        augment: bool,
+        augmentation: str = "crop",
+        shard: Shard = WHOLE,
+        start: int = 0,
     ) -> Iterator[Batch]:
+        if augment and augmentation != "crop":
+            raise InvalidData(f"{self.name} has the augmentation 'crop' only; got {augmentation!r}")
         images, targets = self._train
         order = torch.randperm(len(images), generator=generator)
         views = random_views(len(images), generator, pad=self._pad, flip=self._flip) if augment else None
@@ -191,8 +208,10 @@ class FolderData(Data):
         root = Path(root)
         self.name, self.image, self._workers = root.name, (3, size, size), workers
         plain = create_transform((3, size, size), is_training=False)
-        train, test = _split_folder(root, train=create_transform((3, size, size), is_training=True), test=plain)
+        splits = {name: _split_folder(root, train=part, test=plain) for name, part in _augmentations(size).items()}
+        train, test = splits["crop"]
         measure, _ = _split_folder(root, train=plain, test=plain)
+        self._augmented = {name: _part(split[0], train_images) for name, split in splits.items()}
         self.classes = len(_classes(train))
         self._train, self._test = _part(train, train_images), _part(test, test_images)
         self._measure = _part(measure, train_images)
@@ -202,6 +221,9 @@ class FolderData(Data):
             self._train, self._measure = (
                 torch.utils.data.Subset(part, kept.tolist()) for part in (self._train, self._measure)
             )
+            self._augmented = {
+                name: torch.utils.data.Subset(part, kept.tolist()) for name, part in self._augmented.items()
+            }
         self.train_size, self.test_size = len(self._train), len(self._test)
 
     def _loader(self, dataset: Any, batches: list[Any]) -> Iterator[Batch]:
@@ -212,9 +234,18 @@ class FolderData(Data):
         return iter(loader)
 
     def train_batches(
-        self, batch_size: int, generator: torch.Generator, *, augment: bool, shard: Shard = WHOLE, start: int = 0
+        self,
+        batch_size: int,
+        generator: torch.Generator,
+        *,
+        augment: bool,
+        augmentation: str = "crop",
+        shard: Shard = WHOLE,
+        start: int = 0,
     ) -> Iterator[Batch]:
-        part = self._train if augment else self._measure
+        if augmentation not in self._augmented:
+            raise UnknownName("augmentation", augmentation, self._augmented)
+        part = self._augmented[augmentation] if augment else self._measure
         order = torch.randperm(self.train_size, generator=generator).tolist()
         seeds = torch.randint(2**32, (self.train_size,), generator=generator).tolist()
         images = list(zip(order, seeds, strict=True))
@@ -250,6 +281,22 @@ class _SeededImages(torch.utils.data.Dataset[Any]):
         place, seed = item
         with _seeded(seed):
             return self._images[place]
+
+
+def _augmentations(size: int) -> dict[str, Any]:
+    """The transforms of a recipe's ``augmentation``.
+
+    ``"crop"`` resizes as for evaluation, then crops and mirrors at random; ``"resized_crop"`` is timm's.
+    """
+    from timm.data import create_transform
+    from torchvision.transforms import CenterCrop, Compose, RandomCrop, RandomHorizontalFlip
+
+    crop = Compose([RandomCrop(size), RandomHorizontalFlip()])
+    plain = create_transform((3, size, size), is_training=False)
+    return {
+        "crop": Compose([crop if isinstance(part, CenterCrop) else part for part in plain.transforms]),
+        "resized_crop": create_transform((3, size, size), is_training=True),
+    }
 
 
 def _pins() -> bool:

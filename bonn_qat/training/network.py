@@ -216,7 +216,7 @@ def _descriptions(
     recipe = Recipe(
         model=config["architecture"], data="", scheme=scheme.name, model_options=model_options or {},
         scheme_options=_options(scheme, plugins.find_scheme(scheme.name, pm)), stages=scheme.stages,
-        latents="float" if scheme.latent_std is None else repr(float(scheme.latent_std)),
+        latents=scheme.start,
         skip=record.skip, include=record.include,
     )  # fmt: skip
     yield recipe, classes, record.input_size

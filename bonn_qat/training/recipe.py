@@ -12,10 +12,11 @@ from typing import Annotated, Any
 from bonn_qat.errors import InvalidRecipe
 from bonn_qat.files import plain
 from bonn_qat.files.validate import Allowed, OneOf, check_values, read_as, read_toml
-from bonn_qat.scheme import Stage
+from bonn_qat.scheme import EQUAL_OUTPUT, Stage, Start
 
 SCHEDULES = ("constant", "cosine", "one_cycle", "step")
 OPTIMIZERS = ("sgd", "adam")
+AUGMENTATIONS = ("crop", "resized_crop")
 COMPILE = ("", "default", "reduce-overhead", "max-autotune")
 PRECISIONS = ("float32", "tf32", "float16")
 _LONGEST_NAME = 200  # bytes; a file's name has 255, and others are made of it
@@ -36,8 +37,15 @@ class Recipe:
     folder. ``train_images`` and ``test_images`` take a fixed random part of the data, 0 all of it.
     ``validation_images`` of the training images are held out and replace the test set, for a search that must not see
     it. ``latents`` is how the latent weights (the float weights that are trained, whose signs are the binary weights)
-    start: ``"scheme"`` as the scheme says, ``"float"`` as in the float network, or scaled to a standard deviation such
-    as ``"0.01"``.
+    start: ``"scheme"`` as the scheme says, ``"float"`` as in the float network, scaled to a standard deviation such as
+    ``"0.01"``, or ``"equal-output"`` (:class:`bonn_qat.Scheme`). Equal latents are not equal outputs: with ``"0.01"``
+    BONN's first layer in WRN-22 has a scale of 0.093, from the float weights, and XNOR-Net's 0.008, from its latents.
+
+    ``nesterov`` is Nesterov's form of ``momentum``; without momentum and with Adam it has no effect. ``norm_decay``
+    extends the weight decay to norms, biases, PReLU slopes and the scales that schemes learn, as the training code of
+    wide residual networks and of most baselines has it; without it only weights with two axes or more decay.
+    ``augmentation`` of an image folder is ``"crop"`` (resize, random crop and flip, as in BONN's paper) or
+    ``"resized_crop"`` (timm's: random scale and aspect ratio, flip and colour jitter).
 
     ``schedule`` shapes the learning rate over all epochs: ``one_cycle`` (a linear rise for the fraction ``warmup``,
     then a cosine down), ``cosine``, ``constant``, or ``step``: multiplied by ``gamma`` at each of the ``milestones``
@@ -74,7 +82,9 @@ class Recipe:
     optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "sgd"
     lr: AboveZero = 0.05
     momentum: Fraction = 0.9
+    nesterov: bool = True
     weight_decay: AtLeastZero = 5e-4
+    norm_decay: bool = False
     modulation_lr_scale: AboveZero = 0.1
     modulation_decay_scale: AtLeastZero = 1.0
     schedule: Annotated[str, OneOf(SCHEDULES)] = "one_cycle"
@@ -88,6 +98,7 @@ class Recipe:
     ] = ()
     label_smoothing: Fraction = 0.0
     augment: bool = True
+    augmentation: Annotated[str, OneOf(AUGMENTATIONS)] = "crop"
     train_images: Count = 0
     test_images: Count = 0
     validation_images: Count = 0
@@ -172,15 +183,22 @@ class Recipe:
         return replace(self, scheme=scheme, scheme_options={**self.scheme_options, **given})
 
     @property
-    def latent_std(self) -> float | None:
-        """``latents`` as a number, None for ``"scheme"`` and ``"float"``. Raises InvalidRecipe for anything else."""
+    def latent_std(self) -> Start:
+        """``latents`` as a scheme has it, None for ``"scheme"`` and ``"float"``. Raises InvalidRecipe if impossible."""
         if self.latents in ("scheme", "float"):
             return None
+        if self.latents == EQUAL_OUTPUT:
+            return EQUAL_OUTPUT
         try:
             std = float(self.latents)
         except ValueError:
             std = -1.0
-        _check(0 < std < float("inf"), "latents", self.latents, "'scheme', 'float' or a standard deviation above 0")
+        _check(
+            0 < std < float("inf"),
+            "latents",
+            self.latents,
+            "'scheme', 'float', 'equal-output' or a standard deviation above 0",
+        )
         return std
 
     def to_dict(self) -> dict[str, Any]:

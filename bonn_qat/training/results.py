@@ -71,7 +71,7 @@ class RunResult:
     scheme: Line  # with its options, such as "xnor" or "xnor:gradient=plain"
     title: Line
     bits: Line  # weights/activations, such as "1/1"
-    latents: Line  # the start of the latent weights: "0.01" (standard deviation) or "float" (as the float network's)
+    latents: Line  # the start of the latent weights: "0.01" (standard deviation), "float" or "equal-output"
     seed: int
     recipe: Mapping[str, Any]
     environment: Mapping[str, str]

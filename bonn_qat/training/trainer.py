@@ -81,6 +81,7 @@ class Trainer:
             weight_decay=recipe.weight_decay,
             modulation_lr_scale=recipe.modulation_lr_scale,
             modulation_decay_scale=recipe.modulation_decay_scale,
+            norm_decay=recipe.norm_decay,
         )
         self.optimizer = _optimizer(recipe, groups, device)
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
@@ -135,8 +136,9 @@ class Trainer:
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         self.objective.train()
         batches = self.data.train_batches(
-            self.recipe.batch_size, self.generator, augment=self.recipe.augment, shard=self.shard, start=self.done
-        )
+            self.recipe.batch_size, self.generator, augment=self.recipe.augment,
+            augmentation=self.recipe.augmentation, shard=self.shard, start=self.done,
+        )  # fmt: skip
         if self.done:
             self._set_lr((epoch - 1) + (self.done - 1) / self.steps_in_epoch)  # no step may be left to set it
         losses = None
@@ -194,7 +196,7 @@ class Trainer:
             scheme=self.recipe.scheme_spec,
             title=" ".join(filter(None, (self.scheme.title, self.recipe.scheme_spec.partition(":")[2]))),
             bits=self.scheme.bits,
-            latents="float" if self.scheme.latent_std is None else f"{self.scheme.latent_std:g}",
+            latents=self.scheme.start,
             seed=self.recipe.seed,
             recipe=self.recipe.to_dict(),
             environment=environment(self.device),
@@ -306,7 +308,8 @@ def _optimizer(recipe: Recipe, groups: list[dict[str, Any]], device: torch.devic
     fused = device.type == "cuda"  # handles the scaled loss as well; no faster on a CPU
     if recipe.optimizer == "adam":
         return torch.optim.AdamW(groups, lr=recipe.lr, fused=fused)
-    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=fused)
+    nesterov = recipe.nesterov and recipe.momentum > 0
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov, fused=fused)
 
 
 def _watched(model: nn.Module, record: Binarization) -> dict[str, nn.Module]:

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 import bonn_qat
 from bonn_qat.bonn import BONN
+from bonn_qat.errors import InvalidRecipe
 from bonn_qat.models.birealnet import BiRealNet, OneConvBlock
 from bonn_qat.models.wide_resnet import BasicBlock, WideResNet
 
 POSITIONS = ["after_add", "before_add"]
+NORMS = ["before_sign", "after_conv", "both"]
 
 
 def parameters(model: nn.Module) -> int:
@@ -28,6 +30,16 @@ def sign(x: Tensor) -> Tensor:
 def norm(x: Tensor, bn: nn.Module) -> Tensor:
     scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
     return (x - bn.running_mean[:, None, None]) * scale[:, None, None] + bn.bias[:, None, None]
+
+
+def norms(position: str, *bns: nn.Module) -> list:
+    """The block's norms as functions: those before the signs (the first half), then those after the convolutions.
+
+    Those that the position does without are the identity, and have no parameters.
+    """
+    used = {"before_sign": [True, False], "after_conv": [False, True], "both": [True, True]}[position]
+    assert [isinstance(bn, nn.BatchNorm2d) for bn in bns] == [u for u in used for _ in range(len(bns) // 2)]
+    return [lambda x, bn=bn: norm(x, bn) if isinstance(bn, nn.BatchNorm2d) else x for bn in bns]
 
 
 def binary_conv(x: Tensor, conv: nn.Module) -> Tensor:
@@ -98,42 +110,129 @@ def test_float_wide_block_is_its_formula(stride, channels):
 
 
 @pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("norm_position", NORMS)
 @pytest.mark.parametrize(("stride", "channels", "size"), [(1, 8, 6), (2, 16, 6), (2, 16, 7)])
-def test_block_with_one_shortcut_per_convolution_is_its_formula(position, stride, channels, size):
-    block = binarized(BasicBlock(8, channels, stride, 0.3), shortcut="conv", nonlinearity_position=position)
+def test_block_with_one_shortcut_per_convolution_is_its_formula(position, norm_position, stride, channels, size):
+    options = {"shortcut": "conv", "nonlinearity_position": position, "norm_position": norm_position}
+    block = binarized(BasicBlock(8, channels, stride, 0.3), **options)
     x = torch.randn(2, 8, size, size, dtype=torch.float64)
     shortcut = x
     if stride == 2:
         even = F.pad(x, (0, size % 2, 0, size % 2), mode="replicate")  # a pool at the edge averages what is there
         shortcut = F.conv2d(F.avg_pool2d(even, 2), block.shortcut.weight)
-    y = join(binary_conv(norm(x, block.bn1), block.conv1), shortcut, block.act1.weight, position)
-    y = join(binary_conv(norm(y, block.bn2), block.conv2), y, block.act2.weight, position)
+    first, second, third, fourth = norms(norm_position, block.bn1, block.bn2, block.bn1_after, block.bn2_after)
+    y = join(third(binary_conv(first(x), block.conv1)), shortcut, block.act1.weight, position)
+    y = join(fourth(binary_conv(second(y), block.conv2)), y, block.act2.weight, position)
     torch.testing.assert_close(block(x), y)
 
 
 @pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("norm_position", NORMS)
 @pytest.mark.parametrize(("stride", "channels", "size"), [(1, 8, 6), (2, 16, 7)])
-def test_block_with_the_float_shortcut_is_its_formula(position, stride, channels, size):
-    block = binarized(BasicBlock(8, channels, stride, 0.3), shortcut="block", nonlinearity_position=position)
+def test_block_with_the_float_shortcut_is_its_formula(position, norm_position, stride, channels, size):
+    options = {"shortcut": "block", "nonlinearity_position": position, "norm_position": norm_position}
+    block = binarized(BasicBlock(8, channels, stride, 0.3), **options)
     x = torch.randn(2, 8, size, size, dtype=torch.float64)
-    y = norm(x, block.bn1)
+    before, after = norms(norm_position, block.bn1, block.bn2_after)
+    y = before(x)
     shortcut = x if stride == 1 else F.conv2d(y, block.shortcut.weight, stride=2)
-    y = binary_conv(norm(binary_conv(y, block.conv1), block.bn2), block.conv2)
+    y = after(binary_conv(norm(binary_conv(y, block.conv1), block.bn2), block.conv2))
     torch.testing.assert_close(block(x), join(y, shortcut, block.act2.weight, position))
 
 
 @pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("norm_position", NORMS)
 @pytest.mark.parametrize("shortcut", ["conv", "block"])
 @pytest.mark.parametrize(("stride", "channels", "size"), [(1, 8, 6), (2, 16, 6), (2, 16, 7)])
-def test_bireal_block_is_its_formula(position, shortcut, stride, channels, size):
-    block = binarized(OneConvBlock(8, channels, stride), shortcut=shortcut, nonlinearity_position=position)
+def test_bireal_block_is_its_formula(position, norm_position, shortcut, stride, channels, size):
+    options = {"shortcut": shortcut, "nonlinearity_position": position, "norm_position": norm_position}
+    block = binarized(OneConvBlock(8, channels, stride), **options)
     x = torch.randn(2, 8, size, size, dtype=torch.float64)
     side = x
     if stride == 2:
         projected = norm(F.conv2d(x, block.shortcut[0].weight), block.shortcut[1])
         side = F.avg_pool2d(F.pad(projected, (0, size % 2, 0, size % 2), mode="replicate"), 2)
-    y = binary_conv(norm(x, block.bn), block.conv)
+    before, after = norms(norm_position, block.bn, block.bn_after)
+    y = after(binary_conv(before(x), block.conv))
     torch.testing.assert_close(block(x), join(y, side, block.act.weight, position))
+
+
+@pytest.mark.parametrize("shortcut", ["conv", "block"])
+def test_the_first_wide_block_normalizes_its_input_once_where_the_norms_come_after_the_convolutions(shortcut):
+    block = binarized(BasicBlock(8, 8, 1, 0.0, follows_stem=True), shortcut=shortcut, norm_position="after_conv")
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    first = norm(x, block.bn1)
+    if shortcut == "conv":
+        y = join(norm(binary_conv(first, block.conv1), block.bn1_after), first, block.act1.weight, "after_add")
+        y = join(norm(binary_conv(y, block.conv2), block.bn2_after), y, block.act2.weight, "after_add")
+    else:
+        y = binary_conv(norm(binary_conv(first, block.conv1), block.bn2), block.conv2)
+        y = join(norm(y, block.bn2_after), first, block.act2.weight, "after_add")
+    torch.testing.assert_close(block(x), y)
+
+
+NETWORKS = [
+    ("wrn10_16", {}, (3, 16, 16), "conv"),
+    ("wrn10_16", {}, (3, 16, 16), "block"),
+    ("birealnet18", {"stem": "cifar"}, (3, 16, 16), "conv"),
+]
+
+
+@pytest.mark.parametrize("norm_position", NORMS)
+@pytest.mark.parametrize(("name", "options", "size", "shortcut"), NETWORKS, ids=lambda x: str(x) if x else "")
+def test_networks_of_every_norm_position_load_pack_and_are_measured(name, options, size, shortcut, norm_position):
+    torch.manual_seed(0)
+    scheme = replace(BONN, norm_position=norm_position, shortcut=shortcut)
+    network = timm.create_model(name, num_classes=4, **options)
+    model = bonn_qat.binarize(network, scheme, input_size=size)
+    loaded = timm.create_model(name, num_classes=4, scheme=scheme, **options)
+    loaded.load_state_dict(network.state_dict())  # strictly: norms that moved start anew
+    assert model.state_dict().keys() == loaded.state_dict().keys()
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+    assert not bonn_qat.diagnose(model, torch.randn(8, *size)).dead
+    flips, optimizer = bonn_qat.FlipRatio(model), torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(2):  # statistics and slopes away from their start
+        optimizer.zero_grad()
+        model.train()(torch.randn(8, *size)).square().mean().backward()
+        optimizer.step()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    flips.update()
+    assert 0 < flips.compute()[""] < 1
+    binary = bonn_qat.summary(model).binary_weights
+    assert binary == bonn_qat.summary(bonn_qat.binarize(network, BONN, input_size=size)).binary_weights
+    again = timm.create_model(name, num_classes=4, scheme=scheme, **options)
+    again.load_state_dict(model.state_dict())
+    images = torch.randn(3, *size)
+    assert torch.equal(again.eval()(images), model.eval()(images))
+    packed = bonn_qat.pack(model, size)
+    assert {layer.kind for layer in packed.layers} == {"bits"}
+    torch.testing.assert_close(packed(images), model(images), rtol=1e-5, atol=1e-5)
+    assert torch.equal(packed(images).argmax(1), model(images).argmax(1))
+
+
+@pytest.mark.parametrize("norm_position", NORMS)
+def test_networks_of_every_norm_position_are_exported(norm_position, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    scheme = replace(BONN, norm_position=norm_position)
+    model = bonn_qat.binarize(timm.create_model("wrn10_16", num_classes=4), scheme, input_size=(3, 16, 16))
+    model.train()(torch.randn(8, 3, 16, 16))
+    images = torch.randn(2, 3, 16, 16)
+    expected = model.eval()(images).detach()
+    path = bonn_qat.export(model, tmp_path / "net.onnx", "onnx")
+    session = runtime.InferenceSession(str(path))
+    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+    bonn_qat.export(model, tmp_path / "net.h", "c")
+    program = torch.export.load(bonn_qat.export(model, tmp_path / "net.pt2", "pt2"))
+    torch.testing.assert_close(program.module()(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_without_rebuilt_blocks_refuses_another_norm_position():
+    network = timm.create_model("resnet18", num_classes=4, channels=(8, 8, 16, 16), stem_width=8)
+    with pytest.raises(InvalidRecipe, match=r"'norm_position' .* no effect on ResNet: it has no block whose norms can"):
+        bonn_qat.binarize(network, BONN.configure({"norm_position": "after_conv"}))
+    assert bonn_qat.binarize(network, replace(BONN, norm_position="after_conv")).layer1[0].bn1 is not None
 
 
 class Slope(nn.Module):

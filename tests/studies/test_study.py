@@ -68,6 +68,24 @@ def test_latents_start_alike_where_the_study_does_not_say_otherwise(name: str) -
         assert not any("latents" in arm for arm in written)
 
 
+@pytest.mark.parametrize("path", sorted(FILES.glob("recipes/*.toml")), ids=lambda path: path.stem)
+def test_every_studys_recipe_states_what_the_paper_leaves_to_the_code(path: Path) -> None:
+    stated = tomllib.loads(path.read_text(encoding="utf-8"))
+    assert {"nesterov", "norm_decay"} <= stated.keys()
+
+
+@pytest.mark.parametrize("name", ["table2", "table4", "fig6"])
+def test_imagenet_has_the_papers_augmentation(name: str) -> None:
+    assert {arm.recipe.augmentation for _, arm in arms(name)} == {"crop"}
+
+
+def test_every_arm_of_starts_has_each_start() -> None:
+    found: dict[str, set[str]] = {}
+    for _, arm in arms("starts"):
+        found.setdefault(arm.recipe.scheme_spec, set()).add(arm.recipe.latents)
+    assert all(starts == {"0.01", "float", "equal-output"} for starts in found.values())
+
+
 def test_what_two_studies_have_in_common_is_the_same_run_with_the_same_number_of_the_paper() -> None:
     """So that studies can share a directory."""
     seen: dict[tuple[str, str], tuple[Recipe, set[tuple[str, float]]]] = {}

@@ -116,6 +116,33 @@ def test_an_image_folder_with_its_own_split(tmp_path: Path) -> None:
     assert torch.equal(images, again)
 
 
+def test_an_image_folder_is_cropped_and_mirrored_or_with_the_other_augmentation_scaled_and_coloured(
+    tmp_path: Path,
+) -> None:
+    """A crop is a window of the resized image, 18 = 16 / 0.875 pixels wide; the other augmentation's is not."""
+    _images(tmp_path / "train", count=8, size=32)
+    _images(tmp_path / "val", count=1, size=32)
+    folder = data.load(str(tmp_path), size=16)
+    mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))  # ImageNet's
+    pixels = [
+        np.asarray(Image.open(path).resize((18, 18), Image.Resampling.BILINEAR)) for path in tmp_path.glob("train/*/*")
+    ]
+    resized = [(torch.tensor(x).permute(2, 0, 1) / 255 - mean) / std for x in pixels]
+    windows = [image[:, y : y + 16, x : x + 16] for image in resized for y in range(3) for x in range(3)]
+    known = torch.stack([view for window in windows for view in (window, window.flip(2))])
+
+    def distances(augmentation: str) -> torch.Tensor:
+        batches = folder.train_batches(4, _generator(), augment=True, augmentation=augmentation)
+        return torch.stack([(known - image).abs().amax((1, 2, 3)).min() for images, _ in batches for image in images])
+
+    assert distances("crop").max() < 1e-5
+    assert distances("resized_crop").min() > 1e-2
+    with pytest.raises(UnknownName, match="augmentation 'resized'; did you mean 'resized_crop'"):
+        next(folder.train_batches(4, _generator(), augment=True, augmentation="resized"))
+    with pytest.raises(InvalidData, match="digits has the augmentation 'crop' only; got 'resized_crop'"):
+        next(data.load("digits").train_batches(4, _generator(), augment=True, augmentation="resized_crop"))
+
+
 def test_an_image_folder_without_a_split_holds_a_fifth_out(tmp_path: Path) -> None:
     folder = data.load(str(_images(tmp_path)), size=16)
     assert (folder.train_size, folder.test_size) == (8, 2)

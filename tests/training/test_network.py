@@ -58,6 +58,10 @@ OWN: dict[str, tuple[Callable[[], nn.Module], dict[str, object]]] = {
         lambda: bonn_qat.binarize(small(act_layer="gelu", stem_width=16), "reactnet", input_size=SIZE),
         {"act_layer": "gelu", "stem_width": 16},
     ),
+    "of the paper, with norms at both places and equal outputs": (
+        lambda: bonn_qat.binarize(timm.create_model("wrn10_16", num_classes=5), find_scheme("bireal").configure(
+            {"norm_position": "both", "latent_std": "equal-output"})), {}
+    ),
     "of the paper": (
         lambda: bonn_qat.binarize(timm.create_model("wrn10_16", num_classes=5), "adabin", input_size=SIZE), {}
     ),

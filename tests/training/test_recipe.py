@@ -37,7 +37,7 @@ def test_every_kind_of_data_has_a_default_recipe(data: str) -> None:
         ({"epochs": True}, InvalidRecipe, "a value of type int is needed"),
         ({"epochs": 0}, InvalidRecipe, "epochs in the recipe is 0; allowed: at least 1"),
         ({"lr": float("nan")}, InvalidRecipe, "lr in the recipe is nan"),
-        ({"latents": "small"}, InvalidRecipe, "'scheme', 'float' or a standard deviation above 0"),
+        ({"latents": "small"}, InvalidRecipe, "'scheme', 'float', 'equal-output' or a standard deviation above 0"),
         ({"stages": [{"share": 0.5}]}, InvalidRecipe, "add up to 0.5, not to 1"),
         ({"stages": [{"share": 1.5}]}, InvalidRecipe, "above 0 and at most 1; got 1.5"),
         ({"stages": 3}, InvalidRecipe, "array of tables"),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bonn_qat import hookimpl, objective, plugins, regularizers
-from bonn_qat.errors import InvalidRecipe
+from bonn_qat.errors import InvalidData, InvalidRecipe
 from bonn_qat.scheme import Stage
 from bonn_qat.training import data
 from bonn_qat.training.network import build
@@ -82,6 +82,29 @@ def test_a_compiled_run_is_the_run(digits: data.Data, monkeypatch: pytest.Monkey
     result = train(build(recipe, digits, _manager()), recipe, digits, pm=_manager())
     assert compiled == [(objective.Objective, "reduce-overhead")] * 2  # once for each stage
     assert result.epochs == plain.epochs
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, True), (0.9, False), (0.0, True)])
+@pytest.mark.parametrize("norm_decay", [True, False])
+def test_the_optimizer_is_what_the_recipe_says(
+    digits: data.Data, momentum: float, nesterov: bool, norm_decay: bool
+) -> None:
+    recipe = dataclasses.replace(RECIPE, momentum=momentum, nesterov=nesterov, norm_decay=norm_decay, stages=())
+    trainer = Trainer(
+        build(recipe, digits, _manager()), recipe, digits, torch.device("cpu"), task=nn.CrossEntropyLoss()
+    )
+    norms = {id(p) for m in trainer.model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
+    assert norms
+    for group in trainer.optimizer.param_groups:
+        assert (group["momentum"], group["nesterov"]) == (momentum, nesterov and momentum > 0)
+        if norms & {id(p) for p in group["params"]}:
+            assert group["weight_decay"] == (recipe.weight_decay if norm_decay else 0.0)
+
+
+def test_the_augmentation_is_the_recipes(digits: data.Data) -> None:
+    recipe = dataclasses.replace(RECIPE, augmentation="resized_crop")
+    with pytest.raises(InvalidData, match="digits has the augmentation 'crop' only; got 'resized_crop'"):
+        train(build(recipe, digits, _manager()), recipe, digits, pm=_manager())
 
 
 def test_float16_scales_the_loss_and_resumes_exactly(tmp_path: Path, digits: data.Data) -> None:

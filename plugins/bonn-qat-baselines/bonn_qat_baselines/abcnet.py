@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bonn_qat import BonnQatError, Scheme, hookimpl
-from bonn_qat.functional import sign
+from bonn_qat.functional import power_of_two, sign
 from bonn_qat.quantizers import ActivationQuantizer, WeightQuantizer
 
 _RIDGE = 1e-8  # beside a diagonal of ones: bases that coincide, or are opposite, make the Gram matrix singular
@@ -63,7 +63,8 @@ class AbcWeight(WeightQuantizer):
     @torch.no_grad()
     def decompose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """W ``(O, ...)`` -> B ``(M, O, ...)`` of {-1, +1} and alpha ``(M,)``, of the least-squares fit."""
-        std = x.std(correction=0)
+        unit = power_of_two(x.abs().amax())
+        std = unit * (x / unit).std(correction=0)
         centred = x - x.mean() if self.centre else x
         bases = torch.stack([sign(centred + u * std) for u in _evenly(self.bits, self.weight_spread)])
         # Of two bases one is nowhere below the other, so the mean of their product follows from their means.
@@ -117,7 +118,7 @@ class AbcActivation(ActivationQuantizer):
     threshold and not the derivative of its own ``clip(R + v, 0, 1)``: that is ``mask="printed"``, for R and v alike.
 
     N is ``activation_bases``. v starts as in Table S4 if that has a row (N = 1, 3, 5; for N = 3 that of M = 3), else
-    evenly spaced from -1.5 to 1.5; beta starts at 1. All channels share them, and they have no weight decay.
+    evenly spaced from -1.5 to 1.5; beta starts at 1. All channels share them; they decay only where norms do.
     Raises BonnQatError for ``activation_bases`` below 1 and another ``mask``.
     """
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from bonn_qat import BonnQatError, Scheme, hookimpl
-from bonn_qat.functional import approx_sign
+from bonn_qat.functional import approx_sign, power_of_two
 from bonn_qat.quantizers import ActivationQuantizer, WeightQuantizer
-from bonn_qat_baselines.irnet import ErrorDecaySign
+from bonn_qat_baselines.irnet import ErrorDecaySign, mean_between
 
 
 @final
@@ -27,17 +27,18 @@ class AdaBinWeight(WeightQuantizer):
     ``S'(u) = k t (1 - tanh(t u)^2)``, the error decay estimator, and ``D = G S'(u)``:
     ``D + mean(G - D) + u mean(G S(u) - D u)``, means over the filter.
 
-    A filter of equal weights keeps both values at beta; alpha is at least the square root of the smallest normal
-    number, so that u is 0 there and the gradient finite.
+    A filter of equal weights keeps both values at beta: alpha is at least ``tiny ** 0.75``, 3e-29 in float32, so that u
+    is 0 there and the gradient finite.
 
-    The schedule of t is IR-Net's (:class:`~bonn_qat_baselines.irnet.ErrorDecaySign`). The authors' code starts at
-    t = 0.1 too and stays there unless told otherwise: ``t_max=0.1``.
+    t grows by equal factors from ``t_min`` to ``t_max`` (:class:`~bonn_qat_baselines.irnet.ErrorDecaySign`), from 0.001
+    to 10 as in both training scripts of the authors. Their CIFAR program without its option ``--progressive``, which
+    their script sets, stays at t = 0.1 and k = 10: that is ``t_min=0.1, t_max=0.1``.
     Raises BonnQatError unless ``0 < t_min <= t_max``, both finite.
     """
 
     scaled_sign = False
 
-    def __init__(self, weight: Tensor, *, t_min: float = 0.1, t_max: float = 10.0) -> None:
+    def __init__(self, weight: Tensor, *, t_min: float = 0.001, t_max: float = 10.0) -> None:
         super().__init__()
         self.sign = ErrorDecaySign("adabin", t_min, t_max).to(weight)
         self.advance(0.0)  # in the precision of the weights
@@ -53,9 +54,13 @@ class AdaBinWeight(WeightQuantizer):
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """W -> (alpha S(u) + beta, alpha)."""
         axes = tuple(range(1, x.ndim))
-        beta = x.mean(axes, keepdim=True)
+        tiny = torch.finfo(x.dtype).tiny
+        unit = power_of_two(x.detach().abs().amax(axes, keepdim=True)).clamp(min=tiny**0.5)
+        beta = mean_between(x, axes)
         centred = x - beta
-        alpha = centred.square().mean(axes, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny).sqrt()
+        variance = (centred / unit).square().mean(axes, keepdim=True)
+        alpha = (unit * torch.where(variance > 0, variance, tiny).sqrt()).clamp(min=tiny**0.75)
+        alpha = torch.where(variance > 0, alpha, tiny**0.75)
         return alpha * self.sign(centred / alpha) + beta, alpha.detach()
 
 
@@ -65,7 +70,8 @@ class AdaBinActivation(ActivationQuantizer):
 
     Backward, with ``S'(u) = max(0, 2 - 2|u|)`` (:func:`bonn_qat.functional.approx_sign`): ``G S'(u)`` to x, the sum of
     ``G (S(u) - u S'(u))`` to a and of ``G (1 - S'(u))`` to b. ``centre="code"`` is the authors' code, whose values are
-    ``a (S(u) + b)``: then the sum of ``G (S(u) + b - u S'(u))`` to a and of ``G (a - S'(u))`` to b.
+    ``a (S(u) + b)``: then the sum of ``G (S(u) + b - u S'(u))`` to a and of ``G (a - S'(u))`` to b. In the division
+    ``|a|`` is at least one rounding step of 1, because a may pass through 0.
     Raises BonnQatError for another ``centre``.
     """
 
@@ -85,7 +91,8 @@ class AdaBinActivation(ActivationQuantizer):
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` -> (a S(u) + b, a)."""
-        signs = approx_sign((x - self.b) / self.a)
+        least = torch.finfo(x.dtype).eps
+        signs = approx_sign((x - self.b) / torch.where(self.a.abs() < least, least, self.a))
         value = self.a * signs + self.b if self.centre == "paper" else self.a * (signs + self.b)
         return value, self.a.detach()
 
@@ -131,6 +138,7 @@ ADABIN = Scheme(
     weight=AdaBinWeight,
     activation=AdaBinActivation,
     nonlinearity=Maxout,
+    norm_position="after_conv",
 )
 
 

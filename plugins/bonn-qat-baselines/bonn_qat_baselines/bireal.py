@@ -69,6 +69,7 @@ BIREAL = Scheme(
     "Capability and Advanced Training Algorithm, ECCV 2018, arXiv:1808.00278",
     weight=BiRealWeight,
     activation=ApproxSign,
+    norm_position="after_conv",
 )
 
 # The authors' staged training, with the shares of the epochs ours: they pretrain on ImageNet stage by stage.

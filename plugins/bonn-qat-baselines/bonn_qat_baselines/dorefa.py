@@ -57,6 +57,7 @@ class DorefaWeight(WeightQuantizer):
       ``(1 - v_i^2)/m (G_i - [i = j] sign(v_j)/m sum_l G_l v_l)``;
     - 32: ``W``.
 
+    In a layer of zeros, or of weights up to ``tiny ** 0.75``, 3e-29 in float32, max|tanh(W)| counts as 1.
     The 2^k levels from 2 bits on are ``-1, -1 + 2/(2^k - 1), ..., 1`` in every layer, so that the scale is 1 and a
     deployed layer stores k bits for each weight and no constant; with 1 bit it stores E|W|.
     Raises BonnQatError for another ``weight_bits``.
@@ -80,7 +81,7 @@ class DorefaWeight(WeightQuantizer):
             return x, x.new_ones(())
         bounded = torch.tanh(x)
         peak = bounded.abs().amax()
-        peak = torch.where(peak > 0, peak, torch.ones_like(peak))  # a layer of zeros
+        peak = torch.where(peak > torch.finfo(x.dtype).tiny ** 0.75, peak, 1.0)
         return 2 * _quantize(bounded / (2 * peak) + 0.5, self.bits) - 1, x.new_ones(())
 
     def extra_repr(self) -> str:

@@ -13,8 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from bonn_qat import BonnQatError, Scheme, hookimpl
-from bonn_qat.functional import ede_sign
+from bonn_qat.functional import ede_sign, power_of_two
 from bonn_qat.quantizers import ActivationQuantizer, WeightQuantizer
+
+
+def mean_between(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """The mean over ``axes``, which are kept, and never beyond the elements.
+
+    The rounded mean of equal numbers may differ from them; their spread would then consist of rounding errors.
+
+    >>> mean_between(torch.full((1, 3), 0.1), (1,)).item() == torch.tensor(0.1).item()
+    True
+    """
+    return x.mean(axes, keepdim=True).clamp(x.amin(axes, keepdim=True), x.amax(axes, keepdim=True))
 
 
 @final
@@ -59,8 +70,10 @@ class IrNetWeight(WeightQuantizer):
     std is the sample's, with n - 1. Backward, s a constant: ``H = 2^s G k t (1 - tanh(t W_std)^2)`` to W_std, and
     ``(H - mean(H) - W_std sum(H W_std) / (n - 1)) / std`` to W, the mean and std being functions of W.
 
-    A filter of equal weights, such as one with a single element, has no std. It has W_std = 0, hence the value +1 and
-    the scale 1, and the gradient that the formulas give for std = 1. Other filters are not affected.
+    A filter of equal weights, such as one with a single element, has no std, and one below about ``tiny ** 0.75``,
+    3e-29 in float32, counts as none, because the gradient would overflow. Such a filter has the signs of ``W - mean``,
+    which are +1 for equal weights, the scale 1, which is about that of every other filter, and the gradient that the
+    formulas give for std = 1. Other filters are not affected.
 
     ``t_min`` and ``t_max`` are the paper's; the authors' code for ResNet-20 with both binary has ``t_min`` 0.001.
     Raises BonnQatError unless ``0 < t_min <= t_max``, both finite.
@@ -78,13 +91,14 @@ class IrNetWeight(WeightQuantizer):
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """W -> (2^s sign(W_std), 2^s)."""
         axes = tuple(range(1, x.ndim))
-        # The rounded mean of equal numbers may differ from them; their std would then consist of rounding errors.
-        mean = x.mean(axes, keepdim=True).clamp(x.amin(axes, keepdim=True), x.amax(axes, keepdim=True))
-        centred = x - mean
-        variance = centred.square().sum(axes, keepdim=True) / max(math.prod(x.shape[1:]) - 1, 1)
-        standardized = centred / torch.where(variance > 0, variance, 1.0).sqrt()
+        least = torch.finfo(x.dtype).tiny ** 0.5
+        unit = power_of_two(x.detach().abs().amax(axes, keepdim=True)).clamp(min=least)
+        centred = x - mean_between(x, axes)
+        variance = (centred / unit).square().sum(axes, keepdim=True) / max(math.prod(x.shape[1:]) - 1, 1)
+        has_std = variance >= least
+        standardized = centred / torch.where(has_std, unit * torch.where(has_std, variance, 1.0).sqrt(), 1.0)
         magnitude = standardized.detach().abs().mean(axes, keepdim=True)
-        scale = torch.where(magnitude > 0, magnitude, 1.0).log2().round().exp2()
+        scale = torch.where(has_std, magnitude, 1.0).log2().round().exp2()
         return scale * self.sign(standardized), scale
 
 
@@ -115,6 +129,7 @@ IRNET = Scheme(
     "CVPR 2020, arXiv:1909.10788",
     weight=IrNetWeight,
     activation=IrNetActivation,
+    norm_position="after_conv",
 )
 
 

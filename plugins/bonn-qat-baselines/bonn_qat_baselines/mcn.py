@@ -27,8 +27,9 @@ class McnWeight(WeightQuantizer):
 
     ``C^`` has two values for the layer, the nearer of two centres (of two at the same distance the upper one). With
     ``centres="kmeans"`` they are those of Lloyd's algorithm in one dimension, started at ``-mean|C|`` and ``mean|C|``,
-    and a centre that no weight is near stays; with ``"sign"`` both stay. ``modulation="mean"`` replaces each plane by
-    its mean (MCN-1).
+    and a centre that no weight is near stays; with ``"sign"`` both stay. The paper gives no number of
+    steps: here there are five, which reach the solution from latents that are symmetric about 0, and may stop short of
+    it from others. ``modulation="mean"`` replaces each plane by its mean (MCN-1).
 
     Backward: ``G_o * M_j [|C_o| <= 1]`` to C (3.22), straight-through within the clip, C^'s centres constants; to M_j
     the sum of ``G_o * C^_o`` over the input channels and over all o with ``o mod K = j`` (3.26), or with

@@ -36,12 +36,14 @@ class _Project(torch.autograd.Function):
         latent, projections, scale = ctx.saved_tensors
         grad = grad / len(projections)
         ahead = latent + ctx.look_ahead * grad
-        dlatents, dprojections = [], []
+        dlatents, dprojections, bound = [], [], torch.finfo(latent.dtype).max / latent.numel()
         for w in torch.split(projections, 1):
             inside = grad * ((w * latent).abs() <= 1)
             error = ctx.weight * (w * ahead - scale * sign(w.mean() * latent))
             dlatents.append((inside + error) * w)  # (3.51) + (3.52)
-            dprojections.append((inside * latent + error * ahead).sum_to_size(w.shape))  # (3.55) + (3.56)
+            # A product of latents beyond the square root of the largest number would be infinite, and NaN in a sum.
+            product = (error * ahead).clamp_(-bound, bound)
+            dprojections.append((inside * latent + product).sum_to_size(w.shape))  # (3.55) + (3.56)
         return torch.stack(dlatents).sum(0), torch.cat(dprojections), None, None, None
 
 

@@ -82,6 +82,7 @@ REACTNET = Scheme(
     weight=functools.partial(BiRealWeight, gradient="clipped"),  # as the authors' code has it
     activation=RSign,
     nonlinearity=RPReLU,
+    norm_position="after_conv",
 )
 
 

@@ -13,16 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from bonn_qat import BonnQatError, Scheme, hookimpl
-from bonn_qat.functional import approx_sign, ste_sign
+from bonn_qat.functional import approx_sign, power_of_two, ste_sign
 from bonn_qat.quantizers import ActivationQuantizer, WeightQuantizer
+from bonn_qat_baselines.irnet import mean_between
 
 _EPSILON = 1e-5  # of the authors' code, beside both variances
 
 
 def _deviation(x: Tensor) -> Tensor:
-    """The standard deviation of the sample over all axes but the first, with those axes kept."""
+    """``sqrt(var + 1e-5)`` of the sample over all axes but the first, with those axes kept; var is 0 for n = 1."""
     axes, n = tuple(range(1, x.ndim)), math.prod(x.shape[1:])
-    return (x.var(axes, correction=min(n - 1, 1), keepdim=True) + _EPSILON).sqrt()
+    unit = power_of_two(x.detach().abs().amax(axes, keepdim=True)).clamp(min=1)
+    variance = (x / unit).var(axes, correction=min(n - 1, 1), keepdim=True)
+    return (
+        unit
+        * (variance + _EPSILON / unit / unit)
+        .clamp(min=torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps)
+        .sqrt()
+    )
 
 
 @final
@@ -35,7 +43,8 @@ class RecuWeight(WeightQuantizer):
     ``G sign(W_2)`` over the filter. The forward does not depend on tau.
 
     alpha starts at ``mean|W|`` of the float filter, like the scales of other schemes. In the authors' code it is random
-    in [0, 1), which the norm after each convolution cancels; here the norm comes before. It has no weight decay.
+    in [0, 1); the norm after each convolution cancels either, also in its updates but for their size. It decays only
+    where norms do (the recipe's ``norm_decay``), as everything does in the authors' code.
     Raises BonnQatError unless ``0.5 < tau_min <= tau_max < 1``.
     """
 
@@ -66,7 +75,7 @@ class RecuWeight(WeightQuantizer):
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """W -> (alpha sign(W_2), |alpha|)."""
-        centred = x - x.mean(tuple(range(1, x.ndim)), keepdim=True)
+        centred = x - mean_between(x, tuple(range(1, x.ndim)))
         standardized = centred * (2 * math.sqrt(2)) / _deviation(x)
         magnitude = standardized.detach().abs()
         # A clamp changes no sign, so only its derivative matters; that of torch.clamp is 1/2 at the bound.
@@ -99,6 +108,7 @@ RECU = Scheme(
     reference="Xu et al., ReCU: Reviving the Dead Weights in Binary Neural Networks, ICCV 2021, arXiv:2103.12369",
     weight=RecuWeight,
     activation=RecuActivation,
+    norm_position="after_conv",
 )
 
 

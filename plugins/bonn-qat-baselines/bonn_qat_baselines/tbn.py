@@ -17,7 +17,7 @@ from bonn_qat import BonnQatError, Scheme, distributed, hookimpl
 from bonn_qat.functional import sign
 from bonn_qat.quantizers import ActivationQuantizer, WeightQuantizer
 
-_MOMENTUM = 0.1
+_MOMENTUM = 0.01
 _NORMAL_MAGNITUDE = math.sqrt(2 / math.pi)  # E|N(0, 1)|
 
 
@@ -59,7 +59,8 @@ class TbnActivation(ActivationQuantizer):
     """``T``: +1 where ``I >= Delta``, -1 where ``I <= -Delta``, else 0; with ``variant="tbnv2"`` ``2 Delta T``.
 
     ``Delta = delta * mean|I|`` over the whole input in training, a constant of the backward pass. In evaluation it is
-    ``running_threshold``, the moving average of these with momentum 0.1 (a buffer, part of the state dict), which
+    ``running_threshold``, the moving average of these with momentum 0.01 as in the
+    code (a buffer, part of the state dict), which
     starts at ``delta * E|N(0, 1)|``, because the input is batch-normalized. An input of zeros alone stays 0.
 
     Backward: ``G [|I| <= 1]``, the mask that the code intends; with ``variant="tbnv2"``

@@ -28,7 +28,8 @@ class XnorWeight(WeightQuantizer):
 
     - ``"exact"``: ``sign(W_i)/n sum_j G_j sign(W_j) + alpha G_i [|W_i| <= 1]``, the estimator's derivative with
       alpha a function of W;
-    - ``"printed"``: ``(1/n + alpha [|W_i| <= 1]) G_i``, as the paper prints it, without the sum;
+    - ``"printed"``: ``(1/n + alpha [|W_i| <= 1]) G_i``, as the paper prints it, without the sum; the authors' Lua code
+      has the mask ``[|W_i| < 1]``, and differs at exactly 1, where the option ``centre`` puts what it clamps;
     - ``"plain"``: ``alpha G_i [|W_i| <= 1]``, alpha a constant;
     - ``"straight"``: ``G_i``, as the paper's Algorithm 1 updates W.
 

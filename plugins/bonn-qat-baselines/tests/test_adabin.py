@@ -14,7 +14,7 @@ from bonn_qat import BonnQatError, plugins
 from bonn_qat.layers import BinaryConv2d
 
 DOUBLE = {"dtype": torch.float64}
-SHARPNESS = {0.0: 0.1, 0.25: 10**-0.5, 0.5: 1.0, 0.75: 10**0.5, 1.0: 10.0}  # t at some progress
+SHARPNESS = {0.0: 1e-3, 0.25: 1e-2, 0.5: 0.1, 0.75: 1.0, 1.0: 10.0}  # t at some progress
 
 
 @pytest.fixture
@@ -246,16 +246,16 @@ def test_inputs_and_weights_have_one_bit_and_a_filter_two_constants():
 
 
 def test_t_starts_at_t_min_in_the_precision_of_the_weights():
-    assert AdaBinWeight(torch.zeros(2, 5, **DOUBLE)).sign.t.item() == 0.1
+    assert AdaBinWeight(torch.zeros(2, 5, **DOUBLE)).sign.t.item() == 0.001
 
 
 def test_schedule_and_centre_are_options_of_the_scheme():
-    assert ADABIN.options == {"t_min": 0.1, "t_max": 10.0, "centre": "paper"}
-    scheme = ADABIN.configure({"t_min": 0.001, "t_max": 0.01, "centre": "code"})
+    assert ADABIN.options == {"t_min": 0.001, "t_max": 10.0, "centre": "paper"}
+    scheme = ADABIN.configure({"t_min": 0.1, "t_max": 0.2, "centre": "code"})
     quantizer = scheme.weight(torch.zeros(2, 1, 1, 1))
-    assert quantizer.sign.t == pytest.approx(0.001)
+    assert quantizer.sign.t == pytest.approx(0.1)
     quantizer.advance(1.0)
-    assert quantizer.sign.t == pytest.approx(0.01)
+    assert quantizer.sign.t == pytest.approx(0.2)
     assert scheme.activation(1).centre == "code"
     assert "centre='code'" in repr(scheme.activation(1))
     with pytest.raises(BonnQatError, match=r"'adabin' .* 0 < t_min <= t_max; got t_min=2.0 and t_max=1.0"):

@@ -126,7 +126,7 @@ def test_the_running_threshold_follows_training_with_momentum_and_decides_in_eva
     for seed in range(3):
         x = numbers((2, 3, 4, 4), seed) * (seed + 1)
         quantizer(x)
-        expected = 0.9 * expected + 0.1 * 0.5 * x.abs().mean().item()
+        expected = 0.99 * expected + 0.01 * 0.5 * x.abs().mean().item()
         assert quantizer.running_threshold.item() == pytest.approx(expected, rel=1e-12)
     quantizer.eval()
     x = torch.tensor([0.99 * expected, 1.01 * expected, -0.99 * expected, -1.01 * expected], dtype=DOUBLE)
