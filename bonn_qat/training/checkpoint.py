@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bonn_qat import distributed
-from bonn_qat.errors import InvalidData
+from bonn_qat.errors import BonnQatError, InvalidData
 from bonn_qat.files.plain import shown
 from bonn_qat.files.tensors import digest, read_tensors, write_tensors
 from bonn_qat.files.validate import Allowed, read_own
@@ -129,7 +129,7 @@ class Checkpointer:
             if distributed.world() == 1:
                 try:
                     self.save()
-                except OSError as second:
+                except (OSError, BonnQatError) as second:
                     error.add_note(f"the state of the run could not be written either: {second}")
             raise
         if not may_wait:
@@ -138,8 +138,12 @@ class Checkpointer:
         if distributed.world() > 1:
             counts = torch.tensor([stops, is_due and distributed.rank() == 0], dtype=torch.float32, device=device)
             stops, is_due = (count > 0 for count in distributed.all_reduce(counts).tolist())
-        if stops or is_due:
-            self.save()
+        try:
+            if stops or is_due:
+                self.save()
+        except BonnQatError:
+            if not stops:  # what the run would otherwise end with, after it has resumed
+                raise
         if stops:
             self._interrupts.deliver()
             sys.exit(TERMINATED)  # the signal came to another process of the group

@@ -21,8 +21,10 @@ _OPTIMIZER_STATE = {"adam": ("exp_avg", "exp_avg_sq", "step"), "sgd": ("momentum
 def write_checkpoint(run: Trainer, path: str | Path) -> None:
     """Write the state of ``run``; all processes of a group call this together, and rank 0 writes.
 
-    Raises OSError if the file cannot be written; the last checkpoint stays.
+    Raises OSError if the file cannot be written, and what :meth:`bonn_qat.Objective.check_finite` raises; the last
+    checkpoint stays.
     """
+    run.objective.check_finite()
     state = capture(run)
     if distributed.rank() == 0:
         write_state(path, state)
