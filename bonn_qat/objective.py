@@ -42,8 +42,8 @@ class CrossEntropy(nn.CrossEntropyLoss):
     def forward(self, input: Any, target: Any) -> Tensor:
         if not isinstance(input, Tensor) or input.ndim < 2 or input.shape[1] < 2:
             raise InvalidModel(
-                f"cross entropy needs logits (B, classes) of at least 2 classes; the model returned {described(input)}; "
-                "give a task for such outputs: Objective(model, task)"
+                f"cross entropy needs logits (B, classes) of at least 2 classes; the model returned "
+                f"{described(input)}; give a task for such outputs: Objective(model, task)"
             )
         if isinstance(target, Tensor) and target.is_floating_point() and target.shape == input.shape:
             return super().forward(input, target)
@@ -224,7 +224,7 @@ def non_finite(module: nn.Module, masks: Container[str] = ()) -> str | None:
     >>> non_finite(nn.Linear(2, 2).requires_grad_(False).apply(lambda layer: layer.bias.fill_(float("nan"))))
     'the parameter bias'
     """
-    tensors = {f"the parameter {name}": parameter for name, parameter in module.named_parameters()}
+    tensors: dict[str, Tensor] = {f"the parameter {name}": value for name, value in module.named_parameters()}
     tensors |= {f"the buffer {name}": buffer for name, buffer in module.named_buffers()}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.is_meta}
     if not tensors:

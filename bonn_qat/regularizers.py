@@ -210,8 +210,8 @@ class _ClassCentres(Regularizer):
             raise InvalidData(f"the {self.name} loss needs the targets: {self.name}(targets)")
         if features.shape[1] != self.centres.shape[1]:
             raise InvalidModel(
-                f"the {self.name} loss needs features (B, {self.centres.shape[1]}), one vector for each image; the input "
-                f"of the classifier has {features.shape[1]} numbers for each: it is called at several places of an image"
+                f"the {self.name} loss needs one vector of {self.centres.shape[1]} features for each image; the input "
+                f"of the classifier has {features.shape[1]} numbers for each: it is used at several places of an image"
             )
         indices = class_indices(targets, features.shape[:1])
         if indices is None:

@@ -27,9 +27,10 @@ class Progress:
     """The state of a run beside its tensors: the header of its file.
 
     ``epochs`` are the metrics of the finished epochs, ``step`` the optimizer steps of the current one, ``stage`` the
-    index of the stage of the last step, -1 before the first. ``data`` describes the data, ``seconds`` is the time
-    spent, ``histograms`` are those of the result, ``scaler`` is the state of the loss scaler. ``started`` and
-    ``times`` are those of the result too; checkpoints of earlier versions lack them.
+    index of the stage of the last step, -1 before the first. ``data`` describes the data, and ``fingerprint`` is their
+    hash. ``seconds`` is the time spent, ``histograms`` are those of the result, ``scaler`` is the state of the loss
+    scaler. ``started`` and ``times`` are those of the result too. Checkpoints of earlier versions lack ``fingerprint``,
+    ``started`` and ``times``.
     """
 
     run_id: str
@@ -41,6 +42,7 @@ class Progress:
     histograms: Annotated[dict[str, dict[str, dict[str, list[float]]]], check_histograms]
     seconds: Annotated[float, Allowed("at least 0", lambda seconds: seconds >= 0)]
     scaler: Mapping[str, float]
+    fingerprint: str = ""
     started: Time = 0.0
     times: Times = field(default_factory=list)
 

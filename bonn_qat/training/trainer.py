@@ -96,8 +96,8 @@ class Trainer:
         self.shard = distributed.rank(), distributed.world()
         if min(recipe.batch_size, data.train_size) < self.shard[1]:
             raise InvalidRecipe(
-                f"batch_size is {recipe.batch_size} for {data.train_size} training images and {self.shard[1]} processes; "
-                "each process needs an image of every batch"
+                f"batch_size is {recipe.batch_size} for {data.train_size} training images and {self.shard[1]} "
+                "processes; each process needs an image of every batch"
             )
         self.steps_in_epoch = math.ceil(data.train_size / recipe.batch_size)
         self.layers = dict(binary_layers(model))
@@ -309,7 +309,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _named(self, epoch: int, images: Tensor | None = None) -> Iterator[None]:
-        """Add the epoch and what else is known to the errors of steps that are not finite, or whose batch is too small."""
+        """Add what is known here to the errors of steps that are not finite, and of batches that are too small."""
         try:
             yield
         except TrainingDiverged as error:
