@@ -53,7 +53,7 @@ class Data(ABC):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of the content, by which a run is not resumed on other data; by default of the first batch of each set.
+        """A hash of the content, so that no run goes on with other data; by default of the first batch of each set.
 
         Equal for equal data, and for data that differ only in what is not hashed.
         """
@@ -368,10 +368,10 @@ def load(
 
     A folder has one folder of images for each class, or ``train`` and ``val`` with these in them
     (:mod:`bonn_qat.training.image_folder`). ``directory`` holds the named sets, or they are downloaded to it; by
-    default ``BONN_QAT_DATA`` or else ``data``. ``train_images`` and ``test_images`` take a fixed random part, 0 all. With
-    ``validation_images``, a fixed random part of the training images is held out and replaces the test set. ``size`` is
-    the height and width to which the images of a folder are resized, ``workers`` is the number of processes that read
-    them.
+    default ``BONN_QAT_DATA`` or else ``data``. ``train_images`` and ``test_images`` take a fixed random part, 0 all.
+    With ``validation_images``, a fixed random part of the training images is held out and replaces the test set.
+    ``size`` is the height and width to which the images of a folder are resized, ``workers`` is the number of processes
+    that read them.
 
     >>> data = load("digits", train_images=100)
     >>> data.image, data.classes, data.train_size

@@ -161,9 +161,8 @@ def _samples(root: Path, classes: dict[str, Path], of: Path | None = None) -> li
     """The images of ``root`` with the labels of ``classes``, which are those of the folder ``of``, or its own."""
     labels = {_key(name): label for label, name in enumerate(classes)}
     samples: list[Sample] = []
-    folders = _folders(root)
-    targets: dict[str, str] = {}
-    for name, folder in folders.items():
+    reached: dict[str, Path] = {}
+    for name, folder in _folders(root).items():
         label = labels.get(_key(name))
         if label is None:
             if not _first(folder):
@@ -171,12 +170,13 @@ def _samples(root: Path, classes: dict[str, Path], of: Path | None = None) -> li
             near = next((known for known in classes if _key(known).casefold() == _key(name).casefold()), None)
             hint = f"{of} has {shown(near)}" if near else f"the classes are those of {of}"
             raise InvalidData(f"{folder} is a class that {of} does not have; {hint}; rename or remove it")
-        target = targets.setdefault(os.path.realpath(folder), name)
-        if target != name:
-            raise InvalidData(f"{folder} and {root / target} are the same folder; remove one of the links")
         own = [Sample(path, label, size) for path, size in _images(folder)]
         if not own and of is None:
             raise InvalidData(f"{folder} holds no images, so its class cannot be learned; fill or remove it")
+        for inside in {sample.path.parent for sample in own}:
+            other = reached.setdefault(os.path.realpath(inside), folder)
+            if other != folder:
+                raise InvalidData(f"a link makes {inside} a folder of {other} too; remove it: an image has one class")
         samples += own
     if not samples:
         raise InvalidData(
@@ -193,14 +193,13 @@ def _images(folder: Path) -> Iterator[tuple[Path, int]]:
 
 def _files(folder: Path) -> Iterator[tuple[Path, str, os.DirEntry[str]]]:
     """Folder, name and entry of each image in ``folder`` and the folders within it, in any order."""
-    visited: set[tuple[int, int]] = set()  # a link may lead back to where it is
+    visited = set(map(str, folder.resolve().parents))  # a link may lead back to where it is
     pending = [folder]
     while pending:
         here = pending.pop()
-        status = here.stat()
-        if (status.st_dev, status.st_ino) in visited:
+        if (target := os.path.realpath(here)) in visited:
             continue
-        visited.add((status.st_dev, status.st_ino))
+        visited.add(target)
         for entry in _entries(here):
             if entry.is_dir():
                 pending.append(here / entry.name)

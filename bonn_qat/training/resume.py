@@ -71,7 +71,7 @@ def resume(run: Trainer, path: str | Path) -> int:
     checkpoint of an earlier version, which does not tell other images of the same number apart.
     """
     found = read_state(path)
-    if not found.progress.fingerprint:
+    if not found.progress.fingerprint and (found.progress.epochs or found.progress.step):
         warnings.warn(
             f"{path} was written by an earlier version, which kept no hash of the data: make sure that these are the "
             "images and labels that the run began with",
@@ -131,7 +131,7 @@ def _mismatches(run: Trainer, found: RunState) -> Iterator[str]:
         yield "it has a different recipe"
     if dict(progress.data) != run.data.describe():
         yield f"it was trained on {shown(dict(progress.data))}, not on {run.data.describe()}"
-    elif progress.fingerprint not in ("", run.data.fingerprint):
+    elif (progress.epochs or progress.step) and progress.fingerprint not in ("", run.data.fingerprint):
         yield (
             f"it was trained on other images or labels, which also go by the name {run.data.name!r} and have the same "
             "numbers"
