@@ -150,14 +150,17 @@ class Objective(nn.Module):
     @torch.no_grad()
     def _note(self, images: Any, inputs: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
         """Note what is not finite in this step, on the device."""
-        zero = self.steps.new_zeros((), dtype=torch.float32)
+        zero, device = self.steps.new_zeros((), dtype=torch.float32), self._first.device
         found = [_sum(images) if isinstance(images, Tensor) else zero]
         found += [inputs.get(name, zero) for name in self._layers]
         found += [terms.get(name, zero) for name in ("task", *self.regularizers)]
+        wrong = ~torch.stack([value if value.device == device else value.to(device) for value in found]).isfinite()
         self.steps += 1
-        is_new = (self._first == 0) & ~torch.stack([value.to(zero.device) for value in found]).isfinite()
-        self._first.copy_(torch.where(is_new, self.steps, self._first))
-        if self._first.device.type == "cpu" and distributed.world() == 1 and not torch.compiler.is_compiling():
+        may_look = device.type == "cpu" and not torch.compiler.is_compiling()
+        if may_look and not wrong.any():
+            return
+        self._first.copy_(torch.where(wrong & (self._first == 0), self.steps, self._first))
+        if may_look and distributed.world() == 1:
             self.check_finite(tensors=False)
 
     @torch.no_grad()
@@ -171,6 +174,8 @@ class Objective(nn.Module):
         layers and loss terms, and TrainingDiverged naming a parameter or buffer. A buffer that held infinity when the
         Objective was made, such as an attention mask, may hold it.
         """
+        if not tensors and distributed.world() == 1 and not self._first.any():
+            return
         firsts = torch.stack(distributed.all_gather(self._first))
         unseen = torch.iinfo(firsts.dtype).max
         steps: list[int] = torch.where(firsts == 0, unseen, firsts).amin(0).tolist()

@@ -124,12 +124,12 @@ TASKS: dict[str, tuple[Callable[[Any, Any], Tensor], Callable[[int, int], Any]]]
     ),
     "regression": (lambda y, t: F.mse_loss(_first(y).reshape(len(t), -1), t), lambda b, c: torch.randn(b, c)),
     "large labels": (lambda y, t: (_first(y).sum() - t.double().mean()).square(), lambda b, c: torch.full((b,), 999)),
-    "table of targets": (lambda y, t: F.cross_entropy(_first(y), t["class"]), lambda b, c: {"class": 0 * torch.arange(b)}),
+    "a table": (lambda y, t: F.cross_entropy(_first(y), t["class"]), lambda b, c: {"class": torch.arange(b) * 0}),
     "none": (lambda y, t: _first(y).square().mean(), lambda b, c: None),
 }  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     name=st.sampled_from(list(TASKS)), shape=st.sampled_from(["tensor", "tuple", "dict"]), batch=st.integers(2, 5),
     classes=st.integers(1, 5), seed=st.integers(0, 99),
@@ -155,7 +155,7 @@ def test_a_task_that_returns_no_scalar_is_told(model: nn.Module, batch: tuple[Te
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     dtype=st.sampled_from([*INTEGERS, torch.float32, torch.float16, torch.complex64]),
     shape=st.sampled_from([(6,), (5,), (7,), (6, 1), (6, 4), (1, 6), (), (6, 2, 2)]),
@@ -235,7 +235,7 @@ NAMES = [
 ]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     where=st.sampled_from(["pixel", *NAMES, "3.weight_quant.modulation", "regularizers.kernel.mu"]), value=WRONG,
     step=st.integers(1, 4), place=st.integers(0, 10**6), training=st.booleans(), frozen=st.booleans(),
