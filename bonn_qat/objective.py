@@ -12,7 +12,7 @@ from bonn_qat import distributed, plugins
 from bonn_qat.errors import BonnQatError, InvalidData, InvalidModel, InvalidRecipe, TrainingDiverged
 from bonn_qat.layers import BinaryLayer
 from bonn_qat.quantizers import ParameterRule, Quantizer, WeightQuantizer
-from bonn_qat.regularizers import Regularizer, check_range, class_indices, described, tensor_quant
+from bonn_qat.regularizers import Regularizer, check_range, class_indices, described, may_look, tensor_quant
 from bonn_qat.scheme import Scheme
 
 
@@ -156,11 +156,11 @@ class Objective(nn.Module):
         found += [terms.get(name, zero) for name in ("task", *self.regularizers)]
         wrong = ~torch.stack([value if value.device == device else value.to(device) for value in found]).isfinite()
         self.steps += 1
-        may_look = device.type == "cpu" and not torch.compiler.is_compiling()
-        if may_look and not wrong.any():
+        looks = may_look(wrong)
+        if looks and not wrong.any():
             return
         self._first.copy_(torch.where(wrong & (self._first == 0), self.steps, self._first))
-        if may_look and distributed.world() == 1:
+        if looks and distributed.world() == 1:
             self.check_finite(tensors=False)
 
     @torch.no_grad()

@@ -351,12 +351,17 @@ def class_indices(targets: object, shape: Sequence[int]) -> Tensor | None:
     return targets.long() if targets.shape == tuple(shape) else None
 
 
+def may_look(tensor: Tensor) -> bool:
+    """Whether reading values of ``tensor`` costs nothing: on a CPU, outside compiled code."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_range(targets: Tensor, classes: int, *, ignored: int | None) -> None:
     """Raise InvalidData for a class index that is too large, and for a negative one other than ``ignored``.
 
     With ``ignored=None`` every negative one is allowed. Only on a CPU, because a GPU would have to be waited for.
     """
-    if targets.device.type != "cpu" or torch.compiler.is_compiling() or not targets.numel():
+    if not may_look(targets):
         return
     kept = targets[targets >= 0] if ignored is None else targets[targets != ignored]
     if not kept.numel():

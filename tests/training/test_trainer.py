@@ -121,8 +121,7 @@ class _NoWaiting(TorchDispatchMode):
 def test_a_step_never_waits_for_the_device(digits: data.Data, monkeypatch: pytest.MonkeyPatch) -> None:
     # On a CPU targets and what was noted are looked at, for looking costs nothing there.
     for module in (objective, regularizers):
-        monkeypatch.setattr(module, "check_range", lambda *_, **__: None)
-    monkeypatch.setattr(objective.Objective, "check_finite", lambda *_, **__: None)
+        monkeypatch.setattr(module, "may_look", lambda tensor: False)
     for scheme in ("bonn", "xnor", "pcnn", "bireal"):
         recipe = dataclasses.replace(RECIPE, scheme=scheme)
         model = build(recipe, digits)
