@@ -375,7 +375,7 @@ def described(targets: object) -> str:
     """Type and shape of ``targets`` for a message."""
     if isinstance(targets, Tensor):
         return f"{str(targets.dtype).removeprefix('torch.')} {tuple(targets.shape)}"
-    return f"a {type(targets).__name__}"
+    return f"an object of type {type(targets).__name__}"
 
 
 def binary_weight_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -146,7 +146,7 @@ def test_the_loss_of_any_task_is_the_tasks(name: str, shape: str, batch: int, cl
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize(("returned", "words"), [(torch.ones(3), r"float32 \(3,\)"), (1.5, "a float")])
+@pytest.mark.parametrize(("returned", "words"), [(torch.ones(3), r"float32 \(3,\)"), (1.5, "an object of type float")])
 def test_a_task_that_returns_no_scalar_is_told(model: nn.Module, batch: tuple[Tensor, Tensor], returned, words) -> None:
     with pytest.raises(InvalidModel, match=f"the task returned {words}; it must return a scalar tensor"):
         Objective(model, lambda *_: returned)(*batch)

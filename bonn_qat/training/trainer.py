@@ -283,6 +283,8 @@ class Trainer:
     def _recompute_norms(self) -> None:
         self.checkpointer.save()  # the state in the middle of this is not one to resume from
         batches = self._on_device(self.data.measure_batches(shard=self.shard), resumable=False)
+        # A last batch of one image may have no statistics, as in training.
+        batches = (batch for batch in batches if len(batch[1]) > 1 or self.data.train_size == 1)
         with self.norms.off(), distributed.alone():  # processes have different numbers of batches
             update_bn(batches, self.model)
         average_statistics(self.model)

@@ -188,7 +188,7 @@ def test_labels_of_any_integer_type_are_class_indices_and_all_else_is_told(
         (torch.zeros(4, 8, 8), r"are float32 \(4, 8, 8\); give uint8 \(N, C, H, W\)"),
         (torch.zeros(4, 1, 8, 8).index_fill(0, torch.tensor(2), math.nan), "image 2 of the test set .* holds NaN"),
         (torch.zeros(4, 1, 9, 8), r"are \(1, 8, 8\) in the training set and \(1, 9, 8\) in the test set"),
-        ([[0]], "are a list; give"),
+        ([[0]], "are an object of type list; give"),
     ],
 )
 def test_images_that_are_none_are_told(images: Any, words: str) -> None:
