@@ -49,7 +49,7 @@ class PluginError(BonnQatError):
 
 
 class TrainingDiverged(BonnQatError, ArithmeticError):
-    """A loss term became NaN or infinite."""
+    """A loss term, a parameter, a buffer or the input of a binary layer became NaN or infinite."""
 
 
 def first_line(error: Exception) -> str:

@@ -482,28 +482,41 @@ def feature_loss(features: Tensor, targets: Tensor, centres: Tensor, sigma: Tens
     """The Bayesian feature loss: the second sum of (9) without its factor theta, averaged over the batch; a scalar.
 
     ``1/(2B) sum_b { ||f_b - c_m||^2 + sum_k [ (f_bk - c_mk)^2 / sigma_mk^2 + log sigma_mk^2 ] }``, where m is the
-    class of sample b. Features ``(B, D)``, targets ``(B,)`` of class indices, centres and sigma ``(M, D)``.
+    class of sample b. Features ``(B, D)``, targets ``(B,)`` of class indices, centres and sigma ``(M, D)``. A sample
+    with a negative target belongs to no class: it is left out, also of B.
 
     >>> features, centres = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 0.0], [1.0, 1.0]])
     >>> feature_loss(features, torch.tensor([1]), centres, torch.ones(2, 2))  # distance 1, twice, halved
     tensor(1.)
     """
-    spread = sigma[targets]
-    squared = (features - centres[targets]).square()
-    return 0.5 * (squared * (1 + spread.reciprocal().square()) + 2 * spread.log()).sum(1).mean()
+    own = targets.clamp(min=0)
+    spread = sigma[own]
+    squared = (features - centres[own]).square()
+    return 0.5 * mean_of_known((squared * (1 + spread.reciprocal().square()) + 2 * spread.log()).sum(1), targets)
+
+
+def mean_of_known(values: Tensor, targets: Tensor) -> Tensor:
+    """The mean of ``values`` ``(B,)`` over the samples whose target is not negative; 0 if there is none.
+
+    >>> mean_of_known(torch.tensor([1.0, 5.0, 3.0]), torch.tensor([0, -100, 2]))
+    tensor(2.)
+    """
+    known = targets >= 0
+    return torch.where(known, values, 0).sum() / known.sum().clamp(min=1)
 
 
 def centre_update(features: Tensor, targets: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     """Parts of the center-loss step ``sum_b [y_b = m] (c_m - f_b) / (1 + n_m)`` (Wen et al., ECCV 2016).
 
     Returns the numerator ``(M, D)`` and the counts n ``(M, 1)``, both sums over the batch, so that processes can reduce
-    them before the division.
+    them before the division. Samples with a negative target are left out.
 
     >>> centre_update(torch.tensor([[1.0], [3.0]]), torch.tensor([0, 0]), torch.zeros(2, 1))
     (tensor([[-4.],
             [ 0.]]), tensor([[2.],
             [0.]]))
     """
-    counts = torch.zeros_like(centres[:, :1]).index_add_(0, targets, torch.ones_like(features[:, :1]))
-    sums = torch.zeros_like(centres).index_add_(0, targets, features)
+    known, own = (targets >= 0).to(features.dtype)[:, None], targets.clamp(min=0)
+    counts = torch.zeros_like(centres[:, :1]).index_add_(0, own, known)
+    sums = torch.zeros_like(centres).index_add_(0, own, features * known)
     return counts * centres - sums, counts

@@ -1,41 +1,83 @@
 """Objective: the task's loss and the regularizers as one module; and parameter groups for the optimizer."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pluggy
 import torch
 from torch import Tensor, nn
 
-from bonn_qat import plugins
-from bonn_qat.errors import BonnQatError, InvalidRecipe
+from bonn_qat import distributed, plugins
+from bonn_qat.errors import BonnQatError, InvalidData, InvalidModel, InvalidRecipe, TrainingDiverged
+from bonn_qat.layers import BinaryLayer
 from bonn_qat.quantizers import ParameterRule, Quantizer, WeightQuantizer
-from bonn_qat.regularizers import Regularizer, check_targets, tensor_quant
+from bonn_qat.regularizers import Regularizer, check_range, class_indices, described, may_look, tensor_quant
 from bonn_qat.scheme import Scheme
 
 
 class Losses(NamedTuple):
-    """The result of a step: the sum to minimise, the logits ``(B, classes)``, and the weighted terms by name."""
+    """The result of a step: the sum to minimise, the model's output, and the weighted terms by name.
+
+    The output is what the model returned: logits ``(B, classes)`` of a classifier, or whatever the task understands.
+    """
 
     total: Tensor
-    logits: Tensor
+    logits: Any
     terms: dict[str, Tensor]
+
+
+class CrossEntropy(nn.CrossEntropyLoss):
+    """torch's cross entropy, the default task, which says in one line which logits and targets it takes.
+
+    Logits are ``(B, classes, ...)``, targets class indices ``(B, ...)`` of any integer type or bool, where
+    ``ignore_index`` (-100) is left out, or class probabilities like the logits, such as Mixup's.
+
+    Raises InvalidModel for other logits, InvalidData for other targets and, on a CPU, for an index out of range.
+
+    >>> CrossEntropy()(torch.zeros(2, 4), torch.tensor([3, 1], dtype=torch.uint8))
+    tensor(1.3863)
+    """
+
+    def forward(self, input: Any, target: Any) -> Tensor:
+        if not isinstance(input, Tensor) or input.ndim < 2 or input.shape[1] < 2:
+            raise InvalidModel(
+                f"cross entropy needs logits (B, classes) of at least 2 classes; the model returned "
+                f"{described(input)}; give a task for such outputs: Objective(model, task)"
+            )
+        if isinstance(target, Tensor) and target.is_floating_point() and target.shape == input.shape:
+            return super().forward(input, target)
+        shape = (input.shape[0], *input.shape[2:])
+        indices = class_indices(target, shape)
+        if indices is None:
+            raise InvalidData(
+                f"cross entropy needs class indices {shape}, whole numbers, or probabilities {tuple(input.shape)}; got "
+                f"{described(target)}; give a task for such targets: Objective(model, task)"
+            )
+        check_range(indices, input.shape[1], ignored=self.ignore_index)
+        return super().forward(input, indices)
 
 
 class Objective(nn.Module):
     """Model, task loss and regularizers in one forward pass: ``objective(images, targets).total.backward()``.
 
-    ``task`` maps (logits, targets) to a scalar, by default cross entropy. ``regularizers`` maps names to
-    weights, by default those of the model's scheme; ``options`` maps names to further keyword arguments, such as
-    ``{"kernel": {"nu": 1e-3}}``. Since the regularizers run inside ``forward``, wrapping the Objective in
-    DistributedDataParallel synchronises their parameters too.
+    ``task`` maps (output of the model, targets) to a scalar, by default :class:`CrossEntropy`. Outputs and targets may
+    be anything that it understands: several outputs, soft targets, several labels per image. The feature loss is the
+    exception: it needs class indices. ``regularizers`` maps names to weights, by default those of the model's scheme;
+    ``options`` maps names to further keyword arguments, such as ``{"kernel": {"nu": 1e-3}}``. Since the regularizers
+    run inside ``forward``, wrapping the Objective in DistributedDataParallel synchronises their parameters too.
+
+    A sign turns NaN into -1, so a binary network trains on with a finite loss after one NaN has spoilt its norms. Each
+    call therefore notes, without waiting for the device, whether images, inputs of binary layers and loss terms are
+    finite. On a CPU the call raises at once; otherwise, and in several processes, :meth:`check_finite` does.
 
     ``distillation`` is a task of timm for this model, such as ``timm.task.LogitDistillationTask(model, teacher)``: it
     runs the model and computes the task's loss, and ``task`` is not used. It is not a submodule: the teacher's
     parameters are not the Objective's, and you move it to its device yourself.
 
     Raises UnknownName for an unknown regularizer and InvalidRecipe for options that it does not take. A call raises
-    InvalidData for targets beyond the model's classes.
+    what its task and regularizers raise, InvalidModel for a task whose loss is no scalar, and on a CPU what
+    :meth:`check_finite` raises.
 
     >>> from bonn_qat import binarize
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10))
@@ -46,7 +88,7 @@ class Objective(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        task: Callable[[Tensor, Tensor], Tensor] | None = None,
+        task: Callable[[Any, Any], Tensor] | None = None,
         *,
         regularizers: Mapping[str, float] | None = None,
         options: Mapping[str, Mapping[str, Any]] | None = None,
@@ -58,7 +100,7 @@ class Objective(nn.Module):
             scheme = getattr(getattr(model, "binarization", None), "scheme", None)
             regularizers = scheme.regularizers if isinstance(scheme, Scheme) else {}
         self.model = model
-        self.task = task or nn.CrossEntropyLoss()
+        self.task = CrossEntropy() if task is None else task
         self._distillation = (distillation,)  # a tuple, because a module would be registered as a submodule
         self.regularizers = nn.ModuleDict()
         for name, weight in regularizers.items():
@@ -70,25 +112,136 @@ class Objective(nn.Module):
             except (TypeError, ValueError) as error:
                 raise InvalidRecipe(f"the options of the regularizer {name!r} do not fit: {error}") from error
 
-    def forward(self, images: Tensor, targets: Tensor) -> Losses:
+        self._inputs = _Inputs()
+        self._layers = [name for name, layer in model.named_modules() if isinstance(layer, BinaryLayer)]
+        for name in self._layers:
+            model.get_submodule(name).register_forward_pre_hook(functools.partial(self._inputs.see, name))
+        inputs = [f"the input of {name}" for name in self._layers]
+        self._watched = ["the images", *inputs, *(f"the loss term {name!r}" for name in ("task", *self.regularizers))]
+        self._masks = {name for name, tensor in self.named_buffers() if not tensor.is_meta and tensor.isinf().any()}
+        # Steps so far, and the first one in which each of the watched was not finite, 0 for none.
+        self.steps: Tensor
+        self._first: Tensor
+        device = next((parameter.device for parameter in model.parameters()), None)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
+        first = torch.zeros(len(self._watched), dtype=torch.int64, device=device)
+        self.register_buffer("_first", first, persistent=False)
+        # They are this process' own. DistributedDataParallel would replace them by those of rank 0.
+        self._ddp_params_and_buffers_to_ignore = ["steps", "_first"]
+
+    def forward(self, images: Any, targets: Any) -> Losses:
         (distillation,) = self._distillation
+        self._inputs.sums = {}
         if distillation is None:
-            logits: Tensor = self.model(images)
-            check_targets(targets, logits.shape[1])
-            terms = {"task": self.task(logits, targets)}
+            output = self.model(images)
+            terms = {"task": self.task(output, targets)}
         else:
             result = distillation(images, targets)
-            logits, terms = result["output"], {"task": result["loss"]}
+            output, terms = result["output"], {"task": result["loss"]}
+        sums, self._inputs.sums = self._inputs.sums, None
         for name, regularizer in self.regularizers.items():
             if regularizer.weight:
                 terms[name] = regularizer(targets)
-        return Losses(torch.stack(list(terms.values())).sum(), logits, terms)
+        if not isinstance(terms["task"], Tensor) or terms["task"].ndim:
+            raise InvalidModel(f"the task returned {described(terms['task'])}; it must return a scalar tensor")
+        self._note(images, sums, terms)
+        return Losses(torch.stack(list(terms.values())).sum(), output, terms)
+
+    @torch.no_grad()
+    def _note(self, images: Any, inputs: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
+        """Note what is not finite in this step, on the device."""
+        zero, device = self.steps.new_zeros((), dtype=torch.float32), self._first.device
+        found = [_sum(images) if isinstance(images, Tensor) else zero]
+        found += [inputs.get(name, zero) for name in self._layers]
+        found += [terms.get(name, zero) for name in ("task", *self.regularizers)]
+        wrong = ~torch.stack([value if value.device == device else value.to(device) for value in found]).isfinite()
+        self.steps += 1
+        looks = may_look(wrong)
+        if looks and not wrong.any():
+            return
+        self._first.copy_(torch.where(wrong & (self._first == 0), self.steps, self._first))
+        if looks and distributed.world() == 1:
+            self.check_finite(tensors=False)
+
+    @torch.no_grad()
+    def check_finite(self, *, tensors: bool = True) -> None:
+        """Raise if anything has been NaN or infinite in a step so far; call it after each epoch and before saving.
+
+        It looks at what the steps have noted and, with ``tensors``, at every parameter and buffer, and waits for the
+        device. In a process group all processes must call it together; they raise together.
+
+        Raises InvalidData naming the step for images, TrainingDiverged naming layer and step for inputs of binary
+        layers and loss terms, and TrainingDiverged naming a parameter or buffer. A buffer that held infinity when the
+        Objective was made, such as an attention mask, may hold it.
+        """
+        if not tensors and distributed.world() == 1 and not self._first.any():
+            return
+        firsts = torch.stack(distributed.all_gather(self._first))
+        unseen = torch.iinfo(firsts.dtype).max
+        steps: list[int] = torch.where(firsts == 0, unseen, firsts).amin(0).tolist()
+        step = min(steps)
+        if step == unseen and not tensors:
+            return
+        self._first.zero_()
+        found = [name for name, first in zip(self._watched, steps, strict=True) if first == step < unseen]
+        tensor = non_finite(self, self._masks)
+        if not found and tensor is None:
+            return
+        inputs = [name for name in found if name.startswith("the input of")]
+        causes = found[:1] + inputs[:1] if "the images" in found else inputs[:1] or found[:1]
+        parts = [f"{' and '.join(causes)} held NaN or infinity in step {step}"] if found else []
+        parts += [f"{tensor} holds NaN or infinity"] if tensor else []
+        if "the images" in found:
+            raise InvalidData(f"{'; '.join(parts)}; remove such images")
+        raise TrainingDiverged(f"{'; '.join(parts)}; try a lower learning rate")
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
         """Set the weights of the regularizers; those not named, or 0, are off and their parameters frozen."""
         for name, regularizer in self.regularizers.items():
             regularizer.weight = weights.get(name, 0.0)  # type: ignore[assignment]
             regularizer.requires_grad_(bool(regularizer.weight))
+
+
+class _Inputs:
+    """Forward pre-hooks of the binary layers, which keep the sum of each layer's input while ``sums`` is a table."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] | None = None
+
+    def see(self, name: str, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if self.sums is not None and inputs:
+            before, own = self.sums.get(name), _sum(inputs[0])
+            self.sums[name] = own if before is None else before + own
+
+
+def _sum(values: Tensor) -> Tensor:
+    # One pass, and finite only if all values are. Not the largest, because that takes torch many times as long.
+    values = values.detach()
+    return values.sum(dtype=torch.float32 if values.element_size() < 4 else values.dtype)
+
+
+@torch.no_grad()
+def non_finite(module: nn.Module, masks: Container[str] = ()) -> str | None:
+    """The first parameter or buffer of ``module`` that holds NaN or infinity, in words; in all processes of a group.
+
+    Buffers in ``masks`` may hold infinity. Waits for the device once.
+
+    >>> non_finite(nn.Linear(2, 2).requires_grad_(False).apply(lambda layer: layer.bias.fill_(float("nan"))))
+    'the parameter bias'
+    """
+    tensors: dict[str, Tensor] = {f"the parameter {name}": value for name, value in module.named_parameters()}
+    tensors |= {f"the buffer {name}": buffer for name, buffer in module.named_buffers()}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.is_meta}
+    if not tensors:
+        return None
+    flags = []
+    for name, tensor in tensors.items():
+        own = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # what FSDP2 has sharded
+        flags.append(own.isnan().any() if name.removeprefix("the buffer ") in masks else ~own.isfinite().all())
+    device = flags[0].device
+    counts = distributed.all_reduce(torch.stack([flag.to(device).float() for flag in flags])).tolist()
+    first = next((name for name, count in zip(tensors, counts, strict=True) if count), None)
+    return first and first.replace(" model.", " ", 1)
 
 
 def parameter_groups(

@@ -6,7 +6,7 @@ symbols are those of :mod:`bonn_qat.functional`.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, final
 
 import torch
@@ -22,9 +22,9 @@ _STACKED = 2**17  # elements
 
 
 class Step(NamedTuple):
-    """One training step: targets ``(B,)``, and for the losses of the features the classifier's input ``(B, D)``."""
+    """One training step: the task's targets, and for the losses of the features the classifier's input ``(B, D)``."""
 
-    targets: Tensor | None
+    targets: Any
     features: Tensor | None
 
 
@@ -84,14 +84,14 @@ class Regularizer(nn.Module, ABC):
     def loss(self, step: Step) -> Tensor:
         """The term without its weight; a scalar tensor."""
 
-    def forward(self, targets: Tensor | None = None) -> Tensor:
+    def forward(self, targets: Any = None) -> Tensor:
         loss = self.loss(self._step(targets))
         if not isinstance(loss, Tensor) or loss.ndim:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
             raise InvalidModel(f"the regularizer {self.name!r} returned {got}; loss(step) must return a scalar tensor")
         return self.weight * loss
 
-    def _step(self, targets: Tensor | None) -> Step:
+    def _step(self, targets: Any) -> Step:
         return Step(targets, None)
 
     def start(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -218,19 +218,27 @@ class _ClassCentres(Regularizer):
         self.centres: Tensor
         self.register_buffer("centres", torch.zeros(classes, features, device=head.weight.device))
 
-    def _step(self, targets: Tensor | None) -> Step:
+    def _step(self, targets: Any) -> Step:
         return Step(targets, self._tap.take())
 
-    def _inputs(self, step: Step) -> tuple[Tensor, Tensor]:
-        if step.targets is None or step.features is None:
+    def _inputs(self, features: Tensor | None, targets: Any) -> tuple[Tensor, Tensor]:
+        """Features ``(B, D)`` and class indices ``(B,)`` in the types that the loss computes with."""
+        if targets is None or features is None:
             raise InvalidData(f"the {self.name} loss needs the targets: {self.name}(targets)")
-        if step.targets.is_floating_point():
-            raise InvalidData(
-                f"the {self.name} loss needs class indices (B,), got soft targets {tuple(step.targets.shape)}, such as "
-                "Mixup's; leave it out: regularizers={'kernel': 1e-4}"
+        if features.shape[1] != self.centres.shape[1]:
+            raise InvalidModel(
+                f"the {self.name} loss needs one vector of {self.centres.shape[1]} features for each image; the input "
+                f"of the classifier has {features.shape[1]} numbers for each: it is used at several places of an image"
             )
-        check_targets(step.targets, len(self.centres))
-        return step.features.to(self.centres.dtype), step.targets
+        indices = class_indices(targets, features.shape[:1])
+        if indices is None:
+            raise InvalidData(
+                f"the {self.name} loss needs class indices ({len(features)},), whole numbers, of which negative ones "
+                f"belong to no class; got {described(targets)}; with Mixup's targets, several labels per image or a "
+                "regression leave it out: regularizers={'kernel': 1e-4}"
+            )
+        check_range(indices, len(self.centres), ignored=None)
+        return features.to(self.centres.dtype), indices
 
     @torch.no_grad()
     def _move_centres(self, features: Tensor, targets: Tensor) -> None:
@@ -247,12 +255,12 @@ class _ClassCentres(Regularizer):
         total, squares = (torch.zeros_like(self.centres, dtype=torch.float64) for _ in range(2))
         with modes(self.model):
             for images, targets in batches:
-                check_targets(targets, len(self.centres))
                 self.model(images)
-                features = self._tap.take().double()
-                count.index_add_(0, targets, torch.ones_like(features[:, :1]))
-                total.index_add_(0, targets, features)
-                squares.index_add_(0, targets, features.square())
+                features, targets = self._inputs(self._tap.take(), targets)
+                known, own, features = (targets >= 0).double()[:, None], targets.clamp(min=0), features.double()
+                count.index_add_(0, own, known)
+                total.index_add_(0, own, features * known)
+                squares.index_add_(0, own, features.square() * known)
         count, total, squares = map(distributed.all_reduce, (count, total, squares))
         means = total / count.clamp(min=1)
         self.centres.copy_(means)
@@ -270,8 +278,12 @@ class FeatureLoss(_ClassCentres):
     ``spread="all"``, the same of all images for every class.
 
     Call it as ``feature(targets)`` after the forward pass, and create it before ``torch.compile`` first runs the model,
-    because compiled code does not see later hooks. Raises InvalidModel if the classifier cannot be found (name it:
-    ``classifier="head.fc"``), InvalidData for targets out of range, InvalidRecipe for an impossible value of an option.
+    because compiled code does not see later hooks. Targets are class indices ``(B,)`` of any integer type or bool; an
+    image with a negative one, such as the ``ignore_index`` of cross entropy, belongs to no class and is left out.
+
+    Raises InvalidModel if the classifier cannot be found (name it: ``classifier="head.fc"``), InvalidData for other
+    targets and, on a CPU, for an index that is not below ``num_classes``; InvalidRecipe for an impossible value of an
+    option.
     """
 
     name = "feature"
@@ -307,7 +319,7 @@ class FeatureLoss(_ClassCentres):
             self.sigma.copy_(torch.where(count > 1, spread, 1.0).clamp(min=self.min_sigma))
 
     def loss(self, step: Step) -> Tensor:
-        features, targets = self._inputs(step)
+        features, targets = self._inputs(step.features, step.targets)
         with torch.no_grad():
             self.sigma.clamp_(min=self.min_sigma)
         loss = functional.feature_loss(features, targets, self.centres, self.sigma)
@@ -337,25 +349,50 @@ class CenterLoss(_ClassCentres):
         self.measure(batches)
 
     def loss(self, step: Step) -> Tensor:
-        features, targets = self._inputs(step)
-        loss = 0.5 * (features - self.centres[targets]).square().sum(1).mean()
+        features, targets = self._inputs(step.features, step.targets)
+        distances = (features - self.centres[targets.clamp(min=0)]).square().sum(1)
+        loss = 0.5 * functional.mean_of_known(distances, targets)
         if self.training:
             self._move_centres(features.detach(), targets)
         return loss
 
 
-def check_targets(targets: Tensor, classes: int) -> None:
-    """Raise InvalidData for a class index out of range; only on a CPU, because a GPU would have to be waited for."""
-    if (
-        targets.device.type != "cpu"
-        or torch.compiler.is_compiling()
-        or not targets.numel()
-        or targets.dtype.is_floating_point
-    ):
+def class_indices(targets: object, shape: Sequence[int]) -> Tensor | None:
+    """``targets`` as int64 if they are class indices of this shape, of any integer type or bool; else None.
+
+    >>> class_indices(torch.tensor([3, 1], dtype=torch.uint8), (2,))
+    tensor([3, 1])
+    """
+    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.is_complex():
+        return None
+    return targets.long() if targets.shape == tuple(shape) else None
+
+
+def may_look(tensor: Tensor) -> bool:
+    """Whether reading values of ``tensor`` costs nothing: on a CPU, outside compiled code."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_range(targets: Tensor, classes: int, *, ignored: int | None) -> None:
+    """Raise InvalidData for a class index that is too large, and for a negative one other than ``ignored``.
+
+    With ``ignored=None`` every negative one is allowed. Only on a CPU, because a GPU would have to be waited for.
+    """
+    if not may_look(targets):
         return
-    low, high = int(targets.min()), int(targets.max())
+    kept = targets[targets >= 0] if ignored is None else targets[targets != ignored]
+    if not kept.numel():
+        return
+    low, high = int(kept.min()), int(kept.max())
     if low < 0 or high >= classes:
         raise InvalidData(f"labels run from {low} to {high}, the model has {classes} classes (0 to {classes - 1})")
+
+
+def described(targets: object) -> str:
+    """Type and shape of ``targets`` for a message."""
+    if isinstance(targets, Tensor):
+        return f"{str(targets.dtype).removeprefix('torch.')} {tuple(targets.shape)}"
+    return f"an object of type {type(targets).__name__}"
 
 
 def binary_weight_layers(model: nn.Module) -> dict[str, nn.Module]:

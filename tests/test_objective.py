@@ -1,16 +1,23 @@
 import copy
 import dataclasses
+import math
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import bonn_qat
 from bonn_qat import Regularizer, Step, functional, hookimpl, plugins
 from bonn_qat.bonn import BONN
-from bonn_qat.errors import InvalidData, InvalidModel, UnknownName
+from bonn_qat.errors import BonnQatError, InvalidData, InvalidModel, TrainingDiverged, UnknownName
 from bonn_qat.objective import Objective, parameter_groups
 from bonn_qat.quantizers import WeightQuantizer
 
@@ -76,9 +83,253 @@ def test_regularizers_can_be_chosen_and_a_float_model_has_none(batch: tuple[Tens
         Objective(model, regularizers={"kernal": 1.0})
 
 
-def test_targets_out_of_range_are_told(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
-    with pytest.raises(InvalidData, match="labels run from 0 to 4, the model has 4 classes"):
-        Objective(model)(batch[0], torch.tensor([0, 1, 2, 3, 4, 0]))
+# ---------------------------------------------------------------------------------------------- a task of one's own
+
+
+def _float_net(outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, outputs),
+    )  # fmt: skip
+
+
+class _Shaped(nn.Module):
+    """A network whose output has another shape: a tuple, a table, a bare vector."""
+
+    def __init__(self, outputs: int, shape: str) -> None:
+        super().__init__()
+        self.net, self.shape = _float_net(outputs), shape
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.net(x)
+        return {"tensor": y, "tuple": (y, 2 * y), "dict": {"logits": y}, "vector": y[:, 0]}[self.shape]
+
+
+def _first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output["logits"] if isinstance(output, dict) else output[0]
+
+
+TASKS: dict[str, tuple[Callable[[Any, Any], Tensor], Callable[[int, int], Any]]] = {
+    "ignored labels": (
+        lambda y, t: F.cross_entropy(_first(y), t, ignore_index=-1),
+        lambda b, c: torch.where(torch.arange(b) % 3 == 1, -1, torch.randint(c, (b,))),
+    ),
+    "soft": (lambda y, t: F.cross_entropy(_first(y), t), lambda b, c: torch.rand(b, c).softmax(1)),
+    "several labels": (
+        lambda y, t: F.binary_cross_entropy_with_logits(_first(y), t), lambda b, c: (torch.rand(b, c) > 0.5).float(),
+    ),
+    "yes or no": (
+        lambda y, t: F.binary_cross_entropy_with_logits(_first(y).reshape(len(t), -1)[:, 0], t.float()),
+        lambda b, c: torch.randint(2, (b,)).bool(),
+    ),
+    "regression": (lambda y, t: F.mse_loss(_first(y).reshape(len(t), -1), t), lambda b, c: torch.randn(b, c)),
+    "large labels": (lambda y, t: (_first(y).sum() - t.double().mean()).square(), lambda b, c: torch.full((b,), 999)),
+    "a table": (lambda y, t: F.cross_entropy(_first(y), t["class"]), lambda b, c: {"class": torch.arange(b) * 0}),
+    "none": (lambda y, t: _first(y).square().mean(), lambda b, c: None),
+}  # fmt: skip
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    name=st.sampled_from(list(TASKS)), shape=st.sampled_from(["tensor", "tuple", "dict"]), batch=st.integers(2, 5),
+    classes=st.integers(1, 5), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_the_loss_of_any_task_is_the_tasks(name: str, shape: str, batch: int, classes: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    task, make = TASKS[name]
+    model = bonn_qat.binarize(_Shaped(classes, shape), input_size=(3, 8, 8)).eval()
+    images, targets = torch.randn(batch, 3, 8, 8), make(batch, classes)
+    losses = Objective(model, task, regularizers={"kernel": 1e-4})(images, targets)
+    assert torch.equal(losses.terms["task"], task(model(images), targets))
+    assert type(losses.logits) is type(model(images))
+    losses.total.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(("returned", "words"), [(torch.ones(3), r"float32 \(3,\)"), (1.5, "an object of type float")])
+def test_a_task_that_returns_no_scalar_is_told(model: nn.Module, batch: tuple[Tensor, Tensor], returned, words) -> None:
+    with pytest.raises(InvalidModel, match=f"the task returned {words}; it must return a scalar tensor"):
+        Objective(model, lambda *_: returned)(*batch)
+
+
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dtype=st.sampled_from([*INTEGERS, torch.float32, torch.float16, torch.complex64]),
+    shape=st.sampled_from([(6,), (5,), (7,), (6, 1), (6, 4), (1, 6), (), (6, 2, 2)]),
+    highest=st.integers(0, 6), negative=st.booleans(), term=st.sampled_from(["task", "feature", "center"]),
+)  # fmt: skip
+def test_class_indices_of_any_integer_type_are_taken_and_all_else_is_told(
+    dtype: torch.dtype, shape: tuple[int, ...], highest: int, negative: bool, term: str
+) -> None:
+    model = bonn_qat.binarize(_float_net(4)).eval()
+    images, numbers = torch.randn(6, 3, 8, 8), torch.randint(highest + 1, shape)
+    if numbers.numel():
+        numbers.view(-1)[0] = highest
+    if negative and dtype in (torch.int8, torch.int64) and numbers.numel() > 1:
+        numbers.view(-1)[-1] = -100
+    targets = numbers.to(dtype)
+    task = None if term == "task" else lambda y, t: y.square().mean()
+    objective = Objective(model, task, regularizers={} if term == "task" else {term: 1.0}).eval()
+    fits = shape == (6,) and dtype in INTEGERS and int(targets.max()) < 4
+    soft = term == "task" and shape == (6, 4) and dtype in (torch.float32, torch.float16)
+    if not fits and not soft:
+        with pytest.raises(InvalidData, match=r"needs class indices \(6,\)|labels run from \d") as told:
+            objective(images, targets)
+        assert "\n" not in str(told.value)
+        return
+    found = objective(images, targets).terms[term]
+    with torch.no_grad():
+        logits, features = model(images), model[:-1](images)
+        labels, centres = targets if soft else targets.long(), torch.zeros(4, 8)
+        known = labels >= 0  # -100 belongs to no class
+        expected = {
+            "task": lambda: F.cross_entropy(logits, labels.to(logits.dtype) if soft else labels),
+            "feature": lambda: functional.feature_loss(features[known], labels[known], centres, torch.ones(4, 8)),
+            "center": lambda: features[known].square().sum(1).mean() / 2,
+        }[term]()
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_centres_of_classes_do_not_move_for_images_of_none(model: nn.Module) -> None:
+    images, labels = torch.randn(6, 3, 8, 8), torch.tensor([0, -1, 2, -100, 0, -1])
+    with_all, known = (
+        Objective(copy.deepcopy(model).eval(), lambda y, t: y.sum(), regularizers={"feature": 1.0}) for _ in range(2)
+    )
+    with_all.regularizers.train()
+    known.regularizers.train()
+    with_all(images, labels)
+    known(images[labels >= 0], labels[labels >= 0])
+    one, two = with_all.regularizers["feature"], known.regularizers["feature"]
+    torch.testing.assert_close(one.centres, two.centres)
+    one.start([(images, labels)])
+    two.start([(images[labels >= 0], labels[labels >= 0])])
+    torch.testing.assert_close(one.centres, two.centres)
+    torch.testing.assert_close(one.sigma, two.sigma)
+
+
+@pytest.mark.parametrize("shape", ["tuple", "dict", "vector"])
+def test_cross_entropy_says_which_outputs_it_takes(shape: str) -> None:
+    model = bonn_qat.binarize(_Shaped(3, shape), input_size=(3, 8, 8))
+    with pytest.raises(InvalidModel, match=r"cross entropy needs logits .B, classes. of at least 2 classes; the model"):
+        Objective(model, regularizers={})(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))
+    one = bonn_qat.binarize(_Shaped(1, "tensor"), input_size=(3, 8, 8))  # its cross entropy is 0 whatever it says
+    with pytest.raises(InvalidModel, match=r"the model returned float32 \(2, 1\); give a task"):
+        Objective(one, regularizers={})(torch.randn(2, 3, 8, 8), torch.tensor([0, 0]))
+
+
+# --------------------------------------------------------------------------------------------------- NaN and infinity
+
+WRONG = st.sampled_from([math.nan, math.inf, -math.inf])
+NAMES = [
+    "0.weight",
+    "1.weight",
+    "1.running_mean",
+    "1.running_var",
+    "3.weight",
+    "3.norm.bias",
+    "3.norm.running_var",
+    "6.bias",
+]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    where=st.sampled_from(["pixel", *NAMES, "3.weight_quant.modulation", "regularizers.kernel.mu"]), value=WRONG,
+    step=st.integers(1, 4), place=st.integers(0, 10**6), training=st.booleans(), frozen=st.booleans(),
+)  # fmt: skip
+def test_what_is_not_finite_is_told_with_its_name(
+    where: str, value: float, step: int, place: int, training: bool, frozen: bool
+) -> None:
+    objective = Objective(bonn_qat.binarize(_float_net(4)))
+    objective.train(training)
+    objective.model.requires_grad_(not frozen)
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.01)
+    tensors = {
+        name.removeprefix("model."): t for name, t in (*objective.named_parameters(), *objective.named_buffers())
+    }
+    told = None
+    for at in range(1, 6):
+        images = torch.randn(6, 3, 8, 8)
+        spoilt = images if where == "pixel" else tensors[where].detach()
+        if at == step:
+            spoilt.view(-1)[place % spoilt.numel()] = value
+        try:
+            optimizer.zero_grad()
+            objective(images, torch.tensor([0, 1, 2, 3, 0, 1])).total.backward()
+            optimizer.step()
+        except BonnQatError as error:
+            told = error
+            break
+    if told is None:
+        with pytest.raises(TrainingDiverged) as raised:
+            objective.check_finite()
+        told = raised.value
+    words = str(told)
+    if where == "pixel":
+        assert isinstance(told, InvalidData)
+        assert f"the images and the input of 3 held NaN or infinity in step {step}" in words
+    else:
+        assert isinstance(told, TrainingDiverged)
+        # The tensor itself, or an earlier one that it has spoilt in the same step.
+        first = next(name for name, t in tensors.items() if not t.isfinite().all())
+        assert re.search(rf"(parameter|buffer) {re.escape(first)} holds NaN or infinity", words), words
+        assert "step" not in words or f"in step {step}" in words
+    objective.model.load_state_dict(_float_net(4).state_dict())
+    for buffer in objective.regularizers.buffers():
+        buffer.zero_()
+    with torch.no_grad():
+        for parameter in objective.regularizers.parameters():
+            parameter.fill_(1.0)
+    objective.check_finite()  # what has been told is not told again
+
+
+def test_a_mask_may_hold_infinity_and_must_not_hold_nan(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    model.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+    objective = Objective(model)
+    objective(*batch)
+    objective.check_finite()
+    model.mask[0] = math.nan
+    with pytest.raises(TrainingDiverged, match="the buffer mask holds NaN or infinity"):
+        objective.check_finite()
+
+
+def test_a_weight_of_a_label_that_is_nan_names_the_loss_and_the_weight(
+    model: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    objective = Objective(model, nn.CrossEntropyLoss(weight=torch.tensor([1.0, math.nan, 1.0, 1.0])))
+    with pytest.raises(TrainingDiverged, match=r"the loss term 'task' held .* in step 1; the buffer task.weight holds"):
+        objective(*batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_infinity_under_autocast_is_told_and_large_sums_are_none(
+    model: nn.Module, batch: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> None:
+    objective, (images, targets) = Objective(model), batch
+    with torch.autocast("cpu", dtype):
+        objective(images + 100, targets)  # sums beyond float16
+    with torch.no_grad():
+        model[0].weight.mul_(1e5 if dtype == torch.float16 else 1e38)
+    with (
+        torch.autocast("cpu", dtype),
+        pytest.raises(TrainingDiverged, match="the input of 3 held NaN or infinity in step 2"),
+    ):
+        objective(100 * images, targets)
+
+
+def test_compiled_code_and_copies_note_the_same(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    objective = copy.deepcopy(Objective(model))
+    compiled = torch.compile(objective, backend="eager", fullgraph=True)
+    images = batch[0].clone()
+    compiled(*batch)
+    images[3, 1, 2, 2] = math.nan
+    compiled(images, batch[1])
+    compiled(*batch)
+    with pytest.raises(InvalidData, match="the images and the input of 3 held NaN or infinity in step 2; the buffer"):
+        objective.check_finite()
 
 
 @pytest.mark.parametrize("norm_decay", [False, True])

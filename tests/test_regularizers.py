@@ -430,12 +430,12 @@ def test_a_model_without_a_classifier_is_refused(loss):
         loss(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), classifier="1")
 
 
-@pytest.mark.parametrize("labels", [[0, 4], [-1, 2]])
-def test_labels_out_of_range_are_named(labels):
+def test_labels_out_of_range_are_named():
+    labels = [0, 4]
     model = dense().eval()
     feature = FeatureLoss(model)
     model(batches([2])[0][0])
-    with pytest.raises(InvalidData, match=r"labels run from (0 to 4|-1 to 2), the model has 4 classes"):
+    with pytest.raises(InvalidData, match=r"labels run from 0 to 4, the model has 4 classes"):
         feature(torch.tensor(labels))
     with pytest.raises(InvalidData, match="labels run from"):
         feature.start([(batches([2])[0][0], torch.tensor(labels))])
@@ -460,7 +460,7 @@ def test_targets_are_needed():
     with pytest.raises(InvalidData, match=r"feature\(targets\)"):
         feature()
     model(batches([3])[0][0])
-    with pytest.raises(InvalidData, match=r"needs class indices \(B,\), got soft targets \(3, 4\)"):
+    with pytest.raises(InvalidData, match=r"needs class indices \(3,\), .*; got float32 \(3, 4\); with Mixup's"):
         feature(torch.full((3, 4), 0.25))
 
 

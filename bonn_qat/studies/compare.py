@@ -163,7 +163,14 @@ def _planned(recipes: Sequence[Recipe], data: Data, directory: Path) -> Comparis
     """The comparison with these recipes added, and with the finished and failed runs of earlier calls."""
     wanted = {recipe.name: recipe for recipe in recipes}
     content = {name: recipe.to_dict() for name, recipe in wanted.items()}
-    fresh = Comparison(directory=directory, data=data.describe(), planned=list(wanted), results=(), recipes=content)
+    fresh = Comparison(
+        directory=directory,
+        data=data.describe(),
+        fingerprint=data.fingerprint,
+        planned=list(wanted),
+        results=(),
+        recipes=content,
+    )
     if not (directory / MANIFEST).exists():
         return fresh
     before = read_comparison(directory)
@@ -173,6 +180,11 @@ def _planned(recipes: Sequence[Recipe], data: Data, directory: Path) -> Comparis
         for run in before.results
     ):
         raise InvalidData(f"{directory} holds a comparison of other recipes or data; choose another directory")
+    if before.results and before.fingerprint not in ("", fresh.fingerprint):
+        raise InvalidData(
+            f"{directory} holds results of other images or labels, which also go by the name {data.name!r} and have "
+            "the same numbers; choose another directory"
+        )
     return replace(
         fresh,
         planned=list(dict.fromkeys([*before.planned, *wanted])),

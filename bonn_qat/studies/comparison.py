@@ -39,7 +39,8 @@ def _check_names(name: str, runs: Sequence[str]) -> str | None:
 class Manifest:
     """The content of a comparison's manifest.
 
-    ``data`` describes the data: name, classes, train, test (numbers of images), image (channels, height, width).
+    ``data`` describes the data: name, classes, train, test (numbers of images), image (channels, height, width), and
+    ``fingerprint`` is their hash; comparisons of earlier versions have none.
     ``planned`` has the names of runs in the order of the table, ``failures`` the error of each run that failed,
     ``recipes`` the planned runs' recipes by name; comparisons of earlier versions have none.
     """
@@ -48,6 +49,7 @@ class Manifest:
     planned: Annotated[Sequence[str], _check_names]
     failures: Mapping[str, str] = field(default_factory=dict)
     recipes: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

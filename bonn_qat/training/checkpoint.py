@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bonn_qat import distributed
-from bonn_qat.errors import InvalidData
+from bonn_qat.errors import BonnQatError, InvalidData
 from bonn_qat.files.plain import shown
 from bonn_qat.files.tensors import digest, read_tensors, write_tensors
 from bonn_qat.files.validate import Allowed, read_own
@@ -27,9 +27,10 @@ class Progress:
     """The state of a run beside its tensors: the header of its file.
 
     ``epochs`` are the metrics of the finished epochs, ``step`` the optimizer steps of the current one, ``stage`` the
-    index of the stage of the last step, -1 before the first. ``data`` describes the data, ``seconds`` is the time
-    spent, ``histograms`` are those of the result, ``scaler`` is the state of the loss scaler. ``started`` and
-    ``times`` are those of the result too; checkpoints of earlier versions lack them.
+    index of the stage of the last step, -1 before the first. ``data`` describes the data, and ``fingerprint`` is their
+    hash. ``seconds`` is the time spent, ``histograms`` are those of the result, ``scaler`` is the state of the loss
+    scaler. ``started`` and ``times`` are those of the result too. Checkpoints of earlier versions lack ``fingerprint``,
+    ``started`` and ``times``.
     """
 
     run_id: str
@@ -41,6 +42,7 @@ class Progress:
     histograms: Annotated[dict[str, dict[str, dict[str, list[float]]]], check_histograms]
     seconds: Annotated[float, Allowed("at least 0", lambda seconds: seconds >= 0)]
     scaler: Mapping[str, float]
+    fingerprint: str = ""
     started: Time = 0.0
     times: Times = field(default_factory=list)
 
@@ -129,7 +131,7 @@ class Checkpointer:
             if distributed.world() == 1:
                 try:
                     self.save()
-                except OSError as second:
+                except (OSError, BonnQatError) as second:
                     error.add_note(f"the state of the run could not be written either: {second}")
             raise
         if not may_wait:
@@ -138,8 +140,12 @@ class Checkpointer:
         if distributed.world() > 1:
             counts = torch.tensor([stops, is_due and distributed.rank() == 0], dtype=torch.float32, device=device)
             stops, is_due = (count > 0 for count in distributed.all_reduce(counts).tolist())
-        if stops or is_due:
-            self.save()
+        try:
+            if stops or is_due:
+                self.save()
+        except BonnQatError:
+            if not stops:  # what the run would otherwise end with, after it has resumed
+                raise
         if stops:
             self._interrupts.deliver()
             sys.exit(TERMINATED)  # the signal came to another process of the group

@@ -1,7 +1,10 @@
-"""Data: labelled images by name or path, in batches, read by torchvision, scikit-learn and timm."""
+"""Data: labelled images by name or path, in batches, read by torchvision, scikit-learn, Pillow and timm."""
 
 import contextlib
 import copy
+import functools
+import hashlib
+import math
 import os
 import random
 from abc import ABC, abstractmethod
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from bonn_qat.errors import InvalidData, UnknownName
 from bonn_qat.files.plain import one_line
+from bonn_qat.regularizers import class_indices, described
 
 Batch = tuple[Tensor, Tensor]
 Shard = tuple[int, int]
@@ -46,6 +50,15 @@ class Data(ABC):
             "train": self.train_size,
             "test": self.test_size,
         }
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the content, so that no run goes on with other data; by default of the first batch of each set.
+
+        Equal for equal data, and for data that differ only in what is not hashed.
+        """
+        firsts = [next(iter(batches)) for batches in (self.measure_batches(), self.test_batches())]
+        return _digest([tensor for batch in firsts for tensor in batch])
 
     def to(self, device: torch.device) -> "Data":
         """The same data in the memory of ``device``, if this kind of data can be held there."""
@@ -81,25 +94,32 @@ class Data(ABC):
 class TensorData(Data):
     """Images in memory as uint8 ``(N, C, H, W)``, augmented in whole batches: pad, random crop, random flip.
 
-    :meth:`to` moves them into a GPU's memory; then only the random numbers of an epoch are copied there.
+    :meth:`to` moves them into a GPU's memory; then only the random numbers of an epoch are copied there. ``train`` and
+    ``test`` are images and class indices ``(N,)`` of any integer type or bool.
+
+    Raises InvalidData for empty sets, images of another shape, that are not numbers or hold NaN, and for other labels.
     """
 
     def __init__(self, name: str, train: Batch, test: Batch, *, classes: int, pad: int, flip: bool) -> None:
+        train = _checked(f"training set of {name!r}", *train, classes)
+        test = _checked(f"test set of {name!r}", *test, classes)
+        if test[0].shape[1:] != train[0].shape[1:]:
+            raise InvalidData(
+                f"the images of {name!r} are {tuple(train[0].shape[1:])} in the training set and "
+                f"{tuple(test[0].shape[1:])} in the test set; give both one size"
+            )
         self.name, self.classes = name, classes
         self._train, self._test, self._pad, self._flip = train, test, pad, flip
         self.image = tuple(train[0].shape[1:])  # type: ignore[assignment]
         self.train_size, self.test_size = len(train[0]), len(test[0])
-        for part, (images, targets) in (("training", train), ("test", test)):
-            if not len(images):
-                raise InvalidData(f"the {part} set of {name!r} holds no images")
-            low, high = int(targets.min()), int(targets.max())
-            if low < 0 or high >= classes:
-                raise InvalidData(
-                    f"labels of the {part} set of {name!r} run from {low} to {high}, not 0 to {classes - 1}"
-                )
         pixels = train[0].transpose(0, 1).flatten(1).float()
         self._mean = pixels.mean(1).view(1, -1, 1, 1)
         self._std = pixels.std(1).clamp(min=1e-3).view(1, -1, 1, 1)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of all images and labels."""
+        return _digest([*self._train, *self._test])
 
     def to(self, device: torch.device) -> "TensorData":
         moved = copy.copy(self)
@@ -134,8 +154,8 @@ class TensorData(Data):
             end = min(first + batch_size, len(images))
             own = slice(first + shard[0], end - (end - first) % shard[1], shard[1])
             chosen = order[own]
-            if len(chosen) < 2 <= len(images):
-                continue  # one image has no batch statistics
+            if len(chosen) < _least(batch_size, len(images), shard[1]):
+                continue
             batch = images[chosen]
             if views:
                 batch = augmented(batch, Views(*(part[own] for part in views)))
@@ -152,6 +172,40 @@ class TensorData(Data):
             list(zip(*(torch.split(tensor, batch_size) for tensor in part), strict=True)), shard
         ):
             yield self._standardise(images), targets
+
+
+def _checked(part: str, images: Any, targets: Any, classes: int) -> Batch:
+    """Images and labels in the types that batches are made of."""
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.is_complex():
+        raise InvalidData(f"the images of the {part} are {described(images)}; give uint8 (N, C, H, W)")
+    if not len(images):
+        raise InvalidData(f"the {part} holds no images")
+    if not bool(images.sum(dtype=torch.float64).isfinite()):
+        first = int((~images.flatten(1).isfinite().all(1)).nonzero()[0])
+        raise InvalidData(f"image {first} of the {part}, counted from 0, holds NaN or infinity; remove such images")
+    indices = class_indices(targets, images.shape[:1])
+    if indices is None:
+        raise InvalidData(
+            f"the labels of the {part} are {described(targets)}; give class indices ({len(images)},), whole numbers: "
+            "labels.long() of floats, labels.argmax(1) of one-hot labels"
+        )
+    low, high = int(indices.min()), int(indices.max())
+    if low < 0 or high >= classes:
+        raise InvalidData(f"labels of the {part} run from {low} to {high}, not 0 to {classes - 1}")
+    return images, indices
+
+
+def _digest(tensors: list[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _least(batch_size: int, total: int, world: int) -> int:
+    """The fewest images that a process trains on at once: 2, because one has no batch statistics, unless all have 1."""
+    return min(2, min(batch_size, total) // world)
 
 
 def _sharded(batches: list[Any], shard: Shard) -> list[Any]:
@@ -191,7 +245,12 @@ def _reflected(places: Tensor, length: int) -> Tensor:
 
 @final
 class FolderData(Data):
-    """An image folder, read from disk in batches, with timm's transforms for training and evaluation."""
+    """An image folder, read from disk in batches, with timm's transforms for training and evaluation.
+
+    :mod:`bonn_qat.training.image_folder` says which layouts and files it reads. Without a held-out set a fixed random
+    fifth of the images is held out. Raises InvalidData for a layout that is not clear; iterating over batches raises
+    InvalidData naming a file that cannot be read.
+    """
 
     def __init__(
         self,
@@ -205,33 +264,48 @@ class FolderData(Data):
     ) -> None:
         from timm.data import create_transform
 
-        root = Path(root)
-        self.name, self.image, self._workers = root.name, (3, size, size), workers
-        plain = create_transform((3, size, size), is_training=False)
-        splits = {name: _split_folder(root, train=part, test=plain) for name, part in _augmentations(size).items()}
-        train, test = splits["crop"]
-        measure, _ = _split_folder(root, train=plain, test=plain)
-        self._augmented = {name: _part(split[0], train_images) for name, split in splits.items()}
-        self.classes = len(_classes(train))
-        self._train, self._test = _part(train, train_images), _part(test, test_images)
-        self._measure = _part(measure, train_images)
+        from bonn_qat.training.image_folder import Images, read_layout
+
+        layout = read_layout(Path(root))
+        self.name, self.image, self._workers = Path(root).name, (3, size, size), workers
+        self.classes = len(layout.classes)
+        train, test = layout.train, layout.held_out
+        if test is None:
+            if len(train) < 2:
+                raise InvalidData(f"{root} holds {len(train)} image; at least two are needed, one of them to test with")
+            order = torch.randperm(len(train), generator=torch.Generator().manual_seed(_SPLIT_SEED)).tolist()
+            count = max(1, len(order) // 5)
+            train, test = [train[i] for i in order[count:]], [train[i] for i in order[:count]]
+        train, test = _part(train, train_images), _part(test, test_images)
         if validation_images:
-            kept, held_out = _held_out(len(self._train), validation_images)
-            self._test = torch.utils.data.Subset(self._measure, held_out.tolist())
-            self._train, self._measure = (
-                torch.utils.data.Subset(part, kept.tolist()) for part in (self._train, self._measure)
-            )
-            self._augmented = {
-                name: torch.utils.data.Subset(part, kept.tolist()) for name, part in self._augmented.items()
-            }
-        self.train_size, self.test_size = len(self._train), len(self._test)
+            kept, held_out = _held_out(len(train), validation_images)
+            train, test = [train[i] for i in kept.tolist()], [train[i] for i in held_out.tolist()]
+        plain = create_transform((3, size, size), is_training=False)
+        images = functools.partial(Images, Path(root), layout.classes)
+        self._augmented = {name: images(train, transform) for name, transform in _augmentations(size).items()}
+        self._measure, self._test = images(train, plain), images(test, plain)
+        self.train_size, self.test_size = len(train), len(test)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the names, labels and sizes of all files, and of the content of 64 files spread over them."""
+        samples = self._measure.samples + self._test.samples
+        parts = [f"{path.parent.name}/{path.name} {label} {size}" for path, label, size in samples]
+        digest = hashlib.sha256("\n".join([*map(str, self.image), str(self.train_size), *parts]).encode())
+        for path, _, _ in samples[:: math.ceil(len(samples) / 64)]:
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
 
     def _loader(self, dataset: Any, batches: list[Any]) -> Iterator[Batch]:
         # With its own generator a loader does not draw from the global one.
         loader = torch.utils.data.DataLoader(
-            dataset, batch_sampler=batches, num_workers=self._workers, generator=torch.Generator(), pin_memory=_pins()
-        )
-        return iter(loader)
+            dataset, batch_sampler=batches, num_workers=self._workers, generator=torch.Generator(),
+            pin_memory=torch.cuda.is_available(), collate_fn=_collate,
+        )  # fmt: skip
+        for batch in loader:
+            if isinstance(batch, InvalidData):
+                raise batch
+            yield batch
 
     def train_batches(
         self,
@@ -250,10 +324,10 @@ class FolderData(Data):
         seeds = torch.randint(2**32, (self.train_size,), generator=generator).tolist()
         images = list(zip(order, seeds, strict=True))
         rank, world = shard
-        # As in TensorData, batches of one image and the rest of a division are left out.
         whole = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
         batches = [batch[: len(batch) - len(batch) % world][rank::world] for batch in whole]
-        own = [batch for batch in batches if len(batch) > 1 or self.train_size == 1]
+        least = _least(batch_size, len(images), world)
+        own = [batch for batch in batches if len(batch) >= least]
         return self._loader(_SeededImages(part), own[start:])
 
     def test_batches(self, batch_size: int = 100, *, shard: Shard = WHOLE) -> Iterator[Batch]:
@@ -299,8 +373,9 @@ def _augmentations(size: int) -> dict[str, Any]:
     }
 
 
-def _pins() -> bool:
-    return torch.cuda.is_available()
+def _collate(items: list[Any]) -> Any:
+    broken = next((item for item in items if isinstance(item, InvalidData)), None)
+    return torch.utils.data.default_collate(items) if broken is None else broken
 
 
 @contextlib.contextmanager
@@ -330,16 +405,19 @@ def load(
 ) -> Data:
     """Load data by name (``digits``, ``cifar10``, ``cifar100``, ``fashion-mnist``) or by the path of an image folder.
 
-    ``directory`` holds the named sets, or they are downloaded to it; by default ``BONN_QAT_DATA`` or else ``data``.
-    ``train_images`` and ``test_images`` take a fixed random part, 0 all. With ``validation_images``, a fixed random
-    part of the training images is held out and replaces the test set. ``size`` is the height and width to which the
-    images of a folder are resized, ``workers`` is the number of processes that read them.
+    A folder has one folder of images for each class, or ``train`` and ``val`` with these in them
+    (:mod:`bonn_qat.training.image_folder`). ``directory`` holds the named sets, or they are downloaded to it; by
+    default ``BONN_QAT_DATA`` or else ``data``. ``train_images`` and ``test_images`` take a fixed random part, 0 all.
+    With ``validation_images``, a fixed random part of the training images is held out and replaces the test set.
+    ``size`` is the height and width to which the images of a folder are resized, ``workers`` is the number of processes
+    that read them.
 
     >>> data = load("digits", train_images=100)
     >>> data.image, data.classes, data.train_size
     ((1, 8, 8), 10, 100)
 
-    Raises UnknownName, and InvalidData for a path that does not exist or holds no images, and for too many images.
+    Raises UnknownName, and InvalidData for a path that does not exist, a folder whose layout is not clear, and too many
+    images.
     """
     name = str(name)
     parts = train_images, test_images, validation_images
@@ -434,31 +512,6 @@ def _chosen(total: int, count: int) -> Tensor | None:
     return torch.randperm(total, generator=torch.Generator().manual_seed(_SPLIT_SEED))[:count]
 
 
-def _part(dataset: Any, count: int) -> Any:
-    chosen = _chosen(len(dataset), count)
-    return dataset if chosen is None else torch.utils.data.Subset(dataset, chosen.tolist())
-
-
-def _split_folder(root: Path, *, train: Any, test: Any) -> tuple[Any, Any]:
-    """Training and test set of an image folder: its ``train`` and ``val`` or ``test``, else a fixed fifth to test."""
-    held_out = next((root / part for part in ("val", "validation", "test") if (root / part).is_dir()), None)
-    if (root / "train").is_dir() and held_out is not None:
-        return _image_folder(root / "train", train), _image_folder(held_out, test)
-    first, second = _image_folder(root, train), _image_folder(root, test)
-    order = torch.randperm(len(first), generator=torch.Generator().manual_seed(_SPLIT_SEED)).tolist()
-    count = max(1, len(order) // 5)
-    return torch.utils.data.Subset(first, order[count:]), torch.utils.data.Subset(second, order[:count])
-
-
-def _image_folder(root: Path, transform: Any) -> Any:
-    from torchvision.datasets import ImageFolder
-
-    try:
-        return ImageFolder(root, transform=transform)
-    except FileNotFoundError as error:
-        raise InvalidData(f"{root} does not have one folder of images for each class: {one_line(error)}") from error
-
-
-def _classes(dataset: Any) -> list[str]:
-    classes: list[str] = getattr(dataset, "dataset", dataset).classes
-    return classes
+def _part(samples: list[Any], count: int) -> list[Any]:
+    chosen = _chosen(len(samples), count)
+    return samples if chosen is None else [samples[i] for i in chosen.tolist()]

@@ -18,6 +18,7 @@ from bonn_qat.files.plain import one_line, shown
 from bonn_qat.files.tensors import read_tensors, write_tensors
 from bonn_qat.files.validate import Allowed, read_own
 from bonn_qat.heads import classifier
+from bonn_qat.objective import non_finite
 from bonn_qat.scheme import NONLINEARITIES, Scheme
 from bonn_qat.training.data import Data
 from bonn_qat.training.recipe import Recipe
@@ -174,8 +175,11 @@ def save(
     >>> bonn_qat.save(model, "trained.safetensors")  # doctest: +SKIP
 
     Raises InvalidModel for a network that cannot be rebuilt: not binarized, not timm's, made with other options, or
-    with a scheme that no plugin offers. Raises OSError where the file cannot be written.
+    with a scheme that no plugin offers; and for one that holds NaN or infinity. Raises OSError where the file cannot be
+    written.
     """
+    if tensor := non_finite(model):
+        raise InvalidModel(f"{tensor} of {type(model).__name__} holds NaN or infinity; save an earlier state of it")
     copied = copy.deepcopy(model).cpu().eval()
     to_memory_format(copied, torch.contiguous_format)  # as in the rebuilt network, for equal rounding
     tensors = copied.state_dict()

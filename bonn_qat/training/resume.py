@@ -1,5 +1,6 @@
 """Resume: write the state of a run into a checkpoint, and restore it."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,8 +22,10 @@ _OPTIMIZER_STATE = {"adam": ("exp_avg", "exp_avg_sq", "step"), "sgd": ("momentum
 def write_checkpoint(run: Trainer, path: str | Path) -> None:
     """Write the state of ``run``; all processes of a group call this together, and rank 0 writes.
 
-    Raises OSError if the file cannot be written; the last checkpoint stays.
+    Raises OSError if the file cannot be written, and what :meth:`bonn_qat.Objective.check_finite` raises; the last
+    checkpoint stays.
     """
+    run.objective.check_finite()
     state = capture(run)
     if distributed.rank() == 0:
         write_state(path, state)
@@ -48,6 +51,7 @@ def capture(run: Trainer) -> RunState:
         run_id=run.run_id,
         recipe=run.recipe.to_dict(),
         data=run.data.describe(),
+        fingerprint=run.data.fingerprint,
         stage=run.stage,
         step=run.done,
         epochs=run.epochs,
@@ -63,9 +67,16 @@ def capture(run: Trainer) -> RunState:
 def resume(run: Trainer, path: str | Path) -> int:
     """Resume the run from its checkpoint; returns the number of finished epochs.
 
-    Raises InvalidData naming the file if it is damaged or of another run; ``run`` is unchanged then.
+    Raises InvalidData naming the file if it is damaged or of another run; ``run`` is unchanged then. Warns of a
+    checkpoint of an earlier version, which does not tell other images of the same number apart.
     """
     found = read_state(path)
+    if not found.progress.fingerprint and (found.progress.epochs or found.progress.step):
+        warnings.warn(
+            f"{path} was written by an earlier version, which kept no hash of the data: make sure that these are the "
+            "images and labels that the run began with",
+            stacklevel=2,
+        )
     if wrong := next(_mismatches(run, found), None):
         raise InvalidData(f"{path} is not a checkpoint of this run: {wrong}; delete it, or give another path")
     progress = found.progress
@@ -120,6 +131,11 @@ def _mismatches(run: Trainer, found: RunState) -> Iterator[str]:
         yield "it has a different recipe"
     if dict(progress.data) != run.data.describe():
         yield f"it was trained on {shown(dict(progress.data))}, not on {run.data.describe()}"
+    elif (progress.epochs or progress.step) and progress.fingerprint not in ("", run.data.fingerprint):
+        yield (
+            f"it was trained on other images or labels, which also go by the name {run.data.name!r} and have the same "
+            "numbers"
+        )
     done = len(progress.epochs)
     if len(progress.times) not in (0, done):
         yield f"it has {len(progress.times)} times for {done} epochs"

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from bonn_qat import distributed, plugins
+from bonn_qat.objective import CrossEntropy
 from bonn_qat.training.checkpoint import Checkpointer
 from bonn_qat.training.data import Data
 from bonn_qat.training.interrupts import deferred_interrupts
@@ -48,12 +49,14 @@ def train(
     is that of all processes together, and so are gradients, class centres and batch norm statistics. Only rank 0 writes
     and calls hooks. A run may resume with another number of processes.
 
-    Raises TrainingDiverged when a loss term becomes NaN or infinite (on a GPU up to 50 steps later), InvalidData for
-    labels that the model has no class for or a checkpoint of another run, InvalidModel for a model that is not
-    binarized, OSError where the checkpoint cannot be written; the last checkpoint stays.
+    Raises TrainingDiverged when a loss term, a parameter, a buffer or the input of a binary layer becomes NaN or
+    infinite: with the step, on a GPU up to 50 steps later, and before weights, results or a checkpoint are written.
+    Raises InvalidData for images that hold NaN, labels that the model has no class for or a checkpoint of another run,
+    InvalidModel for a model that is not binarized, InvalidRecipe for a batch that is too small for the model's norms,
+    OSError where the checkpoint cannot be written; the last checkpoint stays.
     """
     device = torch.device(device) if device else distributed.device()
-    task = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
+    task = CrossEntropy(label_smoothing=recipe.label_smoothing)
     teacher = _teacher(model, task, recipe, data, device) if recipe.teacher else None
     torch.manual_seed(recipe.seed + distributed.rank())
     run = Trainer(model, recipe, data, device, task=task, distillation=teacher, pm=pm)

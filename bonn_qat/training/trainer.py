@@ -1,5 +1,6 @@
 """Trainer: the epochs of one run: training steps, tests, stages, and what is measured on the way."""
 
+import contextlib
 import math
 import time
 import uuid
@@ -15,11 +16,11 @@ from torch.optim.swa_utils import update_bn
 from bonn_qat import distributed
 from bonn_qat.binarization.binarize import NORMS, Binarization, binary_layers
 from bonn_qat.environment import environment
-from bonn_qat.errors import InvalidModel, TrainingDiverged
+from bonn_qat.errors import InvalidData, InvalidModel, InvalidRecipe, TrainingDiverged
 from bonn_qat.inspection.diagnose import first_non_finite
 from bonn_qat.inspection.flips import FlipRatio
 from bonn_qat.inspection.summary import summary
-from bonn_qat.objective import Losses, Objective, advance, parameter_groups
+from bonn_qat.objective import Losses, Objective, advance, non_finite, parameter_groups
 from bonn_qat.regularizers import latent_weights
 from bonn_qat.scheme import Stage, reweighed
 from bonn_qat.training.checkpoint import Checkpointer
@@ -42,7 +43,8 @@ class Trainer:
     gradients are averaged over the processes, and within ``norms.on()`` so are the statistics of batch norms.
     ``checkpointer`` is called wherever a checkpoint may be written.
 
-    Raises InvalidModel for a model that is not binarized.
+    Raises InvalidModel for a model that is not binarized or holds NaN, InvalidRecipe for a batch of fewer images than
+    processes.
     """
 
     def __init__(
@@ -62,6 +64,8 @@ class Trainer:
                 f"{type(model).__name__} is not binarized; train(binarize(model), ...), or for a float network "
                 "binarize(model, 'float')"
             )
+        if tensor := non_finite(model):
+            raise InvalidModel(f"{tensor} holds NaN or infinity before the first step; load finite weights")
         self.size = summary(model, data.image)
         self.layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.model = model.to(device=device)
@@ -91,6 +95,11 @@ class Trainer:
         self.norms = SynchronisedNorms(self.model, wanted=recipe.sync_norms)
         self.checkpointer = Checkpointer()
         self.shard = distributed.rank(), distributed.world()
+        if min(recipe.batch_size, data.train_size) < self.shard[1]:
+            raise InvalidRecipe(
+                f"batch_size is {recipe.batch_size} for {data.train_size} training images and {self.shard[1]} "
+                "processes; each process needs an image of every batch"
+            )
         self.steps_in_epoch = math.ceil(data.train_size / recipe.batch_size)
         self.layers = dict(binary_layers(model))
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -120,6 +129,8 @@ class Trainer:
             epoch == self.recipe.epochs or stage_of(self.stages, epoch + 1, self.recipe.epochs) != self.stage
         ):
             self._recompute_norms()
+        with self._named(epoch):
+            self.objective.check_finite()
         metrics |= self._test()
         if self.flips is not None:
             self.flips.update()
@@ -141,13 +152,15 @@ class Trainer:
         )  # fmt: skip
         if self.done:
             self._set_lr((epoch - 1) + (self.done - 1) / self.steps_in_epoch)  # no step may be left to set it
-        losses = None
+        self.objective.steps.fill_(self.done)
         for images, targets in self._on_device(batches):
             self._set_lr((epoch - 1) + self.done / self.steps_in_epoch)
-            losses = self.step(images, targets)
             may_wait = self.device.type == "cpu" or self.done % _CHECK_EVERY == 0
-            if may_wait:
-                self._check(losses, images, epoch, self.done + 1)
+            with self._named(epoch, images):
+                losses = self.step(images, targets)
+                if may_wait:
+                    # All processes must stop together: one that went on would wait for the others forever.
+                    self.objective.check_finite(tensors=False)
             with torch.no_grad():
                 hits = (losses.logits.argmax(1) == targets).double().mean()
                 values = [losses.total, *losses.terms.values(), hits, torch.ones_like(hits)]
@@ -155,8 +168,6 @@ class Trainer:
                 self.sums = weighted if self.sums is None else self.sums.add_(weighted)
             self.done += 1
             self.checkpointer.after_step(self.device, may_wait=may_wait)
-        if losses is not None:
-            self._check(losses, images, epoch, self.done)
         assert self.sums is not None, "an epoch has at least one batch"
         *means, count = distributed.all_reduce(self.sums.clone()).tolist()
         terms = self.terms(self._stage)
@@ -179,15 +190,33 @@ class Trainer:
     @torch.no_grad()
     def _test(self) -> dict[str, float]:
         self.objective.eval()
-        sums = torch.zeros(3, device=self.device)  # hits, hits among the first five, loss
+        sums = torch.zeros(4, device=self.device)  # hits, hits among the first five, loss, batches with NaN
         for images, targets in self._on_device(self.data.test_batches(shard=self.shard), resumable=True):
             logits = self.model(images)
             order = logits.topk(min(_TOP, logits.shape[1])).indices == targets[:, None]
             loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-            sums += torch.stack([order[:, 0].sum(), order.sum(), loss])
-        top1, top5, loss = (distributed.all_reduce(sums) / self.data.test_size).tolist()
+            sums += torch.stack([order[:, 0].sum(), order.sum(), loss, ~images.sum().isfinite()])
+        top1, top5, loss, spoilt = (distributed.all_reduce(sums) / self.data.test_size).tolist()
+        if spoilt:  # the signs hide it
+            raise InvalidData(f"epoch {len(self.epochs) + 1}: {self._spoilt()}; remove such images")
+        if not math.isfinite(loss):
+            raise TrainingDiverged(
+                f"epoch {len(self.epochs) + 1}: the loss of the test set is {loss}; try a lower learning rate than "
+                f"{self.recipe.lr:g}"
+            )
         metrics = {"test/loss": loss, "test/top1": 100 * top1}
         return metrics | ({"test/top5": 100 * top5} if self.data.classes > _TOP else {})
+
+    def _spoilt(self) -> str:
+        """The first image of the test set that is not finite, in words."""
+        first = 0
+        with distributed.alone():
+            for images, _ in self.data.test_batches():
+                wrong = (~images.flatten(1).isfinite().all(1)).nonzero()
+                if len(wrong):
+                    return f"image {first + int(wrong[0])} of the test set, counted from 0, holds NaN or infinity"
+                first += len(images)
+        return "an image of the test set holds NaN or infinity"
 
     def result(self) -> RunResult:
         """The result of the run, after its last epoch."""
@@ -256,6 +285,8 @@ class Trainer:
     def _recompute_norms(self) -> None:
         self.checkpointer.save()  # the state in the middle of this is not one to resume from
         batches = self._on_device(self.data.measure_batches(shard=self.shard), resumable=False)
+        # A last batch of one image may have no statistics, as in training.
+        batches = (batch for batch in batches if len(batch[1]) > 1 or self.data.train_size == 1)
         with self.norms.off(), distributed.alone():  # processes have different numbers of batches
             update_bn(batches, self.model)
         average_statistics(self.model)
@@ -280,16 +311,23 @@ class Trainer:
             if resumable is not None:
                 self.checkpointer.between_batches(resumable=resumable)
 
-    def _check(self, losses: Losses, images: Tensor, epoch: int, step: int) -> None:
-        # All processes must stop together: one that went on would wait for the others forever.
-        if not bool(distributed.all_reduce((~torch.isfinite(losses.total)).float())):
-            return
-        term = next((name for name, value in losses.terms.items() if not bool(torch.isfinite(value))), "the sum")
-        where = first_non_finite(self.model, images)
-        raise TrainingDiverged(
-            f"the loss term {term!r} is {losses.terms.get(term, losses.total).item()} at epoch "
-            f"{epoch}, step {step}; {where}; try a lower lr than {self.recipe.lr:g}"
-        )
+    @contextlib.contextmanager
+    def _named(self, epoch: int, images: Tensor | None = None) -> Iterator[None]:
+        """Add what is known here to the errors of steps that are not finite, and of batches that are too small."""
+        try:
+            yield
+        except TrainingDiverged as error:
+            where = "" if self.layers or images is None else f"; {first_non_finite(self.model, images)}"
+            raise TrainingDiverged(f"epoch {epoch}: {error} than {self.recipe.lr:g}{where}") from error
+        except InvalidData as error:
+            raise InvalidData(f"epoch {epoch}: {error}") from error
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise InvalidRecipe(
+                f"batch_size is {self.recipe.batch_size}, which leaves a norm of {type(self.model).__name__} one value "
+                f"per channel, of which there are no statistics ({error}); allowed: at least {2 * self.shard[1]}"
+            ) from error
 
     @torch.no_grad()
     def _keep_histograms(self, epoch: int) -> None:

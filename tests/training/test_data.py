@@ -1,10 +1,14 @@
+import math
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from bonn_qat.errors import InvalidData, UnknownName
@@ -174,6 +178,50 @@ def test_labels_out_of_range_are_told() -> None:
         data.TensorData("x", (images, bad), (images, good), classes=2, pad=0, flip=False)
     with pytest.raises(InvalidData, match="the test set of 'x' holds no images"):
         data.TensorData("x", (images, good), (images[:0], good[:0]), classes=2, pad=0, flip=False)
+
+
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from([*INTEGERS, torch.float32, torch.complex64]),
+    shape=st.sampled_from([(6,), (5,), (7,), (6, 1), (6, 4), ()]),
+    highest=st.integers(0, 5),
+    part=st.sampled_from(["training", "test"]),
+)
+def test_labels_of_any_integer_type_are_class_indices_and_all_else_is_told(
+    dtype: torch.dtype, shape: tuple[int, ...], highest: int, part: str
+) -> None:
+    images, good = torch.randint(256, (6, 1, 8, 8), dtype=torch.uint8), torch.arange(6) % 4
+    labels = (torch.arange(math.prod(shape)) % (highest + 1)).reshape(shape).to(dtype)
+    sets = {"training": (images, good), "test": (images, good), part: (images, labels)}
+
+    def make() -> data.TensorData:
+        return data.TensorData("x", sets["training"], sets["test"], classes=4, pad=0, flip=False)
+
+    if shape == (6,) and dtype in INTEGERS and int(labels.max()) < 4:
+        batches = make().measure_batches() if part == "training" else make().test_batches()
+        ((_, found),) = list(batches)
+        assert torch.equal(found, labels.long())
+        return
+    with pytest.raises(InvalidData, match=rf"labels of the {part} set of 'x' (are .*; give class indices|run from 0)"):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (torch.zeros(4, 8, 8), r"are float32 \(4, 8, 8\); give uint8 \(N, C, H, W\)"),
+        (torch.zeros(4, 1, 8, 8).index_fill(0, torch.tensor(2), math.nan), "image 2 of the test set .* holds NaN"),
+        (torch.zeros(4, 1, 9, 8), r"are \(1, 8, 8\) in the training set and \(1, 9, 8\) in the test set"),
+        ([[0]], "are an object of type list; give"),
+    ],
+)
+def test_images_that_are_none_are_told(images: Any, words: str) -> None:
+    good = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+    with pytest.raises(InvalidData, match=words):
+        data.TensorData("x", good, (images, good[1]), classes=2, pad=0, flip=False)
 
 
 def test_validation_images_are_held_out_of_the_training_images() -> None:

@@ -124,6 +124,47 @@ def test_a_checkpoint_of_an_earlier_version_has_no_times_and_goes_on(digits: dat
     assert len(result.times) == len(result.epochs) == 2
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_run_goes_on_with_equal_data_and_is_refused_with_others_of_the_same_size(
+    digits: data.Data, tmp_path: Path, seed: int
+) -> None:
+    recipe, draw = replace(RECIPE, epochs=1, stages=()), torch.Generator().manual_seed(seed)
+    train_set, test_set = digits._train, digits._test  # type: ignore[attr-defined]
+
+    def changed(part: str) -> data.Data:
+        sets = {"train": [x.clone() for x in train_set], "test": [x.clone() for x in test_set]}
+        of, _, what = part.partition(" ")
+        if what:
+            flat = sets[of][what == "label"].view(-1)
+            flat[torch.randint(len(flat), (), generator=draw)] += 1 if what == "pixel" else 0
+            if what == "label":
+                flat.copy_(flat.roll(1))
+        return data.TensorData("digits", tuple(sets["train"]), tuple(sets["test"]), classes=10, pad=1, flip=False)
+
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(Stop):
+        run(digits, recipe, checkpoint=path, tick=at(2, stop))
+    kept = path.read_bytes()
+    for part in ("train pixel", "train label", "test pixel", "test label"):
+        with pytest.raises(InvalidData, match="it was trained on other images or labels, which also go by the name"):
+            run(changed(part), recipe, checkpoint=path)
+        assert path.read_bytes() == kept
+    run(changed("none"), recipe, checkpoint=path)
+
+
+def test_a_checkpoint_of_an_earlier_version_without_a_fingerprint_goes_on_with_a_warning(
+    digits: data.Data, tmp_path: Path
+) -> None:
+    recipe, path = replace(RECIPE, epochs=1, stages=()), tmp_path / "run.safetensors"
+    with pytest.raises(Stop):
+        run(digits, recipe, checkpoint=path, tick=at(2, stop))
+    tensors, header = read_tensors(path)
+    header = {key: header[key] for key in header if key not in ("fingerprint", "sha256")}
+    write_tensors(path, tensors, header | {"sha256": digest(tensors, header)})
+    with pytest.warns(UserWarning, match="was written by an earlier version, which kept no hash of the data"):
+        run(digits, recipe, checkpoint=path)
+
+
 def test_a_run_that_ends_at_every_step_goes_on(
     digits: data.Data, whole: tuple[Weights, RunResult], tmp_path: Path
 ) -> None:

@@ -1,5 +1,8 @@
 import dataclasses
+import math
+import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bonn_qat import hookimpl, objective, plugins, regularizers
-from bonn_qat.errors import InvalidData, InvalidRecipe
+from bonn_qat import binarize, hookimpl, objective, plugins, regularizers
+from bonn_qat.errors import InvalidData, InvalidModel, InvalidRecipe, TrainingDiverged
 from bonn_qat.scheme import Stage
 from bonn_qat.training import data
-from bonn_qat.training.network import build
+from bonn_qat.training.checkpoint import read_state
+from bonn_qat.training.network import build, save
 from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.train import train
 from bonn_qat.training.trainer import Trainer
@@ -138,9 +142,9 @@ class _NoWaiting(TorchDispatchMode):
 
 
 def test_a_step_never_waits_for_the_device(digits: data.Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    # On a CPU targets are looked at, for looking costs nothing there.
+    # On a CPU targets and what was noted are looked at, for looking costs nothing there.
     for module in (objective, regularizers):
-        monkeypatch.setattr(module, "check_targets", lambda targets, classes: None)
+        monkeypatch.setattr(module, "may_look", lambda tensor: False)
     for scheme in ("bonn", "xnor", "pcnn", "bireal"):
         recipe = dataclasses.replace(RECIPE, scheme=scheme)
         model = build(recipe, digits)
@@ -181,3 +185,108 @@ def test_top5_counts_the_first_five(digits: data.Data) -> None:
     ranks = (logits > logits.gather(1, targets[:, None])).sum(1)
     assert metrics["test/top1"] == pytest.approx(100 * float((ranks == 0).float().mean()))
     assert metrics["test/top5"] == pytest.approx(100 * float((ranks < 5).float().mean()))
+
+
+# --------------------------------------------------------------------------------------------------- NaN and infinity
+
+
+class _Spoilt(data.Data):
+    """The data with ``value`` in one pixel of one batch of the training or test set."""
+
+    def __init__(self, of: data.Data, part: str, value: float, batch: int, draw: random.Random) -> None:
+        self._of, self._part, self._value, self._batch, self._draw = of, part, value, batch, draw
+        self.name, self.classes, self.image = of.name, of.classes, of.image
+        self.train_size, self.test_size = of.train_size, of.test_size
+
+    def _batches(self, part: str, batches: Iterator[data.Batch]) -> Iterator[data.Batch]:
+        for number, (images, targets) in enumerate(batches, 1):
+            if part == self._part and number == self._batch:
+                images.view(-1)[self._draw.randrange(images.numel())] = self._value
+            yield images, targets
+
+    def train_batches(self, *args: Any, **options: Any) -> Iterator[data.Batch]:
+        return self._batches("train", self._of.train_batches(*args, **options))
+
+    def test_batches(self, *args: Any, **options: Any) -> Iterator[data.Batch]:
+        return self._batches("test", self._of.test_batches(20))
+
+    def measure_batches(self, *args: Any, **options: Any) -> Iterator[data.Batch]:
+        return self._of.measure_batches(*args, **options)
+
+
+def _small(scheme: str = "bonn") -> nn.Module:
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10),
+    )  # fmt: skip
+    return binarize(net, scheme, input_size=(1, 8, 8))
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_nothing_that_is_not_finite_goes_unsaid_or_into_a_file(
+    digits: data.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    draw = random.Random(seed)
+    where = ["train", "test", "parameter", "buffer"][seed % 4]
+    value, step = draw.choice([math.nan, math.inf, -math.inf]), draw.randrange(1, 4)
+    model = _small(draw.choice(["bonn", "xnor"]))
+    tensors = dict(model.named_parameters() if where == "parameter" else model.named_buffers())
+    name = draw.choice([name for name, tensor in tensors.items() if tensor.is_floating_point()])
+    run_step = Trainer.step
+
+    def spoilt(self: Trainer, images: Tensor, targets: Tensor) -> Any:
+        losses = run_step(self, images, targets)
+        if where in ("parameter", "buffer") and self.done == step - 1:
+            tensors[name].detach().view(-1)[draw.randrange(tensors[name].numel())] = value
+        return losses
+
+    monkeypatch.setattr(Trainer, "step", spoilt)
+    path, recipe = tmp_path / "run.safetensors", Recipe(epochs=2, batch_size=32, data="digits")
+    with pytest.raises((TrainingDiverged, InvalidData)) as told:
+        train(model, recipe, _Spoilt(digits, where, value, step, draw), checkpoint=path, checkpoint_seconds=0.0)
+    expected = {
+        "train": rf"epoch 1: the images and the input of 3 held NaN or infinity in step {step};",
+        "test": r"epoch 1: image \d+ of the test set, counted from 0, holds NaN or infinity",
+        "parameter": r"(the parameter|the buffer) .* holds NaN or infinity",
+        "buffer": r"(the parameter|the buffer) .* holds NaN or infinity",
+    }[where]
+    assert re.search(expected, str(told.value)), (name, told.value)
+    kept = read_state(path)
+    assert len(kept.tensors) > 20
+    assert all(tensor.isfinite().all() for tensor in kept.tensors.values() if tensor.is_floating_point())
+
+
+def test_a_network_that_is_not_finite_is_neither_trained_nor_saved(digits: data.Data, tmp_path: Path) -> None:
+    model = build(RECIPE, digits)
+    model.get_parameter("layer1.0.conv1.weight").detach()[3, 2, 1, 0] = math.nan
+    with pytest.raises(InvalidModel, match=r"the parameter layer1\.0\.conv1\.weight .* before the first step"):
+        train(model, RECIPE, digits)
+    with pytest.raises(InvalidModel, match=r"the parameter layer1\.0\.conv1\.weight of WideResNet holds NaN"):
+        save(model, tmp_path / "net.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------- batches of one image
+
+
+@pytest.mark.parametrize("scheme", ["float", "bonn", "xnor", "bnn", "tbn", "pcnn", "adabin"])
+def test_batches_of_one_image_train(scheme: str) -> None:
+    images, labels = torch.randint(256, (5, 1, 8, 8), dtype=torch.uint8), torch.arange(5)
+    own = data.TensorData("own", (images, labels), (images, labels), classes=10, pad=1, flip=False)
+    steps: list[None] = []
+    result = train(_small(scheme), Recipe(epochs=1, batch_size=1, data="own"), own, tick=lambda: steps.append(None))
+    assert len(steps) == 5
+    assert math.isfinite(result.epochs[0]["train/task"])
+
+
+def test_a_norm_that_sees_one_value_per_channel_is_told() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8), nn.Flatten(),
+        nn.Linear(8, 10),
+    )  # fmt: skip
+    images, labels = torch.randint(256, (5, 1, 8, 8), dtype=torch.uint8), torch.arange(5)
+    own = data.TensorData("own", (images, labels), (images, labels), classes=10, pad=1, flip=False)
+    model = binarize(net, input_size=(1, 8, 8))
+    with pytest.raises(InvalidRecipe, match=r"batch_size is 1, which leaves a norm .* one value per channel"):
+        train(model, Recipe(epochs=1, batch_size=1, data="own"), own)
+    train(model, Recipe(epochs=1, batch_size=2, data="own"), own)  # the last image of five is left out

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 
 from bonn_qat import Objective, binarize, distributed, parameter_groups, plugins
 from bonn_qat.environment import environment, processor
-from bonn_qat.errors import TrainingDiverged
+from bonn_qat.errors import InvalidData
 from bonn_qat.scheme import Stage
 from bonn_qat.training import data
 from bonn_qat.training.network import build
@@ -183,12 +183,14 @@ def diverged(digits: data.Data) -> str:
     class Poisoned(InThree):
         def train_batches(self, *args: Any, **kwargs: Any) -> Any:
             for batch, targets in self._digits.train_batches(*args, **kwargs):
-                yield (batch * float("nan") if distributed.rank() else batch), targets
+                if distributed.rank():
+                    batch.view(-1)[7] = float("nan")  # the signs hide it
+                yield batch, targets
 
     try:
-        trained(recipe("bonn"), Poisoned(digits))
-    except TrainingDiverged as error:
-        return type(error).__name__
+        trained(recipe("bonn", sync_norms=False), Poisoned(digits))
+    except InvalidData as error:
+        return str(error)
     return "none"
 
 
