@@ -36,7 +36,8 @@ def plan(
     """One recipe for each scheme, start of the latent weights and seed; a float network, without latents, once a seed.
 
     A scheme may have options, ``xnor:gradient=plain+input_scale=true``. ``"all"`` stands for every installed scheme,
-    the float network first and BONN last. Without ``latents`` the recipe's start is used.
+    the float network first and BONN last. Without ``latents`` the recipe's start is used, and for a float network
+    ``"float"``, unless it is the recipe's own scheme.
 
     Raises UnknownName for a scheme that no plugin offers, InvalidRecipe if no scheme is named.
 
@@ -48,8 +49,9 @@ def plan(
     names = [name for scheme in schemes for name in (_everyone(pm) if scheme == ALL else [scheme])]
     for scheme in dict.fromkeys(names):
         arm = recipe.with_scheme(scheme)
-        is_float = plugins.find_scheme(arm.scheme, pm).weight is None
-        arms += [replace(arm, latents=start) for start in (["float"] if is_float else starts)]
+        # The recipe's own scheme keeps all of the recipe.
+        without = plugins.find_scheme(arm.scheme, pm).weight is None and (latents or arm.scheme != recipe.scheme)
+        arms += [replace(arm, latents=start) for start in (["float"] if without else starts)]
     if not arms:
         raise InvalidRecipe("no scheme to compare; name at least one")
     # All arms of one seed before the next, so that an interrupted comparison is still a comparison.

@@ -39,6 +39,8 @@ class Recipe:
     start: ``"scheme"`` as the scheme says, ``"float"`` as in the float network, or scaled to a standard deviation such
     as ``"0.01"``.
 
+    ``momentum`` is that of SGD, and Adam's first beta.
+
     ``schedule`` shapes the learning rate over all epochs: ``one_cycle`` (a linear rise for the fraction ``warmup``,
     then a cosine down), ``cosine``, ``constant``, or ``step``: multiplied by ``gamma`` at each of the ``milestones``
     (epochs); with ``factors``, one for each milestone, the rate from there on is ``factor * lr``, so it can rise again.

@@ -305,7 +305,7 @@ class Trainer:
 def _optimizer(recipe: Recipe, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
     fused = device.type == "cuda"  # handles the scaled loss as well; no faster on a CPU
     if recipe.optimizer == "adam":
-        return torch.optim.AdamW(groups, lr=recipe.lr, fused=fused)
+        return torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=fused)
     return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=fused)
 
 
