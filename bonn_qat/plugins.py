@@ -26,7 +26,14 @@ import pluggy
 from torch import nn
 
 from bonn_qat import hookspecs
-from bonn_qat.errors import BonnQatError, InvalidRecipe, PluginConflict, PluginError, UnknownName
+from bonn_qat.errors import (
+    BonnQatError,
+    InvalidRecipe,
+    PluginConflict,
+    PluginError,
+    UnknownName,
+    is_out_of_memory,
+)
 from bonn_qat.regularizers import Regularizer
 from bonn_qat.scheme import Scheme
 
@@ -289,7 +296,9 @@ def binarize_layer(
             if not own:
                 error.args = (f"{who}: {error}",)
             raise
-        except Exception as error:
+        except _FAULTS as error:
+            if is_out_of_memory(error):
+                raise
             raise PluginError(f"{name}: {who} failed in {hook}: {_words_of(error)}") from error
         if isinstance(found, nn.Module):
             return found

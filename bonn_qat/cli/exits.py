@@ -1,6 +1,7 @@
 """How the command ends: one line on stderr and an exit code."""
 
 import errno
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,12 @@ from bonn_qat.training.interrupts import TERMINATED
 
 INTERRUPTED = 128 + signal.SIGINT
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-NOT_WRITTEN = {*_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
+NOT_WRITTEN = {
+    *_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
+    errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE, errno.EBUSY, errno.ENXIO, errno.EMFILE, errno.ENFILE,
+}  # fmt: skip
+DISCONNECTED = "another process of the group ended, or cannot be reached"
+_LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|timed out waiting|NCCL (error|comm)", re.IGNORECASE)
 
 
 class Stopped(Exception):
@@ -39,14 +45,26 @@ def stoppable(again: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise Stopped(INTERRUPTED, f"interrupted; {kept}") from None
-    except SystemExit:
+    except SystemExit as end:
+        if end.code != TERMINATED:
+            raise
         raise Stopped(TERMINATED, f"terminated; {kept}") from None
     except OSError as error:
         if error.errno not in NOT_WRITTEN:
             raise
         raise Stopped(3, f"{why(error)}; {kept}") from error
+    except RuntimeError as error:
+        if not is_disconnection(error):
+            raise
+        raise Stopped(1, f"{DISCONNECTED}; {kept}") from error
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def is_disconnection(error: BaseException) -> bool:
+    """Whether ``error`` says that torch cannot reach another process of the group."""
+    kinds = {cls.__name__ for cls in type(error).__mro__}
+    return "DistError" in kinds or ("RuntimeError" in kinds and bool(_LOST.search(str(error))))
 
 
 def why(error: OSError) -> str:

@@ -49,9 +49,11 @@ def bench(
     """
     from bonn_qat.bench import bench as measure
     from bonn_qat.binarization.binarize import binarize
-    from bonn_qat.files.atomic import write_json, write_text
+    from bonn_qat.files.atomic import check_writable, write_json, write_text
     from bonn_qat.plotting import MatplotlibMissing
 
+    if output:
+        check_writable(output / "bench.json")
     counts, batches = numbers(threads, "--threads"), numbers(batch_sizes, "--batch-sizes")
     size = (3, img_size, img_size)
     network = _float(model, num_classes)

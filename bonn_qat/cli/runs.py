@@ -145,7 +145,10 @@ def _compare(base: "Recipe", planned: list["Recipe"], given: Runs, workers: Work
         say(f"running in another process: {name}")
     for name, reason in comparison.failures.items():
         say(f"failed: {name}: {reason}")
-    if comparison.failures or set(comparison.missing) - set(comparison.elsewhere):
+    others = [name for name in comparison.missing if name not in comparison.elsewhere]
+    for name in others:
+        say(f"planned before, and not finished: {name}; {again} trains it")
+    if comparison.failures or others:
         raise click.exceptions.Exit(1)
 
 

@@ -4,12 +4,15 @@ What is read is bounded: the size of a file, the depth of nested tables and list
 bits.
 """
 
+import errno
 import json
+import os
+import stat
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 DEPTH = 24  # of tables and lists in one another
 _SHOWN = 120  # characters of a value in a message
@@ -17,9 +20,28 @@ _WORDS = 1000  # characters of another library's error
 _TOO_DEEP = f"tables and lists are nested more than {DEPTH} levels deep"
 
 
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file to read its bytes. Raises OSError, at once, also for anything else that has a path.
+
+    A plain ``open`` of a named pipe would wait for somebody to write to it.
+    """
+    return open(path, "rb", opener=_descriptor)
+
+
+def _descriptor(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    raise OSError(errno.EINVAL, "it is not a regular file", path)
+
+
 def read_text(path: str | Path, limit: int) -> str:
     """The text of a file of at most ``limit`` bytes. Raises OSError, and ValueError if it is larger or not UTF-8."""
-    with Path(path).open("rb") as file:
+    with open_regular(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise ValueError(f"it is larger than {limit:,} bytes")

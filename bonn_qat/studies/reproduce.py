@@ -1,5 +1,6 @@
 """reproduce: run a study of the paper, at full or reduced size, with an optional search for each learning rate."""
 
+import errno
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -103,6 +104,9 @@ def reproduce(
                     page = study_report.write(result, directory)
             finally:
                 hook.bonn_qat_after_comparison(directory=directory, page=page)
+    for found in done:
+        if not (place := directory / found.paper.name / MANIFEST).exists():
+            raise FileNotFoundError(errno.ENOENT, "it was removed or moved meanwhile", str(place))
     return result
 
 

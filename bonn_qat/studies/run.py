@@ -10,7 +10,7 @@ import pluggy
 import torch
 
 from bonn_qat import distributed
-from bonn_qat.errors import BonnQatError, TrainingDiverged
+from bonn_qat.errors import BonnQatError, TrainingDiverged, is_out_of_memory
 from bonn_qat.files.atomic import read_json, remove_leftovers
 from bonn_qat.files.locks import locked
 from bonn_qat.files.tensors import write_tensors
@@ -93,7 +93,9 @@ def run(
             failure = str(error)
         except BonnQatError as error:
             failure = str(error)
-        except (torch.OutOfMemoryError, MemoryError):
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             failure = f"out of memory; try fewer jobs, or a batch_size below {recipe.batch_size}"
         if distributed.rank() == 0:
             note_failure(directory, recipe.name, failure)
@@ -128,6 +130,15 @@ def claimed(directory: Path, name: str, *, waits: bool = False) -> Iterator[bool
         # Whoever still waits for this lock finds the run finished; the lock of an unfinished run stays.
         if distributed.rank() == 0 and is_ours and (directory / RUNS / f"{name}.json").exists():
             path.unlink(missing_ok=True)
+
+
+def is_held(directory: Path, name: str) -> bool:
+    """Whether another process is training the run of that name."""
+    path = lock_of(directory, name)
+    if not path.exists():
+        return False
+    with locked(path, waits=False) as is_free:
+        return not is_free
 
 
 def is_over(directory: Path, name: str) -> bool:

@@ -13,7 +13,15 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from bonn_qat import plugins
 from bonn_qat.binarization.binarize import Binarization, binarize, binary_layers
-from bonn_qat.errors import BonnQatError, InvalidData, InvalidModel, InvalidRecipe, UnknownName
+from bonn_qat.errors import (
+    BonnQatError,
+    InvalidData,
+    InvalidModel,
+    InvalidRecipe,
+    UnknownName,
+    is_out_of_memory,
+    within_memory,
+)
 from bonn_qat.files.plain import one_line, shown
 from bonn_qat.files.tensors import read_tensors, write_tensors
 from bonn_qat.files.validate import Allowed, read_own
@@ -79,9 +87,9 @@ def float_network(recipe: Recipe, classes: int, channels: int) -> nn.Module:
         network: nn.Module = timm.create_model(
             recipe.model, num_classes=classes, in_chans=channels, **recipe.model_options
         )
-    except (MemoryError, BonnQatError):
-        raise
     except Exception as error:  # whatever a network of timm makes of its arguments
+        if isinstance(error, BonnQatError) or is_out_of_memory(error):
+            raise
         raise InvalidRecipe(
             f"timm cannot create {recipe.model!r} for {classes} classes with model_options "
             f"{shown(dict(recipe.model_options))}: {type(error).__name__}: {one_line(error)}"
@@ -106,6 +114,8 @@ def _load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: str | P
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         first, *rest = (line.strip() for line in str(error).splitlines() if line.strip())
         raise InvalidData(
             f"{path} is not a checkpoint of this {type(model).__name__}: {one_line(' '.join(rest) or first)}"
@@ -131,15 +141,17 @@ def load(path: str | Path, *, pm: pluggy.PluginManager | None = None) -> nn.Modu
     >>> model = bonn_qat.load("runs/bonn-0.01-seed0.safetensors")  # doctest: +SKIP
 
     Raises InvalidData naming the file: if it cannot be read, does not describe its network, is of another format, holds
-    an unfinished run or tensors of another network, or has a recipe with names that this installation does not know.
+    an unfinished run or tensors of another network, has a recipe with names that this installation does not know, or
+    does not fit into memory.
     """
-    tensors, content = read_tensors(path)
-    header = _read_header(content, path)
-    try:
-        model = _rebuilt(header, tensors, pm)
-    except BonnQatError as error:
-        raise InvalidData(f"{path} cannot be restored: {error}") from error
-    _load_tensors(model, tensors, path)
+    with within_memory(str(path)):
+        tensors, content = read_tensors(path)
+        header = _read_header(content, path)
+        try:
+            model = _rebuilt(header, tensors, pm)
+        except BonnQatError as error:
+            raise InvalidData(f"{path} cannot be restored: {error}") from error
+        _load_tensors(model, tensors, path)
     return model
 
 
