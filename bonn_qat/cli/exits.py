@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import click
 
@@ -34,6 +35,13 @@ class Stopped(Exception):
 def say(line: str) -> None:
     """Print ``line`` with control characters escaped: parts of it may come from somebody else's file."""
     console().print(plain.printable(line), soft_wrap=True, markup=False, highlight=False)
+
+
+def say_written(*paths: Path, what: str) -> None:
+    """Print the ``paths`` behind ``what``. Raises OSError if one is not there: it was written, and removed since."""
+    for path in paths:
+        path.stat()
+    say(f"{what}: {', '.join(map(str, paths))}")
 
 
 @contextmanager

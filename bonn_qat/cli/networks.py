@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import click
 
-from bonn_qat.cli.exits import say
+from bonn_qat.cli.exits import say, say_written
 from bonn_qat.cli.options import Argument, NoPlugins, Option, Size, console, numbers, scheme_of
 from bonn_qat.errors import InvalidRecipe, UnknownName
 
@@ -71,7 +71,7 @@ def bench(
                 written.append(write_text(output / "bench.svg", chart))
         except MatplotlibMissing as error:
             say(str(error))
-        say(f"written: {', '.join(map(str, written))}")
+        say_written(*written, what="written")
     if found.failures:
         raise click.exceptions.Exit(1)
 

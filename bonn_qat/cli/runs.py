@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import click
 
-from bonn_qat.cli.exits import say, stoppable
+from bonn_qat.cli.exits import say, say_written, stoppable
 from bonn_qat.cli.options import (
     IMAGE,
     Argument,
@@ -140,7 +140,7 @@ def _compare(base: "Recipe", planned: list["Recipe"], given: Runs, workers: Work
     console().print(results(comparison))
     for difference in differences(comparison):
         say(str(difference))
-    say(f"report: {directory / PAGE}")
+    say_written(directory / PAGE, what="report")
     for name in comparison.elsewhere:
         say(f"running in another process: {name}")
     for name, reason in comparison.failures.items():
@@ -209,7 +209,7 @@ def reproduce(
         )  # fmt: skip
     for setting in result.settings:
         console().print(study_report.results(setting, result.study))
-    say(f"report: {directory / f'{chosen.name}.html'}")
+    say_written(directory / f"{chosen.name}.html", what="report")
     comparisons = [setting.comparison for setting in result.settings]
     for name in (name for comparison in comparisons for name in comparison.elsewhere):
         say(f"running in another process: {name}")
@@ -227,7 +227,7 @@ def report(directory: Annotated[Path, Argument(help="The results of a comparison
     comparison = read_comparison(directory)
     page = write_report(comparison)
     console().print(results(comparison))
-    say(f"report: {page}")
+    say_written(page, what="report")
 
 
 def _observed() -> "pluggy.PluginManager":

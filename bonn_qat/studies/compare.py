@@ -142,15 +142,15 @@ def compare(
     distributed.barrier()
     comparison = comparison if is_first else read_comparison(directory)
     names = {recipe.name for recipe in recipes}
-    missing = [name for name in comparison.missing if name in names]
-    # Another process may end, and write its result, between the two questions.
-    gone = [name for name in missing if not is_held(directory, name) and not is_over(directory, name)]
+    # Another process may write its result and end between the two questions.
+    ours = [name for name in names if name not in comparison.failures and not is_held(directory, name)]
+    gone = sorted(name for name in ours if not is_over(directory, name))
     if gone and is_first:
         raise FileNotFoundError(
             errno.ENOENT, f"no result of {', '.join(gone)} is there: files were removed or moved, or the process that "
             "trained it ended", str(directory),
         )  # fmt: skip
-    return replace(comparison, elsewhere=missing)
+    return replace(comparison, elsewhere=[name for name in comparison.missing if name in names])
 
 
 def _begin(recipes: Sequence[Recipe], data: Data, directory: Path) -> Comparison:
