@@ -7,6 +7,7 @@ bits.
 import errno
 import json
 import os
+import re
 import stat
 import tomllib
 from collections import Counter
@@ -17,6 +18,13 @@ from typing import Any, BinaryIO
 DEPTH = 24  # of tables and lists in one another
 _SHOWN = 120  # characters of a value in a message
 _WORDS = 1000  # characters of another library's error
+# What may hold dots without being a key: strings, also those that do not end, and comments.
+_NO_KEYS = re.compile(
+    r""""{3}(?:[^"\\]|\\.|"(?!""))*+(?:"{3,5})?|'{3}(?:[^']|'(?!''))*+(?:'{3,5})?"""
+    r"""|"(?:[^"\\\n]|\\.)*+"?|'[^'\n]*+'?|\#[^\n]*+""",
+    re.DOTALL,
+)
+_LONG_KEY = re.compile(rf"(?:(?<![\w-])[\w-]++[ \t]*+\.[ \t]*+){{{DEPTH + 1}}}")
 _TOO_DEEP = f"tables and lists are nested more than {DEPTH} levels deep"
 
 
@@ -60,6 +68,9 @@ def from_json(text: str) -> Any:
 
 def from_toml(text: str) -> dict[str, Any]:
     """Parse TOML. Raises ValueError for invalid TOML and what :func:`check` refuses."""
+    # tomllib takes a time that grows with the square of the number of a key's parts.
+    if _LONG_KEY.search(_NO_KEYS.sub(lambda found: "" if found[0][0] == "#" else "s", text)):
+        raise ValueError(_TOO_DEEP)
     try:
         value = tomllib.loads(text)
     except RecursionError:
