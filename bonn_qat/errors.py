@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 _LISTED = 40  # the longest list of names that is printed in full
+_LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|timed out waiting|NCCL (error|comm)", re.IGNORECASE)
 _NO_MEMORY = re.compile(r"(can't|cannot) allocate memory|out of memory|not enough memory|bad[_ ]alloc", re.IGNORECASE)
 
 
@@ -67,6 +68,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     return isinstance(error, RuntimeError | OSError) and bool(_NO_MEMORY.search(str(error)))
+
+
+def is_disconnection(error: BaseException) -> bool:
+    """Whether ``error`` says that torch cannot reach another process of the group.
+
+    >>> is_disconnection(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:2222"))
+    True
+    """
+    kinds = {cls.__name__ for cls in type(error).__mro__}
+    return "DistError" in kinds or ("RuntimeError" in kinds and bool(_LOST.search(str(error))))
 
 
 @contextlib.contextmanager

@@ -10,9 +10,9 @@ import click
 
 import bonn_qat
 from bonn_qat.cli import networks, runs
-from bonn_qat.cli.exits import DISCONNECTED, INTERRUPTED, NOT_WRITTEN, Stopped, fail, is_disconnection, why
+from bonn_qat.cli.exits import DISCONNECTED, INTERRUPTED, NOT_WRITTEN, Stopped, culprit, fail, one_line_warnings, why
 from bonn_qat.cli.options import command
-from bonn_qat.errors import BonnQatError, first_line, is_out_of_memory
+from bonn_qat.errors import BonnQatError, first_line, is_disconnection, is_out_of_memory
 
 _COMPLETE = "_BONN_QAT_COMPLETE"
 
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     143 for SIGTERM.
     """
     try:
-        with _process_group():
+        with one_line_warnings(), _process_group():
             code: int | None = app.main(arguments, standalone_mode=False)
     except Stopped as stopped:
         return fail(stopped.code, str(stopped))
@@ -78,15 +78,17 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as end:
         if end.code or _COMPLETE in os.environ:
             raise
-        return fail(1, "the code of a plugin ended the command by sys.exit; --no-plugins leaves all plugins out")
+        return fail(1, f"{culprit(end) or 'some code'} ended the command; --no-plugins leaves the plugins out")
     except Exception as error:
         if is_out_of_memory(error):
             return fail(1, f"there is not enough memory ({first_line(error)})")
         if is_disconnection(error):
             return fail(1, DISCONNECTED)
-        if not isinstance(error, OSError) or error.errno not in NOT_WRITTEN:
-            raise
-        return fail(3, why(error))
+        if isinstance(error, OSError) and error.errno in NOT_WRITTEN:
+            return fail(3, why(error))
+        if plugin := culprit(error):
+            return fail(1, plugin)
+        raise
     return code or 0
 
 

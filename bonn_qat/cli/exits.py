@@ -1,16 +1,18 @@
 """How the command ends: one line on stderr and an exit code."""
 
 import errno
-import re
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
 from bonn_qat.cli.options import console
+from bonn_qat.errors import is_disconnection
 from bonn_qat.files import plain
 from bonn_qat.training.interrupts import TERMINATED
 
@@ -21,7 +23,6 @@ NOT_WRITTEN = {
     errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE, errno.EBUSY, errno.ENXIO, errno.EMFILE, errno.ENFILE,
 }  # fmt: skip
 DISCONNECTED = "another process of the group ended, or cannot be reached"
-_LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|timed out waiting|NCCL (error|comm)", re.IGNORECASE)
 
 
 class Stopped(Exception):
@@ -69,10 +70,27 @@ def stoppable(again: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def is_disconnection(error: BaseException) -> bool:
-    """Whether ``error`` says that torch cannot reach another process of the group."""
-    kinds = {cls.__name__ for cls in type(error).__mro__}
-    return "DistError" in kinds or ("RuntimeError" in kinds and bool(_LOST.search(str(error))))
+def culprit(error: BaseException) -> str | None:
+    """The plugin whose code raised ``error``, with the error; None if it was none's."""
+    plugins = sys.modules.get("bonn_qat.plugins")  # without it no plugin was asked
+    return plugins.culprit(error) if plugins else None
+
+
+@contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Within the block a warning of this package is one line, without the source line that it came from."""
+    before = warnings.formatwarning
+
+    def formatted(message: Warning | str, category: type[Warning], *others: Any, **named: Any) -> str:
+        if category.__module__.partition(".")[0] != "bonn_qat":
+            return before(message, category, *others, **named)
+        return f"bonn-qat: warning: {plain.printable(plain.one_line(str(message)))}\n"
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def why(error: OSError) -> str:

@@ -162,7 +162,7 @@ def say_plugins(directory: Path) -> None:
 
     say(f"plugins: {', '.join(plugins.installed()) or 'none'}")
     for line in plugins.Observers().bonn_qat_describe(directory=directory):
-        say(line)
+        say(str(line))
 
 
 def reproduce(
