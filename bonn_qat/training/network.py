@@ -299,7 +299,7 @@ def _check_size(recipe: Recipe, classes: int, channels: int, held: int | None = 
             f"the numbers in model_options, {shown(dict(recipe.model_options))}, add up to {total:g}; allowed: at most "
             f"{_MOST_IN_OPTIONS:,}"
         )
-    parameters = numbers = modules = 0
+    parameters = numbers = modules = calls = 0
     memory = _fit_into_memory()
 
     def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
@@ -327,7 +327,9 @@ def _check_size(recipe: Recipe, classes: int, channels: int, held: int | None = 
     began = time.thread_time()
 
     def watch(*_: object) -> None:
-        if time.thread_time() - began > _MOST_SECONDS:
+        nonlocal calls
+        calls += 1
+        if calls % 1024 == 0 and time.thread_time() - began > _MOST_SECONDS:
             raise _TooLarge(
                 f"{recipe.model!r} with its model_options takes too long to make; allowed: {_MOST_SECONDS} seconds"
             )

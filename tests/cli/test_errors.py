@@ -567,9 +567,11 @@ logged during the training, has the same exit codes and no prefix.
 | exit code | meaning |
 |---|---|
 | 0 | success, or another process is working on the remaining runs |
-| 1 | a run or a benchmark failed, a plugin's code failed, the memory is not enough, another process of the group ended, or the MLflow store cannot be reached; the reason is printed |
+| 1 | a run, a benchmark or a plugin failed, memory ran out, another process of the group ended, or the MLflow \
+store cannot be reached; the reason is printed |
 | 2 | invalid or missing input; nothing was run |
-| 3 | results can no longer be written, for example on a full disk, or were removed; finished runs are kept, continue with `--resume` |
+| 3 | results can no longer be written, for example on a full disk, or were removed; finished runs are kept, continue \
+with `--resume` |
 | 130 | Ctrl-C, after the current step of the run; continue with `--resume` |
 | 143 | SIGTERM, after the current step of the run; continue with `--resume` |
 
