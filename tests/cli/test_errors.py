@@ -208,12 +208,17 @@ COMMANDS: Mapping[str, tuple[Command, ...]] = {
         Command(gives="train --set lr", names="'lr'"),
         Command(gives="train --set lrr=1", names="lrr", varies=KNOWN),
         Command(gives="train --set lr=fast", names="fast"),
+        Command(gives="train --lr 0.1 --set lr=0.2", names="--lr"),
         Command(gives="compare --set seed=3", names="seed"),
         Command(gives="""train --set 'stages=[{regularizers={kernle=1e-4}}]'""", names="kernle"),
         Command(gives="train --recipe none.toml", names="none.toml"),
         Command(
             gives="train --recipe a.toml", names="a.toml", when="no TOML in it", files={"a.toml": "lr = "},
             varies=(r"(?<=TOML: ).*",),
+        ),
+        Command(
+            gives="train --recipe a.toml", names="a.toml", when="a key of 31 parts in it",
+            files={"a.toml": "a." * 30 + "a = 1"},
         ),
         Command(
             gives="train --recipe a.toml", names="'x'", when="`epochs = 'x'` in it", files={"a.toml": "epochs = 'x'"},
