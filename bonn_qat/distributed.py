@@ -107,8 +107,11 @@ def process_group() -> Iterator[None]:
         ) from error
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # where another process died; that is not why the block ended
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def _grouped() -> bool:

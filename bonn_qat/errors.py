@@ -1,9 +1,14 @@
 """Exceptions for bad input. Each message is one line, which a command prints as it is."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import errno
+import re
+from collections.abc import Iterable, Iterator
 
 _LISTED = 40  # the longest list of names that is printed in full
+_LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|timed out waiting|NCCL (error|comm)", re.IGNORECASE)
+_NO_MEMORY = re.compile(r"(can't|cannot) allocate memory|out of memory|not enough memory|bad[_ ]alloc", re.IGNORECASE)
 
 
 class BonnQatError(Exception):
@@ -50,6 +55,40 @@ class PluginError(BonnQatError):
 
 class TrainingDiverged(BonnQatError, ArithmeticError):
     """A loss term, a parameter, a buffer or the input of a binary layer became NaN or infinite."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that there is no memory left: Python's, torch's for a CPU or a GPU, or the system's.
+
+    >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."))
+    True
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError | OSError) and bool(_NO_MEMORY.search(str(error)))
+
+
+def is_disconnection(error: BaseException) -> bool:
+    """Whether ``error`` says that torch cannot reach another process of the group.
+
+    >>> is_disconnection(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:2222"))
+    True
+    """
+    kinds = {cls.__name__ for cls in type(error).__mro__}
+    return "DistError" in kinds or ("RuntimeError" in kinds and bool(_LOST.search(str(error))))
+
+
+@contextlib.contextmanager
+def within_memory(what: str) -> Iterator[None]:
+    """Turn a lack of memory within the block into InvalidData: ``what`` does not fit into memory."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, BonnQatError) or not is_out_of_memory(error):
+            raise
+        raise InvalidData(f"{what} does not fit into memory") from error
 
 
 def first_line(error: Exception) -> str:

@@ -370,7 +370,7 @@ def check_contract(scheme: Scheme) -> None:
         try:
             quantizer: Any = factory and cast(Any, factory)(given)
             pair: Any = quantizer.eval().quantize(source) if isinstance(quantizer, base) else None
-        except Exception:
+        except (Exception, SystemExit):
             continue
         if factory and (wrong := _breach(quantizer, pair, source, base)):
             raise PluginError(f"the {part} of the scheme {scheme.name!r} {wrong}; docs/plugins.md has the contract")

@@ -2,11 +2,12 @@
 
 A plugin is a module with hooks (:mod:`bonn_qat.hookspecs`). What happens to a faulty one:
 
-- It cannot be imported, has a hook that does not exist or takes other arguments, has the entry point name of another
-  plugin, raises where it offers schemes or regularizers, or offers something else: it is unloaded, and a
-  :class:`BrokenPlugin` warning says why. Everything else keeps working. An unknown name mentions the plugins that are
-  broken.
-- An observer raises: a warning says so once for each of its hooks, and the training continues.
+- It cannot be imported, has no hook, or one that does not exist, takes other arguments or is no plain function, has the
+  entry point name of another plugin, raises where it offers schemes or regularizers, or offers something else: it is
+  unloaded, and a :class:`BrokenPlugin` warning says why. Everything else keeps working. An unknown name mentions the
+  plugins that are broken.
+- An observer raises or calls ``sys.exit``: a warning says so once for each of its hooks, and the training continues.
+- A quantizer or regularizer of its raises: :func:`culprit` names the plugin, and only runs that need it fail.
 - ``bonn_qat_binarize_layer`` raises, or two plugins offer one name and that name is asked for: an error names them,
   because any other answer could be the wrong network.
 """
@@ -15,24 +16,38 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
+import itertools
 import os
 import re
+import traceback
+import types
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pluggy
+import torch
 from torch import nn
 
 from bonn_qat import hookspecs
-from bonn_qat.errors import BonnQatError, InvalidRecipe, PluginConflict, PluginError, UnknownName
+from bonn_qat.errors import (
+    BonnQatError,
+    InvalidRecipe,
+    PluginConflict,
+    PluginError,
+    UnknownName,
+    is_out_of_memory,
+)
+from bonn_qat.files.plain import one_line
 from bonn_qat.regularizers import Regularizer
 from bonn_qat.scheme import Scheme
 
 DEFAULT_PLUGINS = ("bonn_qat.bonn", "bonn_qat.layers")
 OBSERVERS = ("bonn_qat_before_", "bonn_qat_after_", "bonn_qat_describe")  # how the timeline hooks' names begin
 _FAULTS = (Exception, SystemExit)  # what a plugin may raise; an interruption is the user's
+_TERMINATED = 128 + 15  # the exit code that SIGTERM becomes, which is none of the plugin's
+_MOST_OFFERS = 1000
 
 
 class BrokenPlugin(UserWarning):
@@ -51,10 +66,25 @@ class Manager(pluggy.PluginManager):
         self.distributions: dict[str, str] = {}
         self.broken: dict[str, str] = {}
         self._complained: set[tuple[str, str]] = set()
+        self._tried: set[tuple[str, str]] = set()
+        self.asked = ""  # the plugin that is being asked what it offers
 
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> pluggy.HookimplOpts | None:
         """As pluggy's, which calls it for each attribute of a plugin; None is for one that is no hook."""
         return super().parse_hookimpl_opts(plugin, name) if self.observes or not name.startswith(OBSERVERS) else None
+
+    def unregister(self, plugin: Any = None, name: str | None = None) -> Any:
+        """As pluggy's. Raises PluginError for a plugin that does so when it is asked what it offers."""
+        if self.asked:
+            raise PluginError(f"it unregisters {name or self.get_name(plugin)!r}")
+        return super().unregister(plugin, name)
+
+    def try_out(self, plugin: str, offer: Any) -> None:
+        """Call the factories of a scheme that the plugin offers, once. Raises what they raise."""
+        if isinstance(offer, Scheme) and (plugin, offer.name) not in self._tried:
+            with torch.random.fork_rng(devices=[]):
+                _ = offer.bits, offer.options, offer.output and offer.output(1)
+            self._tried.add((plugin, offer.name))
 
     def skip(self, plugin: str, reason: str) -> None:
         """Unload ``plugin``, if it is loaded, and warn."""
@@ -63,7 +93,7 @@ class Manager(pluggy.PluginManager):
         self.broken[plugin] = reason
         warnings.warn(f"{self.describe(plugin)} is skipped: {reason}", BrokenPlugin, stacklevel=2)
 
-    def complain(self, plugin: str, hook: str, error: Exception) -> None:
+    def complain(self, plugin: str, hook: str, error: BaseException) -> None:
         """Warn, once for each hook, that an observer raised."""
         if (plugin, hook) not in self._complained:
             self._complained.add((plugin, hook))
@@ -86,7 +116,15 @@ def _call(found: pluggy.HookImpl, **arguments: Any) -> Any:
 
 
 def _words_of(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
+    try:
+        words = one_line(error) or "no message"
+    except Exception:  # the plugin's own exception
+        words = "its message cannot be read"
+    return f"{type(error).__name__}: {words}"
+
+
+def _is_fault(error: BaseException) -> bool:
+    return not (isinstance(error, SystemExit) and error.code == _TERMINATED)
 
 
 def create_manager(*, entry_points: bool | Sequence[str] = True, observes: bool = True) -> Manager:
@@ -115,24 +153,61 @@ def create_manager(*, entry_points: bool | Sequence[str] = True, observes: bool 
 
 def _load_installed(manager: Manager, wanted: Sequence[str] | None, kind: str) -> None:
     found: dict[str, list[importlib.metadata.EntryPoint]] = {}
-    for entry in importlib.metadata.entry_points(group=hookspecs.PROJECT):
+    for entry in _entry_points() if wanted is None or wanted else ():
         found.setdefault(entry.name, []).append(entry)
     for name in found if wanted is None else dict.fromkeys(wanted):
         if name not in found:
             raise UnknownName(kind, name, found)
-        owners = sorted(f"{entry.dist.name} {entry.dist.version}" for entry in found[name] if entry.dist)
-        manager.distributions[name] = " and ".join(owners)
+        manager.distributions[name] = " and ".join(sorted(map(_owner, found[name])))
         if len(found[name]) > 1:
             manager.skip(name, f"{len(found[name])} distributions have this entry point; uninstall all but one")
             continue
         try:
             manager.register(found[name][0].load(), name=name)
         except _FAULTS as error:
+            if not _is_fault(error):
+                raise
             manager.skip(name, _words_of(error))
             continue
-        callers = manager.get_hookcallers(manager.get_plugin(name)) or []
-        if unknown := [caller.name for caller in callers if not caller.has_spec()]:
-            manager.skip(name, f"unknown hook {', '.join(map(repr, unknown))}; docs/plugins.md lists the hooks")
+        if reason := _unfit(manager, name):
+            manager.skip(name, reason)
+
+
+def _entry_points() -> Iterator[importlib.metadata.EntryPoint]:
+    try:
+        yield from importlib.metadata.entry_points(group=hookspecs.PROJECT)
+    except Exception:  # one of the installed distributions has a damaged list
+        for distribution in importlib.metadata.distributions():
+            try:
+                yield from distribution.entry_points.select(group=hookspecs.PROJECT)
+            except Exception as error:
+                words = f"a distribution whose entry points cannot be read is left out: {_words_of(error)}"
+                warnings.warn(words, BrokenPlugin, stacklevel=2)
+
+
+def _owner(entry: importlib.metadata.EntryPoint) -> str:
+    try:
+        return f"{entry.dist.name} {entry.dist.version}"  # type: ignore[union-attr]
+    except Exception:  # its metadata are damaged
+        return "an unknown distribution"
+
+
+def _unfit(manager: Manager, name: str) -> str:
+    """What is wrong with the hooks of a loaded plugin; empty if nothing is."""
+    callers = manager.get_hookcallers(manager.get_plugin(name)) or []
+    docs = "; docs/plugins.md lists the hooks"
+    if unknown := [caller.name for caller in callers if not caller.has_spec()]:
+        return f"unknown hook {', '.join(map(repr, unknown))}{docs}"
+    if not callers and manager.observes:
+        return f"it has no hook; mark its functions with bonn_qat.hookimpl{docs}"
+    for caller in callers:
+        (found,) = (f for f in caller.get_hookimpls() if f.plugin_name == name)
+        is_wrapper = found.hookwrapper or found.wrapper
+        if is_wrapper or inspect.iscoroutinefunction(found.function) or inspect.isasyncgenfunction(found.function):
+            return f"{caller.name} is no plain function, but {'a wrapper' if is_wrapper else 'async'}"
+        if inspect.isgeneratorfunction(found.function) and caller.name not in _OFFERED_BY:
+            return f"{caller.name} is a generator, of which nothing would run; leave out yield"
+    return ""
 
 
 @functools.cache
@@ -209,19 +284,26 @@ def _offers(kind: str, pm: Manager) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = defaultdict(dict)
     for implementation in getattr(pm.hook, hook).get_hookimpls():
         plugin = implementation.plugin_name
+        pm.asked = plugin
         try:
-            items = list(implementation.function())
+            items = list(itertools.islice(implementation.function(), _MOST_OFFERS + 1))
+            if len(items) > _MOST_OFFERS:
+                raise ValueError(f"it offers more than {_MOST_OFFERS:,}")
             for index, item in enumerate(items):
                 _check(kind, item, base)
+                pm.try_out(plugin, item)
                 if any(item.name == other.name for other in items[:index]):
                     raise ValueError(f"it offers the {kind} {item.name!r} twice")
         except _FAULTS as error:
-            if plugin in DEFAULT_PLUGINS:
+            pm.asked = ""
+            if plugin in DEFAULT_PLUGINS or not _is_fault(error):
                 raise
             pm.skip(plugin, f"{hook}: {_words_of(error)}")
         else:
             for item in items:
                 found[item.name][plugin] = item
+        finally:
+            pm.asked = ""
     return found
 
 
@@ -237,6 +319,7 @@ def _check(kind: str, item: Any, base: type) -> None:
         raise TypeError(f"the {kind} {name!r} lacks {', '.join(sorted(item.__abstractmethods__))}")
 
 
+_OFFERED_BY = ("bonn_qat_schemes", "bonn_qat_regularizers")
 _KINDS: Mapping[str, tuple[str, type]] = {
     "scheme": ("bonn_qat_schemes", Scheme),
     "regularizer": ("bonn_qat_regularizers", Regularizer),
@@ -289,12 +372,42 @@ def binarize_layer(
             if not own:
                 error.args = (f"{who}: {error}",)
             raise
-        except Exception as error:
+        except _FAULTS as error:
+            if is_out_of_memory(error) or not _is_fault(error):
+                raise
+            if own and (maker := _raiser(error, pm)):
+                who = f"{who} of {pm.describe(maker[0])}"
             raise PluginError(f"{name}: {who} failed in {hook}: {_words_of(error)}") from error
         if isinstance(found, nn.Module):
             return found
         if found is not None:
             raise PluginError(f"{name}: {who} returned {found!r} from {hook}, which is not a module")
+    return None
+
+
+def culprit(error: BaseException, pm: pluggy.PluginManager | None = None) -> str | None:
+    """A line on the plugin whose code raised ``error``, which is named with its place; None if it was none's."""
+    pm = _checked(pm)
+    plugin = _raiser(error, pm)
+    if plugin is None:
+        return None
+    name, place = plugin
+    return f"{pm.describe(name)} failed in {place}: {_words_of(error)}"
+
+
+def _raiser(error: BaseException, pm: Manager) -> tuple[str, str] | None:
+    """The plugin with the innermost frame, by its module or else by its package, and that frame's file and line."""
+    own = hookspecs.__name__.partition(".")[0]
+    modules = {
+        name: found.__name__ if isinstance(found, types.ModuleType) else type(found).__module__
+        for name, found in pm.list_name_plugin()
+    }
+    for parts in (None, 1):
+        for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+            here = str(frame.f_globals.get("__name__")).split(".")[:parts]
+            for name, module in modules.items():
+                if here[0] != own and here == module.split(".")[:parts]:
+                    return name, f"{frame.f_code.co_filename}:{line}"
     return None
 
 
@@ -314,7 +427,9 @@ class Observers:
             for plugin, call in self._pm.callers(hook):
                 try:
                     answers.append(call(**arguments))
-                except Exception as error:
+                except _FAULTS as error:
+                    if not _is_fault(error):
+                        raise
                     self._pm.complain(plugin, hook, error)
             return [answer for answer in answers if answer is not None]
 

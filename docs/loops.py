@@ -24,6 +24,10 @@ takes note, because looking would make the host wait: call `objective.check_fini
 saving. It also checks parameters and buffers, and names layer and step. In several processes all of them must call it.
 `bonn_qat.Objective(model, task)` takes any task and hands it the model's output and the targets as they are; the
 feature loss needs class indices, so with other targets pass `regularizers={"kernel": 1e-4}`.
+
+A loop that forks after it has computed with more than one thread hangs in the child, with BONN as with torch alone; the
+workers of a `DataLoader` compute with one thread and are safe. [long_runs.md](long_runs.md#many-runs-at-once) says what
+to do instead.
 """
 
 LOOPS = {

@@ -107,26 +107,71 @@ def test_another_process_loads_the_same_plugins_by_name_with_or_without_their_ob
     assert names(plugins.create_manager(entry_points=[])) == set(plugins.DEFAULT_PLUGINS)
 
 
-HOOK = "from bonn_qat import Scheme, hookimpl\n@hookimpl\ndef {}:\n    {}\n"
+HOOK = "from bonn_qat import Scheme, hookimpl\nfrom bonn_qat.quantizers import *\n@hookimpl\ndef {}:\n    {}\n"
+OFFER = HOOK.format("bonn_qat_schemes()", "yield Scheme(name='mine', title='', reference='', {})")
+REGULARIZER = (
+    "from bonn_qat import Regularizer\nclass Mine(Regularizer):\n    name = {}\n    def loss(self, step): ...\n"
+    + HOOK.format("bonn_qat_regularizers()", "{}")
+)
 FAULTS = {
+    # It cannot be loaded.
     "import": ("import nothing_of_this_name", "ModuleNotFoundError: No module named 'nothing_of_this_name'"),
+    "name": ("1 / 0", "ZeroDivisionError: division by zero"),
     "exit": ("import sys\nsys.exit(3)", "SystemExit: 3"),
+    "exit 0": ("raise SystemExit(0)", "SystemExit: 0"),
     "syntax": ("def", "SyntaxError: invalid syntax"),
+    "indentation": ("if True:\nx = 1", "IndentationError"),
+    "encoding": ("x = '\0'", "SyntaxError"),
+    "recursion": ("def f(): f()\nf()", "RecursionError: maximum recursion depth exceeded"),
+    "warning": ("raise DeprecationWarning('old')", "DeprecationWarning: old"),
+    "lines": ("raise ValueError('one\\ntwo')", "ValueError: one two"),
+    "no message": ("class Odd(Exception):\n    def __str__(self): 1 / 0\nraise Odd", "Odd: its message cannot be read"),
+    "memory": ("raise MemoryError", "MemoryError: no message"),
+    # Its hooks are none.
+    "empty": ("", "it has no hook; mark its functions with bonn_qat.hookimpl"),
+    "unmarked": ("def bonn_qat_schemes(): return []", "it has no hook"),
     "misspelt": (HOOK.format("bonn_qat_scheme()", "return []"), "unknown hook 'bonn_qat_scheme'"),
     "argument": (HOOK.format("bonn_qat_schemes(model)", "return []"), "declared in the hookimpl"),
+    "wrapper": (HOOK.format("bonn_qat_describe()", "yield").replace("@hookimpl", "@hookimpl(wrapper=1)"), "a wrapper"),
+    "async": (HOOK.format("bonn_qat_after_run()", "pass").replace("def", "async def"), "no plain function, but async"),
+    "generator": (HOOK.format("bonn_qat_after_run()", "yield"), "bonn_qat_after_run is a generator"),
+    # What it offers is wrong.
     "raises": (HOOK.format("bonn_qat_schemes()", "yield 1 / 0"), "bonn_qat_schemes: ZeroDivisionError"),
     "exits": (HOOK.format("bonn_qat_schemes()", "raise SystemExit"), "bonn_qat_schemes: SystemExit: no message"),
+    "exits 0": (HOOK.format("bonn_qat_regularizers()", "exit(0)"), "bonn_qat_regularizers: SystemExit: 0"),
+    "calls itself": (HOOK.format("bonn_qat_schemes()", "return bonn_qat_schemes()"), "RecursionError"),
     "nothing": (HOOK.format("bonn_qat_schemes()", "pass"), "'NoneType' object is not iterable"),
+    "endless": (HOOK.format("bonn_qat_schemes()", "while True: yield 0"), "it offers more than 1,000"),
     "rubbish": (HOOK.format("bonn_qat_schemes()", "yield 'bonn'"), "it offers 'bonn', which is not an instance of "),
+    "bare": (HOOK.format("bonn_qat_schemes()", "return Scheme"), "TypeError: 'type' object is not iterable"),
     "number": (
         HOOK.format("bonn_qat_schemes()", "yield Scheme(name=3, title='', reference='', weight=None, activation=None)"),
         "the name of a scheme consists of letters, digits, '-', '_' and '.'; got 3",
     ),
+    "no name": (OFFER.format("weight=None, activation=None").replace("'mine'", "''"), "'-', '_' and '.'; got ''"),
+    "unknown field": (OFFER.format("weight=None, activation=None, bits=1"), "unexpected keyword argument 'bits'"),
+    "missing field": (OFFER.format("weight=None"), "missing 1 required keyword-only argument: 'activation'"),
+    "impossible field": (OFFER.format("weight=None, activation=None, latent_std=-1"), "the latent_std of the scheme"),
+    "factory raises": (OFFER.format("weight=lambda w: 1 / 0, activation=SteSign"), "ZeroDivisionError"),
+    "factory exits": (OFFER.format("weight=BonnWeight, activation=lambda c: exit()"), "SystemExit"),
+    "factory of nothing": (OFFER.format("weight=BonnWeight, activation=lambda c: None"), "has no attribute 'bits'"),
+    "no factory": (OFFER.format("weight=3, activation=SteSign"), "'int' object is not callable"),
+    "factory of two": (OFFER.format("weight=lambda w, x: w, activation=SteSign"), "missing 1 required positional"),
+    "output raises": (OFFER.format("weight=BonnWeight, activation=SteSign, output=lambda c: c.x"), "no attribute 'x'"),
     "class": (HOOK.format("bonn_qat_regularizers()", "yield Scheme"), "is not a subclass of bonn_qat.Regularizer"),
+    "instance": (REGULARIZER.format("'mine'", "yield hookimpl"), "is not a subclass of bonn_qat.Regularizer"),
+    "twice": (REGULARIZER.format("'mine'", "return [Mine, Mine]"), "it offers the regularizer 'mine' twice"),
+    "nameless": (REGULARIZER.format("None", "return [Mine]"), "the name of a regularizer consists of"),
     "abstract": (
         "from bonn_qat import Regularizer\nclass Mine(Regularizer):\n    name = 'mine'\n"
         + HOOK.format("bonn_qat_regularizers()", "yield Mine"),
         "the regularizer 'mine' lacks loss",
+    ),
+    "unregisters": (
+        "import gc\nfrom bonn_qat import plugins\n"
+        "def found(): return [m for m in gc.get_objects() if type(m) is plugins.Manager]\n"
+        + HOOK.format("bonn_qat_schemes()", "for m in found(): m.unregister(name='sound')"),
+        "bonn_qat_schemes: PluginError: it unregisters 'sound'",
     ),
 }  # fmt: skip
 
@@ -178,6 +223,118 @@ def test_of_two_entry_points_of_one_name_neither_is_loaded(
         assert set(plugins.schemes(plugins.create_manager())) == {"bonn"}
     monkeypatch.setenv("BONN_QAT_PLUGINS", "")  # as --no-plugins does
     assert plugins.faults(plugins.create_manager()) == []
+
+
+def test_an_interruption_while_a_plugin_is_loaded_is_the_users(install: Callable[..., None]):
+    for name, source in (("one", "raise KeyboardInterrupt"), ("two", "raise SystemExit(143)")):  # what SIGTERM becomes
+        install(name, source)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            plugins.create_manager(entry_points=[name])
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("broken = bonn_qat_test_broken:missing", "AttributeError: module 'bonn_qat_test_broken' has no attribute"),
+        ("broken = bonn_qat_test_none", "ModuleNotFoundError"),
+        ("broken = bonn_qat_test_broken:Hooks", "bonn_qat_schemes: TypeError"),
+        ("broken = bonn_qat_test_broken:", "is skipped: "),
+        ("broken = ", "is skipped: "),
+        ("broken", "a distribution whose entry points cannot be read is left out"),
+    ],
+)
+def test_a_wrong_entry_point_leaves_the_other_plugins(
+    entry: str, words: str, install: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    hooks = "@hookimpl\n    def bonn_qat_schemes(self): return []"
+    install("broken", f"from bonn_qat import hookimpl\nclass Hooks:\n    {hooks}\n".replace("\n    @", "\n    @"))
+    install("sound", SCHEME.format(name="sound"))
+    (tmp_path / "bonn_qat_test_broken-1.0.dist-info" / "entry_points.txt").write_text(f"[bonn_qat]\n{entry}\n")
+    with pytest.warns(plugins.BrokenPlugin) as caught:
+        assert set(plugins.schemes(plugins.create_manager())) == {"bonn", "sound"}
+    assert len(caught) == 1
+    assert words in str(caught[0].message)
+    monkeypatch.setenv("BONN_QAT_PLUGINS", "")  # as --no-plugins does
+    with warnings.catch_warnings(action="error"):
+        assert set(plugins.schemes(plugins.create_manager())) == {"bonn"}
+
+
+@pytest.mark.parametrize("attribute", ["", ":HOOKS"])
+def test_a_plugin_is_a_module_or_an_instance(attribute: str, install: Callable[..., None], tmp_path: Path):
+    source = textwrap.dedent(SCHEME.format(name="mine"))
+    install("mine", source + "\nclass Hooks:\n    bonn_qat_schemes = staticmethod(bonn_qat_schemes)\nHOOKS = Hooks()\n")
+    entry_points = tmp_path / "bonn_qat_test_mine-1.0.dist-info" / "entry_points.txt"
+    entry_points.write_text(f"[bonn_qat]\nmine = bonn_qat_test_mine{attribute}\n")
+    assert plugins.find_scheme("mine", plugins.create_manager()).title == "Mine"
+
+
+LOSS = """
+from bonn_qat import Regularizer, Stage, hookimpl
+from bonn_qat.bonn import BONN
+from dataclasses import replace
+
+class Mine(Regularizer):
+    name = "mine"
+    def {}
+
+@hookimpl
+def bonn_qat_regularizers():
+    yield Mine
+
+@hookimpl
+def bonn_qat_schemes():
+    yield replace(BONN, name="broken", stages=(Stage(regularizers={{"mine": 1.0}}),))
+"""
+QUANTIZER = """
+from bonn_qat import hookimpl
+from bonn_qat.bonn import BONN
+from bonn_qat.quantizers import *
+from dataclasses import replace
+
+class Weight(BonnWeight):
+    {}
+
+@hookimpl
+def bonn_qat_schemes():
+    yield replace(BONN, name="broken", weight=Weight)
+"""
+OBSERVER = "from bonn_qat import hookimpl\nfrom bonn_qat.bonn import BONN\n@hookimpl\ndef bonn_qat_{}: {}\n" + (
+    "@hookimpl\ndef bonn_qat_schemes():\n    import dataclasses\n    yield dataclasses.replace(BONN, name='broken')\n"
+)
+SIZE = "def __init__(self, weight):\n        super().__init__(weight)\n        if len(weight) > 2: "
+IN_USE = {
+    "loss raises": (LOSS.format("loss(self, step): raise KeyError('x')"), 1, "failed in .*: KeyError: 'x'"),
+    "regularizer cannot be made": (LOSS.format("__init__(self, *_, **__): {}['x']\n    loss = 3"), 1, "KeyError: 'x'"),
+    "factory exits later": (QUANTIZER.format(SIZE + "exit(0)"), 1, "SystemExit: 0"),
+    "quantizer raises": (QUANTIZER.format("def constrain(self, latent): 1 / 0"), 1, "failed in .*: ZeroDivisionError"),
+    "observer exits": (OBSERVER.format("after_epoch()", "exit(0)"), 0, ""),
+    "observer says a number": (OBSERVER.format("describe()", "return 3"), 0, ""),
+    "observer of a comparison": (OBSERVER.format("after_comparison(page)", "page.none"), 0, ""),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::bonn_qat.plugins.BrokenPlugin")
+@pytest.mark.parametrize("fault", IN_USE)
+def test_what_breaks_in_use_names_the_plugin_and_only_its_own_runs_fail(
+    fault: str, install: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    source, code, words = IN_USE[fault]
+    install("broken", source)
+    monkeypatch.setattr("bonn_qat.studies.figures.pictures", lambda _: [])
+    monkeypatch.setattr(cli.options.console(), "_width", 1000)
+    plugins.manager.cache_clear()
+    sizes = ["--train-images", "8", "--test-images", "4", "--epochs", "1", "-b", "4"]
+    try:
+        assert cli.main(["compare", "--schemes", "broken,bonn", *sizes, "--output", str(tmp_path / "out")]) == code
+    finally:
+        plugins.manager.cache_clear()
+    printed, told = capsys.readouterr()
+    failed = re.findall(r"^failed: broken-0.01-seed0: (.*)$", printed, re.M)
+    assert len(failed) == code
+    assert all(re.search(words, line) and "the plugin 'broken' of bonn_qat_test_broken 1.0" in line for line in failed)
+    assert "Traceback" not in told
+    assert (tmp_path / "out" / "runs" / "bonn-0.01-seed0.json").exists()
 
 
 def test_the_command_lists_what_works_and_says_what_is_broken(

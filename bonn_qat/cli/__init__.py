@@ -10,9 +10,11 @@ import click
 
 import bonn_qat
 from bonn_qat.cli import networks, runs
-from bonn_qat.cli.exits import INTERRUPTED, NOT_WRITTEN, Stopped, fail, why
+from bonn_qat.cli.exits import DISCONNECTED, INTERRUPTED, NOT_WRITTEN, Stopped, culprit, fail, one_line_warnings, why
 from bonn_qat.cli.options import command
-from bonn_qat.errors import BonnQatError
+from bonn_qat.errors import BonnQatError, first_line, is_disconnection, is_out_of_memory
+
+_COMPLETE = "_BONN_QAT_COMPLETE"
 
 
 def _print_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -55,11 +57,12 @@ for function in (
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code.
 
-    0; 1 when a run failed; 2 for bad input, 3 for results that cannot be written, as on a full disk, 130 for Ctrl-C,
-    143 for SIGTERM, each with one line on stderr.
+    0; 1 when a run failed; with one line on stderr: 1 for a lack of memory, another process of the group that ended, or
+    code that called sys.exit, 2 for bad input, 3 for results that cannot be written, as on a full disk, 130 for Ctrl-C,
+    143 for SIGTERM.
     """
     try:
-        with _process_group():
+        with one_line_warnings(), _process_group():
             code: int | None = app.main(arguments, standalone_mode=False)
     except Stopped as stopped:
         return fail(stopped.code, str(stopped))
@@ -72,10 +75,20 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(2, error.format_message())
     except click.Abort:
         return fail(INTERRUPTED, "interrupted")
-    except OSError as error:
-        if error.errno not in NOT_WRITTEN:
+    except SystemExit as end:
+        if end.code or _COMPLETE in os.environ:
             raise
-        return fail(3, why(error))
+        return fail(1, f"{culprit(end) or 'some code'} ended the command; --no-plugins leaves the plugins out")
+    except Exception as error:
+        if is_out_of_memory(error):
+            return fail(1, f"there is not enough memory ({first_line(error)})")
+        if is_disconnection(error):
+            return fail(1, DISCONNECTED)
+        if isinstance(error, OSError) and error.errno in NOT_WRITTEN:
+            return fail(3, why(error))
+        if plugin := culprit(error):
+            return fail(1, plugin)
+        raise
     return code or 0
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import click
 
-from bonn_qat.cli.exits import say
+from bonn_qat.cli.exits import say, say_written
 from bonn_qat.cli.options import Argument, NoPlugins, Option, Size, console, numbers, scheme_of
 from bonn_qat.errors import InvalidRecipe, UnknownName
 
@@ -49,9 +49,11 @@ def bench(
     """
     from bonn_qat.bench import bench as measure
     from bonn_qat.binarization.binarize import binarize
-    from bonn_qat.files.atomic import write_json, write_text
+    from bonn_qat.files.atomic import check_writable, write_json, write_text
     from bonn_qat.plotting import MatplotlibMissing
 
+    if output:
+        check_writable(output / "bench.json")
     counts, batches = numbers(threads, "--threads"), numbers(batch_sizes, "--batch-sizes")
     size = (3, img_size, img_size)
     network = _float(model, num_classes)
@@ -69,7 +71,7 @@ def bench(
                 written.append(write_text(output / "bench.svg", chart))
         except MatplotlibMissing as error:
             say(str(error))
-        say(f"written: {', '.join(map(str, written))}")
+        say_written(*written, what="written")
     if found.failures:
         raise click.exceptions.Exit(1)
 

@@ -4,7 +4,8 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from bonn_qat.scheme import Scheme
+    from bonn_qat.studies.on_ray import RayCluster
+    from bonn_qat.training.recipe import Recipe
+
+
+IMAGE = 224  # pixels along an edge, where nothing else says
 
 
 class Option:
@@ -58,57 +64,29 @@ class Argument(Option):
 def command(function: Callable[..., None]) -> click.Command:
     """``function`` as a click command: its annotated parameters are the options, its docstring is the help.
 
+    A parameter whose type is a dataclass stands for the options that are the fields of that.
+
     click alone, because typer takes 0.4 s of CPU to parse or complete an option (it imports pydantic for that).
     """
-    parameters = []
-    for name, given in inspect.signature(function, eval_str=True).parameters.items():
-        kind, option = get_args(given.annotation)
-        parameters.append(option.declare(name, kind, given.default))
-    return click.Command(function.__name__, callback=function, params=parameters, help=inspect.getdoc(function))
+    groups: dict[str, tuple[Callable[..., Any], list[str]]] = {}
 
+    def declared(of: Callable[..., Any]) -> Iterator[click.Parameter]:
+        for name, given in inspect.signature(of, eval_str=True).parameters.items():
+            kind = given.annotation
+            if isinstance(kind, type) and is_dataclass(kind):
+                group = list(declared(kind))
+                groups[name] = kind, [str(option.name) for option in group]
+                yield from group
+            else:
+                kind, option = get_args(kind)
+                yield option.declare(name, kind, given.default)
 
-DataOption = Annotated[
-    str | None,
-    Option(help="digits, cifar10, cifar100, fashion-mnist, or the path of an image folder; by default digits."),
-]
-DataDir = Annotated[Path | None, Option(help="Where named data sets are stored or downloaded to.")]
-Model = Annotated[str | None, Option(help="Any timm model; by default the recipe's.")]
-RecipeFile = Annotated[Path | None, Option("--recipe", help="A TOML recipe; by default the one for the data.")]
-Settings = Annotated[
-    tuple[str, ...],
-    Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="A key of the recipe, VALUE as in TOML: milestones=[20,40], scheme_options.granularity=plane; repeatable.",
-    ),
-]
-Jobs = Annotated[
-    int,
-    Option(min=1, help="Number of runs at once, each in its own process; on a CPU at most the number of cores."),
-]
-Ray = Annotated[
-    str | None,
-    Option(
-        metavar="ADDRESS",
-        help="Train on a Ray cluster: HOST:PORT, auto for the one that this machine belongs to, or local to start one.",
-    ),
-]
-CoresPerRun = Annotated[int, Option(min=1, help="Cores of each run on the Ray cluster, as threads.")]
-GpusPerRun = Annotated[
-    float | None,
-    Option(min=0, help="GPUs of each run on the Ray cluster, also a fraction; by default 1 if it has any."),
-]
-Size = Annotated[int, Option(help="Height and width of an image.")]
-Epochs = Annotated[int | None, Option(help="Epochs of every run.")]
-BatchSize = Annotated[int | None, Option("--batch-size", "-b", help="Images in a batch, over all processes together.")]
-Rate = Annotated[float | None, Option(help="Learning rate of every run.")]
-TrainImages = Annotated[int | None, Option(help="Train on a fixed random subset of this size.")]
-TestImages = Annotated[int | None, Option(help="Test on a fixed random subset of this size.")]
-Output = Annotated[Path | None, Option(help="Directory for the results; runs in an existing one are continued.")]
-Resume = Annotated[
-    Path | None,
-    Option(metavar="DIRECTORY", help="Continue the runs planned in this directory, in the same MLflow run."),
-]
+    def called(**values: Any) -> None:
+        grouped = {name: cls(**{key: values.pop(key) for key in keys}) for name, (cls, keys) in groups.items()}
+        function(**values, **grouped)
+
+    parameters = list(declared(function))
+    return click.Command(function.__name__, callback=called, params=parameters, help=inspect.getdoc(function))
 
 
 def _switch_off_plugins(_: click.Context, __: click.Parameter, wanted: bool) -> None:
@@ -126,6 +104,106 @@ NoPlugins = Annotated[
         help="Load no installed plugin; the environment variable BONN_QAT_PLUGINS names those to load.",
     ),
 ]  # fmt: skip
+DataDir = Annotated[Path | None, Option(help="Where named data sets are stored or downloaded to.")]
+Settings = Annotated[
+    tuple[str, ...],
+    Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A key of the recipe, VALUE as in TOML: milestones=[20,40], scheme_options.granularity=plane; repeatable.",
+    ),
+]
+Size = Annotated[int, Option(help="Height and width of an image.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Options for training several runs at once."""
+
+    jobs: Annotated[
+        int,
+        Option(min=1, help="Number of runs at once, each in its own process; on a CPU at most the number of cores."),
+    ] = 1
+    ray: Annotated[
+        str | None,
+        Option(
+            metavar="ADDRESS",
+            help="Train on a Ray cluster: HOST:PORT, auto for the one that this machine belongs to, or local to start "
+            "one.",
+        ),
+    ] = None
+    cores_per_run: Annotated[int, Option(min=1, help="Cores of each run on the Ray cluster, as threads.")] = 1
+    gpus_per_run: Annotated[
+        float | None,
+        Option(min=0, help="GPUs of each run on the Ray cluster, also a fraction; by default 1 if it has any."),
+    ] = None
+
+    def cluster(self) -> "RayCluster | None":
+        """The cluster that ``--ray`` names, if any. Raises InvalidRecipe for options of a cluster without it."""
+        from bonn_qat.studies.on_ray import RayCluster
+
+        if self.ray is not None:
+            return RayCluster(address=self.ray, cores=self.cores_per_run, gpus=self.gpus_per_run)
+        if self.cores_per_run != 1 or self.gpus_per_run is not None:
+            raise InvalidRecipe("--cores-per-run and --gpus-per-run are for --ray; add it, or leave them out")
+        return None
+
+
+_KEYS = ("data", "model", "epochs", "batch_size", "lr", "train_images", "test_images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """Options of the commands that train by a recipe; those that are None leave the recipe's key as it is."""
+
+    data: Annotated[
+        str | None,
+        Option(help="digits, cifar10, cifar100, fashion-mnist, or the path of an image folder; by default digits."),
+    ] = None
+    model: Annotated[str | None, Option(help="Any timm model; by default the recipe's.")] = None
+    epochs: Annotated[int | None, Option(help="Epochs of every run.")] = None
+    batch_size: Annotated[
+        int | None, Option("--batch-size", "-b", help="Images in a batch, over all processes together.")
+    ] = None
+    lr: Annotated[float | None, Option(help="Learning rate of every run.")] = None
+    train_images: Annotated[int | None, Option(help="Train on a fixed random subset of this size.")] = None
+    test_images: Annotated[int | None, Option(help="Test on a fixed random subset of this size.")] = None
+    recipe: Annotated[Path | None, Option("--recipe", help="A TOML recipe; by default the one for the data.")] = None
+    settings: Settings = ()
+    data_dir: DataDir = None
+    img_size: Annotated[
+        int | None, Option(help="Height and width of an image of a folder; by default as in the directory, or 224.")
+    ] = None
+    output: Annotated[Path | None, Option(help="Directory for the results; runs in an existing one are continued.")] = (
+        None
+    )
+    resume: Annotated[
+        Path | None,
+        Option(metavar="DIRECTORY", help="Continue the runs planned in this directory, in the same MLflow run."),
+    ] = None
+    no_plugins: NoPlugins = False
+
+    def base(self, own: Mapping[str, str]) -> tuple["Recipe", set[str]]:
+        """The recipe that all runs share, and the keys that its file sets.
+
+        ``own`` maps the keys that each run has for itself to the command's option for them.
+        """
+        from bonn_qat.files.validate import read_toml
+        from bonn_qat.training.recipe import Recipe
+        from bonn_qat.training.settings import with_settings
+
+        content = read_toml(self.recipe, "recipe") if self.recipe else {}
+        base = Recipe.from_dict(content) if self.recipe else Recipe.default(self.data or "digits")
+        given = {key: value for key in _KEYS if (value := getattr(self, key)) is not None}
+        for setting in self.settings:
+            key = setting.partition("=")[0].strip()
+            if key in own:
+                raise InvalidRecipe(f"{setting} cannot be set; use {own[key]}")
+            if key in given:
+                raise InvalidRecipe(
+                    f"--{key.replace('_', '-')} and --set {setting} contradict each other; leave one out"
+                )
+        return with_settings(replace(base, **given), self.settings), set(content)
 
 
 @functools.cache

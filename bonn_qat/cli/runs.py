@@ -1,36 +1,23 @@
 """Commands that train: train, compare, reproduce; and report, which writes a comparison's page again."""
 
 import shlex
-from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import click
 
-from bonn_qat.cli.exits import say, stoppable
+from bonn_qat.cli.exits import say, say_written, stoppable
 from bonn_qat.cli.options import (
+    IMAGE,
     Argument,
-    BatchSize,
-    CoresPerRun,
     DataDir,
-    DataOption,
-    Epochs,
-    GpusPerRun,
-    Jobs,
-    Model,
     NoPlugins,
     Option,
-    Output,
-    Rate,
-    Ray,
-    RecipeFile,
-    Resume,
+    Runs,
     Settings,
     Size,
-    TestImages,
-    TrainImages,
+    Workers,
     console,
     parts,
     rate,
@@ -40,27 +27,18 @@ from bonn_qat.errors import InvalidRecipe
 if TYPE_CHECKING:
     import pluggy
 
-    from bonn_qat.studies.on_ray import RayCluster
     from bonn_qat.training.recipe import Recipe
 
 
 def train(
-    data: DataOption = None,
-    scheme: Annotated[str, Option(help="A scheme, such as xnor:input_scale=true.")] = "bonn",
-    seed: Annotated[int, Option(min=0, help="Decides everything that is random.")] = 0,
-    model: Model = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    lr: Rate = None,
-    train_images: TrainImages = None,
-    test_images: TestImages = None,
-    recipe: RecipeFile = None,
-    settings: Settings = (),
-    data_dir: DataDir = None,
-    img_size: Size = 224,
-    output: Output = None,
-    resume: Resume = None,
-    no_plugins: NoPlugins = False,
+    *,
+    scheme: Annotated[
+        str | None, Option(help="A scheme, such as xnor:input_scale=true; by default the recipe's, or bonn.")
+    ] = None,
+    seed: Annotated[
+        int | None, Option(min=0, help="Decides everything that is random; by default the recipe's.")
+    ] = None,
+    given: Runs,
 ) -> None:
     """Train one network; write its weights, result and report, and meanwhile its checkpoint, to the output directory.
 
@@ -68,44 +46,27 @@ def train(
     """
     from bonn_qat.studies import compare as comparing
 
-    if resume:
-        base, planned = _planned(resume)
+    if given.resume:
+        base, planned = _planned(given.resume)
     else:
-        flags = {"data": data, "model": model, "epochs": epochs, "batch_size": batch_size, "lr": lr,
-                 "train_images": train_images, "test_images": test_images}  # fmt: skip
-        base = _base(recipe, flags, settings, {"scheme": "--scheme", "seed": "--seed"})
-        planned = comparing.plan(base, schemes=[scheme], seeds=[seed])
-    _compare(base, planned, resume or output, data_dir, img_size)
+        base, _ = given.base({"scheme": "--scheme", "seed": "--seed"})
+        planned = comparing.plan(base, schemes=[scheme or base.scheme], seeds=[base.seed if seed is None else seed])
+    _compare(base, planned, given, Workers())
 
 
 def compare(
-    data: DataOption = None,
+    *,
     schemes: Annotated[
         str | None,
         Option(
-            help="Comma-separated schemes, such as xnor:input_scale=true, or all; by default the float "
-            "network, xnor, bireal, pcnn and bonn."
+            help="Comma-separated schemes, such as xnor:input_scale=true, or all; by default that of the recipe's "
+            "file, or else the float network, xnor, bireal, pcnn and bonn."
         ),
     ] = None,
-    seeds: Annotated[int, Option(min=1, help="Number of seeds, counted from 0.")] = 1,
+    seeds: Annotated[int, Option(min=1, help="Number of seeds, counted from the recipe's, or 0.")] = 1,
     latents: Annotated[str, Option(help="Comma-separated starts of the latent weights: 0.01, float, ...")] = "",
-    model: Model = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    lr: Rate = None,
-    train_images: TrainImages = None,
-    test_images: TestImages = None,
-    recipe: RecipeFile = None,
-    settings: Settings = (),
-    jobs: Jobs = 1,
-    ray: Ray = None,
-    cores_per_run: CoresPerRun = 1,
-    gpus_per_run: GpusPerRun = None,
-    data_dir: DataDir = None,
-    img_size: Size = 224,
-    output: Output = None,
-    resume: Resume = None,
-    no_plugins: NoPlugins = False,
+    given: Runs,
+    workers: Workers,
 ) -> None:
     """Train the same network under several schemes, and report accuracy, size and the latent weights.
 
@@ -115,29 +76,15 @@ def compare(
     from bonn_qat import plugins
     from bonn_qat.studies import compare as comparing
 
-    if resume:
-        base, planned = _planned(resume)
+    if given.resume:
+        base, planned = _planned(given.resume)
     else:
-        flags = {"data": data, "model": model, "epochs": epochs, "batch_size": batch_size, "lr": lr,
-                 "train_images": train_images, "test_images": test_images}  # fmt: skip
-        base = _base(recipe, flags, settings, {"scheme": "--schemes", "seed": "--seeds"})
-        arms = [name for name in comparing.ARMS if name in plugins.schemes()] if schemes is None else parts(schemes)
-        planned = comparing.plan(base, schemes=arms, seeds=range(seeds), latents=parts(latents))
-    cluster = _cluster(ray, cores_per_run, gpus_per_run)
-    _compare(base, planned, resume or output, data_dir, img_size, jobs=jobs, ray=cluster)
-
-
-def _base(recipe: Path | None, flags: dict[str, Any], settings: Sequence[str], own: dict[str, str]) -> "Recipe":
-    """The recipe that all runs share; ``own`` maps the keys that each run has for itself to their options."""
-    from bonn_qat.training.recipe import Recipe
-    from bonn_qat.training.settings import with_settings
-
-    base = Recipe.from_toml(recipe) if recipe else Recipe.default(flags["data"] or "digits")
-    base = replace(base, **{key: value for key, value in flags.items() if value is not None})
-    for setting in settings:
-        if option := own.get(setting.partition("=")[0].strip()):
-            raise InvalidRecipe(f"{setting} cannot be set; use {option}")
-    return with_settings(base, settings)
+        base, keys = given.base({"scheme": "--schemes", "seed": "--seeds"})
+        usual = [name for name in comparing.ARMS if name in plugins.schemes()]
+        arms = parts(schemes) if schemes is not None else [base.scheme] if "scheme" in keys else usual
+        numbers = range(base.seed, base.seed + seeds)
+        planned = comparing.plan(base, schemes=arms, seeds=numbers, latents=parts(latents))
+    _compare(base, planned, given, workers)
 
 
 def _planned(directory: Path) -> tuple["Recipe", list["Recipe"]]:
@@ -163,30 +110,22 @@ def _planned(directory: Path) -> tuple["Recipe", list["Recipe"]]:
     return planned[0], planned
 
 
-def _compare(
-    base: "Recipe",
-    planned: list["Recipe"],
-    output: Path | None,
-    data_dir: Path | None,
-    img_size: int,
-    *,
-    jobs: int = 1,
-    ray: "RayCluster | None" = None,
-) -> None:
+def _compare(base: "Recipe", planned: list["Recipe"], given: Runs, workers: Workers) -> None:
     from bonn_qat.studies import compare as comparing
     from bonn_qat.studies.comparison import MANIFEST, PAGE, read_comparison
     from bonn_qat.studies.report import results
     from bonn_qat.studies.statistics import differences
     from bonn_qat.training.data import load
 
+    output, cluster = given.resume or given.output, workers.cluster()
     before = read_comparison(output) if output and (output / MANIFEST).exists() else None
     loaded = load(
         base.data,
-        directory=data_dir,
+        directory=given.data_dir,
         train_images=base.train_images,
         test_images=base.test_images,
         validation_images=base.validation_images,
-        size=int(before.data["image"][1]) if before else img_size,
+        size=given.img_size or (int(before.data["image"][1]) if before else IMAGE),
     )
     directory = _directory(output, loaded.name)
     say(
@@ -194,19 +133,22 @@ def _compare(
         f"{_counted(base.epochs, 'epoch')}; {_counted(len(planned), 'run')}; results in {directory}"
     )
     say_plugins(directory)
-    place = f" --data-dir {shlex.quote(str(data_dir))}" if data_dir else ""
+    place = f" --data-dir {shlex.quote(str(given.data_dir))}" if given.data_dir else ""
     again = f"bonn-qat compare --resume {shlex.quote(str(directory))}{place}"
     with stoppable(again):
-        comparison = comparing.compare(planned, loaded, directory, jobs=jobs, ray=ray, pm=_observed())
+        comparison = comparing.compare(planned, loaded, directory, jobs=workers.jobs, ray=cluster, pm=_observed())
     console().print(results(comparison))
     for difference in differences(comparison):
         say(str(difference))
-    say(f"report: {directory / PAGE}")
+    say_written(directory / PAGE, what="report")
     for name in comparison.elsewhere:
         say(f"running in another process: {name}")
     for name, reason in comparison.failures.items():
         say(f"failed: {name}: {reason}")
-    if comparison.failures or set(comparison.missing) - set(comparison.elsewhere):
+    others = [name for name in comparison.missing if name not in comparison.elsewhere]
+    for name in others:
+        say(f"planned before, and not finished: {name}; {again} trains it")
+    if comparison.failures or others:
         raise click.exceptions.Exit(1)
 
 
@@ -220,10 +162,11 @@ def say_plugins(directory: Path) -> None:
 
     say(f"plugins: {', '.join(plugins.installed()) or 'none'}")
     for line in plugins.Observers().bonn_qat_describe(directory=directory):
-        say(line)
+        say(str(line))
 
 
 def reproduce(
+    *,
     study: Annotated[str, Argument(help="table2, table3, table4, fig3 to fig6, ablation, ..., or a TOML file.")],
     scale: Annotated[float, Option(help="The share of the paper's work: epochs and images shrink alike.")] = 1.0,
     seeds: Annotated[int | None, Option(min=1, help="Number of seeds; by default the study's.")] = None,
@@ -234,13 +177,10 @@ def reproduce(
     only: Annotated[str, Option(help="Comma-separated settings of the study; by default all.")] = "",
     data: Annotated[str | None, Option(help="Other data, or the image folder of table2, table4 and fig6.")] = None,
     settings: Settings = (),
-    jobs: Jobs = 1,
-    ray: Ray = None,
-    cores_per_run: CoresPerRun = 1,
-    gpus_per_run: GpusPerRun = None,
-    workers: Annotated[int, Option(help="Processes that read an image folder.")] = 8,
+    runs: Workers,
+    workers: Annotated[int, Option(min=0, help="Processes that read an image folder.")] = 8,
     data_dir: DataDir = None,
-    img_size: Size = 224,
+    img_size: Size = IMAGE,
     output: Annotated[
         Path | None, Option(help="Directory for the results; an existing one is continued, or shared by studies.")
     ] = None,
@@ -260,16 +200,16 @@ def reproduce(
     count = reproducing.runs(chosen, seeds, searched)
     say(f"{chosen.title}; {_counted(count, 'run')}, scale {scale:g}; results in {directory}")
     say_plugins(directory)
-    cluster = _cluster(ray, cores_per_run, gpus_per_run)
+    cluster = runs.cluster()
     with stoppable(f"the same command with --output {shlex.quote(str(directory))}"):
         result = reproducing.reproduce(
             chosen, directory, scale=scale, seeds=seeds, rates=searched, search_scale=search_scale,
-            settings=settings, data=data, data_directory=data_dir, size=img_size, workers=workers, jobs=jobs,
+            settings=settings, data=data, data_directory=data_dir, size=img_size, workers=workers, jobs=runs.jobs,
             ray=cluster, pm=_observed(),
         )  # fmt: skip
     for setting in result.settings:
         console().print(study_report.results(setting, result.study))
-    say(f"report: {directory / f'{chosen.name}.html'}")
+    say_written(directory / f"{chosen.name}.html", what="report")
     comparisons = [setting.comparison for setting in result.settings]
     for name in (name for comparison in comparisons for name in comparison.elsewhere):
         say(f"running in another process: {name}")
@@ -287,7 +227,7 @@ def report(directory: Annotated[Path, Argument(help="The results of a comparison
     comparison = read_comparison(directory)
     page = write_report(comparison)
     console().print(results(comparison))
-    say(f"report: {page}")
+    say_written(page, what="report")
 
 
 def _observed() -> "pluggy.PluginManager":
@@ -298,14 +238,6 @@ def _observed() -> "pluggy.PluginManager":
     pm = plugins.create_manager()
     pm.register(EpochLines(), name="epoch lines")
     return pm
-
-
-def _cluster(address: str | None, cores: int, gpus: float | None) -> "RayCluster | None":
-    from bonn_qat.studies.on_ray import RayCluster
-
-    if address is None and (cores != 1 or gpus is not None):
-        raise InvalidRecipe("--cores-per-run and --gpus-per-run are for --ray; add it, or leave them out")
-    return None if address is None else RayCluster(address=address, cores=cores, gpus=gpus)
 
 
 def _directory(output: Path | None, name: str) -> Path:

@@ -7,9 +7,7 @@ threshold, the sign may differ.
 """
 
 import copy
-import errno
 import importlib.util
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +20,7 @@ from bonn_qat.errors import BonnQatError, InvalidModel, UnknownName
 from bonn_qat.exporting.c.header import c_header
 from bonn_qat.exporting.onnx import beyond_bipolar, run_onnx, run_qonnx, write_onnx, write_qonnx
 from bonn_qat.exporting.trace import outputs_of, run_pt2, write_pt2
-from bonn_qat.files.atomic import write_bytes
+from bonn_qat.files.atomic import check_writable, write_bytes
 from bonn_qat.inspection.summary import input_size_of
 from bonn_qat.layers import BinaryLayer
 from bonn_qat.modes import modes
@@ -85,7 +83,7 @@ def export(model: nn.Module, path: str | Path, format: str, *, input_size: Seque
     _require(format, chosen.needs)
     size = input_size_of(model, input_size)
     _check(model, format)
-    _check_writable(path)
+    check_writable(path)
     frozen = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     for _, layer in binary_layers(frozen):
         layer.freeze()
@@ -148,20 +146,6 @@ def _check(model: nn.Module, format: str) -> None:
                 f"the format {format!r} cannot hold {name}, of the scheme {scheme!r}: {reason}; "
                 f"{', '.join(others)} can, and skip={name!r} in binarize leaves it float"
             )
-
-
-def _check_writable(path: Path) -> None:
-    """Raise OSError for a path that is a folder, or whose folder can neither be written nor made."""
-    folder = next((parent for parent in path.parents if parent.exists()), Path())
-    if path.is_dir():
-        error, culprit = errno.EISDIR, path
-    elif not folder.is_dir():
-        error, culprit = errno.ENOTDIR, folder
-    elif not os.access(folder, os.W_OK | os.X_OK):
-        error, culprit = errno.EACCES, folder
-    else:
-        return
-    raise OSError(error, os.strerror(error), str(culprit))
 
 
 def _write_packed(model: nn.Module, size: tuple[int, ...]) -> bytes:

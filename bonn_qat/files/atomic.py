@@ -1,6 +1,7 @@
 """Atomic writes: temporary file, fsync, rename; and the JSON documents that are written so."""
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -14,13 +15,16 @@ from bonn_qat.files import plain
 def write_bytes(path: str | Path, content: bytes) -> Path:
     """Write a file atomically, making the folders above it: readers see the old content or the new, never a part.
 
-    Raises OSError if the file cannot be written; the old content stays.
+    Raises OSError if the file cannot be written, or ``path`` is something else than a file, such as a device; the old
+    content stays.
     """
     path = Path(path)
+    _check_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)  # of a killed process with the same number
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -29,6 +33,27 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise OSError for a path that is no file, or whose folder can neither be written nor made.
+
+    For commands that work long before they write.
+    """
+    path = Path(path)
+    _check_file(path)
+    folder = next((parent for parent in path.parents if parent.exists()), Path())
+    if not folder.is_dir():
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EEXIST, "it exists and is not a regular file", str(path))
 
 
 def remove_leftovers(path: str | Path) -> None:

@@ -4,22 +4,52 @@ What is read is bounded: the size of a file, the depth of nested tables and list
 bits.
 """
 
+import errno
 import json
+import os
+import re
+import stat
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 DEPTH = 24  # of tables and lists in one another
 _SHOWN = 120  # characters of a value in a message
 _WORDS = 1000  # characters of another library's error
+# What may hold dots without being a key: strings, also those that do not end, and comments.
+_NO_KEYS = re.compile(
+    r""""{3}(?:[^"\\]|\\.|"(?!""))*+(?:"{3,5})?|'{3}(?:[^']|'(?!''))*+(?:'{3,5})?"""
+    r"""|"(?:[^"\\\n]|\\.)*+"?|'[^'\n]*+'?|\#[^\n]*+""",
+    re.DOTALL,
+)
+_LONG_KEY = re.compile(rf"(?:(?<![\w-])[\w-]++[ \t]*+\.[ \t]*+){{{DEPTH + 1}}}")
 _TOO_DEEP = f"tables and lists are nested more than {DEPTH} levels deep"
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file to read its bytes. Raises OSError, at once, also for anything else that has a path.
+
+    A plain ``open`` of a named pipe would wait for somebody to write to it.
+    """
+    return open(path, "rb", opener=_descriptor)
+
+
+def _descriptor(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    raise OSError(errno.EINVAL, "it is not a regular file", path)
 
 
 def read_text(path: str | Path, limit: int) -> str:
     """The text of a file of at most ``limit`` bytes. Raises OSError, and ValueError if it is larger or not UTF-8."""
-    with Path(path).open("rb") as file:
+    with open_regular(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise ValueError(f"it is larger than {limit:,} bytes")
@@ -38,6 +68,9 @@ def from_json(text: str) -> Any:
 
 def from_toml(text: str) -> dict[str, Any]:
     """Parse TOML. Raises ValueError for invalid TOML and what :func:`check` refuses."""
+    # tomllib takes a time that grows with the square of the number of a key's parts.
+    if _LONG_KEY.search(_NO_KEYS.sub(lambda found: "" if found[0][0] == "#" else "s", text)):
+        raise ValueError(_TOO_DEEP)
     try:
         value = tomllib.loads(text)
     except RecursionError:

@@ -1,6 +1,7 @@
 """compare: train the same network under several schemes, seeds and starts of the latent weights, with equal budgets."""
 
 import contextlib
+import errno
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from bonn_qat.studies.comparison import MANIFEST, PAGE, Comparison, read_compari
 from bonn_qat.studies.jobs import at_once, check_jobs, check_plugins
 from bonn_qat.studies.on_ray import RayCluster, on_ray
 from bonn_qat.studies.report import write_report
-from bonn_qat.studies.run import checkpoint_of, in_turn, lock_of, whole_comparison
+from bonn_qat.studies.run import checkpoint_of, in_turn, is_held, is_over, lock_of, whole_comparison
 from bonn_qat.studies.statistics import REFERENCE
 from bonn_qat.training.data import Data
 from bonn_qat.training.interrupts import deferred_interrupts
@@ -36,7 +37,8 @@ def plan(
     """One recipe for each scheme, start of the latent weights and seed; a float network, without latents, once a seed.
 
     A scheme may have options, ``xnor:gradient=plain+input_scale=true``. ``"all"`` stands for every installed scheme,
-    the float network first and BONN last. Without ``latents`` the recipe's start is used.
+    the float network first and BONN last. Without ``latents`` the recipe's start is used, and for a float network
+    ``"float"``, unless it is the recipe's own scheme.
 
     Raises UnknownName for a scheme that no plugin offers, InvalidRecipe if no scheme is named.
 
@@ -48,8 +50,9 @@ def plan(
     names = [name for scheme in schemes for name in (_everyone(pm) if scheme == ALL else [scheme])]
     for scheme in dict.fromkeys(names):
         arm = recipe.with_scheme(scheme)
-        is_float = plugins.find_scheme(arm.scheme, pm).weight is None
-        arms += [replace(arm, latents=start) for start in (["float"] if is_float else starts)]
+        # The recipe's own scheme keeps all of the recipe.
+        without = plugins.find_scheme(arm.scheme, pm).weight is None and (latents or arm.scheme != recipe.scheme)
+        arms += [replace(arm, latents=start) for start in (["float"] if without else starts)]
     if not arms:
         raise InvalidRecipe("no scheme to compare; name at least one")
     # All arms of one seed before the next, so that an interrupted comparison is still a comparison.
@@ -98,7 +101,8 @@ def compare(
 
     Raises UnknownName and InvalidRecipe before anything is run, InvalidData for a directory that holds another
     comparison or cannot be written, BonnQatError before anything is run for a plugin that another process cannot load,
-    and for an exception in a job. An interruption or a full disk is raised again after the report is written.
+    and for an exception in a job; OSError where results or the report cannot be written, or were removed meanwhile. An
+    interruption or a full disk is raised again after the report is written.
 
     >>> compare(plan(Recipe(epochs=5)), load("digits"), Path("results/mine"), jobs=2).results  # doctest: +SKIP
     """
@@ -114,6 +118,7 @@ def compare(
         check(recipe, pm)
     comparison = _begin(recipes, data, directory)
     left = list({recipe.name: recipe for recipe in recipes if recipe.name in comparison.missing}.values())
+    unwritten: Exception | None = None
     try:
         if is_first:
             with whole_comparison(directory):  # observers of several processes would open their stores together
@@ -126,12 +131,25 @@ def compare(
             in_turn(left, data, directory, pm=pm, waits=waits)
     finally:
         if is_first:
-            with deferred_interrupts():  # what draws the figures may swallow an interruption
-                comparison, page = _end(comparison)
-            observers.bonn_qat_after_comparison(directory=directory, page=page)
+            try:
+                with deferred_interrupts():  # what draws the figures may swallow an interruption
+                    comparison = _end(comparison)
+            except (OSError, InvalidData) as error:
+                unwritten = error  # which must not hide why the comparison stopped
+            observers.bonn_qat_after_comparison(directory=directory, page=directory / PAGE)
+    if unwritten is not None:
+        raise unwritten
     distributed.barrier()
     comparison = comparison if is_first else read_comparison(directory)
     names = {recipe.name for recipe in recipes}
+    # Another process may write its result and end between the two questions.
+    ours = [name for name in names if name not in comparison.failures and not is_held(directory, name)]
+    gone = sorted(name for name in ours if not is_over(directory, name))
+    if gone and is_first:
+        raise FileNotFoundError(
+            errno.ENOENT, f"no result of {', '.join(gone)} is there: files were removed or moved, or the process that "
+            "trained it ended", str(directory),
+        )  # fmt: skip
     return replace(comparison, elsewhere=[name for name in comparison.missing if name in names])
 
 
@@ -194,14 +212,17 @@ def _planned(recipes: Sequence[Recipe], data: Data, directory: Path) -> Comparis
     )
 
 
-def _end(comparison: Comparison) -> tuple[Comparison, Path]:
-    """The comparison as all processes leave it on disk, and its page."""
-    with contextlib.suppress(OSError, InvalidData), whole_comparison(comparison.directory):
-        # A full disk, or a file that was damaged meanwhile, must not hide why the comparison stopped.
-        comparison = read_comparison(comparison.directory)
+def _end(comparison: Comparison) -> Comparison:
+    """Write the comparison as all processes leave it on disk, and its page."""
+    directory = comparison.directory
+    directory.mkdir(parents=True, exist_ok=True)
+    with whole_comparison(directory):
+        if not (directory / MANIFEST).exists():  # the directory was removed or moved
+            write_manifest(comparison)
+        comparison = read_comparison(directory)
         finished = {run.name for run in comparison.results}
         failures = {name: why for name, why in comparison.failures.items() if name not in finished}
         comparison = replace(comparison, failures=failures)
         write_manifest(comparison)
-        return comparison, write_report(comparison)
-    return comparison, comparison.directory / PAGE
+        write_report(comparison)
+    return comparison

@@ -17,6 +17,7 @@ import torch
 
 from bonn_qat import plugins
 from bonn_qat.errors import BonnQatError, InvalidRecipe
+from bonn_qat.files import plain
 from bonn_qat.files.atomic import write_bytes
 from bonn_qat.hookspecs import hookimpl
 from bonn_qat.studies.jobs import check_plugins, pickled
@@ -144,7 +145,7 @@ class _Driver:
 
     def _submit(self, name: str) -> Any:
         path = checkpoint_of(self._directory, name)
-        checkpoint = path.read_bytes() if path.exists() else None
+        checkpoint = plain.open_regular(path).read() if path.exists() else None
         task = self._task.options(name=name, **self._options)
         return task.remote(self._recipes[name], self._common, checkpoint, self._inbox)
 

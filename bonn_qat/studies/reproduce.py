@@ -1,5 +1,6 @@
 """reproduce: run a study of the paper, at full or reduced size, with an optional search for each learning rate."""
 
+import errno
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -47,12 +48,12 @@ def reproduce(
     """Run every run of ``study`` that ``directory`` has no result for, and write the study's page, table and figures.
 
     ``scale`` is the share of the paper's work (:func:`bonn_qat.studies.study.scaled`). ``seeds`` is how many seeds to
-    run, counted from 0; by default the study's number. With ``rates`` each arm is first trained once with each learning
-    rate, with ``search_scale`` of the work and seed 0, and tested on held-out training images instead of the test set;
-    the arm then takes the best rate. ``settings`` change every recipe, such as ``batch_size=64``, or the recipes whose
-    scheme has the option, such as ``scheme_options.reading=inverse``. ``data`` replaces the study's data; a study of an
-    image folder needs it. Other arguments as for :func:`bonn_qat.training.data.load` and
-    :func:`bonn_qat.studies.compare.compare`.
+    run, counted from the recipe's; by default the study's number. With ``rates`` each arm is first trained once with
+    each learning rate, with ``search_scale`` of the work and the first seed, and tested on held-out training images
+    instead of the test set; the arm then takes the best rate. ``settings`` change every recipe, such as
+    ``batch_size=64``, or the recipes whose scheme has the option, such as ``scheme_options.reading=inverse``. ``data``
+    replaces the study's data; a study of an image folder needs it. Other arguments as for
+    :func:`bonn_qat.training.data.load` and :func:`bonn_qat.studies.compare.compare`.
 
     Several studies may share a directory; finished runs are not run again. After an interruption the page is written
     with the runs that are finished, and the interruption is raised again.
@@ -103,6 +104,9 @@ def reproduce(
                     page = study_report.write(result, directory)
             finally:
                 hook.bonn_qat_after_comparison(directory=directory, page=page)
+    for found in done:
+        if not (place := directory / found.paper.name / MANIFEST).exists():
+            raise FileNotFoundError(errno.ENOENT, "it was removed or moved meanwhile", str(place))
     return result
 
 
@@ -137,7 +141,7 @@ def _carried_out(plan: _Plan, place: Path, seeds: int, run: Callable[..., Compar
     arms = plan.arms
     if searched:
         arms = tuple(replace(arm, recipe=replace(arm.recipe, lr=best_rate(arm, searched))) for arm in arms)
-    recipes = [replace(arm.recipe, seed=seed) for seed in range(seeds) for arm in arms]
+    recipes = [replace(arm.recipe, seed=arm.recipe.seed + number) for number in range(seeds) for arm in arms]
     result = functools.partial(SettingResult, paper=plan.paper, arms=arms, search=searched)
     try:
         comparison = run(recipes, place)
@@ -219,7 +223,7 @@ def _searched(arm: StudyArm, rate: float, scale: float, load: Callable[[Recipe],
     recipe = _scaled(arm, scale, load).recipe
     wanted = (recipe.train_images or there) + held_out
     return replace(
-        recipe, lr=rate, seed=0, validation_images=held_out, test_images=0,
+        recipe, lr=rate, validation_images=held_out, test_images=0,
         train_images=arm.recipe.train_images if wanted > there else wanted,
     )  # fmt: skip
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pluggy
 import torch
 
-from bonn_qat import distributed
-from bonn_qat.errors import BonnQatError, TrainingDiverged
+from bonn_qat import distributed, plugins
+from bonn_qat.errors import BonnQatError, TrainingDiverged, is_disconnection, is_out_of_memory
 from bonn_qat.files.atomic import read_json, remove_leftovers
 from bonn_qat.files.locks import locked
 from bonn_qat.files.tensors import write_tensors
@@ -72,8 +72,8 @@ def run(
     A checkpoint is kept there during the training, and the same call resumes from it. A run that has a result is not
     trained again, nor is one whose failure is in the directory's comparison. ``tick`` is called after each step.
 
-    Errors of this package and a lack of memory are the outcome, as text, and are written to the comparison; other
-    errors are raised. Several processes may make the same call: one of them trains, and the others get
+    Errors of this package or of a plugin's code and a lack of memory are the outcome, as text, and are written to the
+    comparison; others are raised. Several processes may make the same call: one of them trains, and the others get
     :class:`Elsewhere`, or with ``waits`` the result once it is there. In a process group rank 0 writes.
     """
     with claimed(directory, recipe.name, waits=waits) as is_ours:
@@ -93,8 +93,13 @@ def run(
             failure = str(error)
         except BonnQatError as error:
             failure = str(error)
-        except (torch.OutOfMemoryError, MemoryError):
-            failure = f"out of memory; try fewer jobs, or a batch_size below {recipe.batch_size}"
+        except Exception as error:
+            if is_out_of_memory(error):
+                failure = f"out of memory; try fewer jobs, or a batch_size below {recipe.batch_size}"
+            elif isinstance(error, OSError) or is_disconnection(error) or not (plugin := plugins.culprit(error, pm)):
+                raise
+            else:
+                failure = plugin
         if distributed.rank() == 0:
             note_failure(directory, recipe.name, failure)
         return failure
@@ -128,6 +133,15 @@ def claimed(directory: Path, name: str, *, waits: bool = False) -> Iterator[bool
         # Whoever still waits for this lock finds the run finished; the lock of an unfinished run stays.
         if distributed.rank() == 0 and is_ours and (directory / RUNS / f"{name}.json").exists():
             path.unlink(missing_ok=True)
+
+
+def is_held(directory: Path, name: str) -> bool:
+    """Whether another process is training the run of that name."""
+    path = lock_of(directory, name)
+    if not path.exists():
+        return False
+    with locked(path, waits=False) as is_free:
+        return not is_free
 
 
 def is_over(directory: Path, name: str) -> bool:

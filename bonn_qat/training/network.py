@@ -1,6 +1,10 @@
 """Network: from a recipe, or from a weights file, to a binarized network; and back into a file."""
 
+import contextlib
 import copy
+import os
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,11 +13,23 @@ from typing import Annotated, Any, cast
 import pluggy
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from bonn_qat import plugins
 from bonn_qat.binarization.binarize import Binarization, binarize, binary_layers
-from bonn_qat.errors import BonnQatError, InvalidData, InvalidModel, InvalidRecipe, UnknownName
+from bonn_qat.errors import (
+    BonnQatError,
+    InvalidData,
+    InvalidModel,
+    InvalidRecipe,
+    UnknownName,
+    is_out_of_memory,
+    within_memory,
+)
 from bonn_qat.files.plain import one_line, shown
 from bonn_qat.files.tensors import read_tensors, write_tensors
 from bonn_qat.files.validate import Allowed, read_own
@@ -26,6 +42,8 @@ from bonn_qat.training.schedule import stage_of
 
 WEIGHTS_FORMAT = 1
 _LARGEST = 2**20  # classes, or pixels along an edge
+# The largest networks of timm have some thousands of modules and take some seconds.
+_MOST_MODULES, _MOST_SECONDS, _MOST_IN_OPTIONS = 2**13, 30, 2**17
 
 
 def recipe_scheme(recipe: Recipe, pm: pluggy.PluginManager | None = None) -> Scheme:
@@ -51,8 +69,16 @@ def check(recipe: Recipe, pm: pluggy.PluginManager | None = None) -> None:
 def build(recipe: Recipe, data: Data, pm: pluggy.PluginManager | None = None) -> nn.Module:
     """The recipe's network for ``data``, binarized. The same seed gives every scheme the same float start.
 
-    Raises what :func:`check` and :func:`bonn_qat.binarize` raise, and InvalidData for a checkpoint of another network.
+    Raises what :func:`check` and :func:`bonn_qat.binarize` raise, InvalidData for a checkpoint of another network, and
+    InvalidRecipe for options that describe a network of absurd size.
     """
+    check(recipe, pm)
+    try:
+        _check_size(recipe, data.classes, data.image[0])
+    except _TooLarge:
+        raise
+    except InvalidRecipe:
+        pass  # it may be that only its description fails
     return _build(recipe, data.classes, data.image, pm)
 
 
@@ -80,9 +106,9 @@ def float_network(recipe: Recipe, classes: int, channels: int) -> nn.Module:
         network: nn.Module = timm.create_model(
             recipe.model, num_classes=classes, in_chans=channels, **recipe.model_options
         )
-    except (MemoryError, BonnQatError):
-        raise
     except Exception as error:  # whatever a network of timm makes of its arguments
+        if isinstance(error, BonnQatError) or is_out_of_memory(error):
+            raise
         raise InvalidRecipe(
             f"timm cannot create {recipe.model!r} for {classes} classes with model_options "
             f"{shown(dict(recipe.model_options))}: {type(error).__name__}: {one_line(error)}"
@@ -107,6 +133,8 @@ def _load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: str | P
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         first, *rest = (line.strip() for line in str(error).splitlines() if line.strip())
         raise InvalidData(
             f"{path} is not a checkpoint of this {type(model).__name__}: {one_line(' '.join(rest) or first)}"
@@ -132,15 +160,17 @@ def load(path: str | Path, *, pm: pluggy.PluginManager | None = None) -> nn.Modu
     >>> model = bonn_qat.load("runs/bonn-0.01-seed0.safetensors")  # doctest: +SKIP
 
     Raises InvalidData naming the file: if it cannot be read, does not describe its network, is of another format, holds
-    an unfinished run or tensors of another network, or has a recipe with names that this installation does not know.
+    an unfinished run or tensors of another network, has a recipe with names that this installation does not know, or
+    does not fit into memory.
     """
-    tensors, content = read_tensors(path)
-    header = _read_header(content, path)
-    try:
-        model = _rebuilt(header, tensors, pm)
-    except BonnQatError as error:
-        raise InvalidData(f"{path} cannot be restored: {error}") from error
-    _load_tensors(model, tensors, path)
+    with within_memory(str(path)):
+        tensors, content = read_tensors(path)
+        header = _read_header(content, path)
+        try:
+            model = _rebuilt(header, tensors, pm)
+        except BonnQatError as error:
+            raise InvalidData(f"{path} cannot be restored: {error}") from error
+        _load_tensors(model, tensors, path)
     return model
 
 
@@ -150,7 +180,8 @@ def _rebuilt(header: "_Header", tensors: Mapping[str, Tensor], pm: pluggy.Plugin
     options = {**recipe.model_options, "pretrained": False, "checkpoint_path": ""}  # the weights are here
     recipe = replace(recipe, model_options=options, checkpoint="")
     check(recipe, pm)
-    _check_size(recipe, header.classes, header.image[0], tensors)
+    held = sum(tensor.numel() for tensor in tensors.values())
+    _check_size(recipe, header.classes, header.image[0], held)
     with torch.random.fork_rng():
         model = _build(recipe, header.classes, header.image, pm)
     stages = recipe_scheme(recipe, pm).stages
@@ -255,24 +286,89 @@ def _are_same(one: nn.Module, other: nn.Module, image: tuple[int, ...]) -> bool:
         return torch.equal(one(images), other(images))
 
 
-def _check_size(recipe: Recipe, classes: int, channels: int, tensors: Mapping[str, Tensor]) -> None:
-    """Check, before it is allocated, that the network is about as large as the tensors in its file."""
-    held = sum(tensor.numel() for tensor in tensors.values())
-    claimed = 0
+class _TooLarge(InvalidRecipe):
+    """A recipe describes a network that is out of all proportion."""
 
-    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal claimed
-        claimed += 0 if parameter is None else parameter.numel()
-        # Checked at each parameter, because making very many layers takes long even without memory.
-        if claimed > 2 * held + 1024:
-            raise InvalidData(f"it holds {held:,} numbers, but describes a network of more than {claimed:,}")
 
-    counting = register_module_parameter_registration_hook(count)
-    try:
+def _check_size(recipe: Recipe, classes: int, channels: int, held: int | None = None) -> None:
+    """Build the recipe's float network without memory, and refuse it if it is out of all proportion.
+
+    That is one that this machine has no memory for, or that is much larger than the ``held`` numbers in its file. Also
+    bounded are the modules, and the time that it takes to make them.
+    """
+    options = {**recipe.model_options, "pretrained": False}
+    # Before any module there may be a list of all blocks.
+    if not (total := sum(abs(x) for x in _numbers(options))) <= _MOST_IN_OPTIONS:
+        raise _TooLarge(
+            f"the numbers in model_options, {shown(dict(recipe.model_options))}, add up to {total:g}; allowed: at most "
+            f"{_MOST_IN_OPTIONS:,}"
+        )
+    parameters = numbers = modules = calls = 0
+    memory = _fit_into_memory()
+
+    def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        nonlocal parameters, numbers
+        size = 0 if tensor is None else tensor.numel()
+        numbers += size
+        parameters += size if isinstance(tensor, nn.Parameter) else 0
+        # Checked at each one, because making very many layers takes long even without memory.
+        if held is not None and parameters > 2 * held + 1024:
+            raise _TooLarge(f"it holds {held:,} numbers, but describes a network of more than {parameters:,}")
+        if numbers > memory:
+            raise _TooLarge(
+                f"{recipe.model!r} with its model_options has more than {numbers:,} numbers; this machine has memory "
+                f"for {memory:,}"
+            )
+
+    def count_modules(module: nn.Module, name: str, part: nn.Module | None) -> None:
+        nonlocal modules
+        modules += 1
+        if modules > _MOST_MODULES:
+            raise _TooLarge(
+                f"{recipe.model!r} with its model_options has too many modules; allowed: at most {_MOST_MODULES:,}"
+            )
+
+    began = time.thread_time()
+
+    def watch(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls % 1024 == 0 and time.thread_time() - began > _MOST_SECONDS:
+            raise _TooLarge(
+                f"{recipe.model!r} with its model_options takes too long to make; allowed: {_MOST_SECONDS} seconds"
+            )
+
+    with contextlib.ExitStack() as stack:
+        for hook in (
+            register_module_parameter_registration_hook(count),
+            register_module_buffer_registration_hook(count),
+            register_module_module_registration_hook(count_modules),
+        ):
+            stack.callback(hook.remove)
+        if sys.getprofile() is None:  # a profiler has the only place for it
+            sys.setprofile(watch)
+            stack.callback(sys.setprofile, None)
         with torch.device("meta"):
-            float_network(recipe, classes, channels)
-    finally:
-        counting.remove()
+            float_network(replace(recipe, model_options=options), classes, channels)
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        if isinstance(value, int | float):
+            yield value
+        return
+    for item in value:
+        yield from _numbers(item)
+
+
+def _fit_into_memory() -> int:
+    """How many float32 numbers fit into the memory of this machine."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    except (AttributeError, ValueError, OSError):
+        return 2**40
 
 
 _Size = Annotated[int, Allowed(f"1 to {_LARGEST}", lambda n: 1 <= n <= _LARGEST)]

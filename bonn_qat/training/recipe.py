@@ -4,6 +4,7 @@ import importlib.resources
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -46,6 +47,8 @@ class Recipe:
     wide residual networks and of most baselines has it; without it only weights with two axes or more decay.
     ``augmentation`` of an image folder is ``"crop"`` (resize, random crop and flip, as in BONN's paper) or
     ``"resized_crop"`` (timm's: random scale and aspect ratio, flip and colour jitter).
+
+    ``momentum`` is that of SGD, and Adam's first beta.
 
     ``schedule`` shapes the learning rate over all epochs: ``one_cycle`` (a linear rise for the fraction ``warmup``,
     then a cosine down), ``cosine``, ``constant``, or ``step``: multiplied by ``gamma`` at each of the ``milestones``
@@ -123,6 +126,8 @@ class Recipe:
         check_values(self, " in the recipe")
         factors = len(self.factors) in (0, len(self.milestones))
         _check(factors, "factors", self.factors, "one for each milestone, or none")
+        finite = len(self.milestones) * math.log(self.gamma) < math.log(sys.float_info.max)
+        _check(finite, "gamma", self.gamma, "a number whose power for all milestones is finite")
         for name, options in self.regularizer_options.items():
             _check(isinstance(options, Mapping), f"regularizer_options.{name}", options, "a table of its arguments")
         if self.stages and abs(sum(stage.share for stage in self.stages) - 1) > 1e-6:

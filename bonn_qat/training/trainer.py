@@ -345,7 +345,7 @@ class Trainer:
 def _optimizer(recipe: Recipe, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
     fused = device.type == "cuda"  # handles the scaled loss as well; no faster on a CPU
     if recipe.optimizer == "adam":
-        return torch.optim.AdamW(groups, lr=recipe.lr, fused=fused)
+        return torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=fused)
     nesterov = recipe.nesterov and recipe.momentum > 0
     return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov, fused=fused)
 

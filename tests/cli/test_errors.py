@@ -208,12 +208,17 @@ COMMANDS: Mapping[str, tuple[Command, ...]] = {
         Command(gives="train --set lr", names="'lr'"),
         Command(gives="train --set lrr=1", names="lrr", varies=KNOWN),
         Command(gives="train --set lr=fast", names="fast"),
+        Command(gives="train --lr 0.1 --set lr=0.2", names="--lr"),
         Command(gives="compare --set seed=3", names="seed"),
         Command(gives="""train --set 'stages=[{regularizers={kernle=1e-4}}]'""", names="kernle"),
         Command(gives="train --recipe none.toml", names="none.toml"),
         Command(
             gives="train --recipe a.toml", names="a.toml", when="no TOML in it", files={"a.toml": "lr = "},
             varies=(r"(?<=TOML: ).*",),
+        ),
+        Command(
+            gives="train --recipe a.toml", names="a.toml", when="a key of 31 parts in it",
+            files={"a.toml": "a." * 30 + "a = 1"},
         ),
         Command(
             gives="train --recipe a.toml", names="'x'", when="`epochs = 'x'` in it", files={"a.toml": "epochs = 'x'"},
@@ -581,9 +586,11 @@ logged during the training, has the same exit codes and no prefix.
 | exit code | meaning |
 |---|---|
 | 0 | success, or another process is working on the remaining runs |
-| 1 | a run or a benchmark failed, or the MLflow store cannot be reached; the reason is printed |
+| 1 | a run, a benchmark or a plugin failed, memory ran out, another process of the group ended, or the MLflow \
+store cannot be reached; the reason is printed |
 | 2 | invalid or missing input; nothing was run |
-| 3 | results can no longer be written, for example on a full disk; finished runs are kept, continue with `--resume` |
+| 3 | results can no longer be written, for example on a full disk, or were removed; finished runs are kept, continue \
+with `--resume` |
 | 130 | Ctrl-C, after the current step of the run; continue with `--resume` |
 | 143 | SIGTERM, after the current step of the run; continue with `--resume` |
 

@@ -103,6 +103,7 @@ def test_factors_let_a_later_stage_start_higher_again() -> None:
             r"factors in the recipe is \(0.1,\); allowed: one for each milestone",
         ),
         ({"milestones": (3,), "factors": (0.0,)}, "factors in the recipe is .*numbers above 0"),
+        ({"gamma": 1e300, "milestones": (1, 2)}, "gamma in the recipe is 1e[+]300; allowed: a number whose power"),
         ({"regularizer_options": {"kernel": 3}}, "regularizer_options.kernel in the recipe is 3; allowed: a table"),
         ({"validation_images": -1}, "validation_images in the recipe is -1; allowed: at least 0"),
         ({"compile": "fast"}, "unknown compile in the recipe 'fast'"),
