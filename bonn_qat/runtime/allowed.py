@@ -39,7 +39,7 @@ GROUPS: Mapping[str, str] = {
         clamp_min.default clip.default cos.default div.Scalar div.Scalar_mode div.Tensor div.Tensor_mode elu.default
         eq.Scalar eq.Tensor erf.default exp.default exp2.default expm1.default fill.Scalar floor.default ge.Scalar
         ge.Tensor gelu.default gt.Scalar gt.Tensor hardshrink.default hardsigmoid.default hardswish.default
-        hardtanh.default isfinite.default isinf.default isnan.default le.Scalar le.Tensor leaky_relu.default lerp.Scalar
+        hardtanh.default isnan.default le.Scalar le.Tensor leaky_relu.default lerp.Scalar
         lerp.Tensor log.default log10.default log1p.default log2.default logical_and.default logical_not.default
         logical_or.default logical_xor.default lt.Scalar lt.Tensor masked_fill.Scalar maximum.default minimum.default
         mish.default mul.Scalar mul.Tensor nan_to_num.default ne.Scalar ne.Tensor neg.default positive.default
@@ -55,7 +55,7 @@ GROUPS: Mapping[str, str] = {
         replication_pad2d.default roll.default select_scatter.default slice_scatter.default stack.default tile.default
         type_as.default vstack.default _to_copy.default""",
     "reductions": """
-        amax.default amin.default any.default any.dim argmax.default argmin.default cosine_similarity.default
+        amax.default amin.default any.default any.dim argmax.default argmin.default
         cumsum.default linalg_vector_norm.default log_sigmoid.default log_softmax.int max.default max.dim max.other
         mean.default mean.dim min.default min.dim min.other prod.default prod.dim_int softmax.int sort.default
         sort.stable std.correction std.dim std_mean.correction sum.default sum.dim_IntList topk.default var.correction
