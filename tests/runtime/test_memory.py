@@ -66,7 +66,6 @@ def isolated(work: Callable[[], Any]) -> str:
 
 def grown(run: Callable[[], Any]) -> int:
     """Bytes by which this process grows at most during ``run``."""
-    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = fuzz._memory("VmRSS")
@@ -78,7 +77,7 @@ def grown(run: Callable[[], Any]) -> int:
 
 def test_hostile_calls_run_or_are_refused_and_never_end_the_process(tmp_path):
     """Each operator with odd and extreme arguments: equal results of two calls, or one line, within the count."""
-    found = Counter(what for _, what in fuzz.Reader("calls", 5, tmp_path).run(range(500)))
+    found = Counter(what for _, what in fuzz.Reader("calls", 5, tmp_path).run(range(400)))
     assert not {what: count for what, count in found.items() if what.startswith("failed")}
     assert set(found) == {"read", "InvalidData"}
     assert min(found.values()) > 100
@@ -99,7 +98,7 @@ def test_the_generator_reaches_every_argument_of_every_operator():
 
 # Torch splits its work as the sizes of tensors tell it to: more shapes for what needs the most beside its results.
 def variants() -> Iterator[tuple[str, Any]]:
-    side = 192
+    side = 384
     for name in hostile.functions():
         yield name, hostile.ordinary(name, side)
     tensors = dict(hostile.tensors(side))
@@ -123,7 +122,7 @@ def variants() -> Iterator[tuple[str, Any]]:
     yield "attention", hostile.Call(attention, ["$long", "$long", "$long"], {}, tensors)
     yield "scores", hostile.Call(attention, ["$long", "$long", "$long", None, 0.0, True], {}, tensors)
     for equation, args in (("abc,adc->abd", ["$wide", "$wide"]), ("abc,abc->a", ["$wide", "$wide"]),
-                           ("abc,dec->", ["$wide", "$tokens"]), ("abcd->dcba", ["$image"])):  # fmt: skip
+                           ("abc,dec->", ["$tokens", "$tokens"]), ("abcd->dcba", ["$image"])):  # fmt: skip
         yield equation, hostile.Call("aten.einsum.default", [equation, args], {}, tensors)
 
 
@@ -132,18 +131,61 @@ def test_no_operator_needs_more_memory_than_the_dry_run_counts():
         operators.compiled()
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed goes back at once, so that nothing is used again unseen
-        model_of(hostile.ordinary("bonn_qat.binary_conv2d.default"))(IMAGE)
+        gc.freeze()  # a collection looks at everything that was imported, for longer than a call takes
+        model_of(hostile.ordinary("aten.conv1d.default", 96))(IMAGE)  # oneDNN compiles kernels for large images
         over = []
         for what, call in variants():
             with fuzz.warnings.catch_warnings():
                 fuzz.warnings.simplefilter("ignore")
-                try:
-                    model = model_of(call)
-                except InvalidData:
-                    continue  # an equation that does not fit
+                model_of(hostile.ordinary(call.op))(IMAGE)  # what torch and numba load once
+                model = model_of(call)
                 needed, taken = counted(model), grown(lambda model=model: model(IMAGE))
-            if taken > needed + MIB / 2:
+            if taken > needed + 1.5 * MIB:
                 over.append(f"{what}: {taken / MIB:.1f} MiB taken, {needed / MIB:.1f} counted")
         return "; ".join(over) or "within"
 
     assert isolated(work) == "within"
+
+
+def test_memory_that_the_system_does_not_give_is_told_wherever_it_is_missed(tmp_path):
+    """A network of megabytes is loaded with more and more memory, until there is enough."""
+    geometry = Geometry(2048, 256, (3, 3))
+    bits = torch.zeros(2048 * 256 * 9 // 64, dtype=torch.int64)
+    nodes = [
+        {"op": "input", "name": "x"}, {"op": "tensor", "name": "b", "tensor": "b", "geometry": geometry.numbers},
+        {"op": "tensor", "name": "v", "tensor": "v"},
+        *({"op": "aten.relu.default", "name": f"r{i}", "args": [{"node": "x"}], "kwargs": {}} for i in range(500)),
+        {"op": "output", "name": "output", "args": [[{"node": "v"}]]},
+    ]  # fmt: skip
+    tensors, header = hostile.as_file(hostile.ordinary("aten.relu.default"))
+    header = {**header, "nodes": nodes}
+    path = tmp_path / "large.safetensors"
+    path.write_bytes(fuzz.joined({"b": bits, "v": torch.ones(10**6)}, json.dumps(fuzz._signed({"b": bits, "v": torch.ones(10**6)}, header))))  # noqa: E501
+    PackedModel.load(path)
+
+    def load(more: int) -> str:
+        gc.freeze()
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + more, used + more))
+        try:
+            PackedModel.load(path)
+        except BonnQatError as error:
+            return str(error)
+        return "loaded"
+
+    found = Counter(isolated(lambda more=more: load(more)) for more in range(0, 64 * MIB, 4 * MIB))
+    assert set(found) == {"loaded", f"{path} does not fit into memory"}
+
+
+def test_positions_take_memory_that_is_counted():
+    """A kernel as tall as the image: a table with a row for each pixel and each of its taps would take gigabytes."""
+    for height, kernel in ((60_000, 59_999), (60_000, 5)):
+        geometry = Geometry(1, 1, (kernel, 1), padding=((kernel - 1) // 2,) * 2 + (0, 0))
+        tensors = {"x1": torch.zeros(1), "w": torch.zeros(geometry.weight_bytes, dtype=torch.uint8),
+                   "v": torch.ones(1, 1)}  # fmt: skip
+        codes = torch.zeros(1, *geometry.codes_size(height, 1), 2, dtype=torch.uint8)
+        args = ["$codes", "$w", geometry.numbers, [0, 0], "$v", None]
+        model = model_of(hostile.Call("bonn_qat.binary_conv2d.default", args, {}, tensors | {"codes": codes}))
+        needed = counted(model)
+        taken = int(isolated(lambda model=model: grown(lambda: model.network(IMAGE)) if operators.compiled() else 0))
+        assert taken <= needed + 100 * MIB  # numba's compiler comes on top, once
