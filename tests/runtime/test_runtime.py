@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 import llvmlite.binding as llvm
+import numba
 import numpy as np
 import pytest
 import torch
@@ -488,3 +489,25 @@ def test_what_does_not_fit_is_told_by_torch():
                 else:
                     told = shapes.own(function, changed, {})
                     assert told is None or (told.shape, told.dtype) == (expected.shape, expected.dtype)
+
+
+@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
+def test_a_damaged_cache_of_kernels_is_written_again(suffix, tmp_path, monkeypatch):
+    """Cut off at many places, emptied, or replaced by something else."""
+    source = tmp_path / "twice.py"
+    source.write_text("def twice(x):\n    return 2 * x\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
+    function = __import__("twice").twice
+
+    def hits() -> int:
+        made = kernels._compiled()(function)
+        assert made(3) == 6
+        return sum(made.stats.cache_hits.values())
+
+    assert [hits(), hits()] == [0, 1]
+    (path,) = (tmp_path / "cache").rglob(f"*{suffix}")
+    whole = path.read_bytes()
+    for content in (*(whole[: len(whole) * k // 8] for k in range(8)), b"\x80" * 99, b"cos\nno_such_name\n."):
+        path.write_bytes(content)
+        assert [hits(), hits()] == [0, 1]
