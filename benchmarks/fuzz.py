@@ -34,6 +34,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import hostile as hostile_calls
 import safetensors
 import safetensors.torch
 import timm
@@ -41,7 +42,6 @@ import torch
 from torch import Tensor, nn
 
 import bonn_qat
-import hostile as hostile_calls
 from bonn_qat import plugins
 from bonn_qat.environment import environment, processor
 from bonn_qat.files.tensors import digest
@@ -596,10 +596,17 @@ def results_kind() -> Kind:
 
 
 KINDS: Mapping[str, Callable[[], Kind]] = {
-    "packed": packed_kind, "calls": calls_kind, "checkpoint": checkpoint_kind, "weights": weights_kind, "recipe": recipe_kind,
-    "results": results_kind,
+    "packed": packed_kind, "calls": calls_kind, "checkpoint": checkpoint_kind, "weights": weights_kind,
+    "recipe": recipe_kind, "results": results_kind,
 }  # fmt: skip
-SHARES = {"packed": 4, "calls": 8, "checkpoint": 3, "weights": 2, "recipe": 8, "results": 8}  # fewer files of the slow kinds
+SHARES = {
+    "packed": 4,
+    "calls": 8,
+    "checkpoint": 3,
+    "weights": 2,
+    "recipe": 8,
+    "results": 8,
+}  # fewer files of the slow kinds
 
 
 def number_of(name: str, seed: int, index: int) -> random.Random:

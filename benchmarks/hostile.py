@@ -1,8 +1,8 @@
 """Hostile calls: each operator that a packed network may call, with ordinary, odd and extreme arguments, as a file.
 
 An ordinary call, for images of any side, is written down for each operator; a hostile one has one to three arguments
-replaced by others: long lists, extreme numbers, tensors of another shape or type. ``fuzz.py`` and the tests read and run
-them.
+replaced by others: long lists, extreme numbers, tensors of another shape or type. ``fuzz.py`` and the tests
+read and run them.
 """
 
 import functools
@@ -25,8 +25,8 @@ OURS = (
 )  # fmt: skip
 GEOMETRY = Geometry(4, 4, (3, 3), padding=(1, 1, 1, 1)).numbers
 NUMBERS: tuple[Any, ...] = (
-    0, 1, -1, 2, 3, 7, 255, 4096, 4097, 2**16, 2**20, 2**31 - 1, 2**31, -(2**31), 2**32, 2**53, 2**62, 2**63 - 1, -(2**63),
-    0.0, -0.5, 0.5, 1e-6, 2e-10, 1e-320, 1e10, 1e38, 1e308, -1e308, math.nan, math.inf, -math.inf,
+    0, 1, -1, 2, 3, 7, 255, 4096, 4097, 2**16, 2**20, 2**31 - 1, 2**31, -(2**31), 2**32, 2**53, 2**62, 2**63 - 1,
+    -(2**63), 0.0, -0.5, 0.5, 1e-6, 2e-10, 1e-320, 1e10, 1e38, 1e308, -1e308, math.nan, math.inf, -math.inf,
 )  # fmt: skip
 LENGTHS = (0, 1, 2, 3, 4, 5, 16, 17, 64, 1000, 20_000)
 OTHERS: Mapping[str, Sequence[Any]] = {
@@ -34,8 +34,8 @@ OTHERS: Mapping[str, Sequence[Any]] = {
     "memory_format": ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d"),
 }
 EQUATIONS = (
-    "abc,cd->abd", "abc,cd->", "abc,de->abcde", "aab,cd->", "...", "a...,b...->ab...", "->", ",", "a,a,a,a->a", "abc->cba",
-    ",".join("a" * 5000), "x" * 100_000, "ab,bc->ac,", "é",
+    "abc,cd->abd", "abc,cd->", "abc,de->abcde", "aab,cd->", "...", "a...,b...->ab...", "->", ",", "a,a,a,a->a",
+    "abc->cba", ",".join("a" * 5000), "x" * 100_000, "ab,bc->ac,", "é",
 )  # fmt: skip
 
 
@@ -112,12 +112,13 @@ def _bases(n: int) -> dict[str, list[Any]]:
         "group_norm": ["$image", 2, "$row", "$row"], "layer_norm": ["$tokens", [4], "$row", "$row"],
         "rms_norm": ["$tokens", [4], "$row"], "prelu": ["$image", "$row"],
         "adaptive_avg_pool1d": ["$signal", [3]], "avg_pool1d": ["$signal", [2], [2], [0]],
-        **dict.fromkeys(("adaptive_avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d"), ["$image", [3, 3]]),
+        **{key: ["$image", [3, 3]] for key in ("adaptive_avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d")},
         "avg_pool2d": [*pool, False, True, None], "max_pool2d": [*pool, [1, 1], False],
         "max_pool2d_with_indices": [*pool, [1, 1], False],
-        **dict.fromkeys(("upsample_bilinear2d", "upsample_bicubic2d"), ["$image", [2 * n, 2 * n], False, 2.0, 2.0]),
-        **dict.fromkeys(("upsample_bilinear2d.vec", "upsample_bicubic2d.vec"), ["$image", None, False, [2.0, 2.0]]),
-        "upsample_nearest2d": ["$image", [2 * n, 2 * n], 2.0, 2.0], "upsample_nearest2d.vec": ["$image", None, [2.0, 2.0]],
+        **{key: ["$image", [2 * n, 2 * n], False, 2.0, 2.0] for key in ("upsample_bilinear2d", "upsample_bicubic2d")},
+        **{key: ["$image", None, False, [2.0, 2.0]] for key in ("upsample_bilinear2d.vec", "upsample_bicubic2d.vec")},
+        "upsample_nearest2d": ["$image", [2 * n, 2 * n], 2.0, 2.0],
+        "upsample_nearest2d.vec": ["$image", None, [2.0, 2.0]],
         "arange": [n * n], "arange.start": [1, n * n], "arange.start_step": [1, n * n, 2], "full": [[n, n], 1.5],
         "zeros": [[n, n]], "ones": [[n, n]], "new_zeros": ["$image", [n, n]], "new_ones": ["$image", [n, n]],
         "new_full": ["$image", [n, n], 2.5], "embedding": ["$square", "$places"], "gather": ["$image", 1, "$spots"],
@@ -130,8 +131,8 @@ def _bases(n: int) -> dict[str, list[Any]]:
         "slice_scatter": ["$image", "$image", 1, 0, 4, 1], "where.self": ["$truth", "$image", "$image"],
         "where.ScalarOther": ["$truth", "$image", 0.5], "where.ScalarSelf": ["$truth", 0.5, "$image"],
         "where.Scalar": ["$truth", 0.5, 1.5], "masked_fill": ["$image", "$truth", 0.5],
-        **dict.fromkeys(("bitwise_and.Tensor", "bitwise_or.Tensor", "bitwise_xor.Tensor"), ["$whole", "$whole"]),
-        **dict.fromkeys(("bitwise_and.Scalar", "bitwise_or.Scalar", "bitwise_xor.Scalar"), ["$whole", 3]),
+        **{key: ["$whole", "$whole"] for key in ("bitwise_and.Tensor", "bitwise_or.Tensor", "bitwise_xor.Tensor")},
+        **{key: ["$whole", 3] for key in ("bitwise_and.Scalar", "bitwise_or.Scalar", "bitwise_xor.Scalar")},
         "bitwise_not": ["$whole"], "chunk": ["$image", 2, 1], "expand": ["$image", [2, -1, -1, -1]],
         "flatten": ["$image", 1, -1], "movedim": ["$image", 1, 2], "movedim.intlist": ["$image", [1], [2]],
         "narrow": ["$image", 1, 0, 2], "permute": ["$image", [0, 2, 3, 1]], "reshape": ["$image", [1, -1]],
@@ -139,7 +140,8 @@ def _bases(n: int) -> dict[str, list[Any]]:
         "slice": ["$image", 1, 0, 3, 1], "split": ["$image", 2, 1], "split.sizes": ["$image", [1, 3], 1],
         "split_with_sizes": ["$image", [1, 3], 1], "unflatten": ["$image", 1, [2, 2]], "unfold": ["$image", 2, 2, 1],
         "t": ["$square"], "unbind": ["$image", 1], "sort.stable": ["$image"], "clamp.Tensor": ["$image", "$image"],
-        "clamp": ["$image", 0.5], "clip": ["$image", 0.5], "softmax": ["$image", 1], "_softmax": ["$image", 1, False], "_log_softmax": ["$image", 1, False],
+        "clamp": ["$image", 0.5], "clip": ["$image", 0.5], "softmax": ["$image", 1],
+        "_softmax": ["$image", 1, False], "_log_softmax": ["$image", 1, False],
         "linalg_vector_norm": ["$image", 2, [1]], "sort": ["$image", 1, False], "topk": ["$image", 2, 1],
         "unsqueeze": ["$image", 1], "swapaxes": ["$image", 1, 2], "swapdims": ["$image", 1, 2],
         "transpose": ["$image", 1, 2], "flip": ["$image", [1]], "squeeze.dims": ["$image", [0]],
@@ -246,7 +248,12 @@ def as_file(call: Call, size: tuple[int, int, int] = (3, 8, 8)) -> tuple[dict[st
     if used.pop("huge", None):  # an expanded tensor, of 64 MiB if anything made it whole
         used["long"] = {"op": "tensor", "name": "t_long", "tensor": "long"}
         held["long"] = call.tensors["long"].clone()
-        huge = {"op": "aten.expand.default", "name": "t_huge", "args": [{"node": "t_long"}, [168, 100_000]], "kwargs": {}}
+        huge = {
+            "op": "aten.expand.default",
+            "name": "t_huge",
+            "args": [{"node": "t_long"}, [168, 100_000]],
+            "kwargs": {},
+        }
         middle = [huge]
     else:
         middle = []
@@ -258,7 +265,8 @@ def as_file(call: Call, size: tuple[int, int, int] = (3, 8, 8)) -> tuple[dict[st
         if several:
             names = [f"z{i}" for i in range(several)]
             middle += [
-                {"op": "python.getitem", "name": n, "args": [{"node": "y"}, i], "kwargs": {}} for i, n in enumerate(names)
+                {"op": "python.getitem", "name": n, "args": [{"node": "y"}, i], "kwargs": {}}
+                for i, n in enumerate(names)
             ]
             result = [{"node": name} for name in names]
         elif str(returns[0].type) != "Tensor":
@@ -267,7 +275,12 @@ def as_file(call: Call, size: tuple[int, int, int] = (3, 8, 8)) -> tuple[dict[st
     elif call.op != "python.getitem":
         middle.append({"op": "aten.full.default", "name": "z", "args": [[1], {"node": "y"}], "kwargs": {}})
         result = [{"node": "z"}]
-    nodes = [{"op": "input", "name": "x"}, *used.values(), *middle, {"op": "output", "name": "output", "args": [result]}]
+    nodes = [
+        {"op": "input", "name": "x"},
+        *used.values(),
+        *middle,
+        {"op": "output", "name": "output", "args": [result]},
+    ]
     header = {
         "kind": "packed", "format": 1, "name": "hostile", "scheme": "", "input_size": list(size), "batch": None,
         "layers": [], "nodes": nodes,

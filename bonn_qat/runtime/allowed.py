@@ -49,10 +49,10 @@ GROUPS: Mapping[str, str] = {
         square.default sub.Scalar sub.Tensor tan.default tanh.default threshold.default true_divide.Scalar
         true_divide.Tensor trunc.default where.Scalar where.ScalarOther where.ScalarSelf where.self""",
     "copies": """
-        cat.default clone.default concat.default constant_pad_nd.default contiguous.default copy.default embedding.default
-        flip.default gather.default hstack.default index.Tensor index_select.default lift_fresh_copy.default pad.default
-        pixel_shuffle.default pixel_unshuffle.default reflection_pad1d.default reflection_pad2d.default repeat.default repeat_interleave.self_int
-        replication_pad2d.default roll.default select_scatter.default slice_scatter.default stack.default tile.default
+        cat.default clone.default concat.default constant_pad_nd.default contiguous.default copy.default
+        embedding.default flip.default gather.default hstack.default index.Tensor index_select.default lift_fresh_copy.default
+        pad.default pixel_shuffle.default pixel_unshuffle.default reflection_pad1d.default reflection_pad2d.default repeat.default
+        repeat_interleave.self_int replication_pad2d.default roll.default select_scatter.default slice_scatter.default stack.default tile.default
         type_as.default vstack.default _to_copy.default""",
     "reductions": """
         amax.default amin.default any.default any.dim argmax.default argmin.default
@@ -108,7 +108,9 @@ def _is_number(value: Any) -> bool:
 _ANY = Range("a number", _is_number)  # it becomes the value of elements
 _FINITE = Range("a finite number", lambda value: _is_number(value) and math.isfinite(value))
 _TRUTH = Range("true or false", lambda value: isinstance(value, bool))
-_TYPE = Range("a type", lambda value: isinstance(value, torch.dtype | torch.layout | torch.memory_format | torch.device))
+_TYPE = Range(
+    "a type", lambda value: isinstance(value, torch.dtype | torch.layout | torch.memory_format | torch.device)
+)
 _AXIS = _several(_whole(-AXES, AXES - 1), AXES)
 _SIZES = _several(_whole(-1, 2**48), AXES)
 _POSITION = Range(
@@ -116,8 +118,8 @@ _POSITION = Range(
 )
 _STEP = Range("a number other than 0, of at most 32 bits", lambda value: _FINITE.fits(value) and 0 < abs(value) < 2**32)
 _WINDOW = _several(_whole(1, 2**12), 3)
-# By the name of the argument, which torch uses alike in all operators. Tensors have no range; :func:`check` and `_RULES`
-# compare them with one another.
+# By the name of the argument, which torch uses alike in all operators. Tensors have no range: they are compared with one
+# another, in `_TYPES` and `_RULES`.
 RANGES: Mapping[str, Range] = {
     name: range_
     for names, range_ in (
@@ -235,7 +237,9 @@ def _check_argument(function: Any, argument: Any, value: Any) -> None:
     if "Tensor" in kind:
         items = value if isinstance(value, list | tuple) else [value]
         most = AXES if argument.name == "indices" else PIECES
-        fits = len(items) <= most and all(item is None or isinstance(item, Tensor) or _is_number(item) for item in items)
+        fits = len(items) <= most and all(
+            item is None or isinstance(item, Tensor) or _is_number(item) for item in items
+        )
         allowed = f"a tensor, or a list of at most {most:,}"
     else:
         allowed, test = range_of(function, argument.name)

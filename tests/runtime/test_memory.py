@@ -8,7 +8,6 @@ import random
 import resource
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +16,7 @@ import pytest
 import torch
 
 from bonn_qat import PackedModel
-from bonn_qat.errors import BonnQatError, InvalidData
+from bonn_qat.errors import BonnQatError
 from bonn_qat.runtime import operators
 from bonn_qat.runtime.dry_run import dry_run
 from bonn_qat.runtime.layout import Geometry
@@ -90,7 +89,9 @@ def test_the_generator_reaches_every_argument_of_every_operator():
         call, reached = hostile.ordinary(name), set()
         for _ in range(60):
             other = hostile.hostile(chance, name)
-            reached |= {place for place, (a, b) in enumerate(zip(call.args, other.args, strict=False)) if repr(a) != repr(b)}
+            reached |= {
+                place for place, (a, b) in enumerate(zip(call.args, other.args, strict=False)) if repr(a) != repr(b)
+            }
             seen += sum(isinstance(a, list) and len(a) >= 1000 for a in other.args)
         assert reached == set(range(len(call.args))), name
     assert seen > 50
@@ -130,7 +131,9 @@ def test_no_operator_needs_more_memory_than_the_dry_run_counts():
     def work() -> str:
         operators.compiled()
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed goes back at once, so that nothing is used again unseen
+        libc.mallopt(
+            -3, 2**16
+        )  # M_MMAP_THRESHOLD: what is freed goes back at once, so that nothing is used again unseen
         gc.freeze()  # a collection looks at everything that was imported, for longer than a call takes
         model_of(hostile.ordinary("aten.conv1d.default", 96))(IMAGE)  # oneDNN compiles kernels for large images
         over = []
@@ -157,10 +160,10 @@ def test_memory_that_the_system_does_not_give_is_told_wherever_it_is_missed(tmp_
         *({"op": "aten.relu.default", "name": f"r{i}", "args": [{"node": "x"}], "kwargs": {}} for i in range(500)),
         {"op": "output", "name": "output", "args": [[{"node": "v"}]]},
     ]  # fmt: skip
-    tensors, header = hostile.as_file(hostile.ordinary("aten.relu.default"))
-    header = {**header, "nodes": nodes}
+    held = {"b": bits, "v": torch.ones(10**6)}
+    header = {**hostile.as_file(hostile.ordinary("aten.relu.default"))[1], "nodes": nodes}
     path = tmp_path / "large.safetensors"
-    path.write_bytes(fuzz.joined({"b": bits, "v": torch.ones(10**6)}, json.dumps(fuzz._signed({"b": bits, "v": torch.ones(10**6)}, header))))  # noqa: E501
+    path.write_bytes(fuzz.joined(held, json.dumps(fuzz._signed(held, header))))
     PackedModel.load(path)
 
     def load(more: int) -> str:

@@ -181,6 +181,27 @@ def test_words_keep_every_bit(bits):
     assert all((int(words[i // 64]) >> i % 64) & 1 == bit for i, bit in enumerate(bits))
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(geometry=geometries(), piece=st.sampled_from([1, 500, 3000, 2**22]))
+def test_words_are_laid_out_in_pieces_as_in_one(geometry, piece):
+    bits = torch.randn(geometry.weight_shape) >= 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout, "_PIECE", piece)
+        laid = layout.encode_words(layout.pack_words(bits), geometry)
+    assert torch.equal(laid, layout.encode_weight(bits, geometry.groups))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(geometry=geometries(), extra=st.integers(0, 9))
+def test_taps_inside_an_image_are_those_that_a_convolution_of_ones_counts(geometry, extra):
+    height, width = image_size(geometry, extra)
+    ones, (top, bottom, left, right) = torch.ones(1, 1, height, width), geometry.padding
+    kernel = torch.ones(1, 1, *geometry.kernel)
+    taps = F.conv2d(F.pad(ones, (left, right, top, bottom)), kernel, None, geometry.stride, 0, geometry.dilation)
+    valid = layout.read_offsets(geometry, *geometry.codes_size(height, width)).valid[: taps.numel()]
+    assert valid.tolist() == (taps.flatten() * (geometry.in_channels // geometry.groups)).to(torch.int32).tolist()
+
+
 def test_signs_come_back_from_words():
     signs = torch.randn(5, 3, 3, 7).sign()
     assert torch.equal(ops.unpack_signs(layout.pack_words(signs > 0), list(signs.shape)), signs)
