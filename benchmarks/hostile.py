@@ -245,18 +245,12 @@ def as_file(call: Call, size: tuple[int, int, int] = (3, 8, 8)) -> tuple[dict[st
 
     args, kwargs = ready(call.args), {key: ready(value) for key, value in call.kwargs.items()}
     held = {name: call.tensors[name].clone() for name in used if name != "huge"}
+    middle: list[dict[str, Any]] = []
     if used.pop("huge", None):  # an expanded tensor, of 64 MiB if anything made it whole
         used["long"] = {"op": "tensor", "name": "t_long", "tensor": "long"}
         held["long"] = call.tensors["long"].clone()
-        huge = {
-            "op": "aten.expand.default",
-            "name": "t_huge",
-            "args": [{"node": "t_long"}, [168, 100_000]],
-            "kwargs": {},
-        }
-        middle = [huge]
-    else:
-        middle = []
+        args_of_huge = [{"node": "t_long"}, [168, 100_000]]
+        middle.append({"op": "aten.expand.default", "name": "t_huge", "args": args_of_huge, "kwargs": {}})
     middle.append({"op": call.op, "name": "y", "args": args, "kwargs": kwargs})
     result = [{"node": "y"}]
     if call.op not in PYTHON:

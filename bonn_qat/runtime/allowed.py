@@ -50,16 +50,17 @@ GROUPS: Mapping[str, str] = {
         true_divide.Tensor trunc.default where.Scalar where.ScalarOther where.ScalarSelf where.self""",
     "copies": """
         cat.default clone.default concat.default constant_pad_nd.default contiguous.default copy.default
-        embedding.default flip.default gather.default hstack.default index.Tensor index_select.default lift_fresh_copy.default
-        pad.default pixel_shuffle.default pixel_unshuffle.default reflection_pad1d.default reflection_pad2d.default repeat.default
-        repeat_interleave.self_int replication_pad2d.default roll.default select_scatter.default slice_scatter.default stack.default tile.default
-        type_as.default vstack.default _to_copy.default""",
+        embedding.default flip.default gather.default hstack.default index.Tensor index_select.default
+        lift_fresh_copy.default pad.default pixel_shuffle.default pixel_unshuffle.default
+        reflection_pad1d.default reflection_pad2d.default repeat.default repeat_interleave.self_int
+        replication_pad2d.default roll.default select_scatter.default slice_scatter.default stack.default
+        tile.default type_as.default vstack.default _to_copy.default""",
     "reductions": """
-        amax.default amin.default any.default any.dim argmax.default argmin.default
-        cumsum.default linalg_vector_norm.default log_sigmoid.default log_softmax.int max.default max.dim max.other
+        amax.default amin.default any.default any.dim argmax.default argmin.default cumsum.default
+        linalg_vector_norm.default log_sigmoid.default log_softmax.int max.default max.dim max.other
         mean.default mean.dim min.default min.dim min.other prod.default prod.dim_int softmax.int sort.default
-        sort.stable std.correction std.dim std_mean.correction sum.default sum.dim_IntList topk.default var.correction
-        var.dim var_mean.correction _log_softmax.default _softmax.default""",
+        sort.stable std.correction std.dim std_mean.correction sum.default sum.dim_IntList topk.default
+        var.correction var.dim var_mean.correction _log_softmax.default _softmax.default""",
     "norms": """
         batch_norm.default group_norm.default instance_norm.default layer_norm.default rms_norm.default""",
     "windows": """
@@ -118,8 +119,8 @@ _POSITION = Range(
 )
 _STEP = Range("a number other than 0, of at most 32 bits", lambda value: _FINITE.fits(value) and 0 < abs(value) < 2**32)
 _WINDOW = _several(_whole(1, 2**12), 3)
-# By the name of the argument, which torch uses alike in all operators. Tensors have no range: they are compared with one
-# another, in `_TYPES` and `_RULES`.
+# By the name of the argument, which torch uses alike in all operators. Tensors have no range: they are compared with
+# one another, in `_TYPES` and `_RULES`.
 RANGES: Mapping[str, Range] = {
     name: range_
     for names, range_ in (
