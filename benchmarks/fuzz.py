@@ -34,6 +34,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import hostile as hostile_calls  # type: ignore[import-not-found] # the script beside this
 import safetensors
 import safetensors.torch
 import timm
@@ -44,8 +45,8 @@ import bonn_qat
 from bonn_qat import plugins
 from bonn_qat.environment import environment, processor
 from bonn_qat.files.tensors import digest
+from bonn_qat.runtime import allowed
 from bonn_qat.runtime.dry_run import dry_run
-from bonn_qat.runtime.graph import PYTHON, is_known
 from bonn_qat.studies import statistics
 from bonn_qat.studies.comparison import Comparison, read_comparison, write_manifest
 from bonn_qat.training import checkpoint
@@ -59,7 +60,8 @@ from bonn_qat.training.trainer import Trainer
 
 SECONDS, PATIENCE = 10.0, 6  # CPU time allowed per file, and the factor for wall-clock time
 MEMORY = 768 * 2**20  # bytes of address space beyond those at the start
-TOO_LARGE = 2**24  # a network whose values need more bytes is loaded but not run
+TOO_LARGE = 2**27  # a network whose values need more bytes is loaded but not run
+UNCOUNTED = 2**25  # bytes that a run may take beyond what was counted: torch's own, its threads' and its caches
 Files = Mapping[str, bytes]  # by name; the first one is read
 Rewrite = Callable[[random.Random, Files], Files]
 
@@ -71,11 +73,12 @@ class Kind:
     samples: Sequence[Files]
     rewrite: Rewrite
     read: Callable[[Path], None]
+    damage: float = 0.4  # the share of files that are changed as bytes
 
     def mutated(self, chance: random.Random) -> Files:
         """A file that is damaged or hostile; now and then a change has no effect."""
         files = chance.choice(self.samples)
-        if chance.random() < 0.6:
+        if chance.random() >= self.damage:
             return self.rewrite(chance, files)
         name = chance.choice(list(files))
         return {**files, name: damaged(chance, files[name])}
@@ -372,73 +375,12 @@ class Tiny(nn.Module):
         return result
 
 
-def known_functions() -> list[str]:
-    """The names of all functions that a packed graph may call."""
-    found = []
-    for schema in torch._C._jit_get_all_schemas():
-        namespace, _, name = schema.name.partition("::")
-        packet = getattr(torch.ops.aten, name, None) if namespace == "aten" else None
-        function = getattr(packet, schema.overload_name or "default", None)
-        if function is not None and is_known(function):
-            found.append(str(function))
-    return sorted({*found, *PYTHON, *(f"bonn_qat.{name}.default" for name in OPERATORS)})
-
-
-OPERATORS = (
-    "sign_codes", "binary_conv2d", "binary_conv2d_sign", "binary_conv2d_and_sign", "elementwise", "max_pool2d",
-    "unpack_signs",
-)  # fmt: skip
 SPECIAL = ({"dtype": "int64"}, {"dtype": "complex64"}, {"number": "nan"}, {"device": "cuda"}, {"layout": "sparse_coo"})
 REFUSED = (
     "aten.empty.memory_format", "aten.as_strided.default", "aten.from_file.default", "aten.rand.default",
     "aten.gelu_backward.default", "aten.set_.source_Tensor", "aten.view.dtype", "aten.add_.Tensor", "os.system",
     "aten.resize.default", "bonn_qat.__init__.default", "prim.device.default", "python.eval", "aten.add", "..",
 )  # fmt: skip
-
-
-def call(chance: random.Random, name: str, nodes: Sequence[str]) -> dict[str, Any]:
-    """A node that calls the function ``name`` with arguments of the right types; tensors are results of other nodes."""
-    if name in PYTHON:
-        return {
-            "op": name,
-            "args": [_argument(chance, chance.choice(("Tensor", "int")), nodes) for _ in "ab"],
-            "kwargs": {},
-        }
-    namespace, operation, overload = name.split(".")
-    schema = getattr(getattr(getattr(torch.ops, namespace), operation), overload)._schema
-    args, kwargs = list[Any](), dict[str, Any]()
-    for argument in schema.arguments:
-        if argument.has_default_value() and chance.random() < 0.5:
-            if not argument.kwarg_only:
-                break
-        elif argument.kwarg_only:
-            kwargs[argument.name] = _argument(chance, str(argument.type), nodes, argument.name)
-        else:
-            args.append(_argument(chance, str(argument.type), nodes, argument.name))
-    return {"op": name, "args": args, "kwargs": kwargs}
-
-
-def _argument(chance: random.Random, kind: str, nodes: Sequence[str], name: str = "") -> Any:
-    if kind.startswith("Optional["):
-        return None if chance.random() < 0.4 else _argument(chance, kind[len("Optional[") : -1], nodes, name)
-    if kind.startswith("List["):
-        inner = kind[len("List[") : -1]
-        return [_argument(chance, inner, nodes) for _ in range(chance.choice((0, 1, 1, 2, 2, 2, 3, 4)))]
-    if name in ("dtype", "memory_format", "layout"):
-        known = {"dtype": ("int64", "float32", "bool", "uint8", "float16"), "layout": ("strided",),
-                 "memory_format": ("contiguous_format", "channels_last", "preserve_format")}  # fmt: skip
-        return {name: chance.choice(known[name])}
-    if kind == "Tensor":
-        return {"node": chance.choice(nodes)}
-    if kind in ("int", "number") and chance.random() < 0.8:
-        return chance.choice((0, 1, 2, 3, 4, 8, -1, -2))
-    if kind == "bool":
-        return chance.random() < 0.5
-    if kind == "str":
-        return chance.choice(("none", "tanh", "mean", "trunc", "floor", "constant", "reflect", "i,j->ij", "...", "x"))
-    if kind == "float":
-        return chance.choice((0.0, 0.5, 1.0, -1.0, 1e-5, 1e308))
-    return chance.choice((2**16, 2**31 - 1, 2**31, 2**62, 2**63 - 1, -(2**63), 2**20, 1000))
 
 
 def packed_kind() -> Kind:
@@ -448,7 +390,7 @@ def packed_kind() -> Kind:
     for scheme in ("bonn", *(name for name in ("bwn",) if name in plugins.schemes())):
         model = bonn_qat.binarize(Tiny(), scheme, input_size=(3, 8, 8), include=["head"]).eval()
         samples.append({"packed.safetensors": bonn_qat.pack(model).dump()})
-    functions = known_functions()
+    functions = hostile_calls.functions()
     every = [node["name"] for content in samples for node in split(content["packed.safetensors"])[1]["nodes"]]
 
     def value(chance: random.Random) -> Any:
@@ -466,16 +408,8 @@ def packed_kind() -> Kind:
         # Change a single call, because more of these files load.
         ((name, content),) = files.items()
         tensors, header = split(content)
-        nodes = header["nodes"]
-        places = [place for place, node in enumerate(nodes) if "args" in node]
-        place = chance.choice(places)
-        node, before = nodes[place], [node["name"] for node in nodes[:place]]
-        if chance.random() < 0.6:
-            new = call(chance, chance.choice(functions), before) | {"name": "fuzzed"}
-            header["nodes"] = [*nodes[:place], new, {"op": "output", "name": "output", "args": [{"node": "fuzzed"}]}]
-            used = {node["tensor"] for node in nodes[:place] if node["op"] == "tensor"}
-            tensors = {key: tensor for key, tensor in tensors.items() if key in used}
-        elif chance.random() < 0.2:
+        node = chance.choice([node for node in header["nodes"] if "args" in node])
+        if chance.random() < 0.2:
             node["kwargs"] = changed(chance, {**node.get("kwargs", {}), "dim": 1}, value)
         else:
             node["args"] = changed(chance, node["args"], value)
@@ -495,15 +429,47 @@ def _signed(tensors: Tensors, header: Header) -> Header:
 
 
 def read_packed(path: Path) -> None:
-    """Load a packed network and, unless it needs much memory, run it on an image."""
+    """Load a packed network and, unless it needs much memory, run it twice on an image.
+
+    Raises AssertionError if it takes more memory than the dry run counted, or draws random numbers.
+    """
     model = bonn_qat.PackedModel.load(path)
-    buffers = dict(model.network.named_buffers())
-    if (
-        math.prod(model.input_size) < TOO_LARGE
-        and dry_run(model.network.graph, buffers, model.input_size, 1) < TOO_LARGE
-    ):
-        model(torch.zeros(1, *model.input_size))
     bonn_qat.summary(model)
+    needed = dry_run(model.network.graph, dict(model.network.named_buffers()), model.input_size, 1)
+    if math.prod(model.input_size) > TOO_LARGE or needed > TOO_LARGE:
+        return
+    image = torch.linspace(-2, 2, math.prod(model.input_size)).view(1, *model.input_size)
+    Path("/proc/self/clear_refs").write_text("5")  # the largest size so far becomes the present one
+    before = _memory("VmRSS")
+    first = model(image)
+    taken = _memory("VmHWM") - before
+    assert taken <= 2 * needed + UNCOUNTED, f"{taken:,} bytes taken, {needed:,} counted"
+    for one, other in zip(allowed.tensors([first]), allowed.tensors([model(image)]), strict=True):
+        assert one.is_floating_point() is other.is_floating_point()
+        assert torch.equal(torch.nan_to_num(one), torch.nan_to_num(other)), "two calls differ"
+
+
+def _memory(field: str) -> int:
+    """Bytes of this process, by the name of a line of /proc/self/status."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
+
+
+def calls_kind() -> Kind:
+    """Packed networks of one call, of each allowed operator in turn, with odd and extreme arguments."""
+    functions = hostile_calls.functions()
+
+    def content(call: hostile_calls.Call) -> Files:
+        tensors, header = hostile_calls.as_file(call)
+        return {"packed.safetensors": joined(tensors, json.dumps(header))}
+
+    def rewrite(chance: random.Random, files: Files) -> Files:
+        while True:
+            with contextlib.suppress(UnicodeEncodeError):
+                return content(hostile_calls.hostile(chance, chance.choice(functions)))
+
+    samples = [content(hostile_calls.ordinary(name)) for name in functions]
+    return Kind(samples=samples, rewrite=rewrite, read=read_packed, damage=0.0)
 
 
 # ---------------------------------------------------------------------------------------------------- training's files
@@ -630,10 +596,17 @@ def results_kind() -> Kind:
 
 
 KINDS: Mapping[str, Callable[[], Kind]] = {
-    "packed": packed_kind, "checkpoint": checkpoint_kind, "weights": weights_kind, "recipe": recipe_kind,
-    "results": results_kind,
+    "packed": packed_kind, "calls": calls_kind, "checkpoint": checkpoint_kind, "weights": weights_kind,
+    "recipe": recipe_kind, "results": results_kind,
 }  # fmt: skip
-SHARES = {"packed": 4, "checkpoint": 3, "weights": 2, "recipe": 8, "results": 8}  # fewer files of the slow kinds
+SHARES = {
+    "packed": 4,
+    "calls": 8,
+    "checkpoint": 3,
+    "weights": 2,
+    "recipe": 8,
+    "results": 8,
+}  # fewer files of the slow kinds
 
 
 def number_of(name: str, seed: int, index: int) -> random.Random:

@@ -4,9 +4,11 @@ The sizes that a file claims are checked against the file's own size before memo
 the tensors' types, shapes and offsets.
 """
 
+import errno
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from bonn_qat.files.atomic import write_bytes
 _KEY = "bonn_qat"
 _TENSORS = 2**15  # in a file; the largest networks of timm have a few thousand
 _AXES = 16
-_HEADER = 2**25  # characters of ours
+_HEADER = 2**23  # characters of ours; a network of 2,000 nodes has 300,000
 _TYPES = ("BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64")
 
 
@@ -51,6 +53,19 @@ def digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
     return found.hexdigest()
 
 
+@contextmanager
+def fitting(path: str | Path) -> Iterator[None]:
+    """Within the block, memory that the system does not give becomes InvalidData naming the file."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        # Torch's errors about memory have no type of their own on a CPU.
+        is_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+        if is_memory or any(word in str(error) for word in ("allocate memory", "alloc_cpu", "os error 12")):
+            raise InvalidData(f"{path} does not fit into memory") from error
+        raise
+
+
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What :func:`write_tensors` wrote, on the CPU; the header is empty for a file without one.
 
@@ -61,22 +76,22 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         if path.exists() and not path.is_file():
             raise InvalidData(f"cannot read {path}: it is not a regular file")
-        with safetensors.safe_open(path, framework="pt") as file:
+        with fitting(path), safetensors.safe_open(path, framework="pt") as file:
             names = file.keys()
             if len(names) > _TENSORS:
                 raise ValueError(f"it holds {len(names):,} tensors; at most {_TENSORS:,} are allowed")
             tensors = {name: _tensor(name, file) for name in names}
             text = (file.metadata() or {}).get(_KEY, "{}")
-        if len(text) > _HEADER:
-            raise ValueError(f"its bonn-qat header has {len(text):,} characters; at most {_HEADER:,} are allowed")
-        header = plain.from_json(text)
+            if len(text) > _HEADER:
+                raise ValueError(f"its bonn-qat header has {len(text):,} characters; at most {_HEADER:,} are allowed")
+            header = plain.from_json(text)
+    except InvalidData:
+        raise
     except OSError as error:
         reason = error.strerror or ("no such file" if not path.is_file() else str(error))
         raise InvalidData(f"cannot read {path}: {reason}") from error
     except (safetensors.SafetensorError, ValueError) as error:
         raise InvalidData(f"{path} is not a complete safetensors file: {plain.one_line(error)}") from error
-    except MemoryError as error:
-        raise InvalidData(f"{path} does not fit into memory") from error
     if not isinstance(header, dict):
         raise InvalidData(f"{path} has a bonn-qat header that is not a table")
     return tensors, header

@@ -9,12 +9,12 @@ from torch import Tensor, fx
 
 from bonn_qat.errors import InvalidData, first_line
 from bonn_qat.files.plain import shown
+from bonn_qat.runtime import allowed, shapes
 from bonn_qat.runtime import graph as graphs
-from bonn_qat.runtime import shapes
+from bonn_qat.runtime.scratch import kept, scratch
 
 MEMORY = 2**32  # bytes that one image may need at once, in addition to the file's tensors
-_PIECES, _LONGEST = 2**18, 2**16  # tensors in lists over all calls; length of an axis that is cut, and number of pieces
-_AXES = 16
+_PIECES = 2**18  # tensors in lists over all calls
 
 
 def dry_run(graph: fx.Graph, tensors: Mapping[str, Tensor], size: tuple[int, int, int], batch: int) -> int:
@@ -34,7 +34,8 @@ class _DryRun:
     def __init__(self, graph: fx.Graph, tensors: Mapping[str, Tensor], images: Tensor) -> None:
         self.graph, self.tensors, self.images = graph, tensors, images
         self.values: dict[fx.Node, Any] = {}
-        self.done: dict[Any, Any] = {}  # results of calls, because blocks repeat them
+        self.done: dict[Any, tuple[Any, int, int]] = {}  # calls, because blocks repeat them
+        self.beside = 0  # bytes that the call of a node needs only while it runs
         self.held, self.most, self.limit = 0, 0, MEMORY * max(1, len(images))  # bytes
         self.pieces = 0
 
@@ -57,6 +58,7 @@ class _DryRun:
         return self.most
 
     def _value(self, node: fx.Node) -> Any:
+        self.beside = 0
         if node.op == "placeholder":
             return self.images
         if node.op == "get_attr":
@@ -67,8 +69,11 @@ class _DryRun:
             return _calculated(function, args)
         call = function, _signature(args), _signature(kwargs)
         if call not in self.done:
-            self.done[call] = _called(function, args, kwargs)
-        return self.done[call]
+            result = _called(function, args, kwargs)
+            self.done[call] = result, scratch(function, args, kwargs, result), kept(function, args)
+        result, self.beside, tables = self.done[call]
+        self.held += tables
+        return result
 
     def _ready(self, argument: Any) -> Any:
         if isinstance(argument, fx.Node):
@@ -80,13 +85,14 @@ class _DryRun:
             raise InvalidData(f"{_described(node)} is neither a tensor nor a number")
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise InvalidData(f"{_described(node)} is a number of more than 64 bits")
-        tensors = _tensors(value)
-        if max((tensor.ndim for tensor in tensors), default=0) > _AXES:
-            raise InvalidData(f"{_described(node)} is a tensor of more than {_AXES} axes")
+        tensors = allowed.tensors(value)
+        if max((tensor.ndim for tensor in tensors), default=0) > allowed.AXES:
+            raise InvalidData(f"{_described(node)} is a tensor of more than {allowed.AXES} axes")
         self.pieces += len(tensors) - 1
         self.held += _bytes(node, value)
-        self.most = max(self.most, self.held)
-        if self.held > self.limit or self.pieces > _PIECES:
+        needed = self.held + self.beside
+        self.most = max(self.most, needed)
+        if needed > self.limit or self.pieces > _PIECES:
             raise InvalidData(f"{_described(node)} would need too much memory: an image may need {MEMORY:,} bytes")
 
     def _finish(self, node: fx.Node) -> None:
@@ -108,19 +114,11 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 
 def _called(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    allowed.check(function, args, kwargs)
     schema = function._schema
-    if any(argument.name == "device" for argument in schema.arguments) and not _tensors((args, kwargs)):
+    if any(argument.name == "device" for argument in schema.arguments) and not allowed.tensors((args, kwargs)):
         kwargs = {**kwargs, "device": torch.device("meta")}
-    if any(str(result.type) == "List[Tensor]" for result in schema.returns):
-        numbers = [number for number in args if isinstance(number, int)]
-        if max(*args[0].shape, *numbers, 0) > _LONGEST:
-            raise InvalidData(f"{function} would make too many pieces of {tuple(args[0].shape)}")
-    if schema.name == "aten::div" and kwargs.get("rounding_mode") == "trunc":
-        if not any(tensor.is_floating_point() for tensor in _tensors((args, kwargs))):
-            raise InvalidData(f"{function} of whole numbers: dividing the smallest one by -1 crashes the process")
-    elif schema.name.startswith("aten::conv") and len({tensor.dtype for tensor in _tensors(args)}) > 1:
-        raise InvalidData(f"{function} of tensors of several types")  # torch notices this only in a real run
-    elif schema.name == "aten::view":
+    if schema.name == "aten::view":
         # Strides are not known for sure here; a view that is not possible is refused in the real run.
         function = torch.ops.aten.reshape.default
     return shapes.result_of(function, args, kwargs)
@@ -131,7 +129,7 @@ def _calculated(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         whole, place = args
         if isinstance(whole, list | tuple) and type(place) is int:
             return whole[place]
-    elif all(isinstance(argument, int | float | Tensor) for argument in args):
+    elif all(isinstance(argument, int | float) for argument in args):
         return function(*args)
     raise InvalidData(f"{function.__name__} does not take {shown(args)}")
 
@@ -147,18 +145,10 @@ def _signature(value: Any) -> Any:
     return type(value), value
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return [value] if isinstance(value, Tensor) else []
-
-
 def _bytes(node: fx.Node, value: Any) -> int:
     if node.op == "get_attr":
         return 0  # already allocated
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(value))
+    return sum(tensor.numel() * tensor.element_size() for tensor in allowed.tensors(value))
 
 
 def _described(node: fx.Node) -> str:

@@ -20,50 +20,16 @@ from torch import Tensor, fx, nn
 
 from bonn_qat.errors import InvalidData
 from bonn_qat.files.plain import shown
-from bonn_qat.runtime import operators
-from bonn_qat.runtime.layout import Geometry, decode_weight, encode_weight, pack_words, unpack_words
+from bonn_qat.runtime import allowed, operators
+from bonn_qat.runtime.layout import Geometry, decode_weight, encode_words, pack_words
 
 NODES = 20_000  # at most; timm's largest networks have a few thousand
 _ROOM, _GROWTH = 2**26, 32  # weights may need 2**26 bytes in memory, and 32 more for each byte in the file
 _GROUPS = 2**16  # at most, of all convolutions together: each takes time
-PYTHON: Mapping[str, Callable[..., Any]] = {  # on numbers, on tensors, and on lists of tensors
+PYTHON: Mapping[str, Callable[..., Any]] = {  # on numbers, and the first on lists of tensors
     f"python.{f.__name__}": f
     for f in (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg)
 }
-# None of them has a state, draws random numbers, returns uninitialized memory, reinterprets memory as another type, or
-# returns a shape that depends on values.
-_KNOWN = {
-    "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "_log_softmax", "_native_batch_norm_legit_no_training", "_softmax",
-    "_to_copy", "_unsafe_view", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "abs", "acos", "acosh",
-    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "add", "addcdiv", "addcmul", "addmm", "alias",
-    "amax", "amin", "any", "arange", "argmax", "argmin", "asin", "asinh", "atan", "atan2", "atanh", "avg_pool1d",
-    "avg_pool2d", "avg_pool3d", "batch_norm", "bitwise_and", "bitwise_left_shift", "bitwise_not", "bitwise_or",
-    "bitwise_right_shift", "bitwise_xor", "bmm", "cat", "ceil", "celu", "chunk", "clamp", "clamp_max", "clamp_min",
-    "clip", "clone", "concat", "constant_pad_nd", "contiguous", "conv1d", "conv2d", "conv3d", "convolution", "copy",
-    "copysign", "cos", "cosh", "cosine_similarity", "cumsum", "deg2rad", "detach", "diagonal", "diff", "digamma", "div",
-    "einsum", "elu", "embedding", "eq", "erf", "erfc", "erfinv", "exp", "exp2", "expand", "expand_as", "expm1", "fill",
-    "flatten", "flip", "float_power", "floor", "fmax", "fmin", "fmod", "frac", "frobenius_norm", "full", "full_like",
-    "gather", "ge", "gelu", "glu", "grid_sampler", "grid_sampler_2d", "group_norm", "gt", "hardshrink", "hardsigmoid",
-    "hardswish", "hardtanh", "heaviside", "hstack", "hypot", "index", "index_put", "index_select", "instance_norm",
-    "isfinite", "isinf", "isnan", "l1_loss", "layer_norm", "le", "leaky_relu", "lerp", "lgamma", "lift_fresh_copy",
-    "linalg_norm", "linalg_vector_norm", "linear", "log", "log10", "log1p", "log2", "log_sigmoid", "log_softmax",
-    "logaddexp", "logaddexp2", "logical_and", "logical_not", "logical_or", "logical_xor", "logit", "lt", "masked_fill",
-    "matmul", "max", "max_pool2d", "max_pool2d_with_indices", "max_pool3d_with_indices", "maximum", "mean", "min",
-    "minimum", "mish", "mm", "movedim", "mul", "nan_to_num", "narrow", "native_group_norm", "native_layer_norm", "ne",
-    "neg", "new_full", "new_ones", "new_zeros", "norm", "ones", "ones_like", "pad", "permute", "pixel_shuffle",
-    "pixel_unshuffle", "positive", "pow", "prelu", "prod", "rad2deg", "reciprocal", "reflection_pad1d",
-    "reflection_pad2d", "reflection_pad3d", "relu", "relu6", "remainder", "repeat", "repeat_interleave",
-    "replication_pad2d", "replication_pad3d", "reshape", "rms_norm", "roll", "round", "rsqrt", "rsub", "scalar_tensor",
-    "scaled_dot_product_attention", "scatter", "scatter_add", "scatter_reduce", "select", "select_scatter", "selu",
-    "sgn", "sigmoid", "sign", "signbit", "silu", "sin", "sinc", "sinh", "slice", "slice_scatter", "softmax", "softplus",
-    "softshrink", "sort", "split", "split_with_sizes", "sqrt", "square", "squeeze", "stack", "std", "std_mean", "sub",
-    "sum", "swapaxes", "swapdims", "t", "tan", "tanh", "tensor_split", "threshold", "tile", "topk", "transpose",
-    "true_divide", "trunc", "type_as", "unbind", "unflatten", "unfold", "unsqueeze", "upsample_bicubic2d",
-    "upsample_bilinear2d", "upsample_nearest2d", "var", "var_mean", "view", "view_as", "vstack", "where", "xlogy",
-    "zeros", "zeros_like",
-}  # fmt: skip
-_SIZES = ("aten.sym_size.int", "aten.sym_numel.default")  # the only ones that return numbers
-_NOT_KNOWN = ("aten.view.dtype",)
 _KINDS: Mapping[str, type] = {
     "ScalarType": torch.dtype, "Layout": torch.layout, "MemoryFormat": torch.memory_format, "Device": torch.device,
 }  # fmt: skip
@@ -87,17 +53,9 @@ def is_known(function: Any) -> bool:
     """Whether a graph may call ``function``: it computes tensors from tensors, deterministically, and nothing else."""
     if function in PYTHON.values():
         return True
-    if not isinstance(function, torch._ops.OpOverload) or function._schema.is_mutable:
+    if not isinstance(function, torch._ops.OpOverload):
         return False
-    if function.namespace == "bonn_qat":
-        return True
-    if function.namespace != "aten" or str(function) in _NOT_KNOWN:
-        return False
-    if str(function) in _SIZES:
-        return True
-    if any(str(result.type) not in ("Tensor", "List[Tensor]") for result in function._schema.returns):
-        return False
-    return function._opname in _KNOWN
+    return function.namespace == "bonn_qat" or str(function) in allowed.GROUP_OF
 
 
 def name_of(function: Any) -> str:
@@ -285,7 +243,7 @@ def check_words(words: Mapping[str, Tensor], weights: Mapping[str, Geometry]) ->
 
 def from_words(words: Tensor, geometry: Geometry) -> Tensor:
     """The inverse of :func:`to_words`, for words that passed :func:`check_words`."""
-    return encode_weight(unpack_words(words, geometry.weight_shape), geometry.groups)
+    return encode_words(words, geometry)
 
 
 def without_dispatcher(network: fx.GraphModule) -> fx.GraphModule:

@@ -10,6 +10,7 @@ Vectors are types of numba here, with the handful of operations that are needed;
 shuffle since SSSE3, ARM since NEON; elsewhere bytes are looked up one by one.
 """
 
+import contextlib
 import os
 import platform
 from collections.abc import Callable
@@ -290,11 +291,36 @@ def _compiled(**options: Any) -> Any:
 
     def compile_(function: Any) -> Any:
         try:
-            return numba.njit(nogil=True, cache=not _NO_CACHE, **options)(function)
+            made = numba.njit(nogil=True, cache=not _NO_CACHE, **options)(function)
         except RuntimeError:  # no folder for the cache
             return numba.njit(nogil=True, **options)(function)
+        if not _NO_CACHE:
+            _forgive(made._cache)
+        return made
 
     return compile_
+
+
+def _forgive(cache: Any) -> None:
+    """A file of numba's cache that cannot be read, such as one that was cut off, is compiled and written again.
+
+    The files are pickles: reading them runs what they hold, so whoever can write to the folder can run code here.
+    """
+    load, save = cache.load_overload, cache.save_overload
+
+    def load_overload(*key: Any) -> Any:
+        try:
+            return load(*key)
+        except Exception:  # whatever unpickling raises
+            with contextlib.suppress(OSError):
+                cache.flush()
+            return None
+
+    def save_overload(*key: Any) -> None:
+        with contextlib.suppress(Exception):  # a full disk, or an index that can be neither read nor replaced
+            save(*key)
+
+    cache.load_overload, cache.save_overload = load_overload, save_overload
 
 
 @numba.njit(inline="always")

@@ -22,6 +22,7 @@ from torch import Tensor
 PADDING = 32  # twice 16, and no nibble is 16
 TILE = 4  # pixels that a kernel computes at once
 BLOCK = 64  # filters that a kernel computes at once; the last block may have half as many
+_PIECE = 2**22  # weights that are laid out at once
 LOOKUPS = 62  # counts of at most 4 that fit into a byte; even, because they come in pairs
 
 
@@ -109,9 +110,12 @@ def pack_words(bits: Tensor) -> Tensor:
 
 def unpack_words(words: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The inverse of :func:`pack_words`: bool of ``shape``."""
-    octets = words.contiguous().view(torch.uint8)[:, None]
-    bits = octets.bitwise_and(1 << torch.arange(8, dtype=torch.uint8)) != 0
-    return bits.flatten()[: math.prod(shape)].reshape(shape)
+    return _bits(words.contiguous().view(torch.uint8))[: math.prod(shape)].reshape(shape)
+
+
+def _bits(octets: Tensor) -> Tensor:
+    """The bits of bytes, the lowest first, as bools of one axis."""
+    return (octets[:, None].bitwise_and(1 << torch.arange(8, dtype=torch.uint8)) != 0).flatten()
 
 
 def _nibbles(bits: Tensor, groups: int) -> Tensor:
@@ -131,6 +135,30 @@ def encode_weight(bits: Tensor, groups: int = 1) -> Tensor:
         sizes = blocks(len(group))
         filled = torch.nn.functional.pad(group, (0, 0, 0, sum(sizes) - len(group)))
         parts += [block.T.flatten() for block in torch.split(filled, sizes)]
+    return torch.cat(parts)
+
+
+def encode_words(words: Tensor, geometry: Geometry) -> Tensor:
+    """:func:`encode_weight` of :func:`unpack_words`, in pieces: the bits as bools would take 64 times the memory."""
+    octets, inputs = words.contiguous().view(torch.uint8), math.prod(geometry.weight_shape[1:])
+    filters = geometry.out_channels // geometry.groups
+    if filters * inputs > _PIECE:  # some blocks of a group at a time, else some groups
+        step = BLOCK * max(1, _PIECE // (BLOCK * inputs))
+        pieces = [
+            (group * filters + begin, group * filters + min(begin + step, filters), 1)
+            for group in range(geometry.groups) for begin in range(0, filters, step)
+        ]  # fmt: skip
+    else:
+        step = _PIECE // (filters * inputs)
+        pieces = [
+            (begin * filters, min(begin + step, geometry.groups) * filters, min(step, geometry.groups - begin))
+            for begin in range(0, geometry.groups, step)
+        ]
+    parts = []
+    for first, last, groups in pieces:
+        begin, end = first * inputs, last * inputs
+        bits = _bits(octets[begin // 8 : -(-end // 8)])[begin % 8 : begin % 8 + end - begin]
+        parts.append(encode_weight(bits.view(last - first, *geometry.weight_shape[1:]), groups))
     return torch.cat(parts)
 
 
@@ -183,7 +211,7 @@ class ReadOffsets(NamedTuple):
     ends: NDArray[np.bool_]
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=32)
 def read_offsets(geometry: Geometry, height: int, width: int) -> ReadOffsets:
     """The offsets for codes ``(height, width)``, padding included."""
     out_height, out_width = geometry.output_size(height, width)
@@ -201,8 +229,10 @@ def read_offsets(geometry: Geometry, height: int, width: int) -> ReadOffsets:
 def _axis(count: int, size: int, geometry: Geometry, axis: int, before: int, after: int) -> tuple[Any, Any]:
     """Where the windows begin, and how many of their taps lie inside the image."""
     begin = np.arange(count, dtype=np.int64) * geometry.stride[axis]
-    taps = begin[:, None] + np.arange(geometry.kernel[axis]) * geometry.dilation[axis]
-    return begin, ((taps >= before) & (taps < size - after)).sum(1)
+    # Of the taps 0 to k - 1, those from `first` on are not before the image, and those from `last` on are after it.
+    gap, taps = geometry.dilation[axis], geometry.kernel[axis]
+    first, last = (np.clip(-((begin - edge) // gap), 0, taps) for edge in (before, size - after))
+    return begin, np.maximum(last - first, 0)
 
 
 def _runs(geometry: Geometry, row: int, pixel: int) -> tuple[Any, Any, Any]:

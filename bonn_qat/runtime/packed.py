@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from bonn_qat.errors import InvalidData, first_line
 from bonn_qat.files import plain
 from bonn_qat.files.atomic import write_bytes
-from bonn_qat.files.tensors import digest, dump_tensors, read_tensors
+from bonn_qat.files.tensors import digest, dump_tensors, fitting, read_tensors
 from bonn_qat.files.validate import Allowed, Line, read_own
 from bonn_qat.runtime import graph as graphs
 from bonn_qat.runtime.dry_run import dry_run
@@ -112,7 +112,7 @@ class PackedModel(nn.Module):
             yield
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, IndexError) as error:
+        except (RuntimeError, IndexError, ValueError, MemoryError) as error:
             raise InvalidData(f"{self.name} cannot be computed on these images: {first_line(error)}") from error
 
     def check(self, count: int) -> None:
@@ -174,13 +174,15 @@ class PackedModel(nn.Module):
         """Read what :meth:`save` wrote. It calls known operators only, and needs neither brevitas, timm nor the model's
         class.
 
-        Raises InvalidData naming the file for one that is missing, truncated, altered, or of another version.
+        Raises InvalidData naming the file for one that is missing, truncated, altered, of another version, or larger
+        than the memory. What a hostile file can do, and what it cannot: docs/security.md.
         """
         tensors, header = read_tensors(Path(path))
-        try:
-            return cls._from_file(tensors, header)
-        except InvalidData as error:
-            raise InvalidData(f"{path}: {error}") from error
+        with fitting(path):
+            try:
+                return cls._from_file(tensors, header)
+            except InvalidData as error:
+                raise InvalidData(f"{path}: {error}") from error
 
     @classmethod
     def _from_file(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> "PackedModel":

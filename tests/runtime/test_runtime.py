@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 import llvmlite.binding as llvm
+import numba
 import numpy as np
 import pytest
 import torch
@@ -178,6 +179,27 @@ def test_words_keep_every_bit(bits):
     assert len(words) == (len(bits) + 63) // 64
     assert torch.equal(layout.unpack_words(words, tuple(tensor.shape)), tensor)
     assert all((int(words[i // 64]) >> i % 64) & 1 == bit for i, bit in enumerate(bits))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(geometry=geometries(), piece=st.sampled_from([1, 500, 3000, 2**22]))
+def test_words_are_laid_out_in_pieces_as_in_one(geometry, piece):
+    bits = torch.randn(geometry.weight_shape) >= 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout, "_PIECE", piece)
+        laid = layout.encode_words(layout.pack_words(bits), geometry)
+    assert torch.equal(laid, layout.encode_weight(bits, geometry.groups))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(geometry=geometries(), extra=st.integers(0, 9))
+def test_taps_inside_an_image_are_those_that_a_convolution_of_ones_counts(geometry, extra):
+    height, width = image_size(geometry, extra)
+    ones, (top, bottom, left, right) = torch.ones(1, 1, height, width), geometry.padding
+    kernel = torch.ones(1, 1, *geometry.kernel)
+    taps = F.conv2d(F.pad(ones, (left, right, top, bottom)), kernel, None, geometry.stride, 0, geometry.dilation)
+    valid = layout.read_offsets(geometry, *geometry.codes_size(height, width)).valid[: taps.numel()]
+    assert valid.tolist() == (taps.flatten() * (geometry.in_channels // geometry.groups)).to(torch.int32).tolist()
 
 
 def test_signs_come_back_from_words():
@@ -488,3 +510,25 @@ def test_what_does_not_fit_is_told_by_torch():
                 else:
                     told = shapes.own(function, changed, {})
                     assert told is None or (told.shape, told.dtype) == (expected.shape, expected.dtype)
+
+
+@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
+def test_a_damaged_cache_of_kernels_is_written_again(suffix, tmp_path, monkeypatch):
+    """Cut off at many places, emptied, or replaced by something else."""
+    source = tmp_path / "twice.py"
+    source.write_text("def twice(x):\n    return 2 * x\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
+    function = __import__("twice").twice
+
+    def hits() -> int:
+        made = kernels._compiled()(function)
+        assert made(3) == 6
+        return sum(made.stats.cache_hits.values())
+
+    assert [hits(), hits()] == [0, 1]
+    (path,) = (tmp_path / "cache").rglob(f"*{suffix}")
+    whole = path.read_bytes()
+    for content in (*(whole[: len(whole) * k // 8] for k in range(8)), b"\x80" * 99, b"cos\nno_such_name\n."):
+        path.write_bytes(content)
+        assert [hits(), hits()] == [0, 1]

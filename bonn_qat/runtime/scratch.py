@@ -1,0 +1,85 @@
+"""Scratch: bytes that an operator needs while it runs, in addition to its arguments and its results.
+
+Torch does not say them, so they are declared here, by the groups of :mod:`~bonn_qat.runtime.allowed`, as upper bounds.
+``tests/runtime/test_memory.py`` measures every operator.
+"""
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from bonn_qat.runtime import allowed
+from bonn_qat.runtime.layout import Geometry, blocks
+
+_HAS_KERNELS = importlib.util.find_spec("numba") is not None
+
+
+def scratch(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:
+    """Bytes for one call; tensors need no memory (``meta``)."""
+    name = str(function)
+    if name.startswith("bonn_qat."):
+        return _of_ours(name, allowed.bound(function, args, kwargs), result)
+    taken, made = allowed.tensors([*args, kwargs]), allowed.tensors(result)
+    group = allowed.GROUP_OF.get(name, "")
+    if group in ("", "sizes", "views", "made"):
+        return 0
+    if group in ("elementwise", "copies") and len({tensor.dtype for tensor in taken}) == 1:
+        return 0
+    special = _SPECIAL.get(group)
+    return _copies(taken, made) + (special(made, **allowed.bound(function, args, kwargs)) if special else 0)
+
+
+def kept(function: Any, args: Sequence[Any]) -> int:
+    """Bytes that a binary convolution keeps for further calls with images of this size: tables of positions.
+
+    Also its vectors, filled up to whole blocks of filters.
+    """
+    if not str(function).startswith("bonn_qat.binary_conv2d"):
+        return 0
+    codes, _, numbers, _, vectors = args[:5]
+    geometry = Geometry.of(numbers)
+    height, width = geometry.output_size(*codes.shape[1:3])
+    filled = geometry.groups * sum(blocks(geometry.out_channels // geometry.groups))
+    return 64 * height * width + 256 * geometry.taps * geometry.width + 4 * filled * (len(vectors) + 1)
+
+
+def _bytes(found: Sequence[Tensor], width: int = 0) -> int:
+    return sum(tensor.numel() * max(width, tensor.element_size()) for tensor in found)
+
+
+def _copies(taken: Sequence[Tensor], made: Sequence[Tensor]) -> int:
+    """A copy of each argument, of the widest type and in another layout, and one of each result."""
+    width = max((tensor.element_size() for tensor in (*taken, *made)), default=0)
+    return _bytes(taken, width) + _bytes(made)
+
+
+def _of_convolution(
+    made: Sequence[Tensor], *, input: Tensor, weight: Tensor, transposed: bool = False, **rest: Any
+) -> int:
+    """The windows of all pixels side by side, where torch multiplies matrices, or channels in blocks of 16."""
+    pixels = (input if transposed else made[0])[0, 0].numel() if len(input) else 0
+    windows = 4 * pixels * weight[0].numel() * (1 if transposed else rest["groups"])
+    blocked = 4 * 16 * (sum(tensor[:, 0].numel() for tensor in (input, *made)) + weight[:1, :1].numel())
+    is_small = input.numel() <= 2**16 or transposed
+    return blocked + (windows * len(input) if is_small else 0)
+
+
+def _of_attention(made: Sequence[Tensor], *, query: Tensor, key: Tensor, **rest: Any) -> int:
+    """The scores, where torch computes them as a whole: with a mask, and softmax and product beside them."""
+    scores = query[..., 0].numel() * key.shape[-2] * query.element_size()
+    return 3 * scores
+
+
+def _of_ours(name: str, given: Mapping[str, Any], result: Any) -> int:
+    taken, made = allowed.tensors(dict(given)), allowed.tensors(result)
+    if name.startswith("bonn_qat.unpack_signs"):
+        return 3 * _bytes(made)
+    if _HAS_KERNELS:
+        return _copies(taken, made)
+    # Plain torch: bits as bytes, signs and kernels as floats, and a sum that is rounded once in float64.
+    return 16 * _bytes(taken, 4) + 16 * _bytes(made, 4)
+
+
+_SPECIAL: Mapping[str, Callable[..., int]] = {"convolutions": _of_convolution, "attention": _of_attention}
