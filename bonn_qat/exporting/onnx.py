@@ -97,6 +97,14 @@ def _producer(value: "ir.Value | None", *operators: str) -> "ir.Node | None":
     return node if node is not None and node.op_type in operators else None
 
 
+def _number(value: "ir.Value | None") -> float | None:
+    """The constant that a value is, None for another."""
+    from onnx_ir.convenience import get_const_tensor
+
+    tensor = get_const_tensor(value) if value is not None else None
+    return float(tensor.numpy()) if tensor is not None and tensor.size == 1 else None
+
+
 def _shorten(node: "ir.Node", binary: set[str]) -> None:
     """Give ``node`` the weight itself instead of one that was reshaped and is back in its own shape."""
     for index, value in enumerate(node.inputs):
@@ -108,12 +116,16 @@ def _shorten(node: "ir.Node", binary: set[str]) -> None:
 
 
 def _rewrite_sign(graph: "ir.Graph", node: "ir.Node", binary: set[str], dialect: _Dialect) -> None:
-    """Rewrite a sign that ``node`` completes, traced as ``Sign(Sign(x) + 1/2)``; of signs it is x itself."""
-    add = _producer(node.inputs[0], "Add") if node.op_type == "Sign" else None
-    first = _producer(add.inputs[0], "Sign") if add is not None else None
-    if first is None:
-        return
-    x: Any = first.inputs[0]
+    """Rewrite a sign that ``node`` completes, traced as ``Sign(Cast(x >= 0) - 1/2)``; of signs it is x itself."""
+    reached: ir.Node | None = node if node.op_type == "Sign" else None
+    for operator, number in (("Sub", 0.5), ("Cast", None), ("GreaterOrEqual", 0)):
+        reached = _producer(reached.inputs[0], operator) if reached is not None else None
+        if reached is None or (number is not None and _number(reached.inputs[1]) != number):
+            return
+    assert reached is not None
+    x: Any = reached.inputs[0]
+    if (copied := _producer(x, "Identity")) is not None:
+        x = copied.inputs[0]
     if x.name in binary:
         node.outputs[0].replace_all_uses_with(x)
     else:

@@ -13,6 +13,11 @@ from bonn_qat.packing.network import Network, Value
 from bonn_qat.runtime.layout import Geometry
 
 aten = torch.ops.aten
+_COMPARISONS = {
+    getattr(getattr(aten, name), overload)
+    for name in ("eq", "ge", "gt", "le", "lt", "ne", "logical_not", "logical_and", "logical_or", "logical_xor")
+    for overload in getattr(aten, name).overloads() if overload in ("Scalar", "Tensor", "default")
+}  # fmt: skip
 _DROPOUT = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
 
 
@@ -130,6 +135,12 @@ def _out_of_place(graph: fx.Graph) -> bool:
             if function is None or not isinstance(source, fx.Node) or len(source.users) != 1 or not _is_fresh(source):
                 return False
             node.target = function
+            if function in _COMPARISONS:  # in place they keep the type
+                with graph.inserting_after(node):
+                    kept = graph.call_function(aten._to_copy.default, (node,), {"dtype": node.meta["val"].dtype})
+                kept.meta = dict(node.meta)
+                node.meta["val"] = node.meta["val"]._replace(dtype=torch.bool)
+                node.replace_all_uses_with(kept, lambda user, kept=kept: user is not kept)  # type: ignore[misc]
     return True
 
 
