@@ -45,7 +45,9 @@ def trace(model: nn.Module, size: Sequence[int]) -> Network:
 
 def _export(model: nn.Module, size: Sequence[int]) -> tuple[Any, int | None]:
     """The exported program, and the batch that it is bound to, None for any."""
-    images = torch.zeros(2, *size).contiguous(memory_format=torch.channels_last)
+    images = torch.zeros(2, *size)
+    if images.ndim == 4:
+        images = images.contiguous(memory_format=torch.channels_last)
     with contextlib.suppress(Exception):  # whatever torch raises for a model that fixes its batch
         return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)), None
     try:

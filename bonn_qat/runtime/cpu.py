@@ -17,7 +17,7 @@ _NOTHING = np.empty(0, np.float32)
 _NO_CODES = np.empty(0, np.uint8)
 # The GNU allocator returns memory to the system after each call of a network and takes it back page by page, unless
 # it was once asked for a block of this size. The block is never touched.
-torch.empty(31 * 2**20, dtype=torch.uint8)
+torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 
 
 def _threads(products: int) -> int:
@@ -56,8 +56,8 @@ def sign_codes(x: Tensor, thresholds: Tensor, geometry: Geometry) -> Tensor:
 
 def _new_codes(shape: tuple[int, ...], geometry: Geometry) -> Tensor:
     if any(geometry.padding):
-        return torch.full(shape, PADDING, dtype=torch.uint8)
-    return torch.empty(shape, dtype=torch.uint8)
+        return torch.full(shape, PADDING, dtype=torch.uint8, device="cpu")
+    return torch.empty(shape, dtype=torch.uint8, device="cpu")
 
 
 class Convolution(NamedTuple):
@@ -80,7 +80,7 @@ class Convolution(NamedTuple):
         self, codes: Tensor, weight: Tensor, vectors: Tensor, thresholds: Tensor | None, residual: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """The values ``(B, O, H, W)`` and the codes; None for what was not asked for."""
-        y = None if self.result_shape is None else torch.empty(self.result_shape, dtype=torch.float32)
+        y = None if self.result_shape is None else torch.empty(self.result_shape, dtype=torch.float32, device="cpu")
         signs = None if self.following is None else _new_codes(self.codes_shape, self.following)
         if self.items:
             arrays = (
@@ -146,7 +146,7 @@ def _places(height: int, columns: int, following: Geometry | None) -> Any:
 def elementwise(x: Tensor, program: Any, vectors: Tensor, residual: Tensor | None) -> Tensor:
     """As :func:`bonn_qat.runtime.operators.elementwise`."""
     batch, channels, height, columns = x.shape
-    y = torch.empty((batch, height, columns, channels), dtype=torch.float32)
+    y = torch.empty((batch, height, columns, channels), dtype=torch.float32, device="cpu")
     arrays = (
         _pixels(x), channels, program, _filled(vectors, 1, _LANES * math.ceil(channels / _LANES)),
         _NOTHING if residual is None else _pixels(residual), y.view(-1).numpy(),
@@ -163,7 +163,7 @@ def max_pool2d(x: Tensor, sizes: tuple[int, int], kernel: list[int], stride: lis
     """As :func:`bonn_qat.runtime.operators.max_pool2d`; ``sizes`` are the rows and columns of the result."""
     batch, channels, height, width = x.shape
     rows, columns = sizes
-    y = torch.empty((batch, rows, columns, channels), dtype=torch.float32)
+    y = torch.empty((batch, rows, columns, channels), dtype=torch.float32, device="cpu")
     shape = (channels, height, width, rows, columns, *kernel, *stride, *padding)
     items = batch * rows * math.ceil(channels / _LANES)
     arrays = (_flat(x), shape, y.view(-1).numpy())

@@ -299,6 +299,25 @@ def without_dispatcher(network: fx.GraphModule) -> fx.GraphModule:
     return _forgotten(fx.GraphModule(network, graph, "DirectGraph"))
 
 
+_NEW = {
+    "_softmax", "add", "addmm", "batch_norm", "bmm", "cat", "clone", "conv2d", "convolution", "linear", "log_softmax",
+    "matmul", "mean", "mm", "mul", "relu", "sigmoid", "softmax", "stack", "sub", "tanh",
+}  # fmt: skip
+
+
+def gives_new_tensors(graph: fx.Graph) -> bool:
+    """Whether every output certainly is memory of its own: not a tensor of the network, the images, or a view."""
+    outputs = graph.output_node().args[0]
+    for node in outputs if isinstance(outputs, list | tuple) else (outputs,):
+        while isinstance(node, fx.Node) and node.target is operator.getitem:
+            node = node.args[0]
+        target = node.target if isinstance(node, fx.Node) else None
+        is_ours = isinstance(target, torch._ops.OpOverload) and target.namespace == "bonn_qat"
+        if not is_ours and not (isinstance(target, torch._ops.OpOverload) and target._opname in _NEW):
+            return False
+    return True
+
+
 def takes_planes(graph: fx.Graph) -> bool:
     """Whether the network takes images in ``torch.contiguous_format`` instead of ``torch.channels_last``."""
     return bool(graph.find_nodes(op="call_function", target=torch.ops.bonn_qat.max_pool2d.default))

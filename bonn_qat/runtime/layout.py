@@ -103,14 +103,14 @@ def pack_words(bits: Tensor) -> Tensor:
     tensor([5])
     """
     flat = torch.nn.functional.pad(bits.flatten(), (0, -bits.numel() % 64)).view(-1, 8, 8)
-    octets = (flat.to(torch.uint8) << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    octets = (flat.to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(-1, dtype=torch.uint8)
     return octets.flatten().view(torch.int64)
 
 
 def unpack_words(words: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The inverse of :func:`pack_words`: bool of ``shape``."""
     octets = words.contiguous().view(torch.uint8)[:, None]
-    bits = octets.bitwise_and(1 << torch.arange(8, dtype=torch.uint8)) != 0
+    bits = octets.bitwise_and(1 << torch.arange(8, dtype=torch.uint8, device=words.device)) != 0
     return bits.flatten()[: math.prod(shape)].reshape(shape)
 
 
