@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from bonn_qat.binarization.binarize import binary_layers
-from bonn_qat.errors import InvalidModel, first_line
+from bonn_qat.errors import InvalidModel
 from bonn_qat.exporting.trace import in_batches, trace
 from bonn_qat.layers import BinaryLayer
+from bonn_qat.packing.ready import quiet, reason
 from bonn_qat.quantizers import WeightQuantizer
 
 if TYPE_CHECKING:
@@ -56,12 +57,13 @@ def _onnx(model: nn.Module, size: tuple[int, ...], batch: int | None, dialect: _
     binary = _release(model)
     program = trace(model, size, batch)
     try:
-        converted: Any = torch.onnx.export(
-            program, dynamo=True, optimize=False, verbose=False, opset_version=_OPSET, input_names=["images"],
-            dynamic_shapes=({0: "batch"},) if program.range_constraints else None,
-        )  # fmt: skip
+        with quiet():
+            converted: Any = torch.onnx.export(
+                program, dynamo=True, optimize=False, verbose=False, opset_version=_OPSET, input_names=["images"],
+                dynamic_shapes=({0: "batch"},) if program.range_constraints else None,
+            )  # fmt: skip
     except Exception as error:  # whatever the converter raises
-        raise InvalidModel(f"torch.onnx cannot convert {type(model).__name__}: {first_line(error)}") from error
+        raise InvalidModel(f"torch.onnx cannot convert {type(model).__name__}: {reason(error)}") from error
     graph: ir.Graph = converted.model.graph
     for node in list(graph):
         _shorten(node, binary)

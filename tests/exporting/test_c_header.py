@@ -118,8 +118,9 @@ def chain(geometries: Sequence[Geometry], program: Sequence[int]) -> PackedModel
             return graph.create_node("get_attr", name)
 
     for i, own in enumerate(geometries):
-        bits, thresholds = torch.randn(own.weight_shape) >= 0, torch.randn(own.in_channels) / 2
-        thresholds[:2] = torch.tensor([-torch.inf, torch.inf])[: own.in_channels]
+        bits, thresholds = torch.randn(own.weight_shape) >= 0, torch.randn(2, own.in_channels).sort(0).values
+        thresholds[0, ::3], thresholds[1, ::2] = -torch.inf, torch.inf
+        thresholds[:, :1] = torch.tensor([[torch.inf], [-torch.inf]])
         vectors = torch.randn(7, own.out_channels) / 3
         vectors[5:] = torch.stack([-vectors[5].abs(), 2 * vectors[5].abs()])
         vectors[5:, ::2] = torch.tensor([[0.0], [torch.inf]])  # a ReLU
@@ -191,7 +192,11 @@ def problems(packed: PackedModel) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     for node in packed.network.graph.find_nodes(op="call_function", target=ops.binary_conv2d.default):
         codes, weight, numbers, program, vectors, residual = node.args
         x, thresholds = values[codes.args[0]], values[codes.args[1]]
-        x = thresholds.nan_to_num(0, 0, 0)[:, None, None] + torch.randn_like(x).mul(2).round().div(2)
+        edges = thresholds.nan_to_num(0, 0, 0)[torch.randint(2, x.shape[1:2]), torch.arange(x.shape[1])]
+        x = edges[:, None, None] + torch.randn_like(x).mul(2).round().div(2)
+        odd = torch.rand_like(x)
+        for place, value in enumerate((torch.nan, torch.inf, -torch.inf)):
+            x[(odd > 0.02 * place) & (odd < 0.02 * (place + 1))] = value
         written = ops.sign_codes(x, thresholds, numbers)
         beside = torch.randn_like(values[node])
         expected = ops.binary_conv2d(
@@ -306,7 +311,7 @@ def test_the_nodes_are_told_in_the_names_of_the_header(packed):
     (sign,) = (call for name, (_, call) in calls.items() if name.startswith("binary_conv2d_sign"))
     assert sign == "sign(convolve(network_conv_a, sign_codes)) for network_conv_a_2"
     assert "Small, scheme bonn: a packed 1-bit network for images of 3 x 12 x 12" in header
-    assert f"bonn-qat {version('bonn-qat')}; format 1" in header
+    assert f"bonn-qat {version('bonn-qat')}; format 2" in header
 
 
 def test_a_network_and_its_file_have_the_same_text(packed, tmp_path):
