@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _OPSET = 18  # the first with BitwiseAnd
-_BOOL = 9  # onnx.TensorProto.BOOL
+_BOOL, _UINT8 = 9, 2  # onnx.TensorProto
 _QONNX = "qonnx.custom_op.general"
 _MOVES = ("Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity")  # what changes a shape and no value
 
@@ -43,10 +43,14 @@ class _Signs(WeightQuantizer):
 
 
 class _Dialect(NamedTuple):
-    """How to write the sign of a value, and a weight of two values in each filter: nodes, the last with the result."""
+    """How to write the sign of a value, and a weight of two values in each filter: nodes, the last with the result.
+
+    ``keeps_nan``: whether the maximum of a pool's window with NaN is made NaN, as torch's is.
+    """
 
     sign: "Callable[[ir.Graph, ir.Value], list[ir.Node]]"
     weight: "Callable[[ir.Graph, ir.Value], list[ir.Node]]"
+    keeps_nan: bool
 
 
 def _onnx(model: nn.Module, size: tuple[int, ...], batch: int | None, dialect: _Dialect) -> bytes:
@@ -68,6 +72,8 @@ def _onnx(model: nn.Module, size: tuple[int, ...], batch: int | None, dialect: _
     for node in list(graph):
         _shorten(node, binary)
         _rewrite_sign(graph, node, binary, dialect)
+        if node.op_type == "MaxPool" and dialect.keeps_nan:
+            _keep_nan(graph, node)
     optimizer.optimize(converted.model)
     for node in graph:
         _scale_first(node, binary)
@@ -132,6 +138,23 @@ def _rewrite_sign(graph: "ir.Graph", node: "ir.Node", binary: set[str], dialect:
         node.outputs[0].replace_all_uses_with(x)
     else:
         _replace(graph, node.outputs[0], dialect.sign(graph, x), before=node)
+
+
+def _keep_nan(graph: "ir.Graph", pool: "ir.Node") -> None:
+    """``Where(MaxPool(IsNaN(x)) > 0, NaN, MaxPool(x))``: ONNX leaves NaN open, and onnxruntime's maximum passes it."""
+    import onnx_ir as ir
+
+    where = _node("IsNaN", [cast("ir.Value", pool.inputs[0])])
+    as_octets = _node("Cast", where.outputs, to=_UINT8)
+    same = ir.node("MaxPool", as_octets.outputs, dict(pool.attributes))
+    found = _node("Cast", same.outputs, to=_BOOL)
+    kept = _node("Where", [*found.outputs, _constant(graph, "nan", np.float32(np.nan)), pool.outputs[0]])
+    result, value = kept.outputs[0], pool.outputs[0]
+    result.shape, result.dtype = value.shape, value.dtype
+    graph.insert_after(pool, [where, as_octets, same, found, kept])
+    for user, index in list(value.uses()):
+        if user is not kept:
+            user.replace_input_with(index, result)
 
 
 def _scale_first(node: "ir.Node", binary: set[str]) -> None:
@@ -210,7 +233,7 @@ def _bipolar(graph: "ir.Graph", x: "ir.Value") -> "list[ir.Node]":
 
 def write_onnx(model: nn.Module, size: tuple[int, ...]) -> bytes:
     """The bytes of an ONNX file that keeps one bit for each binary weight."""
-    return _onnx(model, size, None, _Dialect(sign=_compare, weight=_unpack))
+    return _onnx(model, size, None, _Dialect(sign=_compare, weight=_unpack, keeps_nan=True))
 
 
 def run_onnx(path: Path, images: Tensor) -> list[Tensor]:
@@ -231,7 +254,7 @@ def write_qonnx(model: nn.Module, size: tuple[int, ...]) -> bytes:
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.util.cleanup import cleanup_model
 
-    raw = _onnx(model, size, 1, _Dialect(sign=_bipolar, weight=_bipolar))  # qonnx needs every shape, so for one image
+    raw = _onnx(model, size, 1, _Dialect(sign=_bipolar, weight=_bipolar, keeps_nan=False))  # qonnx needs every shape, so for one image
     content: bytes = cleanup_model(ModelWrapper(raw)).model.SerializeToString()
     return content
 

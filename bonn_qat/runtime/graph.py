@@ -289,14 +289,16 @@ def from_words(words: Tensor, geometry: Geometry) -> Tensor:
 
 
 def without_dispatcher(network: fx.GraphModule) -> fx.GraphModule:
-    """The same network with calls of our operators that bypass torch's dispatcher."""
+    """The same network, with the same buffers, with calls of our operators that bypass torch's dispatcher."""
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     for node in network.graph.nodes:
         values[node] = graph.node_copy(node, values.__getitem__)
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "bonn_qat":
             values[node].target = getattr(operators, node.target._opname)
-    return _forgotten(fx.GraphModule(network, graph, "DirectGraph"))
+    direct = fx.GraphModule(network, graph, "DirectGraph")
+    direct.__dict__["_buffers"] = network._buffers  # the table itself, so that a buffer put in its place is seen
+    return _forgotten(direct)
 
 
 _NEW = {

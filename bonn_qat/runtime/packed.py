@@ -130,16 +130,18 @@ class PackedModel(nn.Module):
         return result if self._owns else _mapped(Tensor.clone, result)
 
     def _nothing(self, images: Tensor) -> Any:
-        """The outputs for no image at all, which some operators do not take: their sizes follow from others."""
-        one = self(images.new_zeros((self.batch or 1, *self.input_size)))
-        two = self(images.new_zeros((2 * (self.batch or 1), *self.input_size)))
+        """The outputs for no image at all, which some operators do not take: their sizes follow from those for others."""
+        count = self.batch or 1
+        one = self(images.new_zeros((count, *self.input_size)))
+        two = self(images.new_ones((2 * count, *self.input_size)))
 
         def empty(x: Tensor, y: Tensor) -> Tensor:
-            # Joined along the first axis if the batch is fixed.
             shape = [2 * a - b for a, b in zip(x.shape, y.shape, strict=True)]
-            if 0 not in shape:
-                raise InvalidData(f"{self.name} gives {tuple(shape)} for no image at all, whose values are not defined")
-            return x.new_empty(shape)
+            if 0 in shape:
+                return x.new_empty(shape)
+            if torch.equal(x, y):  # whatever the images are
+                return x
+            raise InvalidData(f"{self.name} gives {tuple(shape)} for no image at all, whose values are not defined")
 
         return _mapped(empty, one, two)
 
