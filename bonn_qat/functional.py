@@ -4,7 +4,8 @@ Notation of BONN (Gu et al., ICCV 2019, arXiv:1908.06314; equation numbers are t
 ``(O, I, kh, kw)``; w modulation, broadcastable to X, shared by all kernels of a layer as in the paper, or one number
 per kernel ``(O, 1, 1, 1)``, which is our extension; X^ binarized kernels; mu, sigma ``(O,)`` modes of ``|X|`` and the
 spread around them, one per kernel; f features ``(B, D)``; c, sigma_m class means and spreads ``(M, D)``.
-``sign(0) = +1`` and ``sign(NaN) = -1`` everywhere. :mod:`bonn_qat.quantizers` explains latent weight, modulation, scale and estimator.
+``sign(0) = +1`` and ``sign(NaN) = -1`` everywhere. :mod:`bonn_qat.quantizers` explains latent weight, modulation, scale
+and estimator.
 """
 
 import math

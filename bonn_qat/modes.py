@@ -116,8 +116,8 @@ class _Exact:
     def enter(self) -> None:
         with self.lock:
             if not self.inside:
-                parts: tuple[Any, ...] = (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
-                given = [(part, part.fp32_precision) for part in parts]
+                backend: Any = torch.backends.mkldnn
+                given = [(part, part.fp32_precision) for part in (backend.matmul, backend.conv)]
                 self.before = [(part, value) for part, value in given if value not in ("ieee", "none")]
                 for part, _ in self.before:
                     part.fp32_precision = "ieee"

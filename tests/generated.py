@@ -33,7 +33,9 @@ class Net(nn.Module):
             groups = draw.choice([1, 1, 4 if width % 4 == 0 and out % 4 == 0 else 1])
             mode = draw.choice(["zeros", "zeros", "reflect", "circular"]) if kernel == 3 else "zeros"
             parts: list[nn.Module] = [
-                nn.Conv2d(width, out, kernel, padding=kernel // 2, groups=groups, padding_mode=mode, bias=draw.random() < 0.5)
+                nn.Conv2d(
+                    width, out, kernel, padding=kernel // 2, groups=groups, padding_mode=mode, bias=draw.random() < 0.5
+                )
             ]
             parts += [nn.BatchNorm2d(out)] if draw.random() < 0.7 else []
             parts += draw.choice([[], [nn.ReLU()], [nn.Hardtanh()], [nn.PReLU(out)]])
@@ -41,9 +43,8 @@ class Net(nn.Module):
             self.shortcuts.append(is_alike and not isinstance(parts[-1], nn.MaxPool2d) and draw.random() < 0.6)
             self.blocks.append(nn.Sequential(*parts))
             width = out
-        self.head = draw.choice([
-            nn.Identity(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 9), nn.ReLU(), nn.Linear(9, 4)),
-        ])  # fmt: skip
+        head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 9), nn.ReLU(), nn.Linear(9, 4)]
+        self.head = draw.choice([nn.Identity(), nn.Sequential(*head)])
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)

@@ -150,7 +150,7 @@ def _keep_nan(graph: "ir.Graph", pool: "ir.Node") -> None:
     found = _node("Cast", same.outputs, to=_BOOL)
     kept = _node("Where", [*found.outputs, _constant(graph, "nan", np.float32(np.nan)), pool.outputs[0]])
     result, value = kept.outputs[0], pool.outputs[0]
-    result.shape, result.dtype = value.shape, value.dtype
+    result.shape, result.dtype = value.shape, value.dtype  # type: ignore[assignment]
     graph.insert_after(pool, [where, as_octets, same, found, kept])
     for user, index in list(value.uses()):
         if user is not kept:
@@ -254,7 +254,9 @@ def write_qonnx(model: nn.Module, size: tuple[int, ...]) -> bytes:
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.util.cleanup import cleanup_model
 
-    raw = _onnx(model, size, 1, _Dialect(sign=_bipolar, weight=_bipolar, keeps_nan=False))  # qonnx needs every shape, so for one image
+    raw = _onnx(
+        model, size, 1, _Dialect(sign=_bipolar, weight=_bipolar, keeps_nan=False)
+    )  # qonnx needs every shape, so for one image
     content: bytes = cleanup_model(ModelWrapper(raw)).model.SerializeToString()
     return content
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from bonn_qat.errors import InvalidModel, first_line
 
-
 _LONGEST = 200
 
 

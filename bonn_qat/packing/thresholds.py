@@ -1,4 +1,4 @@
-"""Thresholds: a norm and the sign after it, or any monotonic function and its sign, as one interval for each channel."""
+"""Thresholds: a norm and the sign after it, or any monotonic function and sign, as one interval for each channel."""
 
 import math
 from collections.abc import Callable

@@ -147,7 +147,7 @@ def _out_of_place(graph: fx.Graph) -> bool:
                     kept = graph.call_function(aten._to_copy.default, (node,), {"dtype": node.meta["val"].dtype})
                 kept.meta = dict(node.meta)
                 node.meta["val"] = node.meta["val"]._replace(dtype=torch.bool)
-                node.replace_all_uses_with(kept, lambda user, kept=kept: user is not kept)  # type: ignore[misc]
+                node.replace_all_uses_with(kept, lambda user, kept=kept: user is not kept)
     return True
 
 

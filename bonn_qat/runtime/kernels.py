@@ -442,8 +442,8 @@ def convolve_items(
     """Some of the items ``image x group x block of filters x piece of the tiles``.
 
     shape: (filters of a group, pixels, codes of an image, groups, width, weight bytes of a group, blocks, pieces, codes
-    that follow for an image). ``vectors`` and ``thresholds``, the low ones and then the high ones, have numbers for each
-    filter of each block. ``residual``, ``out`` and ``following`` are empty where there is none.
+    that follow for an image). ``vectors`` and ``thresholds``, the low ones and then the high ones, have a number for
+    each filter of each block. ``residual``, ``out`` and ``following`` are empty where there is none.
     """
     bases, valid, starts, lengths, ends = offsets
     filters, pixels, image_codes, groups, width, group_bytes, blocks, pieces, image_following = shape

@@ -39,7 +39,9 @@ class PackedLayer:
 
 _Size = Annotated[
     tuple[int, ...],
-    Allowed("one to three numbers, [C, H, W] for images, each 1 to 65,536", lambda s: 1 <= len(s) <= 3 and _are_sizes(*s)),
+    Allowed(
+        "one to three numbers, [C, H, W] for images, each 1 to 65,536", lambda s: 1 <= len(s) <= 3 and _are_sizes(*s)
+    ),
 ]
 _Batch = Annotated[int | None, Allowed("1 to 65,536", lambda batch: batch is None or _are_sizes(batch))]
 
@@ -130,7 +132,7 @@ class PackedModel(nn.Module):
         return result if self._owns else _mapped(Tensor.clone, result)
 
     def _nothing(self, images: Tensor) -> Any:
-        """The outputs for no image at all, which some operators do not take: their sizes follow from those for others."""
+        """The outputs for no image at all, which some operators do not take: their sizes follow from others'."""
         count = self.batch or 1
         one = self(images.new_zeros((count, *self.input_size)))
         two = self(images.new_ones((2 * count, *self.input_size)))

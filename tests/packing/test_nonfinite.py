@@ -83,7 +83,9 @@ for i, packed in enumerate(made):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("features", "shuffle"), [("ssse3", "llvm.x86.ssse3.pshuf.b.128"), ("", "")], ids=["ssse3", "none"])
+@pytest.mark.parametrize(
+    ("features", "shuffle"), [("ssse3", "llvm.x86.ssse3.pshuf.b.128"), ("", "")], ids=["ssse3", "none"]
+)
 def test_machines_with_fewer_instructions_do_too(tmp_path, features, shuffle):
     held = {}
     for i, seed in enumerate((2, 9)):

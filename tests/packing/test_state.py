@@ -39,7 +39,9 @@ CHANGES: dict[str, Callable[[PackedModel, str, Tensor], object]] = {
     "other data": lambda packed, name, new: setattr(packed.network.get_buffer(name), "data", new),
     "set_": lambda packed, name, new: packed.network.get_buffer(name).set_(new),
     "numpy": lambda packed, name, new: packed.network.get_buffer(name).numpy().__setitem__(..., new.numpy()),
-    "load_state_dict": lambda packed, name, new: packed.load_state_dict({**packed.state_dict(), f"network.{name}": new}),
+    "load_state_dict": lambda packed, name, new: packed.load_state_dict(
+        {**packed.state_dict(), f"network.{name}": new}
+    ),
     "assign": lambda packed, name, new: packed.load_state_dict(
         {**packed.state_dict(), f"network.{name}": new}, assign=True
     ),
@@ -121,7 +123,7 @@ def test_what_changes_no_value_is_allowed():
     assert same(changed(x), expected, ROUNDING)
     if not torch.cuda.is_available():
         before = packed.dump()
-        with pytest.raises((AssertionError, RuntimeError), match="CUDA|NVIDIA"):
+        with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
             packed.cuda()
         assert packed.dump() == before
 
