@@ -109,6 +109,8 @@ def _number(value: "ir.Value | None") -> float | None:
     """The constant that a value is, None for another."""
     from onnx_ir.convenience import get_const_tensor
 
+    while (cast_ := _producer(value, "Cast", "Identity")) is not None:
+        value = cast_.inputs[0]
     tensor = get_const_tensor(value) if value is not None else None
     return float(tensor.numpy()) if tensor is not None and tensor.size == 1 else None
 
@@ -254,9 +256,8 @@ def write_qonnx(model: nn.Module, size: tuple[int, ...]) -> bytes:
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.util.cleanup import cleanup_model
 
-    raw = _onnx(
-        model, size, 1, _Dialect(sign=_bipolar, weight=_bipolar, keeps_nan=False)
-    )  # qonnx needs every shape, so for one image
+    dialect = _Dialect(sign=_bipolar, weight=_bipolar, keeps_nan=False)
+    raw = _onnx(model, size, 1, dialect)  # qonnx needs every shape, so for one image
     content: bytes = cleanup_model(ModelWrapper(raw)).model.SerializeToString()
     return content
 

@@ -53,15 +53,11 @@ def pack(model: nn.Module, input_size: Sequence[int] | None = None) -> PackedMod
 
 
 def _size(model: nn.Module, given: Sequence[int] | None) -> tuple[int, ...]:
-    size = input_size_of(model, given) if isinstance(given, Sequence | None) else (given,)
-    if (
-        isinstance(given, int)
-        or not 1 <= len(size) <= 3
-        or not all(isinstance(n, int) and 1 <= n <= 2**16 for n in size)
-    ):
+    size = input_size_of(model, given) if isinstance(given, Sequence | None) else ()
+    if not 1 <= len(size) <= 3 or not all(isinstance(n, int) and 1 <= n <= 2**16 for n in size):
         raise InvalidModel(
-            f"a packed network takes inputs of one to three axes, such as images (C, H, W), each of 1 to 65,536; got "
-            f"input_size={size}"
+            "a packed network takes inputs of one to three axes, such as images (C, H, W), each of 1 to 65,536; got "
+            f"input_size={size or given}"
         )
     return size
 

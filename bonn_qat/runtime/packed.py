@@ -106,11 +106,11 @@ class PackedModel(nn.Module):
         mistake.
         """
         if images.shape[1:] != self.input_size or images.dtype != torch.float32:
+            is_other = images.dtype != torch.float32
+            todo = "convert them as for the model" if is_other else "for another size pack it with input_size=(C, H, W)"
             raise InvalidData(
                 f"this network was packed for float32 images (B, {', '.join(map(str, self.input_size))}); got "
-                f"{images.dtype} {tuple(images.shape)}; "
-                + ("convert them as for the model" if images.dtype != torch.float32 else "")
-                + ("for another size pack it with input_size=(C, H, W)" if images.dtype == torch.float32 else "")
+                f"{images.dtype} {tuple(images.shape)}; {todo}"
             )
         if torch.compiler.is_compiling():
             kind = images.device.type
@@ -134,8 +134,8 @@ class PackedModel(nn.Module):
     def _nothing(self, images: Tensor) -> Any:
         """The outputs for no image at all, which some operators do not take: their sizes follow from others'."""
         count = self.batch or 1
-        one = self(images.new_zeros((count, *self.input_size)))
-        two = self(images.new_ones((2 * count, *self.input_size)))
+        one = self.forward(images.new_zeros((count, *self.input_size)))
+        two = self.forward(images.new_ones((2 * count, *self.input_size)))
 
         def empty(x: Tensor, y: Tensor) -> Tensor:
             shape = [2 * a - b for a, b in zip(x.shape, y.shape, strict=True)]
