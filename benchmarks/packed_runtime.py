@@ -104,8 +104,9 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 def convolutions(x: Tensor, weight: Tensor, geometry: Geometry) -> dict[str, Callable[[], Tensor]]:
     """A float convolution, a binary one of codes, and one of floats."""
     dense = weight.contiguous(memory_format=torch.channels_last)
-    octets, thresholds, ones = layout.encode_weight(weight >= 0), torch.zeros(x.shape[1]), torch.ones(1, len(weight))
+    octets, thresholds, ones = layout.encode_weight(weight >= 0), torch.zeros(2, x.shape[1]), torch.ones(1, len(weight))
     numbers = geometry.numbers
+    thresholds[1] = torch.inf
     packed = OPS.sign_codes(x, thresholds, numbers)
 
     def binary(codes: Tensor) -> Tensor:

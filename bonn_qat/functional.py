@@ -4,7 +4,8 @@ Notation of BONN (Gu et al., ICCV 2019, arXiv:1908.06314; equation numbers are t
 ``(O, I, kh, kw)``; w modulation, broadcastable to X, shared by all kernels of a layer as in the paper, or one number
 per kernel ``(O, 1, 1, 1)``, which is our extension; X^ binarized kernels; mu, sigma ``(O,)`` modes of ``|X|`` and the
 spread around them, one per kernel; f features ``(B, D)``; c, sigma_m class means and spreads ``(M, D)``.
-``sign(0) = +1`` everywhere. :mod:`bonn_qat.quantizers` explains latent weight, modulation, scale and estimator.
+``sign(0) = +1`` and ``sign(NaN) = -1`` everywhere. :mod:`bonn_qat.quantizers` explains latent weight, modulation, scale
+and estimator.
 """
 
 import math
@@ -20,12 +21,14 @@ _CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
 def sign(x: Tensor) -> Tensor:
     """``+1`` where ``x >= 0``, else ``-1``; same shape and dtype, zero gradient.
 
-    >>> sign(torch.tensor([-0.5, 0.0, 0.5]))
-    tensor([-1.,  1.,  1.])
+    So ``sign(-0.0) = sign(inf) = +1`` and ``sign(-inf) = sign(NaN) = -1``. Packed networks and exported files keep this
+    rule: what they compare is the value that the model computes, and a comparison with NaN is false.
+
+    >>> sign(torch.tensor([-0.5, 0.0, 0.5, math.nan]))
+    tensor([-1.,  1.,  1., -1.])
     """
-    # Three passes in place are about eight times faster on a CPU than torch.where, and unlike
-    # copysign they keep sign(-0.0) = +1 when a compiler drops the addition of zero.
-    return torch.sign(x).add_(0.5).sign_()
+    # Passes in place are several times faster on a CPU than torch.where, which also has no gradient here.
+    return x.clone().ge_(0).sub_(0.5).sign_()
 
 
 def _next_above(bound: float, dtype: torch.dtype) -> float:

@@ -6,7 +6,6 @@ floats are rounded in another order elsewhere: where such a sum is the input of 
 threshold, the sign may differ.
 """
 
-import copy
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,8 +22,9 @@ from bonn_qat.exporting.trace import outputs_of, run_pt2, write_pt2
 from bonn_qat.files.atomic import check_writable, write_bytes
 from bonn_qat.inspection.summary import input_size_of
 from bonn_qat.layers import BinaryLayer
-from bonn_qat.modes import modes
+from bonn_qat.modes import modes, neutral
 from bonn_qat.packing.pack import pack
+from bonn_qat.packing.ready import inference_copy, unwrapped
 from bonn_qat.runtime.packed import PackedModel
 
 _SEED = 0  # of the random images and inputs
@@ -68,9 +68,9 @@ def export(model: nn.Module, path: str | Path, format: str, *, input_size: Seque
     ``format`` is a key of :data:`FORMATS`. ``input_size`` ``(C, H, W)`` is by default what the model was binarized for,
     else timm's. The file takes batches of any size where the format and the model's own code allow it, else of one.
 
-    Raises UnknownName for another format; PackageMissing; InvalidModel for a model that is not binarized, that torch
-    cannot trace, or with a layer that the format cannot hold, or that a stage of the training left float; OSError for
-    a path that cannot be written, before any work if that can be known.
+    Raises UnknownName for another format; PackageMissing; InvalidModel for a model that is not binarized, that cannot
+    be copied or traced, or with a layer that the format cannot hold, or that a stage of the training left float;
+    OSError for a path that cannot be written, before any work if that can be known.
 
     >>> import bonn_qat, tempfile
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
@@ -81,13 +81,15 @@ def export(model: nn.Module, path: str | Path, format: str, *, input_size: Seque
     """
     path, chosen = Path(path), _find(format)
     _require(format, chosen.needs)
-    size = input_size_of(model, input_size)
-    _check(model, format)
-    check_writable(path)
-    frozen = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
-    for _, layer in binary_layers(frozen):
-        layer.freeze()
-    return write_bytes(path, chosen.write(frozen, size))
+    with neutral(making=True):
+        model = unwrapped(model)
+        size = input_size_of(model, input_size)
+        _check(model, format)
+        check_writable(path)
+        frozen = inference_copy(model)
+        for _, layer in binary_layers(frozen):
+            layer.freeze()
+        return write_bytes(path, chosen.write(frozen, size))
 
 
 def verify(
@@ -103,11 +105,11 @@ def verify(
         raise PackageMissing(
             f"the format {format!r} has no runtime of its own; compile the file into a program to run it"
         )
-    batch = torch.randn(images, *input_size_of(model, input_size), generator=torch.Generator().manual_seed(_SEED))
-    reference = next((p for p in model.parameters() if p.is_floating_point()), batch)
-    with modes(model), torch.no_grad():
+    with neutral(making=True), modes(model):
+        batch = torch.randn(images, *input_size_of(model, input_size), generator=torch.Generator().manual_seed(_SEED))
+        reference = next((p for p in model.parameters() if p.is_floating_point()), batch)
         ours = [output.cpu().float() for output in outputs_of(model(batch.to(reference)))]
-    theirs = chosen.run(Path(path), batch)
+        theirs = chosen.run(Path(path), batch)
     errors = [(own - other).abs().flatten(1).amax(1) for own, other in zip(ours, theirs, strict=True)]
     differences, same = torch.stack(errors).amax(0), ours[-1].argmax(1) == theirs[-1].argmax(1)
     return Agreement(float(differences.max()), float(differences.median()), float(same.float().mean()))

@@ -3,23 +3,24 @@
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bonn_qat.binarization.binarize import binary_layers
-from bonn_qat.errors import InvalidModel, first_line
+from bonn_qat.errors import InvalidModel
 from bonn_qat.exporting.trace import in_batches, trace
 from bonn_qat.layers import BinaryLayer
+from bonn_qat.packing.ready import quiet, reason
 from bonn_qat.quantizers import WeightQuantizer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 _OPSET = 18  # the first with BitwiseAnd
-_BOOL = 9  # onnx.TensorProto.BOOL
+_BOOL, _UINT8 = 9, 2  # onnx.TensorProto
 _QONNX = "qonnx.custom_op.general"
 _MOVES = ("Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity")  # what changes a shape and no value
 
@@ -42,10 +43,14 @@ class _Signs(WeightQuantizer):
 
 
 class _Dialect(NamedTuple):
-    """How to write the sign of a value, and a weight of two values in each filter: nodes, the last with the result."""
+    """How to write the sign of a value, and a weight of two values in each filter: nodes, the last with the result.
+
+    ``keeps_nan``: whether the maximum of a pool's window with NaN is made NaN, as torch's is.
+    """
 
     sign: "Callable[[ir.Graph, ir.Value], list[ir.Node]]"
     weight: "Callable[[ir.Graph, ir.Value], list[ir.Node]]"
+    keeps_nan: bool
 
 
 def _onnx(model: nn.Module, size: tuple[int, ...], batch: int | None, dialect: _Dialect) -> bytes:
@@ -56,16 +61,19 @@ def _onnx(model: nn.Module, size: tuple[int, ...], batch: int | None, dialect: _
     binary = _release(model)
     program = trace(model, size, batch)
     try:
-        converted: Any = torch.onnx.export(
-            program, dynamo=True, optimize=False, verbose=False, opset_version=_OPSET, input_names=["images"],
-            dynamic_shapes=({0: "batch"},) if program.range_constraints else None,
-        )  # fmt: skip
+        with quiet():
+            converted: Any = torch.onnx.export(
+                program, dynamo=True, optimize=False, verbose=False, opset_version=_OPSET, input_names=["images"],
+                dynamic_shapes=({0: "batch"},) if program.range_constraints else None,
+            )  # fmt: skip
     except Exception as error:  # whatever the converter raises
-        raise InvalidModel(f"torch.onnx cannot convert {type(model).__name__}: {first_line(error)}") from error
+        raise InvalidModel(f"torch.onnx cannot convert {type(model).__name__}: {reason(error)}") from error
     graph: ir.Graph = converted.model.graph
     for node in list(graph):
         _shorten(node, binary)
         _rewrite_sign(graph, node, binary, dialect)
+        if node.op_type == "MaxPool" and dialect.keeps_nan:
+            _keep_nan(graph, node)
     optimizer.optimize(converted.model)
     for node in graph:
         _scale_first(node, binary)
@@ -97,6 +105,16 @@ def _producer(value: "ir.Value | None", *operators: str) -> "ir.Node | None":
     return node if node is not None and node.op_type in operators else None
 
 
+def _number(value: "ir.Value | None") -> float | None:
+    """The constant that a value is, None for another."""
+    from onnx_ir.convenience import get_const_tensor
+
+    while (cast_ := _producer(value, "Cast", "Identity")) is not None:
+        value = cast_.inputs[0]
+    tensor = get_const_tensor(value) if value is not None else None
+    return float(tensor.numpy()) if tensor is not None and tensor.size == 1 else None
+
+
 def _shorten(node: "ir.Node", binary: set[str]) -> None:
     """Give ``node`` the weight itself instead of one that was reshaped and is back in its own shape."""
     for index, value in enumerate(node.inputs):
@@ -108,16 +126,37 @@ def _shorten(node: "ir.Node", binary: set[str]) -> None:
 
 
 def _rewrite_sign(graph: "ir.Graph", node: "ir.Node", binary: set[str], dialect: _Dialect) -> None:
-    """Rewrite a sign that ``node`` completes, traced as ``Sign(Sign(x) + 1/2)``; of signs it is x itself."""
-    add = _producer(node.inputs[0], "Add") if node.op_type == "Sign" else None
-    first = _producer(add.inputs[0], "Sign") if add is not None else None
-    if first is None:
-        return
-    x: Any = first.inputs[0]
+    """Rewrite a sign that ``node`` completes, traced as ``Sign(Cast(x >= 0) - 1/2)``; of signs it is x itself."""
+    reached: ir.Node | None = node if node.op_type == "Sign" else None
+    for operator, number in (("Sub", 0.5), ("Cast", None), ("GreaterOrEqual", 0)):
+        reached = _producer(reached.inputs[0], operator) if reached is not None else None
+        if reached is None or (number is not None and _number(reached.inputs[1]) != number):
+            return
+    assert reached is not None
+    x: Any = reached.inputs[0]
+    if (copied := _producer(x, "Identity")) is not None:
+        x = copied.inputs[0]
     if x.name in binary:
         node.outputs[0].replace_all_uses_with(x)
     else:
         _replace(graph, node.outputs[0], dialect.sign(graph, x), before=node)
+
+
+def _keep_nan(graph: "ir.Graph", pool: "ir.Node") -> None:
+    """``Where(MaxPool(IsNaN(x)) > 0, NaN, MaxPool(x))``: ONNX leaves NaN open, and onnxruntime's maximum passes it."""
+    import onnx_ir as ir
+
+    where = _node("IsNaN", [cast("ir.Value", pool.inputs[0])])
+    as_octets = _node("Cast", where.outputs, to=_UINT8)
+    same = ir.node("MaxPool", as_octets.outputs, dict(pool.attributes))
+    found = _node("Cast", same.outputs, to=_BOOL)
+    kept = _node("Where", [*found.outputs, _constant(graph, "nan", np.float32(np.nan)), pool.outputs[0]])
+    result, value = kept.outputs[0], pool.outputs[0]
+    result.shape, result.dtype = value.shape, value.dtype  # type: ignore[assignment]
+    graph.insert_after(pool, [where, as_octets, same, found, kept])
+    for user, index in list(value.uses()):
+        if user is not kept:
+            user.replace_input_with(index, result)
 
 
 def _scale_first(node: "ir.Node", binary: set[str]) -> None:
@@ -196,7 +235,7 @@ def _bipolar(graph: "ir.Graph", x: "ir.Value") -> "list[ir.Node]":
 
 def write_onnx(model: nn.Module, size: tuple[int, ...]) -> bytes:
     """The bytes of an ONNX file that keeps one bit for each binary weight."""
-    return _onnx(model, size, None, _Dialect(sign=_compare, weight=_unpack))
+    return _onnx(model, size, None, _Dialect(sign=_compare, weight=_unpack, keeps_nan=True))
 
 
 def run_onnx(path: Path, images: Tensor) -> list[Tensor]:
@@ -217,7 +256,8 @@ def write_qonnx(model: nn.Module, size: tuple[int, ...]) -> bytes:
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.util.cleanup import cleanup_model
 
-    raw = _onnx(model, size, 1, _Dialect(sign=_bipolar, weight=_bipolar))  # qonnx needs every shape, so for one image
+    dialect = _Dialect(sign=_bipolar, weight=_bipolar, keeps_nan=False)
+    raw = _onnx(model, size, 1, dialect)  # qonnx needs every shape, so for one image
     content: bytes = cleanup_model(ModelWrapper(raw)).model.SerializeToString()
     return content
 

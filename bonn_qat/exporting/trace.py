@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bonn_qat.errors import InvalidModel, first_line
+from bonn_qat.errors import InvalidModel
+from bonn_qat.packing.ready import quiet, reason
 
 
 def outputs_of(result: Any) -> list[Tensor]:
@@ -27,13 +28,13 @@ def trace(model: nn.Module, size: tuple[int, ...], batch: int | None = None) -> 
     images = torch.zeros(batch or 2, *size)
     shapes = None if batch else ({0: torch.export.Dim("batch")},)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), quiet():
             return torch.export.export(model, (images,), dynamic_shapes=shapes)
     except Exception as error:  # whatever torch and a model's code raise
         if batch is None:
             return trace(model, size, 1)
         raise InvalidModel(
-            f"torch.export cannot trace {type(model).__name__} for an image of {size}: {first_line(error)}"
+            f"torch.export cannot trace {type(model).__name__} for an image of {size}: {reason(error)}"
         ) from error
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, fx
 
 from bonn_qat.packing.epilogues import STEPS, batch_norm, value_of
 from bonn_qat.packing.network import Network
-from bonn_qat.packing.thresholds import find_thresholds, flip_inputs
+from bonn_qat.packing.thresholds import find_thresholds
 from bonn_qat.runtime import epilogue
-from bonn_qat.runtime.layout import Geometry, decode_weight, encode_weight
+from bonn_qat.runtime.layout import Geometry
 from bonn_qat.runtime.operators import can_follow
 
 aten, ours = torch.ops.aten, torch.ops.bonn_qat
@@ -38,24 +38,20 @@ def absorb_into_convolutions(network: Network) -> None:
 
 
 def norms_into_thresholds(network: Network) -> None:
-    """``sign(norm(y) - t) -> sign(y - t')``; ``-sign(y - t')`` where the norm falls, which negates weights instead.
+    """``low <= norm(y) <= high`` -> ``low' <= y <= high'``, for finite and infinite y; a NaN is in no interval.
 
-    t' is the least float32 whose norm reaches t, so that it rounds as the norm does.
+    low' and high' are the least and the largest float32 whose norms are between low and high, so that they round as the
+    norm does.
     """
     for sign in network.calls(ours.sign_codes.default):
         norm, thresholds, numbers = sign.args
         if not isinstance(norm, fx.Node) or norm.target is not _NORM or len(norm.users) != 1 or norm.args[5]:
             continue
-        above = _above(network, norm, network.constant(thresholds))
-        readers = list(sign.users)
-        if above is None or not all(_owns_weight(reader) for reader in readers):
+        within = _within(network, norm, network.constant(thresholds))
+        if within is None:
             continue
-        found, flips = find_thresholds(above, len(cast(Tensor, network.constant(thresholds))))
-        if flips.any():
-            for reader in readers:
-                _flip_inputs(network, reader, flips)
-        new = network.add(f"{_layer_name(readers[0])}.thresholds", found, sign)
-        sign.args = (norm.args[0], new, numbers)
+        name = _layer_name(next(iter(sign.users), sign))
+        sign.args = (norm.args[0], network.add(f"{name}.thresholds", within, sign), numbers)
 
 
 def norms_into_elementwise(network: Network) -> None:
@@ -87,7 +83,7 @@ def pool_before_elementwise(network: Network) -> None:
         rows, steps = network.constant(vectors), cast(list[int], program)
         if residual is not None or rows is None or not isinstance(source, fx.Node) or len(source.users) != 1:
             continue
-        if steps[:2] != [epilogue.FMA, 0] or not _rises(steps[2:], rows):
+        if steps[:2] != [epilogue.FMA, 0] or not rows[0].all() or not _rises(steps[2:], rows):
             continue
         falling = rows[0] < 0
         if falling.any():
@@ -178,34 +174,26 @@ def _geometry(numbers: Any) -> Geometry:
     return Geometry.of(list(numbers))
 
 
-def _above(network: Network, norm: fx.Node, thresholds: Tensor | None) -> Callable[[Tensor], Tensor] | None:
-    """``x -> norm(x) >= thresholds`` of ``(C,)``; None where that depends on the images."""
+def _within(network: Network, norm: fx.Node, thresholds: Tensor | None) -> Tensor | None:
+    """The thresholds ``(2, C)`` of x for those of ``norm(x)``; None where they depend on the images."""
     weight, bias, mean, variance = (network.constant(argument) for argument in norm.args[1:5])
     eps = cast(float, norm.args[7])
     if thresholds is None or mean is None or variance is None:
         return None
-    return lambda x: F.batch_norm(x[None, :, None, None], mean, variance, weight, bias, eps=eps).flatten() >= thresholds
+    low, high = thresholds
 
+    def normed(x: Tensor) -> Tensor:
+        return F.batch_norm(x[None, :, None, None], mean, variance, weight, bias, eps=eps).flatten()
 
-def _owns_weight(reader: fx.Node) -> bool:
-    """Whether a reader of codes is a convolution whose weight no other node reads."""
-    weight = reader.args[1]
-    return reader.target is ours.binary_conv2d.default and isinstance(weight, fx.Node) and len(weight.users) == 1
-
-
-def _flip_inputs(network: Network, convolution: fx.Node, flips: Tensor) -> None:
-    """Negate the weights of the input channels whose signs are negated."""
-    name = str(cast(fx.Node, convolution.args[1]).target)
-    geometry = network.weights[name]
-    bits = flip_inputs(decode_weight(network.tensors[name], geometry), flips, geometry.groups)
-    network.tensors[name] = encode_weight(bits, geometry.groups)
+    above, below = (find_thresholds(f, len(low)) for f in (lambda x: normed(x) >= low, lambda x: normed(x) <= high))
+    return torch.stack((torch.maximum(above[0], below[0]), torch.minimum(above[1], below[1])))
 
 
 def _rises(steps: Sequence[int], rows: Tensor) -> bool:
-    """Whether no step of an epilogue falls anywhere."""
-    falling = (epilogue.SCALE, epilogue.FMA, epilogue.PRELU)
+    """Whether every step of an epilogue rises, also at infinity: 0 * inf is NaN, which a maximum may not hide."""
+    factors = (epilogue.SCALE, epilogue.FMA, epilogue.PRELU)
     pairs = zip(steps[::2], steps[1::2], strict=True)
-    return all(bool((rows[row] >= 0).all()) for operation, row in pairs if operation in falling)
+    return all(bool((rows[row] > 0).all()) for operation, row in pairs if operation in factors)
 
 
 def _negate_filters(network: Network, convolution: fx.Node, which: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """Layers that take the place of binary ones while a network is packed: on bits, or with bits that become floats."""
 
+import math
 from typing import cast, final
 
 import torch
@@ -10,6 +11,7 @@ from bonn_qat.layers import BinaryConv2d, BinaryLayer, BinaryLinear
 from bonn_qat.packing.thresholds import flip_inputs, sign_thresholds
 from bonn_qat.quantizers import WeightQuantizer
 from bonn_qat.runtime.layout import Geometry, encode_weight, pack_words
+from bonn_qat.runtime.operators import MOST_INPUTS
 from bonn_qat.runtime.packed import PackedLayer
 
 _ops = torch.ops.bonn_qat
@@ -26,6 +28,8 @@ def pack_layer(model: nn.Module, name: str, layer: BinaryLayer) -> PackedLayer:
         reason = "its inputs are not bits"
     elif signs is None:
         reason = "its inputs are not two opposite values, separated by a threshold for each channel"
+    elif (inputs := math.prod(value.shape[1:])) > MOST_INPUTS:
+        reason = f"each of its filters has {inputs:,} inputs; a product of bits takes at most {MOST_INPUTS:,}"
     if not reason and signs is not None:
         thresholds, flips, magnitude = signs
         new = BitsLayer(layer, value >= 0, scale * magnitude, thresholds, flips)
@@ -45,7 +49,7 @@ class BitsLayer(nn.Module):
     """A binary layer whose weights and inputs are bits; what comes after the product is the layer's own.
 
     ``bits`` ``(O, I / groups, kh, kw)`` are true for +1, ``scale`` ``()`` or ``(O, 1, ...)`` multiplies the product. An
-    input is +1 where it reaches its channel's threshold ``(I,)``, or where it does not if ``flips`` ``(I,)``.
+    input is +1 where it is within its channel's ``thresholds`` ``(2, I)``, or where it is not if ``flips`` ``(I,)``.
     """
 
     def __init__(self, layer: BinaryLayer, bits: Tensor, scale: Tensor, thresholds: Tensor, flips: Tensor) -> None:
@@ -78,7 +82,8 @@ class BitsLayer(nn.Module):
         return self.layer.finish(y)
 
     def _linear(self, input: Tensor) -> Tensor:
-        flat = input.reshape(-1, self.geometry.in_channels)
+        # Not -1, which torch cannot work out for no images at all.
+        flat = input.reshape(math.prod(input.shape[:-1]), self.geometry.in_channels)
         # All positions are the pixels of one row of an image.
         y = self._product(flat[None, :, None, :].permute(0, 3, 1, 2), self.geometry).permute(2, 1, 0, 3)
         positions = self._positions(flat[:, :, None, None])

@@ -104,12 +104,15 @@ class Network:
 
 
 def _sign_of_signs(node: fx.Node) -> fx.Node | None:
-    """The signs s of which ``node`` is ``sign(sign(s) + 1/2) = s``, as :func:`bonn_qat.functional.sign` is traced."""
+    """The signs s of which ``node`` is ``sign((s >= 0) - 1/2) = s``, as :func:`bonn_qat.functional.sign` is traced."""
     inner = _argument_of(node, aten.sign.default)
-    if inner is None or inner.target is not aten.add.Tensor or inner.args[1] != 0.5:
-        return None
-    signs = _argument_of(inner.args[0], aten.sign.default)
-    return signs if signs is not None and signs.target is ours.unpack_signs.default else None
+    for function, number in ((aten.sub.Tensor, 0.5), (aten._to_copy.default, None), (aten.ge.Scalar, 0)):
+        if inner is None or inner.target is not function or (number is not None and inner.args[1] != number):
+            return None
+        inner = _argument_of(inner, function)
+    if inner is not None and inner.target is aten.clone.default:
+        inner = _argument_of(inner, aten.clone.default)
+    return inner if inner is not None and inner.target is ours.unpack_signs.default else None
 
 
 def _argument_of(node: Any, function: Any) -> fx.Node | None:

@@ -3,23 +3,25 @@
 The function stays the same, and the values of the binary layers are equal bit for bit.
 """
 
-import copy
 from collections.abc import Sequence
-from typing import cast
 
 from torch import nn
 
 from bonn_qat.binarization.binarize import Binarization, binary_layers
 from bonn_qat.errors import InvalidModel
 from bonn_qat.inspection.summary import input_size_of
+from bonn_qat.modes import neutral
 from bonn_qat.packing.fuse import fuse
 from bonn_qat.packing.layers import pack_layer
+from bonn_qat.packing.ready import inference_copy, unwrapped
 from bonn_qat.packing.trace import trace
 from bonn_qat.runtime.packed import PackedModel
 
 
 def pack(model: nn.Module, input_size: Sequence[int] | None = None) -> PackedModel:
     """Pack a binarized model for images of ``input_size`` ``(C, H, W)``, by default the size that it was binarized for.
+
+    Inputs of one or two axes, such as tokens ``(N, C)``, are taken too.
 
     The model stays as it is; the packed network computes what it computes in evaluation mode, in float32, on the CPU.
     Layers whose weights and inputs have one bit run on bits. If only the weights have one bit (BWN, MCN, DoReFa-Net,
@@ -35,17 +37,29 @@ def pack(model: nn.Module, input_size: Sequence[int] | None = None) -> PackedMod
     >>> [(layer.name, layer.kind) for layer in packed.layers]
     [('2', 'bits')]
     """
-    _check(model)
-    size = cast(tuple[int, int, int], input_size_of(model, input_size))
-    ready = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
-    layers = [pack_layer(ready, name, layer) for name, layer in list(binary_layers(ready))]
-    network = trace(ready, size)
-    fuse(network)
-    record = getattr(model, "binarization", None)
-    return PackedModel(
-        network.graph, network.tensors, network.weights, name=type(model).__name__, input_size=size,
-        batch=network.batch, scheme=record.scheme.name if isinstance(record, Binarization) else "", layers=layers,
-    )  # fmt: skip
+    with neutral(making=True):
+        model = unwrapped(model)
+        _check(model)
+        size = _size(model, input_size)
+        ready = inference_copy(model)
+        layers = [pack_layer(ready, name, layer) for name, layer in list(binary_layers(ready))]
+        network = trace(ready, size)
+        fuse(network)
+        record = getattr(model, "binarization", None)
+        return PackedModel(
+            network.graph, network.tensors, network.weights, name=type(model).__name__, input_size=size,
+            batch=network.batch, scheme=record.scheme.name if isinstance(record, Binarization) else "", layers=layers,
+        )  # fmt: skip
+
+
+def _size(model: nn.Module, given: Sequence[int] | None) -> tuple[int, ...]:
+    size = input_size_of(model, given) if isinstance(given, Sequence | None) else ()
+    if not 1 <= len(size) <= 3 or not all(isinstance(n, int) and 1 <= n <= 2**16 for n in size):
+        raise InvalidModel(
+            "a packed network takes inputs of one to three axes, such as images (C, H, W), each of 1 to 65,536; got "
+            f"input_size={size or given}"
+        )
+    return size
 
 
 def _check(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Thresholds: a norm and the sign after it, or any function that crosses zero once, as one comparison."""
+"""Thresholds: a norm and the sign after it, or any monotonic function and sign, as one interval for each channel."""
 
 import math
 from collections.abc import Callable
@@ -8,12 +8,15 @@ from torch import Tensor
 
 from bonn_qat.layers import BinaryLayer
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 def sign_thresholds(layer: BinaryLayer) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The layer's norm and sign as ``magnitude`` where ``(x >= threshold) ^ flip``, else ``-magnitude``.
+    """The layer's norm and sign as ``magnitude`` where ``(low <= x <= high) ^ flip``, else ``-magnitude``.
 
-    Returns thresholds and flips ``(C,)``, and the magnitude ``()``. None where the inputs are not of two opposite
-    values, by a threshold for each channel.
+    Returns low and high ``(2, C)``, flips ``(C,)`` and the magnitude ``()``. A NaN is in no interval, so a channel is
+    flipped where its value for NaN is ``magnitude``. None where the inputs are not of two opposite values, by an
+    interval for each channel.
     """
     quantizer = layer.input_quant
     if quantizer is None or quantizer.bits != 1:
@@ -28,37 +31,53 @@ def sign_thresholds(layer: BinaryLayer) -> tuple[Tensor, Tensor, Tensor] | None:
         return values(x[None, :, None, None])[0, :, 0, 0] > 0
 
     try:
-        thresholds, flips = find_thresholds(above, channels)
+        flips = above(torch.full((channels,), math.nan))
+        thresholds = find_thresholds(lambda x: above(x) ^ flips, channels)
         probes = torch.randn(64, channels, 1, 1, generator=torch.Generator().manual_seed(0))
-        around = torch.where(thresholds.isfinite(), thresholds, 0)[:, None, None]
-        probes[1::2] = around + 1e-3 * probes[1::2]
+        near = torch.where(thresholds.abs() < _LARGEST, thresholds, 0)[..., None, None]
+        probes[1::4], probes[3::4] = near[0] + 1e-3 * probes[1::4], near[1] + 1e-3 * probes[3::4]
+        probes[-8:] = torch.tensor(
+            [math.nan, math.inf, -math.inf, _LARGEST, -_LARGEST, 1e-42, -1e-42, 0.0]
+        ).reshape(-1, 1, 1, 1)  # fmt: skip
         found = values(probes)
     except (RuntimeError, ValueError):  # a norm or a quantizer that does not take single pixels
         return None
     magnitude = found.flatten()[0].abs()
-    expected = torch.where((probes >= thresholds[:, None, None]) ^ flips[:, None, None], magnitude, -magnitude)
+    low, high = thresholds[..., None, None]
+    is_above = ((probes >= low) & (probes <= high)) ^ flips[:, None, None]
+    expected = torch.where(is_above, magnitude, -magnitude)
     return (thresholds, flips, magnitude) if torch.equal(found, expected) else None
 
 
-def find_thresholds(above: Callable[[Tensor], Tensor], channels: int) -> tuple[Tensor, Tensor]:
-    """The smallest float32 ``t`` of each channel with ``above(x) == (x >= t) ^ flip``, if there is one; both ``(C,)``.
+def find_thresholds(above: Callable[[Tensor], Tensor], channels: int) -> Tensor:
+    """The float32 ``(2, C)``, low and high, of each channel with ``above(x) == (low <= x <= high)``.
 
-    ``above`` maps ``(C,)`` to bool ``(C,)``, channel by channel. t is -inf or inf where it is constant. The search is a
-    bisection over all float32 numbers up to 1e30, so that t takes part in the function's own roundings.
+    ``above`` maps ``(C,)`` to bool ``(C,)``, channel by channel, and rises, falls or is constant over the finite
+    numbers; it may be something else at inf and at -inf, where ``0 * x + b`` is NaN. low is above high where it is
+    nowhere true. The search is a bisection over all float32 numbers, so that the result takes part in the function's
+    own roundings.
 
-    >>> find_thresholds(lambda x: 2 * x - 3 >= 0, 1)
-    (tensor([1.5000]), tensor([False]))
+    >>> find_thresholds(lambda x: 2 * x - 3 >= 0, 1), find_thresholds(lambda x: 3 - 2 * x >= 0, 1)
+    (tensor([[1.5000],
+            [   inf]]), tensor([[  -inf],
+            [1.5000]]))
     """
-    bound = torch.full((channels,), 1e30)
-    low, high = _ordered(-bound), _ordered(bound)
+    bound = torch.full((channels,), _LARGEST)
     first, last = above(-bound), above(bound)
-    flips = first & ~last
-    while (high - low).max() > 1:
-        middle = (low + high) // 2
-        is_above = above(_float(middle)) ^ flips
-        high, low = torch.where(is_above, middle, high), torch.where(is_above, low, middle)
-    thresholds = torch.where(first == last, torch.where(first, -math.inf, math.inf), _float(high))
-    return thresholds, flips
+    falls = first & ~last
+    false, true = _ordered(torch.where(falls, bound, -bound)), _ordered(torch.where(falls, -bound, bound))
+    while (true - false).abs().max() > 1:
+        middle = (true + false) // 2
+        is_above = above(_float(middle))
+        true, false = torch.where(is_above, middle, true), torch.where(is_above, false, middle)
+    edge, infinite = _float(true), torch.full((channels,), math.inf)
+    at_least, at_most = above(-infinite), above(infinite)
+    low = torch.where(first, torch.where(at_least, -math.inf, -_LARGEST), torch.where(last, edge, math.inf))
+    high = torch.where(last, torch.where(at_most, math.inf, _LARGEST), torch.where(first, edge, -math.inf))
+    nowhere = ~first & ~last
+    low = torch.where(nowhere & at_least, -math.inf, low)
+    high = torch.where(nowhere & at_most, math.inf, high)
+    return torch.stack((low, high))
 
 
 def flip_inputs(bits: Tensor, flips: Tensor, groups: int) -> Tensor:

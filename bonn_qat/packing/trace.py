@@ -8,11 +8,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from bonn_qat.errors import InvalidModel, first_line
+from bonn_qat.errors import InvalidModel
 from bonn_qat.packing.network import Network, Value
+from bonn_qat.packing.ready import quiet, reason
 from bonn_qat.runtime.layout import Geometry
 
 aten = torch.ops.aten
+_COMPARISONS = {
+    getattr(getattr(aten, name), overload)
+    for name in ("eq", "ge", "gt", "le", "lt", "ne", "logical_not", "logical_and", "logical_or", "logical_xor")
+    for overload in getattr(aten, name).overloads() if overload in ("Scalar", "Tensor", "default")
+}  # fmt: skip
+_PROMOTING = ("add", "div", "mul", "pow", "rsub", "sub", "true_divide")  # whole numbers to floats
 _DROPOUT = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
 
 
@@ -40,14 +47,18 @@ def trace(model: nn.Module, size: Sequence[int]) -> Network:
 
 def _export(model: nn.Module, size: Sequence[int]) -> tuple[Any, int | None]:
     """The exported program, and the batch that it is bound to, None for any."""
-    images = torch.zeros(2, *size).contiguous(memory_format=torch.channels_last)
-    with contextlib.suppress(Exception):  # whatever torch raises for a model that fixes its batch
-        return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)), None
+    images = torch.zeros(2, *size)
+    if images.ndim == 4:
+        images = images.contiguous(memory_format=torch.channels_last)
+    shapes = ({0: torch.export.Dim("batch", min=1)},)
+    with contextlib.suppress(Exception), quiet():  # whatever torch raises for a model that fixes its batch
+        return torch.export.export(model, (images,), dynamic_shapes=shapes), None
     try:
-        return torch.export.export(model, (images[:1],)), 1
+        with quiet():
+            return torch.export.export(model, (images[:1],)), 1
     except Exception as error:  # whatever torch raises
         raise InvalidModel(
-            f"torch.export does not take this {type(model).__name__}, so it cannot be packed: {first_line(error)}"
+            f"torch.export does not take this {type(model).__name__}, so it cannot be packed: {reason(error)}"
         ) from error
 
 
@@ -93,6 +104,7 @@ def _network(program: Any, batch: int | None, normalize: Callable[[fx.Graph], bo
             copies[node].meta = _facts(node)
     if not normalize(graph):
         return None
+    _name_types(graph)
     _shape_output(graph, program.call_spec.out_spec)
     network = Network(graph, tensors, {}, batch)
     for node in network.calls(torch.ops.bonn_qat.binary_conv2d.default):
@@ -130,7 +142,32 @@ def _out_of_place(graph: fx.Graph) -> bool:
             if function is None or not isinstance(source, fx.Node) or len(source.users) != 1 or not _is_fresh(source):
                 return False
             node.target = function
+            if function in _COMPARISONS:  # in place they keep the type
+                with graph.inserting_after(node):
+                    kept = graph.call_function(aten._to_copy.default, (node,), {"dtype": node.meta["val"].dtype})
+                kept.meta = dict(node.meta)
+                node.meta["val"] = node.meta["val"]._replace(dtype=torch.bool)
+                node.replace_all_uses_with(kept, lambda user, kept=kept: user is not kept)
     return True
+
+
+def _name_types(graph: fx.Graph) -> None:
+    """Write float32 where it would come from torch's default type, which may be another one in a later call."""
+    for node in list(graph.nodes):
+        target: Any = node.target
+        kinds = [each.meta["val"].dtype for each in (node, *node.all_input_nodes) if "val" in each.meta]
+        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or "val" not in node.meta:
+            continue
+        if kinds[0] != torch.float32 or any(kind.is_floating_point for kind in kinds[1:]):
+            continue
+        if any(argument.name == "dtype" and argument.kwarg_only for argument in target._schema.arguments):
+            node.kwargs = {**node.kwargs, "dtype": torch.float32}
+        elif target._opname in _PROMOTING:
+            for source in node.all_input_nodes:
+                with graph.inserting_before(node):
+                    made = graph.call_function(aten._to_copy.default, (source,), {"dtype": torch.float32})
+                made.meta = {"val": source.meta["val"]._replace(dtype=torch.float32)} if "val" in source.meta else {}
+                node.replace_input_with(source, made)
 
 
 def _is_fresh(node: fx.Node) -> bool:

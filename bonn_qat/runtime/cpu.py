@@ -1,4 +1,4 @@
-"""CPU: the operators on compiled kernels. What does not change between calls is prepared once."""
+"""CPU: the operators on compiled kernels. What depends on shapes alone is prepared once."""
 
 import functools
 import math
@@ -17,15 +17,19 @@ _NOTHING = np.empty(0, np.float32)
 _NO_CODES = np.empty(0, np.uint8)
 # The GNU allocator returns memory to the system after each call of a network and takes it back page by page, unless
 # it was once asked for a block of this size. The block is never touched.
-torch.empty(31 * 2**20, dtype=torch.uint8)
+torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 
 
 def _threads(products: int) -> int:
     return torch.get_num_threads() if products >= _PARALLEL else 1
 
 
+def _array(tensor: Tensor) -> Any:
+    return (tensor.detach() if tensor.requires_grad else tensor).contiguous().numpy()
+
+
 def _flat(tensor: Tensor) -> Any:
-    return tensor.detach().contiguous().view(-1).numpy()
+    return _array(tensor).reshape(-1)
 
 
 def _pixels(x: Tensor) -> Any:
@@ -52,33 +56,37 @@ def sign_codes(x: Tensor, thresholds: Tensor, geometry: Geometry) -> Tensor:
 
 def _new_codes(shape: tuple[int, ...], geometry: Geometry) -> Tensor:
     if any(geometry.padding):
-        return torch.full(shape, PADDING, dtype=torch.uint8)
-    return torch.empty(shape, dtype=torch.uint8)
+        return torch.full(shape, PADDING, dtype=torch.uint8, device="cpu")
+    return torch.empty(shape, dtype=torch.uint8, device="cpu")
 
 
 class Convolution(NamedTuple):
-    """A convolution for codes of one shape, with its constants; ``following`` is the one whose codes it writes."""
+    """A convolution for codes of one shape; it keeps no tensor, so that a change of one is seen in the next call.
 
-    vectors: Tensor
-    thresholds: Tensor | None
+    ``following`` is the convolution whose codes it writes.
+    """
+
     following: Geometry | None
     result_shape: tuple[int, int, int, int] | None  # (B, H, W, O); None if only codes are wanted
     codes_shape: tuple[int, ...]
-    constants: tuple[Any, ...]  # weights, read offsets, sizes and the program, as the kernel takes them
-    factors: Any
-    limits: Any
+    groups: int
+    filled: int  # filters of a group, so many that each block is full
+    constants: tuple[Any, ...]  # read offsets, sizes and the program, as the kernel takes them
     places: Any
     items: int
     threads: int
 
-    def __call__(self, codes: Tensor, residual: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def __call__(
+        self, codes: Tensor, weight: Tensor, vectors: Tensor, thresholds: Tensor | None, residual: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """The values ``(B, O, H, W)`` and the codes; None for what was not asked for."""
-        y = None if self.result_shape is None else torch.empty(self.result_shape)
+        y = None if self.result_shape is None else torch.empty(self.result_shape, dtype=torch.float32, device="cpu")
         signs = None if self.following is None else _new_codes(self.codes_shape, self.following)
         if self.items:
             arrays = (
-                _flat(codes), *self.constants, self.factors, _NOTHING if residual is None else _pixels(residual),
-                _NOTHING if y is None else y.view(-1).numpy(), self.limits,
+                _flat(codes), _array(weight), *self.constants, _filled(vectors, self.groups, self.filled),
+                _NOTHING if residual is None else _pixels(residual), _NOTHING if y is None else y.view(-1).numpy(),
+                _NOTHING if thresholds is None else _filled(thresholds, self.groups, self.filled).reshape(-1),
                 _NO_CODES if signs is None else signs.view(-1).numpy(), self.places,
             )  # fmt: skip
             if self.threads > 1:
@@ -89,44 +97,39 @@ class Convolution(NamedTuple):
 
 
 def prepare(
-    codes: Tensor,
-    weight: Tensor,
-    geometry: Geometry,
-    program: Any,
-    vectors: Tensor,
-    thresholds: Tensor | None,
-    following: Geometry | None,
-    wants_values: bool,
+    codes_shape: tuple[int, ...], geometry: Geometry, program: Any, following: Geometry | None, wants_values: bool
 ) -> Convolution:
-    """What does not change between calls of a convolution; ``program`` is ``(steps, 2)``."""
-    batch, height, columns = codes.shape[0], *geometry.output_size(codes.shape[1], codes.shape[2])
+    """What does not change between calls of a convolution for codes of one shape; ``program`` is ``(steps, 2)``."""
+    batch, height, columns = codes_shape[0], *geometry.output_size(codes_shape[1], codes_shape[2])
     channels, groups, pixels = geometry.out_channels, geometry.groups, height * columns
     sizes = blocks(channels // groups)
-    codes_shape: tuple[int, ...] = (0,)
+    written: tuple[int, ...] = (0,)
     if following is not None:
-        codes_shape = (batch, *following.codes_size(height, columns), following.groups * following.width)
+        written = (batch, *following.codes_size(height, columns), following.groups * following.width)
     threads = _threads(batch * pixels * channels * geometry.taps * geometry.in_channels // groups)
     items = batch * groups * len(sizes)
     # Every item reads the weights again, so there are no more pieces than the threads need.
     pieces = min(math.ceil(4 * threads / items), math.ceil(pixels / TILE)) if threads > 1 and items else 1
     shape = (
-        channels // groups, pixels, math.prod(codes.shape[1:]), groups, geometry.width, weight.numel() // groups,
-        len(sizes), pieces, math.prod(codes_shape[1:]),
+        channels // groups, pixels, math.prod(codes_shape[1:]), groups, geometry.width, geometry.weight_bytes // groups,
+        len(sizes), pieces, math.prod(written[1:]),
     )  # fmt: skip
-    limits = _NOTHING if thresholds is None else _flat(_filled(thresholds[None], groups, sum(sizes)))
     return Convolution(
-        vectors, thresholds, following, (batch, height, columns, channels) if wants_values else None, codes_shape,
-        (_flat(weight), tuple(read_offsets(geometry, codes.shape[1], codes.shape[2])), shape, program),
-        _filled(vectors, groups, sum(sizes)).detach().numpy(), limits, _places(height, columns, following),
-        items * pieces, threads,
+        following, (batch, height, columns, channels) if wants_values else None, written, groups, sum(sizes),
+        (tuple(read_offsets(geometry, codes_shape[1], codes_shape[2])), shape, program),
+        _places(height, columns, following), items * pieces, threads,
     )  # fmt: skip
 
 
-def _filled(vectors: Tensor, groups: int, filled: int) -> Tensor:
+def _filled(vectors: Tensor, groups: int, filled: int) -> Any:
     """``(rows, O)``, padded so that each block of filters is full."""
-    grouped = vectors.contiguous().view(len(vectors), groups, -1)
-    missing = filled - grouped.shape[2]
-    return torch.nn.functional.pad(grouped, (0, missing)).flatten(1) if missing else grouped.flatten(1)
+    array = _array(vectors)
+    rows, filters = len(array), array.shape[1] // groups
+    if filters == filled:
+        return array
+    wider = np.zeros((rows, groups, filled), np.float32)
+    wider[:, :, :filters] = array.reshape(rows, groups, filters)
+    return wider.reshape(rows, -1)
 
 
 @functools.lru_cache(maxsize=512)
@@ -143,9 +146,9 @@ def _places(height: int, columns: int, following: Geometry | None) -> Any:
 def elementwise(x: Tensor, program: Any, vectors: Tensor, residual: Tensor | None) -> Tensor:
     """As :func:`bonn_qat.runtime.operators.elementwise`."""
     batch, channels, height, columns = x.shape
-    y = torch.empty((batch, height, columns, channels))
+    y = torch.empty((batch, height, columns, channels), dtype=torch.float32, device="cpu")
     arrays = (
-        _pixels(x), channels, program, _filled(vectors, 1, _LANES * math.ceil(channels / _LANES)).detach().numpy(),
+        _pixels(x), channels, program, _filled(vectors, 1, _LANES * math.ceil(channels / _LANES)),
         _NOTHING if residual is None else _pixels(residual), y.view(-1).numpy(),
     )  # fmt: skip
     pixels = batch * height * columns
@@ -160,7 +163,7 @@ def max_pool2d(x: Tensor, sizes: tuple[int, int], kernel: list[int], stride: lis
     """As :func:`bonn_qat.runtime.operators.max_pool2d`; ``sizes`` are the rows and columns of the result."""
     batch, channels, height, width = x.shape
     rows, columns = sizes
-    y = torch.empty((batch, rows, columns, channels))
+    y = torch.empty((batch, rows, columns, channels), dtype=torch.float32, device="cpu")
     shape = (channels, height, width, rows, columns, *kernel, *stride, *padding)
     items = batch * rows * math.ceil(channels / _LANES)
     arrays = (_flat(x), shape, y.view(-1).numpy())

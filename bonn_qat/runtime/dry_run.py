@@ -17,13 +17,13 @@ MEMORY = 2**32  # bytes that one image may need at once, in addition to the file
 _PIECES = 2**18  # tensors in lists over all calls
 
 
-def dry_run(graph: fx.Graph, tensors: Mapping[str, Tensor], size: tuple[int, int, int], batch: int) -> int:
+def dry_run(graph: fx.Graph, tensors: Mapping[str, Tensor], size: tuple[int, ...], batch: int) -> int:
     """Bytes that ``batch`` float32 images of ``size`` ``(C, H, W)`` need at once, in addition to ``tensors``.
 
     Only types and shapes are computed, no values. Raises InvalidData where types, shapes or arguments do not fit, and
     for more than ``MEMORY`` bytes per image.
     """
-    images = torch.empty((batch, *size), device="meta")
+    images = torch.empty((batch, *size), dtype=torch.float32, device="meta")
     return _DryRun(graph, {name: tensor.to("meta") for name, tensor in tensors.items()}, images).run()
 
 

@@ -12,7 +12,9 @@ _HALF_EXACT = 2048  # float16 holds every integer up to here
 
 def sign_codes(x: Tensor, thresholds: Tensor, geometry: Geometry) -> Tensor:
     """As :func:`bonn_qat.runtime.operators.sign_codes`."""
-    return encode_signs(x.permute(0, 2, 3, 1) >= thresholds, geometry.groups, geometry.padding)
+    low, high = thresholds
+    pixels = x.permute(0, 2, 3, 1)
+    return encode_signs((pixels >= low) & (pixels <= high), geometry.groups, geometry.padding)
 
 
 def binary_conv2d(

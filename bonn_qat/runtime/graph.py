@@ -247,14 +247,35 @@ def from_words(words: Tensor, geometry: Geometry) -> Tensor:
 
 
 def without_dispatcher(network: fx.GraphModule) -> fx.GraphModule:
-    """The same network with calls of our operators that bypass torch's dispatcher."""
+    """The same network, with the same buffers, with calls of our operators that bypass torch's dispatcher."""
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     for node in network.graph.nodes:
         values[node] = graph.node_copy(node, values.__getitem__)
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "bonn_qat":
             values[node].target = getattr(operators, node.target._opname)
-    return _forgotten(fx.GraphModule(network, graph, "DirectGraph"))
+    direct = fx.GraphModule(network, graph, "DirectGraph")
+    direct.__dict__["_buffers"] = network._buffers  # the table itself, so that a buffer put in its place is seen
+    return _forgotten(direct)
+
+
+_NEW = {
+    "_softmax", "add", "addmm", "batch_norm", "bmm", "cat", "clone", "conv2d", "convolution", "linear", "log_softmax",
+    "matmul", "mean", "mm", "mul", "relu", "sigmoid", "softmax", "stack", "sub", "tanh",
+}  # fmt: skip
+
+
+def gives_new_tensors(graph: fx.Graph) -> bool:
+    """Whether every output certainly is memory of its own: not a tensor of the network, the images, or a view."""
+    outputs = graph.output_node().args[0]
+    for node in outputs if isinstance(outputs, list | tuple) else (outputs,):
+        while isinstance(node, fx.Node) and node.target is operator.getitem:
+            node = node.args[0]
+        target = node.target if isinstance(node, fx.Node) else None
+        is_ours = isinstance(target, torch._ops.OpOverload) and target.namespace == "bonn_qat"
+        if not is_ours and not (isinstance(target, torch._ops.OpOverload) and target._opname in _NEW):
+            return False
+    return True
 
 
 def takes_planes(graph: fx.Graph) -> bool:

@@ -244,6 +244,12 @@ def _emit_prelu(builder: Any, x: Any, slope: Any) -> Any:
     return builder.select(above, x, builder.fmul(x, slope))
 
 
+def _emit_larger(builder: Any, a: Any, b: Any) -> Any:
+    """The larger one; NaN if either is NaN."""
+    larger = builder.select(builder.fcmp_ordered(">", a, b), a, b)
+    return builder.select(builder.fcmp_unordered("uno", a, a), a, larger)
+
+
 def _emit_clamp(builder: Any, x: Any, low: Any, high: Any) -> Any:
     raised = builder.select(builder.fcmp_ordered("<", x, low), low, x)
     return builder.select(builder.fcmp_ordered(">", raised, high), high, raised)
@@ -257,7 +263,7 @@ def _emit_fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
 
 _times = _on_floats(lambda builder, a, b: builder.fmul(a, b), 2)
 _plus = _on_floats(lambda builder, a, b: builder.fadd(a, b), 2)
-_larger = _on_floats(lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b), 2)
+_larger = _on_floats(_emit_larger, 2)
 _prelu = _on_floats(_emit_prelu, 2)
 _clamp = _on_floats(_emit_clamp, 3)
 # Rounded once, as torch's batch norm does it.
@@ -265,13 +271,15 @@ _fma = _on_floats(_emit_fma, 3)
 
 
 @intrinsic
-def _at_least(typingctx: Any, values: Any, thresholds: Any) -> Any:
-    """The bits of ``values >= thresholds``, of 32 pairs."""
+def _within(typingctx: Any, values: Any, low: Any, high: Any) -> Any:
+    """The bits of ``low <= values <= high``, 32 of them; 0 for NaN."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.zext(builder.bitcast(builder.fcmp_ordered(">=", *args), _I32), _I64)
+        values, low, high = args
+        bits = builder.and_(builder.fcmp_ordered(">=", values, low), builder.fcmp_ordered("<=", values, high))
+        return builder.zext(builder.bitcast(bits, _I32), _I64)
 
-    return types.uint64(_floats, _floats), generate
+    return types.uint64(_floats, _floats, _floats), generate
 
 
 @intrinsic
@@ -334,9 +342,10 @@ def _spread(bits):
 @numba.njit
 def _sign_codes(values, start, thresholds, first, count, codes, at):
     """The codes of ``count`` channels of a pixel, from ``values[start:]`` to ``codes[at:]``."""
-    channel = 0
+    channel, high = 0, first + thresholds.size // 2
     while channel + 32 <= count:
-        bits = _at_least(_take(values, start + channel), _take(thresholds, first + channel))
+        low = _take(thresholds, first + channel)
+        bits = _within(_take(values, start + channel), low, _take(thresholds, high + channel))
         _put_codes(codes, at + channel // 4, _spread(bits))
         channel += 32
     while channel < count:
@@ -344,7 +353,7 @@ def _sign_codes(values, start, thresholds, first, count, codes, at):
             code = 0
             for i in range(4):
                 c = channel + 4 * half + i
-                if c < count and values[start + c] >= thresholds[first + c]:
+                if c < count and thresholds[first + c] <= values[start + c] <= thresholds[high + c]:
                     code += 2 << i
             codes[at + channel // 4 + half] = code
         channel += 8
@@ -352,16 +361,20 @@ def _sign_codes(values, start, thresholds, first, count, codes, at):
 
 @_compiled()
 def sign_rows(x, thresholds, shape, codes, begin, end):
-    """Rows of images ``(B, H, W, C)`` to codes; shape: (H, W, groups, width, code height, code width, top, left)."""
+    """Rows of images ``(B, H, W, C)`` to codes; shape: (H, W, groups, width, code height, code width, top, left).
+
+    ``thresholds`` are the low ones of all channels, and then the high ones.
+    """
     height, columns, groups, width, code_height, code_width, top, left = shape
-    channels = thresholds.size // groups
+    all_channels = thresholds.size // 2
+    channels = all_channels // groups
     for row in range(begin, end):
         image, y = divmod(row, height)
         at = ((image * code_height + top + y) * code_width + left) * groups * width
         for pixel in range(row * columns, (row + 1) * columns):
             for group in range(groups):
                 first = group * channels
-                _sign_codes(x, pixel * thresholds.size + first, thresholds, first, channels, codes, at)
+                _sign_codes(x, pixel * all_channels + first, thresholds, first, channels, codes, at)
                 at += width
 
 
@@ -455,8 +468,8 @@ def convolve_items(
     """Some of the items ``image x group x block of filters x piece of the tiles``.
 
     shape: (filters of a group, pixels, codes of an image, groups, width, weight bytes of a group, blocks, pieces, codes
-    that follow for an image). ``vectors`` and ``thresholds`` have a number for each filter of each block. ``residual``,
-    ``out`` and ``following`` are empty where there is none.
+    that follow for an image). ``vectors`` and ``thresholds``, the low ones and then the high ones, have a number for
+    each filter of each block. ``residual``, ``out`` and ``following`` are empty where there is none.
     """
     bases, valid, starts, lengths, ends = offsets
     filters, pixels, image_codes, groups, width, group_bytes, blocks, pieces, image_following = shape
@@ -502,7 +515,7 @@ def convolve_items(
                             for f in range(count):
                                 out[at + f] = other[f]
                     if following.size:
-                        bits = _at_least(values, _take(thresholds, first))
+                        bits = _within(values, _take(thresholds, first), _take(thresholds, groups * filled + first))
                         place = image * image_following + places[pixel] + (group * filters + filter_) // 4
                         if count == 32:
                             _put_codes(following, place, _spread(bits))
@@ -597,7 +610,7 @@ def _highest_of_rows(x, at, count, width, highest, left):
             value = x[at + i]
             for row in range(1, count):
                 other = x[at + row * width + i]
-                value = other if other > value else value
+                value = other if other > value or other != other else value  # NaN stays
             highest[left + i] = value
         return
     for start in range(0, width, 32):
@@ -615,7 +628,7 @@ def _highest_of_columns(highest, columns, kw, stride, line):
             value = highest[column * stride]
             for k in range(1, kw):
                 other = highest[column * stride + k]
-                value = other if other > value else value
+                value = other if other > value or other != other else value  # NaN stays
             line[column] = value
         return
     for column in range(0, columns, 32):

@@ -104,7 +104,7 @@ def pack_words(bits: Tensor) -> Tensor:
     tensor([5])
     """
     flat = torch.nn.functional.pad(bits.flatten(), (0, -bits.numel() % 64)).view(-1, 8, 8)
-    octets = (flat.to(torch.uint8) << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    octets = (flat.to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(-1, dtype=torch.uint8)
     return octets.flatten().view(torch.int64)
 
 
@@ -115,7 +115,8 @@ def unpack_words(words: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _bits(octets: Tensor) -> Tensor:
     """The bits of bytes, the lowest first, as bools of one axis."""
-    return (octets[:, None].bitwise_and(1 << torch.arange(8, dtype=torch.uint8)) != 0).flatten()
+    places = 1 << torch.arange(8, dtype=torch.uint8, device=octets.device)
+    return (octets[:, None].bitwise_and(places) != 0).flatten()
 
 
 def _nibbles(bits: Tensor, groups: int) -> Tensor:

@@ -5,8 +5,8 @@ Images ``(B, C, H, W)`` are in ``torch.channels_last``; :mod:`~bonn_qat.runtime.
 :mod:`~bonn_qat.runtime.epilogue` programs. Sizes that do not fit raise RuntimeError here, because the kernels check
 nothing.
 
-- ``sign_codes(x, thresholds, geometry) -> codes``: the signs of ``x - thresholds``, channel by channel, for the
-  convolution with that geometry.
+- ``sign_codes(x, thresholds, geometry) -> codes``: +1 where ``low <= x <= high``, else -1, also for NaN; for the
+  convolution with that geometry. ``thresholds`` ``(2, C)`` are low and high of each channel.
 - ``binary_conv2d(codes, weight, geometry, program, vectors, residual) -> y``
 - ``binary_conv2d_sign(..., thresholds, following) -> codes``: for the convolution with the geometry ``following``.
 - ``binary_conv2d_and_sign(...) -> (y, codes)``
@@ -28,9 +28,10 @@ from torch import Tensor
 from bonn_qat.runtime import epilogue, fallback
 from bonn_qat.runtime.layout import Geometry, unpack_words
 
-_KEPT = 64  # shapes of images for which a layer keeps its prepared calls
+_KEPT = 1024  # prepared calls, of all layers and all sizes of batches
+_PREPARED: dict[Any, Any] = {}
 _LARGEST = 2**20  # allowed in a geometry or a window
-_INPUTS = 2**16 - 1  # of a filter: kernels count in 16 bits how many differ
+MOST_INPUTS = 2**16 - 1  # of a filter: kernels count in 16 bits how many differ
 _LIBRARY = torch.library.Library("bonn_qat", "DEF")
 _CONVOLUTION = "Tensor codes, Tensor weight, int[] geometry, int[] program, Tensor vectors, Tensor? residual"
 _SIGN = f"{_CONVOLUTION}, Tensor thresholds, int[] following"
@@ -63,8 +64,8 @@ def _geometry(numbers: tuple[int, ...]) -> Geometry:
     geometry = Geometry.of(list(numbers))
     if max(numbers) > _LARGEST:
         raise ValueError(f"the geometry {list(numbers)} has a number above {_LARGEST:,}")
-    if (inputs := math.prod(geometry.weight_shape[1:])) > _INPUTS:
-        raise ValueError(f"a filter of {inputs:,} inputs; binary kernels take at most {_INPUTS:,}")
+    if (inputs := math.prod(geometry.weight_shape[1:])) > MOST_INPUTS:
+        raise ValueError(f"a filter of {inputs:,} inputs; binary kernels take at most {MOST_INPUTS:,}")
     return geometry
 
 
@@ -93,7 +94,7 @@ def _check_vectors(vectors: Tensor, channels: int) -> None:
 def _check_sign(x: Tensor, thresholds: Tensor, geometry: Geometry) -> tuple[int, int, int, int]:
     """The shape of the codes."""
     _expect_images(x)
-    _expect("the thresholds", thresholds, (geometry.in_channels,), torch.float32)
+    _expect("the thresholds", thresholds, (2, geometry.in_channels), torch.float32)
     return _codes_shape(tuple(x.shape), geometry)
 
 
@@ -128,7 +129,7 @@ def _check(
 
 
 def _check_following(geometry: Geometry, following: Geometry, thresholds: Tensor) -> None:
-    _expect("the thresholds", thresholds, (geometry.out_channels,), torch.float32)
+    _expect("the thresholds", thresholds, (2, geometry.out_channels), torch.float32)
     if following.in_channels != geometry.out_channels or not can_follow(geometry, following):
         raise RuntimeError(f"codes of {geometry} are not those that {following} takes")
 
@@ -155,7 +156,7 @@ def can_follow(geometry: Geometry, following: Geometry) -> bool:
 
 
 def sign_codes(x: Tensor, thresholds: Tensor, geometry: list[int]) -> Tensor:
-    """Float32 ``(B, C, H, W)``, thresholds ``(C,)`` -> codes."""
+    """Float32 ``(B, C, H, W)``, thresholds ``(2, C)`` -> codes."""
     shape_of = _geometry(tuple(geometry))
     _check_sign(x, thresholds, shape_of)
     cpu = compiled() if x.device.type == "cpu" else None
@@ -179,19 +180,20 @@ def _convolve(
         own, after, _ = _checked(codes, weight, geometry, program, vectors, residual, thresholds, following)
         y = fallback.binary_conv2d(codes, weight, own, program, vectors, residual)
         return y, y if after is None or thresholds is None else fallback.sign_codes(y, thresholds, after)
-    # Kept on the weight, so that it lives as long as the weight.
-    kept: dict[Any, Any] = weight.__dict__.setdefault("_bonn_qat_calls", {})
+    # By shapes and numbers alone: whatever changes a tensor, in place or by another one, is seen in the next call.
     key = (
-        codes.shape, codes.dtype, weight.shape, tuple(geometry), tuple(program), tuple(following or ()), wants_values,
-        None if residual is None else (residual.shape, residual.dtype), torch.get_num_threads(),
+        codes.shape, codes.dtype, weight.shape, weight.dtype, vectors.shape, vectors.dtype, tuple(geometry),
+        tuple(program), None if residual is None else (residual.shape, residual.dtype),
+        None if thresholds is None else (thresholds.shape, thresholds.dtype), tuple(following or ()), wants_values,
+        torch.get_num_threads(),
     )  # fmt: skip
-    call = kept.get(key)
-    if call is None or call.vectors is not vectors or call.thresholds is not thresholds:
+    call = _PREPARED.get(key)
+    if call is None:
         own, after, steps = _checked(codes, weight, geometry, program, vectors, residual, thresholds, following)
-        if len(kept) >= _KEPT:
-            kept.clear()
-        call = kept[key] = cpu.prepare(codes, weight, own, steps, vectors, thresholds, after, wants_values)
-    return call(codes, residual)  # type: ignore[no-any-return]
+        if len(_PREPARED) >= _KEPT:
+            _PREPARED.clear()
+        call = _PREPARED[key] = cpu.prepare(tuple(codes.shape), own, steps, after, wants_values)
+    return call(codes, weight, vectors, thresholds, residual)  # type: ignore[no-any-return]
 
 
 def _checked(

@@ -1,6 +1,7 @@
 """Packed: a network of bits, as a module and as a file; it needs neither the model's class nor its library."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,16 +10,17 @@ from typing import Annotated, Any, final
 import torch
 from torch import Tensor, fx, nn
 
-from bonn_qat.errors import InvalidData, first_line
+from bonn_qat.errors import InvalidData, InvalidModel, first_line
 from bonn_qat.files import plain
 from bonn_qat.files.atomic import write_bytes
 from bonn_qat.files.tensors import digest, dump_tensors, fitting, read_tensors
 from bonn_qat.files.validate import Allowed, Line, read_own
+from bonn_qat.modes import neutral
 from bonn_qat.runtime import graph as graphs
 from bonn_qat.runtime.dry_run import dry_run
 from bonn_qat.runtime.layout import Geometry
 
-FORMAT = 1
+FORMAT = 2  # 2: thresholds are intervals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,12 @@ class PackedLayer:
     reason: Line = ""
 
 
-_Size = Annotated[tuple[int, ...], Allowed("[C, H, W], each 1 to 65,536", lambda s: len(s) == 3 and _are_sizes(*s))]
+_Size = Annotated[
+    tuple[int, ...],
+    Allowed(
+        "one to three numbers, [C, H, W] for images, each 1 to 65,536", lambda s: 1 <= len(s) <= 3 and _are_sizes(*s)
+    ),
+]
 _Batch = Annotated[int | None, Allowed("1 to 65,536", lambda batch: batch is None or _are_sizes(batch))]
 
 
@@ -61,7 +68,9 @@ class _Header:
 class PackedModel(nn.Module):
     """A packed network: images ``(B, C, H, W)``, float32 of ``input_size`` -> the model's outputs. For inference only.
 
-    ``layers`` says how each binary layer was packed. Made by :func:`pack` or :meth:`load`.
+    ``layers`` says how each binary layer was packed. Made by :func:`pack` or :meth:`load`. The outputs do not depend on
+    what the caller has set in torch, such as ``torch.autocast`` (:func:`bonn_qat.modes.neutral`), and they are the
+    caller's own: changing them in place changes neither the network nor the images.
     """
 
     def __init__(
@@ -72,7 +81,7 @@ class PackedModel(nn.Module):
         *,
         name: str,
         scheme: str,
-        input_size: tuple[int, int, int],
+        input_size: tuple[int, ...],
         batch: int | None,
         layers: Sequence[PackedLayer],
     ) -> None:
@@ -81,28 +90,62 @@ class PackedModel(nn.Module):
         self.layers = tuple(layers)
         self._nodes, self._weights = graph, dict(weights)
         self.network, self.names = graphs.module(graph, tensors)
-        self.layout = graphs.image_layout(graph)
+        self.layout = graphs.image_layout(graph) if len(input_size) == 3 else torch.contiguous_format
+        self._owns = graphs.gives_new_tensors(graph)
         self._checked: set[int] = set()  # batch sizes that the network is known to take
+        # The same graph and buffers for eager calls, because torch's dispatcher takes longer than a small layer. It is
+        # no submodule: its buffers are those of `network`.
         self._direct: fx.GraphModule
-        self._bind()
+        object.__setattr__(self, "_direct", graphs.without_dispatcher(self.network))
         self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> Any:
-        """Raises InvalidData for images of another size or type, or if the network cannot be computed on them."""
-        if images.ndim != 4 or tuple(images.shape[1:]) != self.input_size or images.dtype != torch.float32:
+        """Raises InvalidData for images of another size or type, or if the network cannot be computed on them.
+
+        The type is float32 alone: others are neither converted nor scaled here, so that nobody gives raw bytes by
+        mistake.
+        """
+        if images.shape[1:] != self.input_size or images.dtype != torch.float32:
+            is_other = images.dtype != torch.float32
+            todo = "convert them as for the model" if is_other else "for another size pack it with input_size=(C, H, W)"
             raise InvalidData(
                 f"this network was packed for float32 images (B, {', '.join(map(str, self.input_size))}); got "
-                f"{images.dtype} {tuple(images.shape)}; for another size pack it with input_size=(C, H, W)"
+                f"{images.dtype} {tuple(images.shape)}; {todo}"
             )
-        with torch.no_grad():
-            images = images.contiguous(memory_format=self.layout)
-            parts = [images] if self.batch is None else list(torch.split(images, self.batch))
-            if torch.compiler.is_compiling():
-                return _joined([self.network(part) for part in parts])
-            for count in {len(part) for part in parts} - self._checked:
-                self.check(count)
+        if torch.compiler.is_compiling():
+            kind = images.device.type
+            with torch.no_grad(), torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING:
+                return self._run(self.network, images)
+        with neutral():
+            if len(images) == 0:
+                return self._nothing(images)
+            count = len(images) if self.batch is None else self.batch
+            for size in {count, len(images) % count or count} - self._checked:
+                self.check(size)
             with self.computing():
-                return _joined([self._direct(part) for part in parts])
+                return self._run(self._direct, images)
+
+    def _run(self, network: fx.GraphModule, images: Tensor) -> Any:
+        images = images.contiguous(memory_format=self.layout)
+        parts = [images] if self.batch is None else list(torch.split(images, self.batch))
+        result = _joined([network(part) for part in parts])
+        return result if self._owns else _mapped(Tensor.clone, result)
+
+    def _nothing(self, images: Tensor) -> Any:
+        """The outputs for no image at all, which some operators do not take: their sizes follow from others'."""
+        count = self.batch or 1
+        one = self.forward(images.new_zeros((count, *self.input_size)))
+        two = self.forward(images.new_ones((2 * count, *self.input_size)))
+
+        def empty(x: Tensor, y: Tensor) -> Tensor:
+            shape = [2 * a - b for a, b in zip(x.shape, y.shape, strict=True)]
+            if 0 in shape:
+                return x.new_empty(shape)
+            if torch.equal(x, y):  # whatever the images are
+                return x
+            raise InvalidData(f"{self.name} gives {tuple(shape)} for no image at all, whose values are not defined")
+
+        return _mapped(empty, one, two)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -120,23 +163,27 @@ class PackedModel(nn.Module):
         dry_run(self.network.graph, dict(self.network.named_buffers()), self.input_size, count)
         self._checked.add(count)
 
-    def _bind(self) -> None:
-        # The same graph and buffers for eager calls, because torch's dispatcher takes longer than a small layer. It is
-        # no submodule: its buffers are those of `network`.
-        object.__setattr__(self, "_direct", graphs.without_dispatcher(self.network))
-
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedModel":
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._bind()
+        made = {id(held): fn(held) for held in self.network.buffers()}
+        for held in self.network.buffers():
+            if made[id(held)].dtype != held.dtype:
+                raise InvalidModel(
+                    f"a packed network computes with bits and float32, and cannot become {made[id(held)].dtype}; "
+                    "convert its images and its outputs instead"
+                )
+            if made[id(held)].is_meta:
+                raise InvalidModel("a packed network without its values, on the device meta, computes nothing")
+        super()._apply(lambda held: made[id(held)], recurse)  # type: ignore[no-untyped-call]
         return self
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are saved, by name: bits as int64 words, others as they are."""
-        held = {name: self.network.get_buffer(buffer).contiguous() for name, buffer in self.names.items()}
-        return {
-            name: graphs.to_words(tensor, self._weights[name]) if name in self._weights else tensor
-            for name, tensor in held.items()
-        }
+        with neutral(making=True):
+            held = {name: self.network.get_buffer(buffer).contiguous() for name, buffer in self.names.items()}
+            return {
+                name: graphs.to_words(tensor, self._weights[name]) if name in self._weights else tensor
+                for name, tensor in held.items()
+            }
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file with a JSON header, atomically. Raises OSError where that fails."""
@@ -163,11 +210,12 @@ class PackedModel(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedModel":
         # Not by __reduce__, which would move the copy to the CPU.
-        held = {name: self.network.get_buffer(buffer).clone() for name, buffer in self.names.items()}
-        return PackedModel(
-            self._nodes, held, self._weights, name=self.name, scheme=self.scheme, input_size=self.input_size,
-            batch=self.batch, layers=self.layers,
-        )  # fmt: skip
+        with neutral(making=True):
+            held = {name: self.network.get_buffer(buffer).clone() for name, buffer in self.names.items()}
+            return PackedModel(
+                self._nodes, held, self._weights, name=self.name, scheme=self.scheme, input_size=self.input_size,
+                batch=self.batch, layers=self.layers,
+            )  # fmt: skip
 
     @classmethod
     def load(cls, path: str | Path) -> "PackedModel":
@@ -177,7 +225,8 @@ class PackedModel(nn.Module):
         Raises InvalidData naming the file for one that is missing, truncated, altered, of another version, or larger
         than the memory. What a hostile file can do, and what it cannot: docs/security.md.
         """
-        tensors, header = read_tensors(Path(path))
+        with neutral(making=True):
+            tensors, header = read_tensors(Path(path))
         with fitting(path):
             try:
                 return cls._from_file(tensors, header)
@@ -186,6 +235,11 @@ class PackedModel(nn.Module):
 
     @classmethod
     def _from_file(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> "PackedModel":
+        with neutral(making=True):
+            return cls._built(tensors, header)
+
+    @classmethod
+    def _built(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> "PackedModel":
         if header.get("kind") != "packed":
             raise InvalidData("not a packed network; bonn_qat.pack(model).save(path) writes one")
         if header.get("format") != FORMAT:
@@ -217,6 +271,16 @@ class PackedModel(nn.Module):
     def extra_repr(self) -> str:
         """For ``print(model)``."""
         return f"{self.name}, scheme={self.scheme!r}, input_size={self.input_size}"
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def _mapped(function: Callable[..., Tensor], *results: Any) -> Any:
+    """``function`` of a network's tensors, which are one, or a list or tuple of them."""
+    if isinstance(results[0], Tensor):
+        return function(*results)
+    return type(results[0])(map(function, *results))
 
 
 def _joined(parts: list[Any]) -> Any:

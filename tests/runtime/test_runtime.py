@@ -45,7 +45,8 @@ def image_size(geometry: Geometry, extra: int) -> tuple[int, int]:
 
 def expected(x: Tensor, thresholds: Tensor, bits: Tensor, geometry: Geometry) -> Tensor:
     """By torch's convolution of float signs, zeros for the padding."""
-    signs = torch.where(x >= thresholds[:, None, None], 1.0, -1.0)
+    low, high = thresholds[..., None, None]
+    signs = torch.where((x >= low) & (x <= high), 1.0, -1.0)
     top, bottom, left, right = geometry.padding
     padded = F.pad(signs, (left, right, top, bottom))
     return F.conv2d(padded, bits * 2.0 - 1, None, geometry.stride, 0, geometry.dilation, geometry.groups)
@@ -53,7 +54,13 @@ def expected(x: Tensor, thresholds: Tensor, bits: Tensor, geometry: Geometry) ->
 
 def problem(geometry: Geometry, batch: int = 2, extra: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     x = torch.randn(batch, geometry.in_channels, *image_size(geometry, extra))
-    return x, torch.randn(geometry.in_channels) / 4, torch.randn(geometry.weight_shape) >= 0
+    odd = torch.rand_like(x)
+    for place, value in enumerate((math.nan, math.inf, -math.inf, 1e-42, -0.0)):
+        x[(odd > 0.02 * place) & (odd < 0.02 * (place + 1))] = value
+    low = torch.randn(geometry.in_channels) / 4
+    high = torch.where(torch.rand_like(low) < 0.5, math.inf, low + torch.rand_like(low))
+    low[torch.rand_like(low) < 0.2] = -math.inf
+    return x, torch.stack((low, high)), torch.randn(geometry.weight_shape) >= 0
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -80,7 +87,7 @@ def test_a_convolution_writes_the_codes_of_the_next(own, other, batch):
     )  # fmt: skip
     x, thresholds, bits = problem(own, batch)
     codes = ops.sign_codes(x, thresholds, own.numbers)
-    vectors, after = torch.randn(3, own.out_channels), torch.randn(own.out_channels)
+    vectors, after = torch.randn(3, own.out_channels), torch.randn(2, own.out_channels).sort(0).values
     arguments = (codes, layout.encode_weight(bits, own.groups), own.numbers, [SCALE, 0, FMA, 1], vectors, None)
     if not operators.can_follow(own, following):
         with pytest.raises(RuntimeError, match="are not those that"):
@@ -142,8 +149,12 @@ def test_a_fused_multiplication_and_addition_is_rounded_once():
 )
 def test_maxima_are_those_of_torch(channels, kernel, stride, padding):
     x = torch.randn(2, channels, 13, 77)
+    odd = torch.rand_like(x)
+    for value, share in ((math.nan, 0.01), (math.inf, 0.02), (-math.inf, 0.3)):
+        x[odd < share] = value
     y = ops.max_pool2d(x, kernel, stride, padding)
-    assert torch.equal(y, F.max_pool2d(x, kernel, stride, padding))
+    assert torch.equal(y.isnan(), F.max_pool2d(x, kernel, stride, padding).isnan())
+    assert torch.equal(y.nan_to_num(7, 8, 9), F.max_pool2d(x, kernel, stride, padding).nan_to_num(7, 8, 9))
     assert y.is_contiguous(memory_format=torch.channels_last)
     with pytest.raises(RuntimeError, match="more than half"):
         ops.max_pool2d(x, kernel, stride, list(kernel))
@@ -265,10 +276,10 @@ def whole_calls() -> dict[Any, list[Any]]:
     plain = [codes, weight, GOOD.numbers, [SCALE, 0, RESIDUAL, 0], torch.ones(1, 8), torch.ones(2, 8, 3, 3)]
     images = torch.randn(2, 8, 5, 5)
     return {
-        ops.sign_codes: [images, torch.zeros(8), AFTER.numbers],
+        ops.sign_codes: [images, torch.zeros(2, 8), AFTER.numbers],
         ops.binary_conv2d: plain,
-        ops.binary_conv2d_sign: [*plain, torch.zeros(8), AFTER.numbers],
-        ops.binary_conv2d_and_sign: [*plain, torch.zeros(8), AFTER.numbers],
+        ops.binary_conv2d_sign: [*plain, torch.zeros(2, 8), AFTER.numbers],
+        ops.binary_conv2d_and_sign: [*plain, torch.zeros(2, 8), AFTER.numbers],
         ops.elementwise: [images, [SCALE, 0, RESIDUAL, 0], torch.ones(1, 8), images],
         ops.max_pool2d: [images, [3, 3], [2, 2], [1, 1]],
         ops.unpack_signs: [torch.zeros(2, dtype=torch.int64), [3, 40]],
@@ -380,8 +391,8 @@ def test_torch_finds_nothing_wrong_with_the_operators():
     calls = {
         ops.sign_codes: (x, thresholds, geometry.numbers),
         ops.binary_conv2d: plain,
-        ops.binary_conv2d_sign: (*plain, torch.zeros(12), following),
-        ops.binary_conv2d_and_sign: (*plain, torch.zeros(12), following),
+        ops.binary_conv2d_sign: (*plain, torch.zeros(2, 12), following),
+        ops.binary_conv2d_and_sign: (*plain, torch.zeros(2, 12), following),
         ops.elementwise: (x, [SCALE, 0], torch.ones(1, 8), None),
         ops.max_pool2d: (x, [3, 3], [2, 2], [1, 1]),
         ops.unpack_signs: (torch.zeros(2, dtype=torch.int64), [3, 40]),

@@ -3,7 +3,7 @@
 #include <stdint.h>
 
 #ifndef BONN_QAT_FORMAT
-#define BONN_QAT_FORMAT 1
+#define BONN_QAT_FORMAT 2
 
 typedef struct { int32_t channels, height, width; } bonn_qat_size;
 typedef struct { int32_t y, x; } bonn_qat_pair;
@@ -33,10 +33,10 @@ typedef struct {
     bonn_qat_pair dilation;
     int32_t groups;
     const uint64_t *words; /* the weights: bits (out, in / groups, kernel height, kernel width) */
-    const float *thresholds; /* (in): an input is +1 if its value >= threshold, else -1 */
+    const float *thresholds; /* (2, in): an input is +1 if low <= its value <= high, else -1, also if it is NaN */
     bonn_qat_epilogue epilogue;
 } bonn_qat_convolution;
 
-#elif BONN_QAT_FORMAT != 1
+#elif BONN_QAT_FORMAT != 2
 #error "two headers of different formats; write both with the same version of bonn-qat"
 #endif

@@ -21,7 +21,7 @@ from bonn_qat.exporting.c.literals import TYPES, braces, columns, comment, numbe
 from bonn_qat.exporting.c.network import Network
 from bonn_qat.runtime.packed import PackedModel
 
-FORMAT = 1  # of the structs in declarations.h
+FORMAT = 2  # of the structs in declarations.h
 
 
 def c_header(packed: PackedModel, name: str = "network") -> str:
@@ -31,14 +31,16 @@ def c_header(packed: PackedModel, name: str = "network") -> str:
     +1. Floats are exact. Equal networks have equal texts.
 
     Raises InvalidModel for a ``name`` that does not begin identifiers of C in small letters, for a tensor without
-    elements or of a type that C does not have, and for a network, read from a file, with a convolution of something
-    other than signs.
+    elements or of a type that C does not have, for inputs other than images, and for a network, read from a file, with
+    a convolution of something other than signs.
     """
     if not re.fullmatch("[a-z][a-z0-9_]*", name) or name.startswith("bonn_qat"):
         raise InvalidModel(
             f"{name!r} cannot begin the names of a C header: give small letters, digits and _, with a letter first; "
             "bonn_qat is reserved for what all headers share"
         )
+    if len(packed.input_size) != 3:
+        raise InvalidModel(f"a C header takes images (C, H, W); {packed.name} was packed for {packed.input_size}")
     network, tensors = Network(packed, name), packed.tensors()
     channels, height, width = packed.input_size
     scheme = f", scheme {packed.scheme}" if packed.scheme else ""

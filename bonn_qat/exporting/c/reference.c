@@ -2,7 +2,7 @@
 #define BONN_QAT_REFERENCE_DEFINED
 
 #ifdef __FAST_MATH__
-#error "the reference needs IEEE arithmetic: infinite thresholds, and sums in the order of the source"
+#error "the reference needs IEEE arithmetic: infinite thresholds, NaN, and sums in the order of the source"
 #endif
 
 static inline int32_t bonn_qat_popcount(uint64_t bits)
@@ -87,7 +87,8 @@ static inline void bonn_qat_sign(const bonn_qat_convolution *layer, const float 
     const int32_t size = layer->input.height * layer->input.width * channels;
     int32_t i;
     for (i = 0; i < size; i++) {
-        const uint64_t bit = map[i] >= layer->thresholds[i % channels];
+        const float *low = layer->thresholds + i % channels;
+        const uint64_t bit = map[i] >= low[0] && map[i] <= low[channels];
         signs[i / 64] = (i % 64 ? signs[i / 64] : 0) | bit << (i % 64);
     }
 }

@@ -1,0 +1,101 @@
+"""NaN, infinities, denormals and the largest numbers: every backend gives what the model gives."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+from generated import SCHEMES, network, odd_images, same
+from torch import Tensor
+
+from bonn_qat import PackedModel, Scheme, pack
+from bonn_qat.functional import sign, ste_sign
+from bonn_qat.quantizers import ActivationQuantizer, BonnWeight
+from bonn_qat.runtime import operators
+
+ROUNDING = 1e-5  # of float layers, which torch adds up in an order of its own
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_sign_of_every_number(dtype):
+    x = torch.tensor([math.nan, -math.nan, -math.inf, -1e-7, -0.0, 0.0, 1e-7, math.inf] * 9, dtype=dtype)
+    expected = torch.tensor([-1.0, -1, -1, -1, 1, 1, 1, 1] * 9, dtype=dtype)
+    assert torch.equal(sign(x), expected)
+    assert torch.equal(sign(x[::3]), expected[::3])
+    assert torch.equal(torch.compile(sign, backend="aot_eager")(x), expected)
+
+
+@pytest.mark.parametrize("index", range(len(SCHEMES)), ids=SCHEMES)
+def test_generated_networks_take_odd_numbers_as_the_model_does(index, monkeypatch):
+    model, _ = network(index, SCHEMES[index])
+    x = odd_images(6, index)
+    expected, made = model(x), pack(model)
+    ours = made(x)
+    assert same(ours, expected, ROUNDING)
+    assert same(PackedModel._from_file(*made._as_data())(x), expected, ROUNDING)
+    monkeypatch.setattr(operators, "compiled", lambda: None)
+    assert same(made(x), expected, ROUNDING)
+
+
+class Low(ActivationQuantizer):
+    """A plugin's sign that takes NaN for +1."""
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.where(x < 0, -1.0, 1.0) + 0 * ste_sign(x.nan_to_num()), x.new_ones(())
+
+
+class Nowhere(ActivationQuantizer):
+    """A plugin's sign whose value for NaN is NaN."""
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return sign(x) + 0 * x.clamp(-1, 1), x.new_ones(())
+
+
+@pytest.mark.parametrize(("quantizer", "kind"), [(Low, "bits"), (Nowhere, "weights")])
+def test_a_quantizer_with_another_rule_for_nan_keeps_it(quantizer, kind):
+    scheme = Scheme(name="odd", title="Odd", reference="ours", weight=BonnWeight, activation=quantizer)
+    model, _ = network(3, scheme)
+    made, x = pack(model), odd_images(6, 3)
+    assert {layer.kind for layer in made.layers} == {kind}
+    assert same(made(x), model(x), ROUNDING)
+
+
+MACHINE = """
+import sys, torch, safetensors.torch
+from llvmlite import binding
+features = sys.argv[1].split(",")
+real = binding.get_host_cpu_features
+binding.get_host_cpu_features = lambda: {name: name in features for name in real()}
+from bonn_qat import PackedModel
+from bonn_qat.runtime import kernels
+binding.get_host_cpu_features = real
+given = safetensors.torch.load_file(sys.argv[2])
+made = [PackedModel.load(f"{sys.argv[3]}/{i}.safetensors") for i in range(2)]
+print(kernels._SHUFFLE)
+for i, packed in enumerate(made):
+    ours, theirs = packed(given[f"x{i}"]), given[f"y{i}"]
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    assert torch.allclose(ours, theirs, 1e-5, 1e-5, equal_nan=True), (ours - theirs).abs().max()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("features", "shuffle"), [("ssse3", "llvm.x86.ssse3.pshuf.b.128"), ("", "")], ids=["ssse3", "none"]
+)
+def test_machines_with_fewer_instructions_do_too(tmp_path, features, shuffle):
+    held = {}
+    for i, seed in enumerate((2, 9)):
+        model, _ = network(seed, "bonn")
+        made, x = pack(model), odd_images(6, seed)
+        made.save(tmp_path / f"{i}.safetensors")
+        held |= {f"x{i}": x.contiguous(), f"y{i}": made(x).contiguous()}
+    safetensors.torch.save_file(held, tmp_path / "held.safetensors")
+    command = [sys.executable, "-c", MACHINE, features, str(tmp_path / "held.safetensors"), str(tmp_path)]
+    environment = {"NUMBA_CPU_NAME": "nehalem" if features else "x86-64", "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == shuffle

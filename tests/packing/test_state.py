@@ -1,0 +1,179 @@
+"""A packed network's tensors: every change is seen, no output is one of them, casts; and batches of any size."""
+
+import copy
+import itertools
+import random
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from generated import SCHEMES, SIZE, network, odd_images, same
+from torch import Tensor, nn
+
+import bonn_qat
+from bonn_qat import PackedModel, pack
+from bonn_qat.errors import InvalidModel
+
+ROUNDING = 1e-5
+
+
+def fresh(packed: PackedModel) -> PackedModel:
+    """A network of the same tensors that was never called."""
+    return copy.deepcopy(packed)
+
+
+def other_values(tensor: Tensor, source: torch.Generator) -> Tensor:
+    if tensor.is_floating_point():
+        return tensor.nan_to_num(0, 1, -1) + torch.randn(tensor.shape, generator=source)
+    return torch.randint(0, 200, tensor.shape, generator=source).to(tensor.dtype)
+
+
+def replace(packed: PackedModel, name: str, new: Tensor) -> None:
+    packed.network.register_buffer(name, new)
+
+
+CHANGES: dict[str, Callable[[PackedModel, str, Tensor], object]] = {
+    "copy_": lambda packed, name, new: packed.network.get_buffer(name).copy_(new),
+    "data": lambda packed, name, new: packed.network.get_buffer(name).data.copy_(new),
+    "other data": lambda packed, name, new: setattr(packed.network.get_buffer(name), "data", new),
+    "set_": lambda packed, name, new: packed.network.get_buffer(name).set_(new),
+    "numpy": lambda packed, name, new: packed.network.get_buffer(name).numpy().__setitem__(..., new.numpy()),
+    "load_state_dict": lambda packed, name, new: packed.load_state_dict(
+        {**packed.state_dict(), f"network.{name}": new}
+    ),
+    "assign": lambda packed, name, new: packed.load_state_dict(
+        {**packed.state_dict(), f"network.{name}": new}, assign=True
+    ),
+    "replace": replace,
+}
+
+
+@pytest.mark.parametrize("scheme", ["bonn", "reactnet", "bwn"])
+def test_any_change_of_any_tensor_is_seen(scheme):
+    """Random values into random tensors, in every way, of a network that was called before."""
+    model, _ = network(8, scheme)  # 40 channels, which kernels fill up to 64
+    packed, x, draw = pack(model), odd_images(2, 0), random.Random(0)
+    source, changed = torch.Generator().manual_seed(0), 0
+    names = list(packed.network._buffers)
+    for name, way in draw.sample(list(itertools.product(names, CHANGES)), 24):
+        before = packed(x)
+        CHANGES[way](packed, name, other_values(packed.network.get_buffer(name), source))
+        after = packed(x)
+        assert same(after, fresh(packed)(x)), (name, way)
+        changed += not torch.equal(before.nan_to_num(), after.nan_to_num())
+    assert changed > 5
+
+
+def test_a_state_that_is_loaded_is_the_one_that_is_used_also_by_other_threads():
+    packed = [pack(network(8, "bonn")[0]) for _ in range(2)]
+    x = odd_images(2, 0)
+    for tensor in packed[1].buffers():
+        if tensor.is_floating_point():
+            tensor.add_(0.5)
+    first, second = packed[0](x), packed[1](x)
+    assert not same(first, second)
+    packed[0].load_state_dict(packed[1].state_dict())
+    results = list[Tensor]()
+    threads = [threading.Thread(target=lambda: results.append(packed[0](x))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(same(result, second) for result in (*results, packed[0](x)))
+    packed[0].share_memory()
+    assert same(packed[0](x), second)
+
+
+def test_a_state_dict_of_a_network_that_was_called_is_plain_tensors(tmp_path):
+    packed, x = pack(network(8, "bonn")[0]), odd_images(2, 0)
+    expected = packed(x)
+    torch.save(packed.state_dict(), tmp_path / "state.pt")
+    read = torch.load(tmp_path / "state.pt", weights_only=True)
+    packed.load_state_dict(read)
+    assert same(packed(x), expected)
+
+
+CASTS: dict[str, Callable[[PackedModel], object]] = {
+    "double": lambda packed: packed.double(),
+    "half": lambda packed: packed.half(),
+    "bfloat16": lambda packed: packed.bfloat16(),
+    "to float64": lambda packed: packed.to(torch.float64),
+    "type": lambda packed: packed.type(torch.float16),
+    "meta": lambda packed: packed.to("meta"),
+    "within another": lambda packed: nn.Sequential(packed).double(),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_a_cast_is_refused_and_changes_nothing(cast):
+    packed, x = pack(network(8, "bonn")[0]), odd_images(2, 0)
+    expected, before = packed(x), packed.dump()
+    with pytest.raises(InvalidModel, match=r"a packed network") as caught:
+        CASTS[cast](packed)
+    assert "\n" not in str(caught.value)
+    assert packed.dump() == before
+    assert same(packed(x), expected)
+
+
+def test_what_changes_no_value_is_allowed():
+    packed, x = pack(network(8, "bonn")[0]), odd_images(2, 0)
+    expected = packed(x)
+    changed = packed.float().cpu().to(torch.float32).to(memory_format=torch.channels_last).train().requires_grad_()
+    assert same(changed(x), expected, ROUNDING)
+    if not torch.cuda.is_available():
+        before = packed.dump()
+        with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
+            packed.cuda()
+        assert packed.dump() == before
+
+
+@pytest.mark.parametrize("index", range(0, len(SCHEMES), 2))
+def test_any_number_of_images_gives_what_the_model_gives(index):
+    model, _ = network(100 + index, SCHEMES[index])
+    packed = pack(model)
+    x = odd_images(4, index)
+    for count in (0, 1, 3, 0, 4):
+        ours, theirs = packed(x[:count]), model(x[:count])
+        assert ours.shape == theirs.shape
+        assert ours.dtype == theirs.dtype
+        assert same(ours, theirs, ROUNDING)
+
+
+class Kinds(nn.Module):
+    """A convolution, positions with a linear layer, and a linear layer for the image; several outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+        self.positions, self.image, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+        self.register_buffer("table", torch.arange(4.0))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.conv(self.stem(x))
+        tokens = self.positions(y.flatten(2).transpose(1, 2))
+        return self.head(self.image(tokens.mean(1))), tokens, y.flatten(0, 1), self.table.view(2, 2), self.table, x
+
+
+def test_no_image_has_outputs_of_every_kind():
+    model = bonn_qat.binarize(Kinds(), include=["conv", "positions", "image"], input_size=SIZE).eval()
+    packed = pack(model.requires_grad_(False))
+    assert [layer.kind for layer in packed.layers] == ["bits"] * 3
+    for count in (0, 1, 3):
+        x = odd_images(4, 0)[:count]
+        for ours, theirs in zip(packed(x), model(x), strict=True):
+            assert ours.shape == theirs.shape
+            assert same(ours, theirs, ROUNDING)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_caller_that_changes_the_outputs_changes_nothing_else(compiled):
+    model = bonn_qat.binarize(Kinds(), include=["conv", "positions", "image"], input_size=SIZE).eval()
+    packed, x = pack(model.requires_grad_(False)), odd_images(2, 0)[:1]
+    call = torch.compile(packed, backend="aot_eager") if compiled else packed
+    given, held, expected = x.clone(), packed.dump(), [output.clone() for output in call(x)]
+    for output in call(x):
+        output.add_(1)
+    assert torch.equal(x, given)
+    assert packed.dump() == held
+    assert all(same(ours, theirs) for ours, theirs in zip(call(x), expected, strict=True))
