@@ -163,7 +163,9 @@ def _check_arguments(model: object, input_size: object) -> None:
         )
         raise InvalidModel(f"binarize takes a model; got {model!r}; {advice}")
     if any(map(is_lazy, model.parameters())):
-        raise InvalidModel(f"{type(model).__name__} has lazy layers without weights yet; call it once with a batch first")
+        raise InvalidModel(
+            f"{type(model).__name__} has lazy layers without weights yet; call it once with a batch first"
+        )
     check_size(input_size)
 
 
