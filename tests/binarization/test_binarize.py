@@ -485,6 +485,7 @@ def test_lazy_layers_are_told():
         bonn_qat.binarize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.LazyConv2d(8, 3), nn.LazyConv2d(8, 3)))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 def test_what_torchscript_made_has_nothing_to_binarize():
     with pytest.raises(InvalidModel, match=r"RecursiveScriptModule: 0 \(RecursiveScriptModule is neither"):
         bonn_qat.binarize(torch.jit.script(small()))
