@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from bonn_qat.binarization.binarize import binary_layers
-from bonn_qat.errors import InvalidData, InvalidModel
+from bonn_qat.errors import InvalidModel
 from bonn_qat.layers import BinaryLayer
 from bonn_qat.modes import modes
 from bonn_qat.tables import Column, Table
@@ -50,7 +50,7 @@ def diagnose(model: nn.Module, images: Tensor) -> Diagnosis:
 
     Norms use the statistics of the batch, as in training, because the running ones of a new network do not normalise;
     dropout is off. The model is unchanged afterwards. Warns of DeadLayers, once for all of them. Raises InvalidModel
-    for a model without binary activations, InvalidData without images.
+    for a model without binary activations.
 
     >>> from bonn_qat import binarize
     >>> net = binarize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10)))
@@ -60,8 +60,6 @@ def diagnose(model: nn.Module, images: Tensor) -> Diagnosis:
     layers = {name: layer for name, layer in binary_layers(model) if layer.input_quant is not None}
     if not layers:
         raise InvalidModel(f"{type(model).__name__} has no binary activations; binarize it with a scheme that has them")
-    if not len(images):
-        raise InvalidData(f"there is nothing to measure in images of shape {tuple(images.shape)}; give at least two")
     counts: dict[str, list[int]] = {name: [0, 0] for name in layers}
     hooks = [
         layer.get_submodule("norm").register_forward_hook(_counter(layer, counts[name]))
