@@ -283,7 +283,7 @@ class FolderData(Data):
         plain = create_transform((3, size, size), is_training=False)
         images = functools.partial(Images, Path(root), layout.classes)
         self._augmented = {name: images(train, transform) for name, transform in _augmentations(size).items()}
-        self._measure, self._test = images(train, plain), images(test, plain)
+        self._train, self._measure, self._test = self._augmented["crop"], images(train, plain), images(test, plain)
         self.train_size, self.test_size = len(train), len(test)
 
     @functools.cached_property

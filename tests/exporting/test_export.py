@@ -110,7 +110,7 @@ class Margins(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__.rstrip("_")
-        if name in ("sign", "round", "ge", "gt", "le", "lt") and len(args[0]) % len(self.nearest) == 0:
+        if name in ("sign", "round", "ge", "gt", "le", "lt") and args[0].ndim and len(args[0]) % len(self.nearest) == 0:
             distance = {"sign": lambda x: x, "round": lambda x: x - x.floor() - 0.5}.get(name, lambda x: x - args[1])
             distances = distance(args[0]).abs().float().reshape(len(self.nearest), -1)
             self.nearest = torch.minimum(self.nearest, distances.amin(1))

@@ -11,7 +11,7 @@ from torch import nn
 
 from bonn_qat import FeatureLoss, binarize
 from bonn_qat.bonn import BONN
-from bonn_qat.errors import InvalidData, InvalidModel
+from bonn_qat.errors import InvalidModel
 from bonn_qat.inspection.diagnose import DeadLayers, Diagnosis, diagnose
 
 NAIVE = dataclasses.replace(BONN, norm=None, nonlinearity=None)
@@ -155,8 +155,3 @@ def test_dead_is_beyond_five_percent_at_either_end(share, dead):
     assert f"{share:.1%}" in text
     assert ("dead\n" in text) == dead
     assert f"{int(dead)} of 2 binary layers are dead" in text
-
-
-def test_no_images_are_nothing_to_measure(resnet18):
-    with pytest.raises(InvalidData, match=r"nothing to measure in images of shape \(0, 3, 64, 64\)"):
-        diagnose(binarize(resnet18), torch.empty(0, 3, 64, 64))
