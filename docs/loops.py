@@ -19,8 +19,8 @@ script before trains a float network, or with Brevitas, torchao and torch.ao a n
 8 bits.
 
 A loop that forks after it has computed with more than one thread hangs in the child, with BONN as with torch alone; the
-workers of a `DataLoader` compute with one thread and are safe. [long_runs.md](long_runs.md#many-runs-at-once) says what to
-do instead.
+workers of a `DataLoader` compute with one thread and are safe. [long_runs.md](long_runs.md#many-runs-at-once) says what
+to do instead.
 """
 
 LOOPS = {
