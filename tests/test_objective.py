@@ -235,7 +235,7 @@ NAMES = [
 ]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     where=st.sampled_from(["pixel", *NAMES, "3.weight_quant.modulation", "regularizers.kernel.mu"]), value=WRONG,
     step=st.integers(1, 4), place=st.integers(0, 10**6), training=st.booleans(), frozen=st.booleans(),
@@ -276,7 +276,8 @@ def test_what_is_not_finite_is_told_with_its_name(
         # The tensor itself, or an earlier one that it has spoilt in the same step.
         first = next(name for name, t in tensors.items() if not t.isfinite().all())
         assert re.search(rf"(parameter|buffer) {re.escape(first)} holds NaN or infinity", words), words
-        assert "step" not in words or f"in step {step}" in words
+        # A norm of a binary layer that is evaluated hides it from the loss; the gradients spoil the next step.
+        assert "step" not in words or f"in step {step};" in words or f"in step {step + 1};" in words
     objective.model.load_state_dict(_float_net(4).state_dict())
     for buffer in objective.regularizers.buffers():
         buffer.zero_()
