@@ -66,12 +66,13 @@ def test_a_quantizer_with_another_rule_for_nan_keeps_it(quantizer, kind):
 MACHINE = """
 import sys, torch, safetensors.torch
 from llvmlite import binding
-features = sys.argv[1].split(",")
+removed = ("avx", "fma", "f16c", "sse4", "xop", "gfni", "vaes", "vpclmul", *sys.argv[1].split())
 real = binding.get_host_cpu_features
-binding.get_host_cpu_features = lambda: {name: name in features for name in real()}
+binding.get_host_cpu_features = lambda: type(real())(
+    {name: value and not name.startswith(removed) for name, value in real().items()}
+)
 from bonn_qat import PackedModel
 from bonn_qat.runtime import kernels
-binding.get_host_cpu_features = real
 given = safetensors.torch.load_file(sys.argv[2])
 made = [PackedModel.load(f"{sys.argv[3]}/{i}.safetensors") for i in range(2)]
 print(kernels._SHUFFLE)
@@ -84,9 +85,9 @@ for i, packed in enumerate(made):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("features", "shuffle"), [("ssse3", "llvm.x86.ssse3.pshuf.b.128"), ("", "")], ids=["ssse3", "none"]
+    ("removed", "shuffle"), [("", "llvm.x86.ssse3.pshuf.b.128"), ("ssse3", "")], ids=["ssse3", "none"]
 )
-def test_machines_with_fewer_instructions_do_too(tmp_path, features, shuffle):
+def test_machines_with_fewer_instructions_do_too(tmp_path, removed, shuffle):
     held = {}
     for i, seed in enumerate((2, 9)):
         model, _ = network(seed, "bonn")
@@ -94,8 +95,8 @@ def test_machines_with_fewer_instructions_do_too(tmp_path, features, shuffle):
         made.save(tmp_path / f"{i}.safetensors")
         held |= {f"x{i}": x.contiguous(), f"y{i}": made(x).contiguous()}
     safetensors.torch.save_file(held, tmp_path / "held.safetensors")
-    command = [sys.executable, "-c", MACHINE, features, str(tmp_path / "held.safetensors"), str(tmp_path)]
-    environment = {"NUMBA_CPU_NAME": "nehalem" if features else "x86-64", "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", MACHINE, removed, str(tmp_path / "held.safetensors"), str(tmp_path)]
+    environment = {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == shuffle
