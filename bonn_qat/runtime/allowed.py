@@ -293,6 +293,13 @@ def _sized(sizes: str, channels: int) -> Callable[..., str]:
     return rule
 
 
+def _inner(normalized_shape: Any, **rest: Any) -> str:
+    """Of no elements, mean and spread would still be computed, one for each row."""
+    return (
+        "" if min(normalized_shape, default=0) >= 1 else f"does not take {shown(normalized_shape)} for normalized_shape"
+    )
+
+
 def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, **rest: Any) -> str:
     shapes = [tuple(t.shape) for t in (query, key, value)]
     if len({len(shape) for shape in shapes}) > 1 or not 3 <= query.ndim <= 5:
@@ -354,6 +361,7 @@ _RULES: Mapping[str, Callable[..., str]] = {
     **dict.fromkeys(("conv1d", "conv2d", "convolution"), _convolution), "conv_transpose2d": _transposed,
     **dict.fromkeys(("chunk", "split", "split_with_sizes", "unbind"), _pieces),
     **dict.fromkeys(("index", "embedding"), _indices), **dict.fromkeys(("gather", "index_select"), _index),
+    **dict.fromkeys(("layer_norm", "rms_norm"), _inner),
     "div": _division, "remainder": _remainder, "einsum": _two, "scaled_dot_product_attention": _attention,
     "batch_norm": _sized("weight bias running_mean running_var", 1), "group_norm": _sized("weight bias", 1),
     "instance_norm": _sized("weight bias running_mean running_var", 1),

@@ -1,5 +1,6 @@
 """Dry run of a packed graph on meta tensors: shapes and memory are known before anything is allocated."""
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, final
@@ -88,6 +89,9 @@ class _DryRun:
         tensors = allowed.tensors(value)
         if max((tensor.ndim for tensor in tensors), default=0) > allowed.AXES:
             raise InvalidData(f"{_described(node)} is a tensor of more than {allowed.AXES} axes")
+        # A tensor without elements takes no memory; what an operator makes of its other axes may.
+        if any(math.prod(max(1, n) for n in tensor.shape) > self.limit for tensor in tensors):
+            raise InvalidData(f"{_described(node)} would need too much memory: an image may need {MEMORY:,} bytes")
         self.pieces += len(tensors) - 1
         self.held += _bytes(node, value)
         needed = self.held + self.beside

@@ -25,6 +25,7 @@ from bonn_qat.runtime.layout import Geometry, decode_weight, encode_words, pack_
 
 NODES = 20_000  # at most; timm's largest networks have a few thousand
 _ROOM, _GROWTH = 2**26, 32  # weights may need 2**26 bytes in memory, and 32 more for each byte in the file
+_LETTERS = 500  # of a node's name, at most
 _GROUPS = 2**16  # at most, of all convolutions together: each takes time
 PYTHON: Mapping[str, Callable[..., Any]] = {  # on numbers, and the first on lists of tensors
     f"python.{f.__name__}": f
@@ -162,7 +163,7 @@ def rebuild(nodes: object) -> tuple[fx.Graph, dict[str, Geometry]]:
 
 def _node(graph: fx.Graph, entry: Mapping[str, Any], known: Mapping[str, fx.Node]) -> fx.Node:
     op, name = entry["op"], entry.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or keyword.iskeyword(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > _LETTERS or keyword.iskeyword(name):
         raise InvalidData(f"{shown(name)} is not a valid name of a node, or occurs twice")
     if op == "input":
         _expect_keys(entry, "name")

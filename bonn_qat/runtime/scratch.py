@@ -5,9 +5,11 @@ Torch does not say them, so they are declared here, by the groups of :mod:`~bonn
 """
 
 import importlib.util
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bonn_qat.runtime import allowed
@@ -25,6 +27,9 @@ def scratch(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], resul
     group = allowed.GROUP_OF.get(name, "")
     if group in ("", "sizes", "views", "made"):
         return 0
+    if name == "aten.index.Tensor":
+        places = [tensor.shape for tensor in allowed.tensors(args[1])]
+        return _copies(taken, made) + 8 * len(places) * math.prod(torch.broadcast_shapes(*places))  # type: ignore[no-untyped-call]
     if group in ("elementwise", "copies") and len({tensor.dtype for tensor in taken}) == 1:
         return 0
     special = _SPECIAL.get(group)
@@ -62,8 +67,10 @@ def _of_convolution(
     pixels = (input if transposed else made[0])[0, 0].numel() if len(input) else 0
     windows = 4 * pixels * weight[0].numel() * (1 if transposed else rest["groups"])
     blocked = 4 * 16 * (sum(tensor[:, 0].numel() for tensor in (input, *made)) + weight[:1, :1].numel())
-    is_small = input.numel() <= 2**16 or transposed
-    return blocked + (windows * len(input) if is_small else 0)
+    onednn = torch.backends.mkldnn
+    has_onednn = bool(onednn.is_available() and onednn.enabled)  # type: ignore[no-untyped-call]
+    has_blocks = has_onednn and input.numel() > 2**16 and not transposed
+    return blocked + (0 if has_blocks else windows * len(input))
 
 
 def _of_attention(made: Sequence[Tensor], *, query: Tensor, key: Tensor, **rest: Any) -> int:

@@ -229,6 +229,22 @@ HOSTILE: Mapping[str, tuple[Callable[[Header, Tensors], Any], str]] = {
     "a long text": (ending(("python.mod", ["%99999999d", 1])), "does not take"),
     "a long list": (ending(("python.mul", [[0], 2**40])), "does not take"),
     "lists that double": (ending(("python.add", [[1], [1]])), "does not take"),
+    "rows of nothing": (ending(("aten.zeros.default", [[2**40, 0]]), ("aten.relu.default", ["#0"])), "would need too"),
+    "norms of nothing": (
+        ending(("aten.zeros.default", [[2**30, 0]]), ("aten.layer_norm.default", ["#0", [0]])), "for normalized_shape"
+    ),
+    "a long name": (lambda h, t: h["nodes"][0].update(name="x" * 501), "not a valid name"),
+    "shifts in thousands": (ending(("aten.roll.default", ["x", [1] * 20_000, [0] * 20_000])), "a list of at most 16"),
+    "a scale of nothing": (
+        ending(("aten.upsample_bilinear2d.default", ["x", [16, 16], False, 1e-6, 1e-6])), "for scales_h; allowed: 0.0"
+    ),
+    "a scale of another size": (
+        ending(("aten.upsample_bilinear2d.default", ["x", [16, 16], False, 3.0, 3.0])), "does not make images of size"
+    ),
+    "a product of three": (ending(("aten.einsum.default", ["ab,cd,ef->", ["x", "x", "x"]])), "allowed: 1 or 2"),
+    "dropout in attention": (
+        ending(("aten.scaled_dot_product_attention.default", ["x", "x", "x", None, 0.5])), "for dropout_p; allowed: 0"
+    ),
     "many axes": (ending(("aten.reshape.default", ["x", [1] * 20 + [-1]])), "a list of at most 16"),
     "many nodes": (lambda h, t: h.update(nodes=h["nodes"][:1] * 20_001), "at most 20,000"),
     "many small groups": (
