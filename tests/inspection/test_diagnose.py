@@ -11,7 +11,7 @@ from torch import nn
 
 from bonn_qat import FeatureLoss, binarize
 from bonn_qat.bonn import BONN
-from bonn_qat.errors import InvalidModel
+from bonn_qat.errors import InvalidData, InvalidModel
 from bonn_qat.inspection.diagnose import DeadLayers, Diagnosis, diagnose
 
 NAIVE = dataclasses.replace(BONN, norm=None, nonlinearity=None)
