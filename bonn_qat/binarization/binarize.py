@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from bonn_qat import plugins
 from bonn_qat.binarization import policy
-from bonn_qat.binarization.copies import copied
+from bonn_qat.binarization.copies import copied, unwrapped
 from bonn_qat.binarization.fast_paths import close_fast_paths
 from bonn_qat.errors import InvalidModel, InvalidRecipe
 from bonn_qat.layers import BINARY, BinaryLayer, check_contract, check_start, is_own
@@ -90,20 +90,21 @@ def binarize(
     gains that start at zero (timm's ``zero_init_last``, the NFNets' ``skipinit_gain``) start at one, because a zero
     there stops the gradient of every binary weight of the block. The result loads the float model's state dict
     strictly, as if it had been binarized after loading; of a part of one, each layer whose weight is there.
-    ``model.binarization`` says what was done. Of a compiled model the result is the binarized original; compile that.
-    Warns of BypassedLayers, of a MostlyFloat network and of an UnseenModel.
+    ``model.binarization`` says what was done. Of a compiled or parallel model the result is the binarized original;
+    wrap that. Warns of BypassedLayers, of a MostlyFloat network and of an UnseenModel.
 
     Raises UnknownName for an unknown scheme or a pattern without a match; InvalidRecipe for an option of
     :meth:`Scheme.configure` that has no effect on this model; PluginError for a faulty plugin; and InvalidModel if
-    there is nothing to binarize, the model is binary already, a layer of ``include`` cannot be binary, the scheme does
-    not fit a layer, the model refuses the size, or it cannot be copied. After an error the model is as before.
+    there is nothing to binarize, the model is binary already, a layer of ``include`` cannot be binary, the scheme
+    does not fit a layer, the model refuses the size, or it cannot be copied (``inplace`` needs no copy). After an
+    error the model is as before.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 28 * 28, 10))
     >>> binarize(net, input_size=(3, 32, 32)).binarization.binary
     ('2',)
     """
     _check_arguments(model, input_size)
-    model = _original(model)
+    model = unwrapped(model)
     chosen = plugins.find_scheme(scheme, pm)
     if isinstance(getattr(model, "binarization", None), Binarization):
         raise InvalidModel(f"{type(model).__name__} is already binarized ({model.binarization.scheme.name}); "  # type: ignore[union-attr]
@@ -285,12 +286,6 @@ def _gates(model: nn.Module, kept: Mapping[str, str]) -> Iterator[str]:
         ]
         if layers and all(kept.get(layer) in (policy.GATE, policy.CLASSIFIER) for layer in layers):
             yield name
-
-
-def _original(model: nn.Module) -> nn.Module:
-    """The model inside the one that torch.compile returned."""
-    inner = getattr(model, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else model
 
 
 def _warn(model: nn.Module, decision: policy.Decision) -> None:

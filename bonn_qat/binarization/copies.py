@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from bonn_qat.errors import InvalidModel
+from bonn_qat.errors import InvalidModel, is_out_of_memory
 from bonn_qat.files.plain import one_line
 
 
@@ -19,6 +19,22 @@ class CannotBeCopied(InvalidModel):
 
 
 _LOCKS = {type(make()): make for make in (threading.Lock, threading.RLock)}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model within ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``, which share its weights.
+
+    >>> net = nn.Linear(2, 2)
+    >>> unwrapped(nn.DataParallel(torch.compile(net))) is net
+    True
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -39,6 +55,8 @@ def copied(model: nn.Module) -> nn.Module:
         except Exception as error:
             chain = _refused(error.__traceback__)
             make = _LOCKS.get(type(chain[-1])) if chain else None
+            if is_out_of_memory(error):
+                raise
             if make is None or id(chain[-1]) in known:
                 raise _refusal(model, chain, error) from error
             known[id(chain[-1])] = make()
@@ -97,6 +115,5 @@ def _refusal(model: nn.Module, chain: list[Any], error: Exception) -> CannotBeCo
         key = next((key for key, value in vars(owner).items() if any(value is x for x in within)), "")
         place = ".".join(filter(None, (name, key))) or f"{type(owner).__name__} itself"
     return CannotBeCopied(
-        f"{type(model).__name__} cannot be copied because of {place}: {one_line(error)}; remove it first, or give "
-        "inplace=True"
+        f"{type(model).__name__} cannot be copied because of {place}: {one_line(error)}; remove it first"
     )

@@ -12,7 +12,7 @@ from torch import nn
 from bonn_qat.binarization.copies import CannotBeCopied
 from bonn_qat.binarization.dry_run import BATCH, DryRun, Use, dry_run
 from bonn_qat.conv_types import conv_type
-from bonn_qat.errors import InvalidModel, UnknownName
+from bonn_qat.errors import InvalidModel, UnknownName, is_out_of_memory
 from bonn_qat.files.plain import one_line
 from bonn_qat.heads import metadata
 
@@ -273,6 +273,8 @@ def _observe(
         except CannotBeCopied as refusal:
             return None, tuple(input_size) if input_size else None, one_line(refusal)
         except Exception as caught:  # a model may raise anything for a size that does not fit
+            if is_out_of_memory(caught):
+                raise
             tried.append(size)
             error = caught
     if input_size is None:

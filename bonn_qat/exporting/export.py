@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bonn_qat.binarization.binarize import Binarization, binary_layers
+from bonn_qat.binarization.copies import unwrapped
 from bonn_qat.errors import BonnQatError, InvalidModel, UnknownName
 from bonn_qat.exporting.c.header import c_header
 from bonn_qat.exporting.onnx import beyond_bipolar, run_onnx, run_qonnx, write_onnx, write_qonnx
@@ -24,7 +25,7 @@ from bonn_qat.inspection.summary import input_size_of
 from bonn_qat.layers import BinaryLayer
 from bonn_qat.modes import modes, neutral
 from bonn_qat.packing.pack import pack
-from bonn_qat.packing.ready import inference_copy, unwrapped
+from bonn_qat.packing.ready import inference_copy
 from bonn_qat.runtime.packed import PackedModel
 
 _SEED = 0  # of the random images and inputs

@@ -4,11 +4,9 @@ The sizes that a file claims are checked against the file's own size before memo
 the tensors' types, shapes and offsets.
 """
 
-import errno
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from bonn_qat.errors import InvalidData
+from bonn_qat.errors import InvalidData, within_memory
 from bonn_qat.files import plain
 from bonn_qat.files.atomic import write_bytes
 
@@ -53,19 +51,6 @@ def digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
     return found.hexdigest()
 
 
-@contextmanager
-def fitting(path: str | Path) -> Iterator[None]:
-    """Within the block, memory that the system does not give becomes InvalidData naming the file."""
-    try:
-        yield
-    except (MemoryError, OSError, RuntimeError) as error:
-        # Torch's errors about memory have no type of their own on a CPU.
-        is_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
-        if is_memory or any(word in str(error) for word in ("allocate memory", "alloc_cpu", "os error 12")):
-            raise InvalidData(f"{path} does not fit into memory") from error
-        raise
-
-
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What :func:`write_tensors` wrote, on the CPU; the header is empty for a file without one.
 
@@ -76,7 +61,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         if path.exists() and not path.is_file():
             raise InvalidData(f"cannot read {path}: it is not a regular file")
-        with fitting(path), safetensors.safe_open(path, framework="pt") as file:
+        with within_memory(str(path)), safetensors.safe_open(path, framework="pt") as file:
             names = file.keys()
             if len(names) > _TENSORS:
                 raise ValueError(f"it holds {len(names):,} tensors; at most {_TENSORS:,} are allowed")

@@ -1,7 +1,7 @@
 """Layers that take the place of binary ones while a network is packed: on bits, or with bits that become floats."""
 
 import math
-from typing import cast, final
+from typing import Any, cast, final
 
 import torch
 import torch.nn.functional as F
@@ -54,18 +54,25 @@ class BitsLayer(nn.Module):
 
     def __init__(self, layer: BinaryLayer, bits: Tensor, scale: Tensor, thresholds: Tensor, flips: Tensor) -> None:
         super().__init__()
-        self.layer, (filters, inputs, height, width) = layer, bits.shape
+        filters, inputs, height, width = bits.shape
         groups, stride, dilation = 1, (1, 1), (1, 1)
         if isinstance(layer, BinaryConv2d):
             groups = layer.groups
             stride, dilation = (cast(tuple[int, int], pair) for pair in (layer.stride, layer.dilation))
         self.geometry = Geometry(filters, inputs * groups, (height, width), stride, dilation=dilation, groups=groups)
-        self.weight: Tensor
+        self.signs: Tensor
         self.epilogue: Tensor
         self.thresholds: Tensor
-        self.register_buffer("weight", encode_weight(flip_inputs(bits, flips, groups), groups))
+        self.register_buffer("signs", encode_weight(flip_inputs(bits, flips, groups), groups))
         self.register_buffer("epilogue", scale.abs().reshape(1, -1).expand(1, filters).clone())
         self.register_buffer("thresholds", thresholds)
+        self.layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # models read attributes of their layers, such as kernel_size or the weight's dtype
+            return getattr(super().__getattr__("layer"), name)
 
     def forward(self, input: Tensor) -> Tensor:
         return self._linear(input) if isinstance(self.layer, BinaryLinear) else self._conv2d(input)
@@ -105,7 +112,7 @@ class BitsLayer(nn.Module):
 
     def _product(self, x: Tensor, geometry: Geometry) -> Tensor:
         codes = _ops.sign_codes(x, self.thresholds, geometry.numbers)
-        y: Tensor = _ops.binary_conv2d(codes, self.weight, geometry.numbers, [0, 0], self.epilogue, None)
+        y: Tensor = _ops.binary_conv2d(codes, self.signs, geometry.numbers, [0, 0], self.epilogue, None)
         return y
 
     def _positions(self, x: Tensor) -> Tensor | None:

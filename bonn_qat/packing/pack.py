@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from torch import nn
 
 from bonn_qat.binarization.binarize import Binarization, binary_layers
+from bonn_qat.binarization.copies import unwrapped
 from bonn_qat.errors import InvalidModel
 from bonn_qat.inspection.summary import input_size_of
 from bonn_qat.modes import neutral
 from bonn_qat.packing.fuse import fuse
 from bonn_qat.packing.layers import pack_layer
-from bonn_qat.packing.ready import inference_copy, unwrapped
+from bonn_qat.packing.ready import inference_copy
 from bonn_qat.packing.trace import trace
 from bonn_qat.runtime.packed import PackedModel
 

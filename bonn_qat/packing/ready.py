@@ -1,27 +1,16 @@
 """Ready: a user's model as what packing and exporting take, a copy for inference without wrappers; quiet exports."""
 
 import contextlib
-import copy
 import io
 import sys
 from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from bonn_qat.binarization.copies import copied, unwrapped
 from bonn_qat.errors import InvalidModel, first_line
 
 _LONGEST = 200
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model within ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``, which share its weights."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 def inference_copy(model: nn.Module) -> nn.Module:
@@ -35,14 +24,11 @@ def inference_copy(model: nn.Module) -> nn.Module:
             f"{empty[0]} is on the device meta, so it has no values; load a checkpoint first, for example with "
             "load_state_dict(..., assign=True)"
         )
-    try:
-        copied = unwrapped(copy.deepcopy(model))
-    except Exception as error:  # whatever the model's own attributes raise
-        raise InvalidModel(f"copy.deepcopy does not copy this {type(model).__name__}: {reason(error)}") from error
-    for name, module in list(copied.named_modules(remove_duplicate=False)):
+    ready = copied(unwrapped(model))
+    for name, module in list(ready.named_modules(remove_duplicate=False)):
         if name and unwrapped(module) is not module:
-            copied.set_submodule(name, unwrapped(module))
-    return copied.cpu().float().eval().requires_grad_(False)
+            ready.set_submodule(name, unwrapped(module))
+    return ready.cpu().float().eval().requires_grad_(False)
 
 
 @contextlib.contextmanager

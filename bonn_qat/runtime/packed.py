@@ -10,10 +10,10 @@ from typing import Annotated, Any, final
 import torch
 from torch import Tensor, fx, nn
 
-from bonn_qat.errors import InvalidData, InvalidModel, first_line
+from bonn_qat.errors import InvalidData, InvalidModel, first_line, within_memory
 from bonn_qat.files import plain
 from bonn_qat.files.atomic import write_bytes
-from bonn_qat.files.tensors import digest, dump_tensors, fitting, read_tensors
+from bonn_qat.files.tensors import digest, dump_tensors, read_tensors
 from bonn_qat.files.validate import Allowed, Line, read_own
 from bonn_qat.modes import neutral
 from bonn_qat.runtime import graph as graphs
@@ -227,7 +227,7 @@ class PackedModel(nn.Module):
         """
         with neutral(making=True):
             tensors, header = read_tensors(Path(path))
-        with fitting(path):
+        with within_memory(str(path)):
             try:
                 return cls._from_file(tensors, header)
             except InvalidData as error:

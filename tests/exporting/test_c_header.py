@@ -294,8 +294,8 @@ def test_tensors_come_back_from_the_text(packed):
         assert kind == ("uint64_t" if tensor.dtype == torch.int64 else "float")
         assert values(kind, items).tobytes() == tensor.numpy().tobytes(), name
         assert f"#define {names[name].upper()}_COUNT {tensor.numel()}\n" in header
-    bits = unpack_words(tensors["conv_a.weight"], (16, 24, 3, 3))
-    word = int(found["network_conv_a_weight_words_2"][1][-1].removesuffix("u"), 16)
+    bits = unpack_words(tensors["conv_a.signs"], (16, 24, 3, 3))
+    word = int(found["network_conv_a_signs_words_2"][1][-1].removesuffix("u"), 16)
     assert [word >> i & 1 for i in range(64)] == bits.flatten()[-64:].int().tolist()
 
 
@@ -309,7 +309,7 @@ def test_names_are_identifiers_and_each_is_given_once(packed):
     assert all(re.fullmatch(r"net_1(_[a-z0-9]+)+", name) for name in defined)
     assert len(defined) == len(packed.tensors()) + 2 * 3 + 1  # an elementwise, two convolutions, the table of these
     assert all(name.startswith(("NET_1_", "BONN_QAT_")) for name in macros)
-    twice = {"net_1_conv_a", "net_1_conv_a_weight_words", "net_1_conv_a_thresholds"}
+    twice = {"net_1_conv_a", "net_1_conv_a_signs_words", "net_1_conv_a_thresholds"}
     assert {*twice, *(f"{name}_2" for name in twice)} <= set(defined)
 
 

@@ -472,6 +472,23 @@ def test_a_model_that_draws_random_numbers_is_refused():
         pack(bonn_qat.binarize(Random(), input_size=(3, 9, 9)))
 
 
+def test_a_model_may_read_the_attributes_of_its_layers():
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, (3, 5))
+
+        def forward(self, x):
+            height, width = self.second.kernel_size
+            x = nn.functional.pad(self.first(x), (width // 2, width // 2, height // 2, height // 2))
+            return self.second(x.to(self.second.weight.dtype)).mean((2, 3)) * self.second.weight.shape[0]
+
+    padded = bonn_qat.binarize(Padded(), include=["second"]).eval()
+    x = images(2)
+    with torch.no_grad():
+        assert torch.equal(pack(padded, tuple(x.shape[1:]))(x), padded(x))
+
+
 def test_a_part_without_autocast_is_packed_too():
     class Careful(nn.Module):
         def __init__(self):
