@@ -18,6 +18,7 @@ from bonn_qat.files.tensors import digest
 from bonn_qat.runtime import allowed
 from bonn_qat.runtime.graph import PYTHON
 from bonn_qat.runtime.layout import Geometry
+from bonn_qat.runtime.packed import FORMAT
 
 OURS = (
     "sign_codes", "binary_conv2d", "binary_conv2d_sign", "binary_conv2d_and_sign", "elementwise", "max_pool2d",
@@ -70,6 +71,7 @@ def tensors(side: int) -> dict[str, Tensor]:
         "image": image, "signal": image[0].reshape(1, 4, -1), "tokens": image[0, 0].reshape(1, -1, 4),
         "wide": image[0, 1].reshape(1, 4, -1), "row": torch.rand(4, generator=made) + 0.5, "square": torch.eye(4),
         "heads": image[:, :, :, :4], "mask": torch.zeros(side, side), "kernel": torch.ones(4, 4, 3, 3),
+        "bounds": torch.tensor([0.0, torch.inf]).repeat(4, 1).T.contiguous(),
         "kernel1": torch.ones(4, 4, 3), "places": torch.tensor([0, 3, 1]), "truth": image > 0,
         "whole": (image * 9).to(torch.int64), "spots": torch.zeros(1, 4, side, side, dtype=torch.int64),
         "slice": image[:, 0], "codes": torch.full((1, side + 2, side + 2, 2), 2, dtype=torch.uint8),
@@ -93,9 +95,9 @@ def _bases(n: int) -> dict[str, list[Any]]:
     convolved = ["$codes", "$bits", GEOMETRY, [0, 0], "$vectors", "$image"]
     norm = ["$image", "$row", "$row", "$row", "$row", False, 0.1, 1e-5, False]
     of: dict[str, list[Any]] = {
-        "bonn_qat.sign_codes": ["$image", "$row", GEOMETRY], "bonn_qat.binary_conv2d": convolved,
-        "bonn_qat.binary_conv2d_sign": [*convolved, "$row", GEOMETRY],
-        "bonn_qat.binary_conv2d_and_sign": [*convolved, "$row", GEOMETRY],
+        "bonn_qat.sign_codes": ["$image", "$bounds", GEOMETRY], "bonn_qat.binary_conv2d": convolved,
+        "bonn_qat.binary_conv2d_sign": [*convolved, "$bounds", GEOMETRY],
+        "bonn_qat.binary_conv2d_and_sign": [*convolved, "$bounds", GEOMETRY],
         "bonn_qat.elementwise": ["$image", [0, 0, 3, 0], "$vectors", "$image"],
         "bonn_qat.max_pool2d": ["$image", [3, 3], [2, 2], [1, 1]], "bonn_qat.unpack_signs": ["$words", [4, n, n]],
         "conv1d": ["$signal", "$kernel1", "$row", [1], [1], [1], 1],
@@ -115,6 +117,8 @@ def _bases(n: int) -> dict[str, list[Any]]:
         **{key: ["$image", [3, 3]] for key in ("adaptive_avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d")},
         "avg_pool2d": [*pool, False, True, None], "max_pool2d": [*pool, [1, 1], False],
         "max_pool2d_with_indices": [*pool, [1, 1], False],
+        "im2col": ["$image", [2, 2], [1, 1], [0, 0], [2, 2]],
+        "col2im": ["$wide", [n, n], [2, 2], [1, 1], [0, 0], [2, 2]],
         **{key: ["$image", [2 * n, 2 * n], False, 2.0, 2.0] for key in ("upsample_bilinear2d", "upsample_bicubic2d")},
         **{key: ["$image", None, False, [2.0, 2.0]] for key in ("upsample_bilinear2d.vec", "upsample_bicubic2d.vec")},
         "upsample_nearest2d": ["$image", [2 * n, 2 * n], 2.0, 2.0],
@@ -276,7 +280,7 @@ def as_file(call: Call, size: tuple[int, int, int] = (3, 8, 8)) -> tuple[dict[st
         {"op": "output", "name": "output", "args": [result]},
     ]
     header = {
-        "kind": "packed", "format": 1, "name": "hostile", "scheme": "", "input_size": list(size), "batch": None,
+        "kind": "packed", "format": FORMAT, "name": "hostile", "scheme": "", "input_size": list(size), "batch": None,
         "layers": [], "nodes": nodes,
     }  # fmt: skip
     return held, header | {"sha256": digest(held, header)}

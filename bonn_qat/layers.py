@@ -12,7 +12,7 @@ from torch.fx import Proxy
 
 from bonn_qat import functional
 from bonn_qat.conv_types import conv_type
-from bonn_qat.errors import BonnQatError, InvalidModel, InvalidRecipe, PluginError
+from bonn_qat.errors import BonnQatError, InvalidModel, InvalidRecipe, PluginError, is_out_of_memory
 from bonn_qat.hookspecs import hookimpl
 from bonn_qat.quantizers import ActivationQuantizer, FrozenWeight, WeightQuantizer
 from bonn_qat.scheme import ACTIVATIONS, EQUAL_OUTPUT, Scheme, Stage
@@ -322,6 +322,8 @@ def binary_form(layer: nn.Module, scheme: Scheme, *, normalize: bool = True) -> 
             return BinaryLinear.from_float(layer, scheme, normalize=normalize)
         return BinaryConv2d.from_float(cast(nn.Conv2d, layer), scheme, normalize=normalize)
     except Exception as error:  # the scheme's factories are third-party code
+        if is_out_of_memory(error):
+            raise
         words = str(error) if isinstance(error, BonnQatError | ValueError | RuntimeError) else repr(error)
         raise InvalidModel(f"the scheme {scheme.name!r} does not fit {layer}: {words}") from error
 

@@ -115,7 +115,7 @@ def binarize(
     kept = decision.kept | {n: f"scheme {others.of(n).name!r}" for n in decision.binary if others.of(n).weight is None}
     if chosen.weight is None and not others.patterns:
         others.check_options(model)
-        result = model if inplace else copied(model)
+        result = model if inplace else copied(model, ", or give inplace=True")
         result.binarization = Binarization(  # type: ignore[assignment]
             scheme=chosen, binary=(), kept=decision.kept, input_size=decision.input_size, skip=skip, include=include,
             logits=decision.logits,
@@ -131,7 +131,7 @@ def binarize(
             check_contract(used)
             check_start(used)
     before = set(model.state_dict())
-    result = model if inplace else copied(model)
+    result = model if inplace else copied(model, ", or give inplace=True")
     names = {*kept, *policy.named(model, skip, "skip"), *_gates(model, kept)}
     originals = list(result.modules())
     with _as_before_after_an_error(result):

@@ -37,10 +37,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module, remedy: str = "") -> nn.Module:
     """A deep copy of ``model``. Of a tensor that an earlier pass computed it holds the values, without their history.
 
-    Raises CannotBeCopied, which names what cannot be copied, such as an open file.
+    Raises CannotBeCopied, which names what cannot be copied, such as an open file, and also tells the ``remedy``.
 
     >>> net = nn.Linear(2, 2)
     >>> net.last = net(torch.ones(1, 2))
@@ -58,7 +58,7 @@ def copied(model: nn.Module) -> nn.Module:
             if is_out_of_memory(error):
                 raise
             if make is None or id(chain[-1]) in known:
-                raise _refusal(model, chain, error) from error
+                raise _refusal(model, chain, error, remedy) from error
             known[id(chain[-1])] = make()
 
 
@@ -106,7 +106,7 @@ def _refused(trace: TracebackType | None) -> list[Any]:
     return found
 
 
-def _refusal(model: nn.Module, chain: list[Any], error: Exception) -> CannotBeCopied:
+def _refusal(model: nn.Module, chain: list[Any], error: Exception, remedy: str = "") -> CannotBeCopied:
     owners = [i for i, x in enumerate(chain) if isinstance(x, nn.Module)]
     place = type(model).__name__
     if owners:
@@ -115,5 +115,5 @@ def _refusal(model: nn.Module, chain: list[Any], error: Exception) -> CannotBeCo
         key = next((key for key, value in vars(owner).items() if any(value is x for x in within)), "")
         place = ".".join(filter(None, (name, key))) or f"{type(owner).__name__} itself"
     return CannotBeCopied(
-        f"{type(model).__name__} cannot be copied because of {place}: {one_line(error)}; remove it first"
+        f"{type(model).__name__} cannot be copied because of {place}: {one_line(error)}; remove it first{remedy}"
     )

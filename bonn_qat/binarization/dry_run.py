@@ -26,6 +26,7 @@ from bonn_qat.binarization.copies import CannotBeCopied, ghost
 from bonn_qat.binarization.fast_paths import close_fast_paths
 from bonn_qat.binarization.guesses import Guesses
 from bonn_qat.conv_types import macs
+from bonn_qat.errors import is_out_of_memory
 
 BATCH = 2
 
@@ -99,9 +100,9 @@ def dry_run(model: nn.Module, layers: Iterable[str], input_size: Sequence[int]) 
             break
         try:
             seen.append(_try(model, layers, input_size, one))
-        except CannotBeCopied:
-            raise
         except Exception as caught:  # a model may raise anything
+            if isinstance(caught, CannotBeCopied) or is_out_of_memory(caught):
+                raise
             error = error or caught
     if not seen:
         assert error is not None
@@ -120,9 +121,9 @@ def _try(model: nn.Module, layers: list[str], input_size: Sequence[int], one: _P
     first, second = one.devices
     try:
         return _follow(model, layers, input_size, one, first)
-    except CannotBeCopied:
-        raise
-    except Exception:
+    except Exception as error:
+        if isinstance(error, CannotBeCopied) or is_out_of_memory(error):
+            raise
         return _follow(model, layers, input_size, one, second)
 
 

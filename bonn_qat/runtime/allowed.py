@@ -65,9 +65,9 @@ GROUPS: Mapping[str, str] = {
         batch_norm.default group_norm.default instance_norm.default layer_norm.default rms_norm.default""",
     "windows": """
         adaptive_avg_pool1d.default adaptive_avg_pool2d.default adaptive_max_pool2d.default avg_pool1d.default
-        avg_pool2d.default max_pool2d.default max_pool2d_with_indices.default upsample_bicubic2d.default
-        upsample_bicubic2d.vec upsample_bilinear2d.default upsample_bilinear2d.vec upsample_nearest2d.default
-        upsample_nearest2d.vec _adaptive_avg_pool2d.default""",
+        avg_pool2d.default col2im.default im2col.default max_pool2d.default max_pool2d_with_indices.default
+        upsample_bicubic2d.default upsample_bicubic2d.vec upsample_bilinear2d.default upsample_bilinear2d.vec
+        upsample_nearest2d.default upsample_nearest2d.vec _adaptive_avg_pool2d.default""",
     "products": "addmm.default bmm.default einsum.default linear.default matmul.default mm.default",
     "attention": "scaled_dot_product_attention.default",
     "convolutions": """

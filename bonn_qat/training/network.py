@@ -92,6 +92,8 @@ def _build(recipe: Recipe, classes: int, image: tuple[int, ...], pm: pluggy.Plug
     model = binarize(model, start, skip=recipe.skip, include=recipe.include, inplace=True, pm=pm)
     if recipe.checkpoint:
         load_file(model, recipe.checkpoint)
+    for _, layer in binary_layers(model):
+        layer.scheme = scheme
     record = cast(Binarization, model.binarization)
     model.binarization = replace(record, scheme=scheme, input_size=image)  # type: ignore[assignment]
     model.recipe = recipe  # type: ignore[assignment]
@@ -323,6 +325,7 @@ def _check_size(recipe: Recipe, classes: int, channels: int, held: int | None = 
     def count_modules(module: nn.Module, name: str, part: nn.Module | None) -> None:
         nonlocal modules
         modules += 1
+        check_time()
         if modules > _MOST_MODULES:
             raise _TooLarge(
                 f"{recipe.model!r} with its model_options has too many modules; allowed: at most {_MOST_MODULES:,}"
@@ -330,14 +333,20 @@ def _check_size(recipe: Recipe, classes: int, channels: int, held: int | None = 
 
     began = time.thread_time()
 
-    def watch(*_: object) -> None:
-        nonlocal calls
-        calls += 1
-        if calls % 1024 == 0 and time.thread_time() - began > _MOST_SECONDS:
+    def check_time() -> None:
+        if time.thread_time() - began > _MOST_SECONDS:
             raise _TooLarge(
                 f"{recipe.model!r} with its model_options takes too long to make; allowed: {_MOST_SECONDS} seconds"
             )
 
+    # For code that makes no modules. If that code happens to catch the error, there is no second one.
+    def watch(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls % 1024 == 0:
+            check_time()
+
+    described = replace(recipe, model_options=options)
     with contextlib.ExitStack() as stack:
         for hook in (
             register_module_parameter_registration_hook(count),
@@ -349,7 +358,7 @@ def _check_size(recipe: Recipe, classes: int, channels: int, held: int | None = 
             sys.setprofile(watch)
             stack.callback(sys.setprofile, None)
         with torch.device("meta"):
-            float_network(replace(recipe, model_options=options), classes, channels)
+            float_network(described, classes, channels)
 
 
 def _numbers(value: Any) -> Iterator[float]:

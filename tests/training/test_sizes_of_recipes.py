@@ -20,9 +20,9 @@ from bonn_qat.training.recipe import Recipe
 DATA = load_data("digits", train_images=8, test_images=4)
 NETWORKS = {
     "resnet18": ["layers", "channels"],
-    "resnet50": ["base_width", "cardinality", "stem_width", "layers"],
+    "resnet50": ["base_width", "cardinality", "layers"],
     "vit_tiny_patch16_224": ["img_size", "embed_dim", "depth", "mlp_ratio", "patch_size"],
-    "swin_tiny_patch4_window7_224": ["img_size", "embed_dim", "depths", "window_size", "mlp_ratio"],
+    "swin_tiny_patch4_window7_224": ["img_size", "embed_dim", "depths", "mlp_ratio"],
     "convnext_tiny": ["depths", "dims", "kernel_sizes"],
     "densenet121": ["growth_rate", "block_config"],
     "mixer_s16_224": ["img_size", "embed_dim", "num_blocks"],
@@ -114,8 +114,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("failure", FAILURES)
 def test_memory_that_runs_out_while_loading_is_an_error_that_names_the_file(failure: str, weights: Path) -> None:
+    whole = load(weights).state_dict()  # the first time takes more operations
     with Full(0, None) as counted:
-        whole = load(weights).state_dict()
+        load(weights)
     assert is_out_of_memory(FAILURES[failure]())
     for last in range(0, counted.count, counted.count // 12):
         with Full(last, FAILURES[failure]()), pytest.raises(InvalidData) as caught:
