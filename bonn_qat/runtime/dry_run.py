@@ -94,16 +94,20 @@ class _DryRun:
             raise InvalidData(f"{_described(node)} would need too much memory: an image may need {MEMORY:,} bytes")
         self.pieces += len(tensors) - 1
         self.held += _bytes(node, value)
-        needed = self.held + self.beside
+        self._need(node, self.held + self.beside)
+
+    def _need(self, node: fx.Node, needed: int) -> None:
         self.most = max(self.most, needed)
         if needed > self.limit or self.pieces > _PIECES:
             raise InvalidData(f"{_described(node)} would need too much memory: an image may need {MEMORY:,} bytes")
 
     def _finish(self, node: fx.Node) -> None:
-        found = fx.node.map_aggregate(node.args[0], self._ready)
+        found: Any = fx.node.map_aggregate(node.args[0], self._ready)
         flat = found if isinstance(found, list | tuple) else [found]
         if not flat or not all(isinstance(tensor, Tensor) for tensor in flat):
             raise InvalidData("a packed network returns a tensor, or a list or tuple of tensors")
+        if not graphs.gives_new_tensors(self.graph):  # the caller gets copies
+            self._need(node, self.held + sum(tensor.numel() * tensor.element_size() for tensor in flat))
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

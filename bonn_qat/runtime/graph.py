@@ -261,9 +261,10 @@ def without_dispatcher(network: fx.GraphModule) -> fx.GraphModule:
 
 
 _NEW = {
-    "_softmax", "add", "addmm", "batch_norm", "bmm", "cat", "clone", "conv2d", "convolution", "linear", "log_softmax",
-    "matmul", "mean", "mm", "mul", "relu", "sigmoid", "softmax", "stack", "sub", "tanh",
-}  # fmt: skip
+    *(name for name, group in allowed.GROUP_OF.items()
+      if group in ("elementwise", "reductions", "norms", "windows", "products", "attention", "convolutions")),
+    "aten.cat.default", "aten.clone.default", "aten.stack.default",
+} - {"aten.positive.default", "aten.einsum.default"}  # fmt: skip
 
 
 def gives_new_tensors(graph: fx.Graph) -> bool:
@@ -273,8 +274,9 @@ def gives_new_tensors(graph: fx.Graph) -> bool:
         while isinstance(node, fx.Node) and node.target is operator.getitem:
             node = node.args[0]
         target = node.target if isinstance(node, fx.Node) else None
-        is_ours = isinstance(target, torch._ops.OpOverload) and target.namespace == "bonn_qat"
-        if not is_ours and not (isinstance(target, torch._ops.OpOverload) and target._opname in _NEW):
+        if not isinstance(target, torch._ops.OpOverload) or (
+            target.namespace != "bonn_qat" and str(target) not in _NEW
+        ):
             return False
     return True
 

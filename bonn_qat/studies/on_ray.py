@@ -145,7 +145,10 @@ class _Driver:
 
     def _submit(self, name: str) -> Any:
         path = checkpoint_of(self._directory, name)
-        checkpoint = plain.open_regular(path).read() if path.exists() else None
+        checkpoint = None
+        if path.exists():
+            with plain.open_regular(path) as file:
+                checkpoint = file.read()
         task = self._task.options(name=name, **self._options)
         return task.remote(self._recipes[name], self._common, checkpoint, self._inbox)
 

@@ -127,7 +127,7 @@ def test_an_image_folder_is_compared(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_a_failed_run_gives_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["compare", "--schemes", "bonn", *TINY, "--lr", "1e30", "--output", str(tmp_path)]) == 1
-    assert "failed: bonn-0.01-seed0: the loss term" in capsys.readouterr().out
+    assert re.search("failed: bonn-0.01-seed0: .* held NaN or infinity in step 2", capsys.readouterr().out)
 
 
 def test_what_a_file_says_gives_the_terminal_no_orders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
