@@ -1,5 +1,7 @@
 """Heads: find the layer that turns features into logits."""
 
+from typing import Any
+
 from torch import nn
 
 from bonn_qat.errors import InvalidModel
@@ -29,10 +31,24 @@ def classifier(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
     return found[0], layers[found[0]]
 
 
+def record_of(model: nn.Module) -> tuple[str, Any]:
+    """The prefix of the binarized network within ``model``, and its ``binarization``; None for no such network.
+
+    It is ``model`` itself, or the one inside a wrapper without parameters of its own, as torch.compile returns.
+    """
+    for name, module in model.named_modules():
+        if (record := vars(module).get("binarization")) is not None:
+            is_all = {id(p) for p in module.parameters()} == {id(p) for p in model.parameters()}
+            return (f"{name}." if name else "", record) if is_all else ("", None)
+    return "", None
+
+
 def _logits(model: nn.Module) -> tuple[str, ...] | None:
-    record = getattr(model, "binarization", None)
+    prefix, record = record_of(model)
+    if record is not None and record.logits is not None:
+        return tuple(prefix + name for name in record.logits)
     if record is not None:
-        return record.logits  # type: ignore[no-any-return]
+        return None
     from bonn_qat.binarization.policy import decide  # of a higher rank
 
     return decide(model).logits

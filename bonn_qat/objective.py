@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bonn_qat import distributed, plugins
 from bonn_qat.errors import BonnQatError, InvalidData, InvalidModel, InvalidRecipe, TrainingDiverged
+from bonn_qat.heads import record_of
 from bonn_qat.layers import BinaryLayer
 from bonn_qat.quantizers import ParameterRule, Quantizer, WeightQuantizer
 from bonn_qat.regularizers import Regularizer, check_range, class_indices, described, may_look, tensor_quant
@@ -97,7 +98,7 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         if regularizers is None:
-            scheme = getattr(getattr(model, "binarization", None), "scheme", None)
+            scheme = getattr(record_of(model)[1], "scheme", None)
             regularizers = scheme.regularizers if isinstance(scheme, Scheme) else {}
         self.model = model
         self.task = CrossEntropy() if task is None else task
@@ -115,7 +116,8 @@ class Objective(nn.Module):
         self._inputs = _Inputs()
         self._layers = [name for name, layer in model.named_modules() if isinstance(layer, BinaryLayer)]
         for name in self._layers:
-            model.get_submodule(name).register_forward_pre_hook(functools.partial(self._inputs.see, name))
+            see = functools.partial(self._inputs.see, name)
+            model.get_submodule(name).register_forward_pre_hook(see, with_kwargs=True)
         inputs = [f"the input of {name}" for name in self._layers]
         self._watched = ["the images", *inputs, *(f"the loss term {name!r}" for name in ("task", *self.regularizers))]
         self._masks = {name for name, tensor in self.named_buffers() if not tensor.is_meta and tensor.isinf().any()}
@@ -208,9 +210,9 @@ class _Inputs:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] | None = None
 
-    def see(self, name: str, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if self.sums is not None and inputs:
-            before, own = self.sums.get(name), _sum(inputs[0])
+    def see(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        if self.sums is not None:
+            before, own = self.sums.get(name), _sum(next(iter((*inputs, *named.values()))))
             self.sums[name] = own if before is None else before + own
 
 

@@ -34,8 +34,9 @@ class _Tap:
     def __init__(self) -> None:
         self._features: Tensor | None = None
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._features = getattr(inputs[0], "value", inputs[0])  # of a Brevitas QuantTensor
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        given = next(iter((*inputs, *named.values())))
+        self._features = getattr(given, "value", given)  # of a Brevitas QuantTensor
 
     def take(self) -> Tensor:
         features, self._features = self._features, None
@@ -214,7 +215,7 @@ class _ClassCentres(Regularizer):
             )
         self.alpha = alpha
         self._tap = _Tap()
-        head.register_forward_pre_hook(self._tap)
+        head.register_forward_pre_hook(self._tap, with_kwargs=True)
         self.centres: Tensor
         self.register_buffer("centres", torch.zeros(classes, features, device=head.weight.device))
 

@@ -506,3 +506,28 @@ def test_two_processes_hold_equal_parameters_and_centres(tmp_path: Path, run_scr
     commands = [[str(script), str(rank), str(tmp_path / "store")] for rank in range(2)]
     for done in run_scripts(*commands, cwd=tmp_path, env=environment):
         assert done.returncode == 0, done.stderr[-3000:]
+
+
+class _ByName(nn.Module):
+    """Calls its classifier, and a binary layer, with a named argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.fc(input=self.body(input=self.stem(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda m: m, nn.DataParallel, lambda m: torch.compile(m, backend="eager"),
+             lambda m: torch.optim.swa_utils.AveragedModel(m)],
+)  # fmt: skip
+def test_a_wrapper_keeps_the_losses_of_its_network_and_arguments_may_have_names(wrap: Callable[..., Any]) -> None:
+    model = bonn_qat.binarize(_ByName(), input_size=(3, 8, 8))
+    images, targets = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+    expected = Objective(copy.deepcopy(model))(images, targets).terms
+    found = Objective(wrap(model))(images, targets).terms
+    assert found.keys() == expected.keys() == {"task", "kernel", "feature"}
+    for name, term in expected.items():
+        torch.testing.assert_close(found[name], term)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -353,9 +354,14 @@ def _revive_zero_scales(model: nn.Module) -> Iterator[str]:
 def _refuse_folding(model: nn.Module) -> None:
     for module in model.modules():
         if any(isinstance(part, BinaryLayer) for part in module.modules()):
-            for method in _FOLDS:
-                if callable(getattr(module, method, None)):
-                    setattr(module, method, functools.partial(_refuse, type(module).__name__, method))
+            for name in _FOLDS:
+                method = getattr(module, name, None)
+                # One that needs arguments, or is no method at all, does something else.
+                if inspect.ismethod(method) and all(
+                    parameter.default is not parameter.empty or parameter.kind in (2, 4)  # *args and **kwargs
+                    for parameter in inspect.signature(method).parameters.values()
+                ):
+                    setattr(module, name, functools.partial(_refuse, type(module).__name__, name))
 
 
 def _refuse(kind: str, method: str, *_: object, **__: object) -> NoReturn:
@@ -370,7 +376,8 @@ def _initial_values(model: nn.Module, added: set[str]) -> dict[str, Tensor]:
     inside = {id(part) for _, layer in binary_layers(model) for part in layer.modules()}
     found: dict[str, Tensor] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        keys = {key: f"{name}.{key}" for key in (*module._parameters, *module._buffers) if f"{name}.{key}" in added}
+        held = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+        keys = {key: f"{name}.{key}" for key in held if f"{name}.{key}" in added}
         if not keys or id(module) in inside:
             continue
         if any(tensor.is_meta for tensor in module.state_dict().values()):

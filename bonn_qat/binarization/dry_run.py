@@ -12,7 +12,7 @@ import logging
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -341,9 +341,10 @@ def tensors_in(value: object, depth: int = 8) -> Iterator[Tensor]:
     parts: Iterable[object]
     if isinstance(value, Mapping):
         parts = value.values()
-    elif isinstance(value, Sequence | set | frozenset):
+    elif isinstance(value, Collection):
         parts = value
     else:
-        parts = getattr(value, "__dict__", {}).values()
+        slots = (name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()))
+        parts = [*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in slots)]
     for part in parts:
         yield from tensors_in(part, depth - 1)

@@ -41,6 +41,11 @@ def dump_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None
     return content
 
 
+def load_tensors(content: bytes) -> dict[str, Tensor]:
+    """What :func:`dump_tensors` made in this process or one that it trusts."""
+    return safetensors.torch.load(content)
+
+
 def digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
     """The SHA-256 of names, types, shapes and values of ``tensors``, and of ``header``, in hexadecimal digits."""
     found = hashlib.sha256(json.dumps(header, sort_keys=True).encode())

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export.graph_signature import OutputKind
 
 from bonn_qat.errors import InvalidModel
 from bonn_qat.packing.network import Network, Value
@@ -102,6 +103,7 @@ def _network(program: Any, batch: int | None, normalize: Callable[[fx.Graph], bo
             copies[node] = graph.node_copy(node, copies.__getitem__)
         if node in copies:
             copies[node].meta = _facts(node)
+    _drop_changes(graph, signature.output_specs)
     if not normalize(graph):
         return None
     _name_types(graph)
@@ -194,6 +196,18 @@ def _restore_norms(graph: fx.Graph) -> bool:
         graph.erase_node(result)
         graph.erase_node(node)
     return True
+
+
+def _drop_changes(graph: fx.Graph, specs: Sequence[Any]) -> None:
+    """Leave the model's own outputs: after decompositions, tensors that it changes in place come before them."""
+    node = graph.output_node()
+    for spec in specs:
+        if spec.kind == OutputKind.BUFFER_MUTATION:
+            raise InvalidModel(
+                f"the model changes its buffer {spec.target} in each call, which a packed network cannot"
+            )
+    outputs = cast(tuple[Any, ...], node.args[0])
+    node.args = (tuple(x for x, spec in zip(outputs, specs, strict=True) if spec.kind == OutputKind.USER_OUTPUT),)
 
 
 def _shape_output(graph: fx.Graph, spec: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from bonn_qat.errors import InvalidData, InvalidModel, first_line, within_memory
 from bonn_qat.files import plain
 from bonn_qat.files.atomic import write_bytes
-from bonn_qat.files.tensors import digest, dump_tensors, read_tensors
+from bonn_qat.files.tensors import digest, dump_tensors, load_tensors, read_tensors
 from bonn_qat.files.validate import Allowed, Line, read_own
 from bonn_qat.modes import neutral
 from bonn_qat.runtime import graph as graphs
@@ -205,8 +205,10 @@ class PackedModel(nn.Module):
         return tensors, header | {"sha256": digest(tensors, header)}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Pickled as it is saved: a graph holds functions of torch that cannot be pickled.
-        return PackedModel._from_file, self._as_data()
+        # Pickled as it is saved: a graph holds functions of torch that cannot be pickled. In bytes, because torch would
+        # hand tensors to another process as shared memory, which is gone when that process looks for it.
+        tensors, header = self._as_data()
+        return PackedModel._from_bytes, (dump_tensors(tensors), header)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedModel":
         # Not by __reduce__, which would move the copy to the CPU.
@@ -232,6 +234,10 @@ class PackedModel(nn.Module):
                 return cls._from_file(tensors, header)
             except InvalidData as error:
                 raise InvalidData(f"{path}: {error}") from error
+
+    @classmethod
+    def _from_bytes(cls, content: bytes, header: dict[str, Any]) -> "PackedModel":
+        return cls._from_file(load_tensors(content), header)
 
     @classmethod
     def _from_file(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> "PackedModel":

@@ -12,6 +12,7 @@ shown on white. 16-bit greyscale is divided by 257, so that 65,535 is white, and
 
 import contextlib
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -74,6 +75,13 @@ def read_layout(root: Path) -> Layout:
                 "is a class, give it another name"
             )
         classes = _classes(root)
+        words = {name: set(re.split("[^a-z]+", name.casefold())) for name in classes}
+        parts = [next((n for n in words if not words[n].isdisjoint(kind)), "") for kind in (_TRAIN, _HELD_OUT)]
+        if all(parts):
+            raise InvalidData(
+                f"{root} holds {parts[0]} and {parts[1]}, which are parts of a data set by their names, not classes; "
+                "name them train and val, each with one folder of images for each class"
+            )
         return Layout(list(classes), _samples(root, classes), None)
     if held_out is None:
         for name, path in folders.items():

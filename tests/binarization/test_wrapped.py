@@ -224,3 +224,60 @@ def test_torchvisions_feature_extractor_works_on_a_binary_network(name):
     binary(x)
     assert features.keys() == seen.keys() == set(wanted)
     assert all(torch.equal(features[node], seen[node]) for node in wanted)
+
+
+class Fusing(nn.Module):
+    """Something that is called ``fuse`` and folds nothing."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = (nn.Conv2d(i, 8, 3, padding=1) for i in (3, 8, 8))
+        if kind == "module":
+            self.fuse = nn.Sequential(nn.Conv2d(16, 8, 1), nn.ReLU())
+        elif kind == "function":
+            self.fuse = torch.add
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.body(x)
+        return self.head(self.fuse(torch.cat([x, y], 1)) if self.kind == "module" else self.fuse(x, y))
+
+
+class FusingMethod(Fusing):
+    def fuse(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
+@pytest.mark.parametrize(("make", "kind"), [(Fusing, "module"), (Fusing, "function"), (FusingMethod, "method")])
+def test_what_is_called_fuse_but_folds_nothing_stays(make, kind):
+    model = bonn_qat.binarize(make(kind), input_size=(3, 8, 8))
+    assert "body" in model.binarization.binary
+    assert model(torch.randn(2, 3, 8, 8)).isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch.jit
+def test_a_scripted_part_stays_float():
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU()))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), scripted, nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 5))
+    assert bonn_qat.binarize(model, input_size=(3, 8, 8)).binarization.binary == ("2",)
+
+
+@dataclass(slots=True)
+class Slots:
+    low: Tensor
+    high: Tensor
+
+
+@pytest.mark.parametrize("wrap", [Slots, lambda *x: dict(enumerate(x)).values(), lambda *x: {*x}, lambda *x: [x]])
+def test_outputs_in_any_container_are_found(wrap):
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.middle, self.low, self.high = (nn.Conv2d(i, 8, 3, padding=1) for i in (3, 8, 8, 8))
+
+        def forward(self, x: Tensor) -> Any:
+            low = self.low(self.middle(self.stem(x)))
+            return wrap(low, self.high(low))
+
+    assert bonn_qat.binarize(Two(), input_size=(3, 8, 8)).binarization.binary == ("middle",)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -504,3 +505,63 @@ def test_a_part_without_autocast_is_packed_too():
     x = images(2)
     with torch.no_grad():
         assert torch.equal(pack(careful, tuple(x.shape[1:]))(x), careful(x))
+
+
+def _normalised(net, x):
+    return net(x.sub_(0.5).div_(0.2))
+
+
+# What torch.export cannot see, because it follows one number of images.
+OF_THE_BATCH = {
+    "every other": lambda net, x: net(x)[::2],
+    "times the number": lambda net, x: net(x) * float(len(x)),
+    "one alone": lambda net, x: 2 * net(x) if len(x) == 1 else net(x),
+    "more than one": lambda net, x: net(x).flip(1) if len(x) > 1 else net(x),
+    "of the largest": lambda net, x: (lambda y: y / y.abs().max())(torch.stack(list(net(x)))),
+    "sequence first": lambda net, x: torch.stack([y.flatten(1).T for y in net(x)], 1),
+    "a list": lambda net, x: list(net(x)),
+    "nothing": lambda net, x: (net(x), None),
+    "its statistics": lambda net, x: nn.functional.batch_norm(net(x), None, None, training=True),
+}  # fmt: skip
+
+
+class Of(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+        self.function = function
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        return self.function(self.net, x)
+
+
+@pytest.mark.parametrize("name", OF_THE_BATCH)
+def test_a_model_that_is_no_function_of_each_image_is_refused(name):
+    model = bonn_qat.binarize(Of(OF_THE_BATCH[name]), include=["net.1"], input_size=(3, 8, 8))
+    with pytest.raises(InvalidModel, match="Of cannot be packed: "):
+        pack(model)
+
+
+def test_images_may_be_changed_in_place_but_no_buffer():
+    model = bonn_qat.binarize(Of(_normalised), include=["net.1"], input_size=(3, 8, 8)).eval()
+    x = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(pack(model)(x), model(x.clone()))
+
+    class Counts(Of):
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    with pytest.raises(InvalidModel, match="the model changes its buffer calls in each call"):
+        pack(bonn_qat.binarize(Counts(lambda net, x: net(x)), include=["net.1"], input_size=(3, 8, 8)))
+
+
+def test_what_is_sent_to_a_process_holds_no_shared_memory():
+    """torch's own reduction of tensors is of files that are gone when a process that was not forked looks for them."""
+    packed = pack(bonn_qat.binarize(Of(lambda net, x: net(x)), include=["net.1"], input_size=(3, 8, 8)))
+    content = ForkingPickler.dumps(packed)
+    assert b"rebuild" not in bytes(content)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(pickle.loads(content)(x), packed(x))

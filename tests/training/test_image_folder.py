@@ -399,3 +399,19 @@ def test_a_resume_on_other_pictures_is_refused(tmp_path: Path) -> None:
         change()
         prints.add(data.load(root, size=32).fingerprint)
     assert len(prints) == 5
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("train_images", "test_images"), ("seg_train/seg_train/a", "seg_test/seg_test/a"), ("train", "test1"),
+     ("training_set/training_set/cats", "test_set/test_set/cats"), ("My-Train", "my-VAL")],
+)  # fmt: skip
+def test_sets_are_not_taken_for_classes(tmp_path: Path, first: str, second: str) -> None:
+    for place in (first, second):
+        for index in range(2):
+            (tmp_path / place).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / place / f"{index}.png")
+    with pytest.raises(InvalidData, match="parts of a data set by their names, not classes") as caught:
+        read_layout(tmp_path)
+    assert first.split("/")[0] in str(caught.value)
+    assert second.split("/")[0] in str(caught.value)
