@@ -201,11 +201,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._without_grad: set[str] = set()  # layers whose output autograd does not follow
         layers = set(layers)
         for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
             weight = module._parameters.get("weight")
             if name in layers and weight is not None:
                 self._set(weight, _Origin(weights=frozenset([name])))
-            if not isinstance(module, torch.jit.ScriptModule):
-                module.forward = self._followed(name, module.forward, module if name in layers else None)
+            module.forward = self._followed(name, module.forward, module if name in layers else None)
 
     def start(self, image: Tensor) -> None:
         """``image`` is the input of the model."""
