@@ -34,7 +34,8 @@ def pack(model: nn.Module, input_size: Sequence[int] | None = None) -> PackedMod
     ``layers`` of the result says it for each layer.
 
     Raises InvalidModel for a model without binary layers, one in a stage with float weights or activations, one that
-    torch cannot export, or that returns anything but tensors.
+    torch cannot export, that returns anything but tensors, or whose result is not that of each image alone: one, two
+    and three images are compared.
 
     >>> import bonn_qat
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
