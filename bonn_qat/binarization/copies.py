@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -47,19 +48,7 @@ def copied(model: nn.Module, remedy: str = "") -> nn.Module:
     >>> copied(net).last.requires_grad
     False
     """
-    known: dict[int, Any] = {}
-    while True:
-        try:
-            with _Detached():
-                return copy.deepcopy(model, dict(known))
-        except Exception as error:
-            chain = _refused(error.__traceback__)
-            make = _LOCKS.get(type(chain[-1])) if chain else None
-            if is_out_of_memory(error):
-                raise
-            if make is None or id(chain[-1]) in known:
-                raise _refusal(model, chain, error, remedy) from error
-            known[id(chain[-1])] = make()
+    return _copy(model, {}, lambda culprit: make() if (make := _LOCKS.get(type(culprit))) else None, remedy)
 
 
 def ghost(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
@@ -75,15 +64,26 @@ def ghost(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
     known: dict[int, Any] = {id(buffer): empty(buffer) for buffer in model.buffers()}
     for parameter in model.parameters():
         known[id(parameter)] = nn.Parameter(empty(parameter), requires_grad=parameter.requires_grad)
+    return _copy(model, known, lambda culprit: None if isinstance(culprit, nn.Module | Tensor) else culprit)
+
+
+def _copy(model: nn.Module, known: dict[int, Any], stand_in: Callable[[Any], Any], remedy: str = "") -> nn.Module:
+    """A deep copy with ``stand_in(x)`` for each x that refuses to be copied; None refuses for good.
+
+    ``known`` holds copies that are made already, by the id of the original.
+    """
     while True:
         try:
             with _Detached():
                 return copy.deepcopy(model, dict(known))
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             chain = _refused(error.__traceback__)
-            if not chain or isinstance(chain[-1], nn.Module | Tensor) or id(chain[-1]) in known:
-                raise _refusal(model, chain, error) from error
-            known[id(chain[-1])] = chain[-1]
+            new = stand_in(chain[-1]) if chain and id(chain[-1]) not in known else None
+            if new is None:
+                raise _refusal(model, chain, error, remedy) from error
+            known[id(chain[-1])] = new
 
 
 class _Detached(TorchFunctionMode):
@@ -106,7 +106,7 @@ def _refused(trace: TracebackType | None) -> list[Any]:
     return found
 
 
-def _refusal(model: nn.Module, chain: list[Any], error: Exception, remedy: str = "") -> CannotBeCopied:
+def _refusal(model: nn.Module, chain: list[Any], error: Exception, remedy: str) -> CannotBeCopied:
     owners = [i for i, x in enumerate(chain) if isinstance(x, nn.Module)]
     place = type(model).__name__
     if owners:
