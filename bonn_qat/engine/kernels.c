@@ -1,0 +1,347 @@
+/* The passes over activations in a training step of a binary network, and its binary convolutions.
+
+   Activations are (pixels, channels), the channels of a pixel next to each other, in float32 or bfloat16; `half` says
+   which. Signs are bits of 32-bit words, and each pixel starts a word: bit i of word j is 1 where channel 32 j + i is
+   +1, and 0 beyond the last channel. Sums over pixels are kept in float32 for a block of pixels and added up in double,
+   by each thread for itself. Vectors have 16 numbers, which the compiler spreads over the registers of the machine. */
+
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define LANES 16
+#define BLOCK 64 /* pixels */
+#define TILE 8   /* output pixels of a convolution that share a load of weights */
+#define INLINE static inline __attribute__((always_inline))
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+typedef float F __attribute__((vector_size(4 * LANES)));
+typedef int32_t I __attribute__((vector_size(4 * LANES)));
+typedef uint32_t U __attribute__((vector_size(4 * LANES)));
+typedef uint16_t H __attribute__((vector_size(2 * LANES)));
+
+/* ---- vectors ---- */
+
+INLINE F fill(float x) { return x - (F){0}; }
+INLINE F pick(I mask, F yes, F no) { return (F)((mask & (I)yes) | (~mask & (I)no)); }
+INLINE F magnitude(F x) { return (F)((I)x & 0x7fffffff); }
+
+INLINE F load(const void *array, int64_t at, int lanes, int half) {
+    if (half) {
+        H bits = {0};
+        memcpy(&bits, (const uint16_t *)array + at, 2 * (size_t)lanes);
+        return (F)(__builtin_convertvector(bits, U) << 16);
+    }
+    F x = {0};
+    memcpy(&x, (const float *)array + at, 4 * (size_t)lanes);
+    return x;
+}
+
+INLINE void store(void *array, int64_t at, F x, int lanes, int half) {
+    if (half) {
+        U bits = (U)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; /* to nearest, ties to even */
+        H result = __builtin_convertvector((U)pick((I)(x == x), (F)rounded, (F)((U){0} + 0x7fc0)), H);
+        memcpy((uint16_t *)array + at, &result, 2 * (size_t)lanes);
+    } else {
+        memcpy((float *)array + at, &x, 4 * (size_t)lanes);
+    }
+}
+
+INLINE uint32_t bits_of(I mask) {
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__)
+    __m256 low, high;
+    memcpy(&low, &mask, 32), memcpy(&high, (char *)&mask + 32, 32);
+    return (uint32_t)_mm256_movemask_ps(low) | (uint32_t)_mm256_movemask_ps(high) << 8;
+#else
+    uint32_t bits = 0;
+    for (int l = 0; l < LANES; l++) bits |= (uint32_t)(mask[l] & 1) << l;
+    return bits;
+#endif
+}
+
+INLINE U count_ones(U x) {
+#if defined(__AVX512VPOPCNTDQ__)
+    return (U)_mm512_popcnt_epi32((__m512i)x);
+#else
+    x = x - ((x >> 1) & 0x55555555);
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333);
+    x = (x + (x >> 4)) & 0x0f0f0f0f;
+    return (x * 0x01010101) >> 24;
+#endif
+}
+
+/* ---- threads ---- */
+
+/* The threads are torch's own, those of the OpenMP library that comes with it: for some milliseconds they wait for work
+   in a loop, in which others would be in their way. */
+typedef void (*Fork)(void (*)(void *), void *, unsigned, unsigned);
+static Fork fork_threads;
+static int (*thread_number)(void), (*thread_count)(void);
+
+EXPORT void use_threads(Fork fork, int (*number)(void), int (*count)(void)) {
+    fork_threads = fork, thread_number = number, thread_count = count;
+}
+
+typedef void Work(const void *task, int thread, int threads);
+typedef struct {
+    Work *work;
+    const void *task;
+} Job;
+
+static void join_in(void *job) { ((Job *)job)->work(((Job *)job)->task, thread_number(), thread_count()); }
+
+static void in_threads(Work *work, const void *task, int threads) {
+    Job job = {work, task};
+    if (threads > 1 && fork_threads)
+        fork_threads(join_in, &job, (unsigned)threads, 0);
+    else
+        work(task, 0, 1);
+}
+
+/* Where the share of a thread begins, and that of the thread before it ends. */
+INLINE int64_t border(int64_t items, int64_t step, int thread, int threads) {
+    int64_t at = (items + step - 1) / step * thread / threads * step;
+    return at < items ? at : items;
+}
+
+/* ---- passes over maps ---- */
+
+typedef struct {
+    const void *a, *b, *c;                                 /* maps that are read */
+    void *out;                                             /* and written */
+    const float *alpha, *beta, *threshold, *mean, *k1, *k2; /* a number for each channel */
+    double *sums;                                          /* (threads, 2, channels) */
+    uint32_t *words;
+    int64_t pixels, channels;
+    float clip;
+    int32_t half, parabola;
+} Task;
+
+/* Defines name(task, threads), which calls name_part for every block of pixels and of channels. */
+#define PASS(name)                                                                                        \
+    INLINE void name##_share(const Task *k, int thread, int threads, int half) {                          \
+        int64_t end = border(k->pixels, BLOCK, thread + 1, threads);                                      \
+        for (int64_t p = border(k->pixels, BLOCK, thread, threads); p < end; p += BLOCK) {                \
+            int64_t stop = p + BLOCK < end ? p + BLOCK : end, c = 0;                                      \
+            double *sums = k->sums + 2 * k->channels * thread;                                            \
+            for (; c + LANES <= k->channels; c += LANES) name##_part(k, p, stop, c, LANES, half, sums);   \
+            if (c < k->channels) name##_part(k, p, stop, c, (int)(k->channels - c), half, sums);          \
+        }                                                                                                 \
+    }                                                                                                     \
+    static void name##_work(const void *task, int thread, int threads) {                                  \
+        if (((const Task *)task)->half)                                                                   \
+            name##_share(task, thread, threads, 1);                                                       \
+        else                                                                                              \
+            name##_share(task, thread, threads, 0);                                                       \
+    }                                                                                                     \
+    EXPORT void name(const Task *task, int threads) { in_threads(name##_work, task, threads); }
+
+#define PART(name) \
+    INLINE void name##_part(const Task *k, int64_t p, int64_t stop, int64_t c, int lanes, int half, double *sums)
+
+INLINE void add_up(double *sums, F x, int lanes) {
+    for (int l = 0; l < lanes; l++) sums[l] += x[l];
+}
+
+/* The normed value, rounded once. */
+INLINE F normed(const Task *k, int64_t p, F alpha, F beta, int64_t c, int lanes, int half) {
+    return load(k->a, p * k->channels + c, lanes, half) * alpha + beta;
+}
+
+/* The sums of x - x[0] and of its square; a difference, because the mean may be large. */
+PART(moments) {
+    F origin = load(k->a, c, lanes, half), sum = {0}, square = {0};
+    for (; p < stop; p++) {
+        F x = load(k->a, p * k->channels + c, lanes, half) - origin;
+        sum += x;
+        square += x * x;
+    }
+    add_up(sums + c, sum, lanes);
+    add_up(sums + k->channels + c, square, lanes);
+}
+PASS(moments)
+
+/* Bits of alpha a + beta >= threshold, which is false for NaN. */
+PART(signs) {
+    (void)sums;
+    F alpha = load(k->alpha, c, lanes, 0), beta = load(k->beta, c, lanes, 0);
+    F threshold = load(k->threshold, c, lanes, 0);
+    int64_t width = (k->channels + 31) / 32 * 2; /* of a pixel, in halves of words */
+    uint16_t *halves = (uint16_t *)k->words + c / 16;
+    uint32_t present = (1u << lanes) - 1;
+    for (; p < stop; p++) {
+        I mask = (I)(normed(k, p, alpha, beta, c, lanes, half) >= threshold);
+        halves[p * width] = (uint16_t)(bits_of(mask) & present);
+        if (c + lanes == k->channels && (c / 16) % 2 == 0) halves[p * width + 1] = 0;
+    }
+}
+PASS(signs)
+
+/* Bits to -1 and +1. */
+PART(spread) {
+    static const U bit = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+    int64_t width = (k->channels + 31) / 32 * 2;
+    const uint16_t *halves = (const uint16_t *)k->words + c / 16;
+    (void)sums;
+    for (; p < stop; p++) {
+        U set = ((U){0} + halves[p * width]) & bit;
+        F value = pick((I)(set == 0), fill(-1), fill(1));
+        store(k->out, p * k->channels + c, value, lanes, half);
+    }
+}
+PASS(spread)
+
+/* The gradient g of a sign, c, becomes that of its input u = alpha a + beta - threshold: g max(0, 2 - 2|u|) for the
+   parabola, else g where |u| < clip; g where u is NaN, as torch has it. */
+INLINE F estimated(const Task *k, int64_t p, F alpha, F beta, F threshold, int64_t c, int lanes, int half) {
+    F u = normed(k, p, alpha, beta, c, lanes, half) - threshold, size = magnitude(u);
+    F gradient = load(k->c, p * k->channels + c, lanes, half);
+    if (k->parabola) return (fill(1) - pick((I)(size > 1), fill(1), size)) * 2 * gradient;
+    return pick((I)(size >= k->clip), fill(0), gradient);
+}
+
+/* The sums of this gradient and of its product with a - mean. */
+PART(gradient_sums) {
+    F alpha = load(k->alpha, c, lanes, 0), beta = load(k->beta, c, lanes, 0), mean = load(k->mean, c, lanes, 0);
+    F threshold = load(k->threshold, c, lanes, 0), sum = {0}, product = {0};
+    for (; p < stop; p++) {
+        F gradient = estimated(k, p, alpha, beta, threshold, c, lanes, half);
+        sum += gradient;
+        product += gradient * (load(k->a, p * k->channels + c, lanes, half) - mean);
+    }
+    add_up(sums + c, sum, lanes);
+    add_up(sums + k->channels + c, product, lanes);
+}
+PASS(gradient_sums)
+
+/* And the norm's: out = (gradient - k1 - (a - mean) k2) alpha. */
+PART(gradient) {
+    F alpha = load(k->alpha, c, lanes, 0), beta = load(k->beta, c, lanes, 0), mean = load(k->mean, c, lanes, 0);
+    F threshold = load(k->threshold, c, lanes, 0), k1 = load(k->k1, c, lanes, 0), k2 = load(k->k2, c, lanes, 0);
+    (void)sums;
+    for (; p < stop; p++) {
+        F gradient = estimated(k, p, alpha, beta, threshold, c, lanes, half);
+        F distance = load(k->a, p * k->channels + c, lanes, half) - mean;
+        store(k->out, p * k->channels + c, (gradient - k1 - distance * k2) * alpha, lanes, half);
+    }
+}
+PASS(gradient)
+
+/* out = PReLU(a + b), or PReLU(a); alpha is its slope. */
+PART(add_prelu) {
+    F slope = load(k->alpha, c, lanes, 0);
+    (void)sums;
+    for (; p < stop; p++) {
+        int64_t at = p * k->channels + c;
+        F x = load(k->a, at, lanes, half);
+        if (k->b) x += load(k->b, at, lanes, half);
+        store(k->out, at, pick((I)(x > 0), x, x * slope), lanes, half);
+    }
+}
+PASS(add_prelu)
+
+/* The gradient c of PReLU(x) becomes that of x; a is x, or what has its sign. The sums are those of c a where a <= 0. */
+PART(prelu_gradient) {
+    F slope = load(k->alpha, c, lanes, 0), sum = {0};
+    for (; p < stop; p++) {
+        int64_t at = p * k->channels + c;
+        F x = load(k->a, at, lanes, half), gradient = load(k->c, at, lanes, half);
+        I above = (I)(x > 0);
+        store(k->out, at, pick(above, gradient, gradient * slope), lanes, half);
+        sum += pick(above, fill(0), gradient * x);
+    }
+    add_up(sums + c, sum, lanes);
+}
+PASS(prelu_gradient)
+
+/* ---- convolution ---- */
+
+typedef struct {
+    const uint32_t *x;  /* (batch, height, width, words) */
+    const uint32_t *w;  /* (ceil(outputs / LANES), rows, columns, words, LANES) */
+    const float *scale; /* one for each output */
+    void *out;          /* (batch, out_height, out_width, outputs) */
+    int64_t batch, height, width, words, channels, out_height, out_width, outputs, rows, columns;
+    int64_t stride[2], padding[2], dilation[2];
+    int64_t half;
+} Convolution;
+
+/* The first and the last + 1 of `taps` that lie in the image, for an output at `at`. */
+INLINE void inside(int64_t at, int64_t taps, int64_t dilation, int64_t size, int64_t *first, int64_t *last) {
+    *first = at < 0 ? (-at + dilation - 1) / dilation : 0;
+    *last = at >= size ? 0 : (size - at + dilation - 1) / dilation;
+    if (*last > taps) *last = taps;
+}
+
+/* `count` outputs that have all taps in columns [left, right) in the image: scale (products - 2 mismatches). */
+INLINE void convolve_tile(const Convolution *k, const uint32_t *x, const uint32_t *w, int64_t top, int64_t bottom,
+                          int64_t left, int64_t right, F scale, int64_t at, int lanes, int count, int half) {
+    U wrong[TILE] = {{0}};
+    int64_t words = k->words, step = k->stride[1] * words;
+    for (int64_t i = top; i < bottom; i++) {
+        for (int64_t j = left; j < right; j++) {
+            const uint32_t *pixel = x + (i * k->dilation[0] * k->width + j * k->dilation[1]) * words;
+            const uint32_t *kernel = w + (i * k->columns + j) * words * LANES;
+            for (int64_t word = 0; word < words; word++) {
+                U weights;
+                memcpy(&weights, kernel + word * LANES, sizeof weights);
+#pragma GCC unroll 8
+                for (int p = 0; p < count; p++) wrong[p] += count_ones(weights ^ pixel[p * step + word]);
+            }
+        }
+    }
+    int32_t products = (int32_t)((bottom - top) * (right - left) * k->channels);
+#pragma GCC unroll 8
+    for (int p = 0; p < count; p++) {
+        F sum = __builtin_convertvector(products - 2 * (I)wrong[p], F);
+        store(k->out, at + p * k->outputs, sum * scale, lanes, half);
+    }
+}
+
+INLINE void convolve_row(const Convolution *k, int64_t row, int64_t o, int lanes, int half) {
+    int64_t image = row / k->out_height, y = row % k->out_height * k->stride[0] - k->padding[0];
+    const uint32_t *w = k->w + o / LANES * k->rows * k->columns * k->words * LANES;
+    F scale = load(k->scale, o, lanes, 0);
+    int64_t top, bottom, last = (k->columns - 1) * k->dilation[1], at = row * k->out_width * k->outputs + o;
+    inside(y, k->rows, k->dilation[0], k->height, &top, &bottom);
+    for (int64_t column = 0, count; column < k->out_width; column += count, at += count * k->outputs) {
+        int64_t x = column * k->stride[1] - k->padding[1], left, right;
+        const uint32_t *pixel = k->x + ((image * k->height + y) * k->width + x) * k->words;
+        count = TILE;
+        if (x >= 0 && column + TILE <= k->out_width && x + (TILE - 1) * k->stride[1] + last < k->width) {
+            convolve_tile(k, pixel, w, top, bottom, 0, k->columns, scale, at, lanes, TILE, half);
+        } else {
+            count = 1;
+            inside(x, k->columns, k->dilation[1], k->width, &left, &right);
+            convolve_tile(k, pixel, w, top, bottom, left, right, scale, at, lanes, 1, half);
+        }
+    }
+}
+
+INLINE void convolve_rows(const Convolution *k, int64_t from, int64_t to, int half) {
+    for (int64_t row = from; row < to; row++) {
+        int64_t o = 0;
+        for (; o + LANES <= k->outputs; o += LANES) convolve_row(k, row, o, LANES, half);
+        if (o < k->outputs) convolve_row(k, row, o, (int)(k->outputs - o), half);
+    }
+}
+
+static void convolve_work(const void *task, int thread, int threads) {
+    const Convolution *k = task;
+    int64_t rows = k->batch * k->out_height;
+    int64_t from = border(rows, 1, thread, threads), to = border(rows, 1, thread + 1, threads);
+    if (k->half)
+        convolve_rows(k, from, to, 1);
+    else
+        convolve_rows(k, from, to, 0);
+}
+
+EXPORT void convolve(const Convolution *task, int threads) { in_threads(convolve_work, task, threads); }
