@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bonn_qat.engine import operators
+
 _CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
 
 
@@ -387,6 +389,10 @@ def binary_linear(x: Tensor, value: Tensor, scale: Tensor) -> Tensor:
 class _PReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, slope: Tensor) -> Tensor:
+        if operators.takes(x):
+            x = x.contiguous(memory_format=torch.channels_last)
+            ctx.save_for_backward(x, slope)
+            return cast(Tensor, operators.prelu(x, slope.float().expand(x.shape[1]).contiguous()))
         ctx.save_for_backward(x, slope)
         return torch.prelu(x, slope)
 
@@ -394,6 +400,10 @@ class _PReLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, slope = ctx.saved_tensors
+        if operators.takes(x):
+            grad = grad.contiguous(memory_format=torch.channels_last)
+            dx, dslope = operators.prelu_gradient(grad, x, slope.float().expand(x.shape[1]).contiguous())
+            return dx, dslope.sum_to_size(slope.shape).to(slope.dtype)
         slope_less_one = (slope - 1).reshape(-1, *[1] * (x.ndim - 2))
         # One pass that keeps the gradient where x <= 0: the upper bound is the smallest positive number.
         info = torch.finfo(x.dtype)

@@ -12,6 +12,8 @@ from torch.fx import Proxy
 
 from bonn_qat import functional
 from bonn_qat.conv_types import conv_type
+from bonn_qat.engine import operators
+from bonn_qat.engine.functions import Geometry, Norm, sign_product
 from bonn_qat.errors import BonnQatError, InvalidModel, InvalidRecipe, PluginError, is_out_of_memory
 from bonn_qat.hookspecs import hookimpl
 from bonn_qat.quantizers import ActivationQuantizer, FrozenWeight, WeightQuantizer
@@ -47,6 +49,7 @@ class BinaryLayer(nn.Module):
     # Only in a layer that standardizes its kernels: their standard deviation, in the float layer and as latents.
     kernel_std: float | None = None
     latent_std: Tensor
+    watch: Callable[[Tensor], None] | None = None  # sees each input, or a tensor that is not finite if the input is not
     adoptions: int = 0  # how often the layer started from float weights
 
     def take(self, layer: nn.Module, scheme: Scheme, normalize: bool) -> None:
@@ -188,15 +191,46 @@ class BinaryLayer(nn.Module):
         """Quantize weights and activations as ``stage`` says."""
         self.binary_weight, self.stand_in = stage.weights == "binary", ACTIVATIONS[stage.activations]
 
-    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Float inputs ``(B, C, H, W)`` -> the quantized ones, and their scale if it is a map ``(B, 1, H, W)``."""
-        x = self.norm(x)
-        if self.input_quant is None:
-            return x, None
-        if self.stand_in is not None:
-            return self.stand_in(x), None
-        value, scale = self.input_quant.quantize(x)
-        return value, scale if scale.ndim == 4 else None
+    def forward(self, input: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """The layer's output, for ``norm(input)`` if a norm is given, which then becomes a part of the layer's step."""
+        x = self.as_images(input)
+        y = self._step(x, norm) if self.training and torch.is_grad_enabled() else None
+        if y is None:
+            if self.watch is not None:
+                self.watch(x)
+            x = self.norm(x if norm is None else norm(x))
+            positions = None
+            if self.input_quant is not None:
+                if self.stand_in is not None:
+                    x = self.stand_in(x)
+                else:
+                    x, scale = self.input_quant.quantize(x)
+                    positions = scale if scale.ndim == 4 else None
+            y = self.product(x, positions)
+        return self.from_images(self.finish(y), input)
+
+    def _step(self, x: Tensor, outer: nn.Module | None) -> Tensor | None:
+        """The product of a training step, from the engine; None if that cannot do it."""
+        geometry = self.geometry(x)
+        if geometry is None or not (self.binary_weight and self.weight_quant.scaled_sign and operators.takes(x)):
+            return None
+        estimator = self.input_quant.estimator() if self.input_quant is not None and self.stand_in is None else None
+        if estimator is None or x.numel() <= x.shape[1] or torch.compiler.is_exporting() or torch.jit.is_tracing():
+            return None
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        if dtype not in (torch.float32, torch.bfloat16):
+            return None
+        inner = [norm for norm in (outer, self.norm) if norm is not None and type(norm) is not nn.Identity]
+        for norm in inner[:-1]:
+            x = norm(x)
+        if inner and not is_plain_norm(inner[-1]):
+            x = inner.pop()(x)
+        x = x.contiguous(memory_format=torch.channels_last)
+        value, scale = self.weight_quant.quantize(self.latent())
+        norm = Norm.of(cast(nn.BatchNorm2d, inner[-1]) if inner else None, x)
+        if self.watch is not None:  # the mean is finite only if all values are
+            self.watch(norm.mean if norm.statistics else x)
+        return sign_product(x, norm, estimator, value, scale, geometry, dtype)
 
     def finish(self, y: Tensor) -> Tensor:
         """Apply gain, output module and bias to the product ``(B, O, H, W)``."""
@@ -235,8 +269,26 @@ class BinaryConv2d(BinaryLayer, nn.Conv2d):
         else:
             self._explicit_padding = None
 
-    def forward(self, input: Tensor) -> Tensor:
-        x, positions = self.quantize_input(input)
+    def as_images(self, input: Tensor) -> Tensor:
+        return input
+
+    def from_images(self, y: Tensor, input: Tensor) -> Tensor:
+        return y
+
+    def geometry(self, x: Tensor) -> Geometry | None:
+        if self.groups > 1 or (self.padding_mode != "zeros") or x.ndim != 4:
+            return None
+        if self.same_padding:
+            left, right, top, bottom = self._same_padding(x)
+        elif self._explicit_padding is not None:
+            left, right, top, bottom = self._explicit_padding[0]
+        else:
+            top, left = cast(tuple[int, int], self.padding)
+            bottom, right = top, left
+        stride, dilation = cast(tuple[Any, Any], (self.stride, self.dilation))
+        return Geometry(stride, (top, bottom, left, right), dilation)
+
+    def product(self, x: Tensor, positions: Tensor | None) -> Tensor:
         stride, padding, dilation = cast(tuple[Any, Any, Any], (self.stride, self.padding, self.dilation))
         explicit = (self._same_padding(x), "constant") if self.same_padding else self._explicit_padding
         if explicit is not None:
@@ -251,7 +303,7 @@ class BinaryConv2d(BinaryLayer, nn.Conv2d):
         if positions is not None:
             window = positions.new_full((1, 1, *self.kernel_size), 1 / math.prod(self.kernel_size))
             y = y * torch.conv2d(positions, window, None, stride, padding, dilation)
-        return self.finish(y)
+        return y
 
     def _same_padding(self, x: Tensor) -> list[int]:
         """Left, right, top, bottom for ``ceil(size / stride)`` output pixels; an odd pixel goes right or below."""
@@ -283,8 +335,16 @@ class BinaryLinear(BinaryLayer, nn.Linear):
     def kernels(self) -> Tensor:
         return self.weight[:, :, None, None]
 
-    def forward(self, input: Tensor) -> Tensor:
-        x, positions = self.quantize_input(input.reshape(-1, self.in_features, 1, 1))
+    def as_images(self, input: Tensor) -> Tensor:
+        return input.reshape(-1, self.in_features, 1, 1)
+
+    def from_images(self, y: Tensor, input: Tensor) -> Tensor:
+        return y.reshape(*input.shape[:-1], self.out_features)
+
+    def geometry(self, x: Tensor) -> Geometry:
+        return Geometry()
+
+    def product(self, x: Tensor, positions: Tensor | None) -> Tensor:
         flat = x.flatten(1)
         if self.binary_weight and self.weight_quant.scaled_sign:
             value, scale = self.weight_quant.quantize(self.latent())
@@ -293,8 +353,19 @@ class BinaryLinear(BinaryLayer, nn.Linear):
             value = self.weight_quant.quantize(self.latent())[0] if self.binary_weight else self.latent()
             y = F.linear(flat, value.flatten(1))
         y = y[:, :, None, None]
-        y = self.finish(y if positions is None else y * positions)
-        return y.reshape(*input.shape[:-1], self.out_features)
+        return y if positions is None else y * positions
+
+
+def is_plain_norm(norm: nn.Module) -> bool:
+    """Whether ``norm`` is a batch norm that the engine computes and that nobody watches."""
+    return type(norm) is nn.BatchNorm2d and norm.momentum is not None and not any(getattr(norm, hooks) for hooks in _HOOKS)
+
+
+def normed(norm: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(norm(x))``; in a binary layer that nobody watches the norm becomes a part of its training step."""
+    if isinstance(layer, BinaryLayer) and not any(getattr(layer, hooks) for hooks in _HOOKS):
+        return layer(x, norm)  # type: ignore[no-any-return]
+    return layer(norm(x))  # type: ignore[no-any-return]
 
 
 def is_own(entry: Tensor | None, own: Tensor) -> bool:

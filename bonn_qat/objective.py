@@ -116,8 +116,7 @@ class Objective(nn.Module):
         self._inputs = _Inputs()
         self._layers = [name for name, layer in model.named_modules() if isinstance(layer, BinaryLayer)]
         for name in self._layers:
-            see = functools.partial(self._inputs.see, name)
-            model.get_submodule(name).register_forward_pre_hook(see, with_kwargs=True)
+            model.get_submodule(name).watch = functools.partial(self._inputs.see, name)  # type: ignore[assignment]
         inputs = [f"the input of {name}" for name in self._layers]
         self._watched = ["the images", *inputs, *(f"the loss term {name!r}" for name in ("task", *self.regularizers))]
         self._masks = {name for name, tensor in self.named_buffers() if not tensor.is_meta and tensor.isinf().any()}
@@ -205,14 +204,14 @@ class Objective(nn.Module):
 
 
 class _Inputs:
-    """Forward pre-hooks of the binary layers, which keep the sum of each layer's input while ``sums`` is a table."""
+    """Watches the binary layers: keeps the sum of each layer's input while ``sums`` is a table."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] | None = None
 
-    def see(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+    def see(self, name: str, x: Tensor) -> None:
         if self.sums is not None:
-            before, own = self.sums.get(name), _sum(next(iter((*inputs, *named.values()))))
+            before, own = self.sums.get(name), _sum(x)
             self.sums[name] = own if before is None else before + own
 
 

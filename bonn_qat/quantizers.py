@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from bonn_qat import functional
+from bonn_qat.engine.functions import Estimator
 from bonn_qat.errors import InvalidRecipe
 
 
@@ -113,6 +114,13 @@ class ActivationQuantizer(Quantizer):
 
     def __init__(self, channels: int = 1) -> None:
         super().__init__()
+
+    def estimator(self) -> Estimator | None:
+        """What :meth:`quantize` does if it is a sign with an estimator that the training engine knows, else None.
+
+        With it a layer takes the signs itself, as bits, and never calls :meth:`quantize` in training.
+        """
+        return None
 
 
 def number(value: object) -> float:
@@ -259,6 +267,9 @@ class SteSign(ActivationQuantizer):
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return functional.ste_sign(x, self.clip), x.new_ones(())
 
+    def estimator(self) -> Estimator:
+        return Estimator(clip=self.clip)
+
     def extra_repr(self) -> str:
         return f"clip={self.clip}"
 
@@ -269,6 +280,9 @@ class ApproxSign(ActivationQuantizer):
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return functional.approx_sign(x), x.new_ones(())
+
+    def estimator(self) -> Estimator:
+        return Estimator(parabola=True)
 
 
 @final

@@ -115,7 +115,7 @@ INLINE int64_t border(int64_t items, int64_t step, int thread, int threads) {
 /* ---- passes over maps ---- */
 
 typedef struct {
-    const void *a, *b, *c;                                 /* maps that are read */
+    const void *a, *c;                                     /* maps that are read */
     void *out;                                             /* and written */
     const float *alpha, *beta, *threshold, *mean, *k1, *k2; /* a number for each channel */
     double *sums;                                          /* (threads, 2, channels) */
@@ -235,20 +235,19 @@ PART(gradient) {
 }
 PASS(gradient)
 
-/* out = PReLU(a + b), or PReLU(a); alpha is its slope. */
-PART(add_prelu) {
+/* out = PReLU(a); alpha is its slope. */
+PART(prelu) {
     F slope = load(k->alpha, c, lanes, 0);
     (void)sums;
     for (; p < stop; p++) {
         int64_t at = p * k->channels + c;
         F x = load(k->a, at, lanes, half);
-        if (k->b) x += load(k->b, at, lanes, half);
         store(k->out, at, pick((I)(x > 0), x, x * slope), lanes, half);
     }
 }
-PASS(add_prelu)
+PASS(prelu)
 
-/* The gradient c of PReLU(x) becomes that of x; a is x, or what has its sign. The sums are those of c a where a <= 0. */
+/* The gradient c of PReLU(a) becomes that of a. The sums are those of c a where a is not above 0. */
 PART(prelu_gradient) {
     F slope = load(k->alpha, c, lanes, 0), sum = {0};
     for (; p < stop; p++) {

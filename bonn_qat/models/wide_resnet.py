@@ -9,6 +9,7 @@ from typing import Any
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from bonn_qat.layers import normed
 from bonn_qat.models.backbone import Backbone, build
 from bonn_qat.scheme import Scheme
 
@@ -118,14 +119,13 @@ class ConvShortcutBlock(_BinaryBlock):
             self.bn1_after = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = self.bn1(x)
-        x = normed if self.shares_norm else x
+        x = self.bn1(x) if self.shares_norm else x
         # In this order, because a compiler that finds a convolution between two uses of x keeps the mask of the sign
         # in memory, which it could recompute.
         pooled = self.pool(x)
-        y = self.dropout(self.bn1_after(self.conv1(normed)))
+        y = self.dropout(self.bn1_after(self.conv1(x) if self.shares_norm else normed(self.bn1, self.conv1, x)))
         x = self._join(y, x if self.shortcut is None else self.shortcut(pooled), self.act1)
-        return self._join(self.bn2_after(self.conv2(self.bn2(x))), x, self.act2)
+        return self._join(self.bn2_after(normed(self.bn2, self.conv2, x)), x, self.act2)
 
 
 class BlockShortcutBlock(_BinaryBlock):

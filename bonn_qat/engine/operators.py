@@ -1,0 +1,236 @@
+"""Operators: ``torch.ops.bonn_qat_engine``, the kernels of ``kernels.c`` for torch, also under ``torch.compile``.
+
+Maps ``(B, C, H, W)`` are on the CPU, in float32 or bfloat16, and in ``torch.channels_last``; what has a number for each
+channel is float32 ``(C,)``. Signs are ``(B, H, W, ceil(C / 32))`` words, int32. :func:`takes` says for which maps they
+are there. Sizes that do not fit raise RuntimeError.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bonn_qat.engine import library
+
+_LANES = 16
+_PARALLEL = 2**15  # elements of a map from which a second thread pays
+AVAILABLE = library.load() is not None
+_LIBRARY = torch.library.Library("bonn_qat_engine", "DEF")
+
+
+def takes(x: Tensor) -> bool:
+    """Whether there are kernels for ``x``.
+
+    >>> takes(torch.ones(2, 8, 4, 4, dtype=torch.float64))
+    False
+    """
+    return AVAILABLE and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.ndim == 4
+
+
+def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Register the decorated function as an operator, and return that."""
+
+    def register(function: Callable[..., Any]) -> Any:
+        name = schema.partition("(")[0]
+        # What a compiler hands over has the strides of the tensors that it traced.
+        _LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides,))
+        _LIBRARY.impl(name, function, "CPU")
+        torch.library.register_fake(f"bonn_qat_engine::{name}", fake, lib=_LIBRARY)
+        return getattr(torch.ops.bonn_qat_engine, name)
+
+    return register
+
+
+def _map(batch: int, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty((batch, channels, height, width), dtype=dtype, memory_format=torch.channels_last)
+
+
+def _threads(elements: int) -> int:
+    return torch.get_num_threads() if elements >= _PARALLEL else 1
+
+
+def _run(name: str, like: Tensor, tensors: dict[str, Tensor | None], *, sums: int = 0, **values: Any) -> list[Tensor]:
+    """Run a pass over maps of the shape of ``like``; returns ``sums`` of its sums over pixels, in double."""
+    batch, channels, height, width = like.shape
+    threads = _threads(like.numel())
+    partial = torch.zeros(threads, 2, channels, dtype=torch.float64) if sums else None
+    keep = []
+    for key, tensor in (*tensors.items(), ("sums", partial)):
+        if tensor is None:
+            continue
+        if key in _MAPS:
+            good = tensor.shape == like.shape and tensor.dtype == like.dtype
+            good = good and tensor.is_contiguous(memory_format=torch.channels_last)
+        else:
+            good = tensor.is_contiguous() and (key not in _VECTORS or tensor.numel() == channels)
+        if not good:
+            raise RuntimeError(f"{name}: {key} is {tensor.dtype} {tuple(tensor.shape)}; the map {tuple(like.shape)}")
+        keep.append(tensor)
+        values[key] = tensor.data_ptr()
+    kernels = library.load()
+    assert kernels is not None
+    task = library.Task(
+        pixels=batch * height * width, channels=channels, half=like.dtype == torch.bfloat16, **values
+    )
+    getattr(kernels, name)(task, threads)
+    return [] if partial is None else list(partial.sum(0)[:sums].unbind())
+
+
+_MAPS = {"a", "c", "out"}
+_VECTORS = {"alpha", "beta", "threshold", "mean", "k1", "k2"}
+
+
+def _vectors(x: Tensor, count: int) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(count))
+
+
+def _no_words(x: Tensor, *_: Any) -> Tensor:
+    batch, channels, height, width = x.shape
+    return x.new_empty((batch, height, width, -(-channels // 32)), dtype=torch.int32)
+
+
+@_operator("moments(Tensor x) -> (Tensor, Tensor)", lambda x: _vectors(x, 2))
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean and the biased variance of each channel."""
+    first, second = _run("moments", x, {"a": x}, sums=2)
+    count = x.numel() // x.shape[1]
+    first /= count
+    variance = (second / count - first.square()).clamp_(min=0)
+    return (first + x[0, :, 0, 0]).float(), variance.float()
+
+
+@_operator("signs(Tensor x, Tensor alpha, Tensor beta, Tensor threshold) -> Tensor", _no_words)
+def signs(x: Tensor, alpha: Tensor, beta: Tensor, threshold: Tensor) -> Tensor:
+    """The words of ``alpha x + beta >= threshold``, where the left side is rounded once."""
+    words = _no_words(x)
+    _run("signs", x, {"a": x, "alpha": alpha, "beta": beta, "threshold": threshold, "words": words})
+    return words
+
+
+def _no_map(words: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    batch, height, width, _ = words.shape
+    return _map(batch, channels, height, width, dtype)
+
+
+@_operator("spread(Tensor words, int channels, ScalarType dtype) -> Tensor", _no_map)
+def spread(words: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    """Words as a map of -1 and +1."""
+    out = _no_map(words, channels, dtype)
+    if words.shape[3] != -(-channels // 32):
+        raise RuntimeError(f"spread: words {tuple(words.shape)} for {channels} channels")
+    _run("spread", out, {"out": out, "words": words})
+    return out
+
+
+def _no_products(
+    words: Tensor, weight: Tensor, scale: Tensor, channels: int, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], size: Sequence[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return _map(words.shape[0], scale.shape[0], size[0], size[1], dtype)
+
+
+@_operator(
+    "convolve(Tensor words, Tensor weight, Tensor scale, int channels, int[] stride, int[] padding, int[] dilation, "
+    "int[] size, ScalarType dtype) -> Tensor",
+    _no_products,
+)
+def convolve(
+    words: Tensor, weight: Tensor, scale: Tensor, channels: int, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], size: Sequence[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The convolution of signs, times ``scale`` ``(O,)``.
+
+    ``weight`` is that of :func:`kernel_words`, ``padding`` that above and on the left, ``size`` that of the output.
+    """
+    batch, height, width, count = words.shape
+    blocks, rows, columns, weight_words, _ = weight.shape
+    outputs = scale.shape[0]
+    fits = count == weight_words == -(-channels // 32) and blocks == -(-outputs // _LANES) and scale.is_contiguous()
+    if not (fits and words.is_contiguous() and weight.is_contiguous() and words.dtype == weight.dtype == torch.int32):
+        raise RuntimeError(f"convolve: words {tuple(words.shape)}, weight {tuple(weight.shape)}, {channels} channels")
+    out = _no_products(words, weight, scale, channels, stride, padding, dilation, size, dtype)
+    kernels = library.load()
+    assert kernels is not None
+    task = library.Convolution(
+        x=words.data_ptr(), w=weight.data_ptr(), scale=scale.data_ptr(), out=out.data_ptr(), batch=batch, height=height,
+        width=width, words=count, channels=channels, out_height=size[0], out_width=size[1], outputs=outputs, rows=rows,
+        columns=columns, stride=tuple(stride), padding=tuple(padding), dilation=tuple(dilation),
+        half=dtype == torch.bfloat16,
+    )  # fmt: skip
+    kernels.convolve(task, _threads(out.numel() * channels // 16))
+    return out
+
+
+def kernel_words(value: Tensor) -> Tensor:
+    """The signs of kernels ``(O, I, kh, kw)`` as :func:`convolve` reads them: ``(blocks of filters, kh, kw, words, 16)``."""
+    value = value.float().contiguous(memory_format=torch.channels_last)
+    one, zero = value.new_ones(value.shape[1]), value.new_zeros(value.shape[1])
+    words = signs(value, one, zero, zero)
+    words = torch.nn.functional.pad(words, (0, 0, 0, 0, 0, 0, 0, -len(words) % _LANES))
+    return words.unflatten(0, (-1, _LANES)).permute(0, 2, 3, 4, 1).contiguous()
+
+
+def kernel_signs(words: Tensor, outputs: int, channels: int, dtype: torch.dtype) -> Tensor:
+    """The inverse of :func:`kernel_words`: signs ``(O, I, kh, kw)``."""
+    return spread(words.permute(0, 4, 1, 2, 3).flatten(0, 1)[:outputs].contiguous(), channels, dtype)
+
+
+@_operator(
+    "gradient_sums(Tensor grad, Tensor x, Tensor alpha, Tensor beta, Tensor threshold, Tensor mean, float clip, "
+    "bool parabola) -> Tensor",
+    lambda grad, x, *_: x.new_empty((2, x.shape[1]), dtype=torch.float64),
+)
+def gradient_sums(
+    grad: Tensor, x: Tensor, alpha: Tensor, beta: Tensor, threshold: Tensor, mean: Tensor, clip: float, parabola: bool
+) -> Tensor:
+    """The sums over all pixels of what an estimator passes of ``grad``, and of its product with ``x - mean``, float64.
+
+    With u = ``alpha x + beta - threshold`` that is ``grad [|u| < clip]``, or ``grad max(0, 2 - 2|u|)`` for a
+    ``parabola``.
+    """
+    tensors = {"a": x, "c": grad, "alpha": alpha, "beta": beta, "threshold": threshold, "mean": mean}
+    return torch.stack(_run("gradient_sums", x, tensors, sums=2, clip=clip, parabola=parabola))
+
+
+@_operator(
+    "gradient(Tensor[] grads, Tensor x, Tensor alpha, Tensor beta, Tensor threshold, Tensor mean, float clip, "
+    "bool parabola, Tensor k1, Tensor k2) -> Tensor",
+    lambda grads, x, *_: torch.empty_like(x),
+)
+def gradient(
+    grads: Sequence[Tensor], x: Tensor, alpha: Tensor, beta: Tensor, threshold: Tensor, mean: Tensor, clip: float,
+    parabola: bool, k1: Tensor, k2: Tensor,
+) -> Tensor:  # fmt: skip
+    """``(estimated - k1 - (x - mean) k2) alpha``, the gradient to x; ``estimated`` is what :func:`gradient_sums` adds up.
+
+    ``grads`` are the parts of the batch in their order; they are read from the last one, which may be in a cache.
+    """
+    out, end = torch.empty_like(x), len(x)
+    tensors = {"alpha": alpha, "beta": beta, "threshold": threshold, "mean": mean, "k1": k1, "k2": k2}
+    for grad in reversed(grads):
+        part = slice(end - len(grad), end)
+        end = part.start
+        maps = {"a": x[part], "c": grad, "out": out[part]}
+        _run("gradient", grad, maps | tensors, clip=clip, parabola=parabola)
+    return out
+
+
+@_operator("prelu(Tensor x, Tensor slope) -> Tensor", lambda x, slope: torch.empty_like(x))
+def prelu(x: Tensor, slope: Tensor) -> Tensor:
+    """``PReLU(x)``, ``slope`` ``(C,)``."""
+    out = torch.empty_like(x)
+    _run("prelu", x, {"a": x, "alpha": slope, "out": out})
+    return out
+
+
+@_operator(
+    "prelu_gradient(Tensor grad, Tensor x, Tensor slope) -> (Tensor, Tensor)",
+    lambda grad, x, slope: (torch.empty_like(x), *_vectors(x, 1)),
+)
+def prelu_gradient(grad: Tensor, x: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of x in ``PReLU(x)``, and the sums of ``grad x`` over the pixels with ``x <= 0``."""
+    out = torch.empty_like(x)
+    (sums,) = _run("prelu_gradient", x, {"a": x, "c": grad, "alpha": slope, "out": out}, sums=1)
+    return out, sums.float()
