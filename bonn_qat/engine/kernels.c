@@ -3,7 +3,9 @@
    Activations are (pixels, channels), the channels of a pixel next to each other, in float32 or bfloat16; `half` says
    which. Signs are bits of 32-bit words, and each pixel starts a word: bit i of word j is 1 where channel 32 j + i is
    +1, and 0 beyond the last channel. Sums over pixels are kept in float32 for a block of pixels and added up in double,
-   by each thread for itself. Vectors have 16 numbers, which the compiler spreads over the registers of the machine. */
+   by each thread for itself. Vectors have 16 numbers, which the compiler spreads over the registers of the machine.
+
+   This file is compiled once for each set of instructions. VARIANT names it, and is a suffix of what is exported. */
 
 #include <stdint.h>
 #include <string.h>
@@ -20,6 +22,9 @@
 #else
 #define EXPORT __attribute__((visibility("default")))
 #endif
+#define JOINED(name, suffix) name##_##suffix
+#define SUFFIXED(name, suffix) JOINED(name, suffix)
+#define NAME(name) SUFFIXED(name, VARIANT)
 
 typedef float F __attribute__((vector_size(4 * LANES)));
 typedef int32_t I __attribute__((vector_size(4 * LANES)));
@@ -68,8 +73,8 @@ INLINE uint32_t bits_of(I mask) {
 }
 
 INLINE U count_ones(U x) {
-#if defined(__AVX512VPOPCNTDQ__)
-    return (U)_mm512_popcnt_epi32((__m512i)x);
+#if __has_builtin(__builtin_elementwise_popcount)
+    return __builtin_elementwise_popcount(x);
 #else
     x = x - ((x >> 1) & 0x55555555);
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333);
@@ -86,7 +91,7 @@ typedef void (*Fork)(void (*)(void *), void *, unsigned, unsigned);
 static Fork fork_threads;
 static int (*thread_number)(void), (*thread_count)(void);
 
-EXPORT void use_threads(Fork fork, int (*number)(void), int (*count)(void)) {
+EXPORT void NAME(use_threads)(Fork fork, int (*number)(void), int (*count)(void)) {
     fork_threads = fork, thread_number = number, thread_count = count;
 }
 
@@ -142,7 +147,7 @@ typedef struct {
         else                                                                                              \
             name##_share(task, thread, threads, 0);                                                       \
     }                                                                                                     \
-    EXPORT void name(const Task *task, int threads) { in_threads(name##_work, task, threads); }
+    EXPORT void NAME(name)(const Task *task, int threads) { in_threads(name##_work, task, threads); }
 
 #define PART(name) \
     INLINE void name##_part(const Task *k, int64_t p, int64_t stop, int64_t c, int lanes, int half, double *sums)
@@ -344,4 +349,8 @@ static void convolve_work(const void *task, int thread, int threads) {
         convolve_rows(k, from, to, 0);
 }
 
-EXPORT void convolve(const Convolution *task, int threads) { in_threads(convolve_work, task, threads); }
+EXPORT void NAME(convolve)(const Convolution *task, int threads) { in_threads(convolve_work, task, threads); }
+
+/* For the test that the caller has the same structures. */
+EXPORT int64_t NAME(task_size)(void) { return sizeof(Task); }
+EXPORT int64_t NAME(convolution_size)(void) { return sizeof(Convolution); }
