@@ -22,7 +22,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 RANKS = (
     ("errors", "functional", "modes", "environment", "conv_types"),
     ("files", "heads", "plotting", "distributed"),
-    ("quantizers", "runtime", "tables"),
+    ("quantizers", "runtime", "tables", "engine"),
     ("scheme", "regularizers"),
     ("hookspecs",),
     ("layers", "plugins", "bonn"),

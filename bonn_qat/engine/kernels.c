@@ -3,23 +3,33 @@
    Activations are (pixels, channels), the channels of a pixel next to each other, in float32 or bfloat16; `half` says
    which. Signs are bits of 32-bit words, and each pixel starts a word: bit i of word j is 1 where channel 32 j + i is
    +1, and 0 beyond the last channel. Sums over pixels are kept in float32 for a block of pixels and added up in double,
-   by each thread for itself. Vectors have 16 numbers, which the compiler spreads over the registers of the machine. */
+   by each thread for itself. Vectors have 16 numbers, which the compiler spreads over the registers of the machine.
+
+   This file is compiled once for each set of instructions. VARIANT names it, and is a suffix of what is exported. */
 
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 #define LANES 16
 #define BLOCK 64 /* pixels */
-#define TILE 8   /* output pixels of a convolution that share a load of weights */
+/* TILE output pixels of a convolution share a load of weights: as many as have their counts in registers. Where bits
+   are counted by byte, counts are widened after WORDS words, before a byte overflows. */
+#if defined(__AVX512VPOPCNTDQ__)
+#define TILE 6
+#define WORDS 0
+#else
+#define TILE 4
+#define WORDS 31
+#endif
 #define INLINE static inline __attribute__((always_inline))
 #if defined(_WIN32)
 #define EXPORT __declspec(dllexport)
 #else
 #define EXPORT __attribute__((visibility("default")))
 #endif
+#define JOINED(name, suffix) name##_##suffix
+#define SUFFIXED(name, suffix) JOINED(name, suffix)
+#define NAME(name) SUFFIXED(name, VARIANT)
 
 typedef float F __attribute__((vector_size(4 * LANES)));
 typedef int32_t I __attribute__((vector_size(4 * LANES)));
@@ -53,28 +63,39 @@ INLINE void store(void *array, int64_t at, F x, int lanes, int half) {
     }
 }
 
-INLINE uint32_t bits_of(I mask) {
-#if defined(__AVX512F__)
-    return _mm512_movepi32_mask((__m512i)mask);
-#elif defined(__AVX2__)
-    __m256 low, high;
-    memcpy(&low, &mask, 32), memcpy(&high, (char *)&mask + 32, 32);
-    return (uint32_t)_mm256_movemask_ps(low) | (uint32_t)_mm256_movemask_ps(high) << 8;
+/* Bit l is that of lane l of a mask. */
+INLINE uint16_t bits_of(I mask) {
+#if defined(__clang__)
+    typedef _Bool Lanes __attribute__((ext_vector_type(LANES)));
+    return __builtin_bit_cast(uint16_t, __builtin_convertvector(mask, Lanes));
 #else
-    uint32_t bits = 0;
-    for (int l = 0; l < LANES; l++) bits |= (uint32_t)(mask[l] & 1) << l;
+    uint16_t bits = 0;
+    for (int l = 0; l < LANES; l++) bits |= (uint16_t)((mask[l] & 1) << l);
     return bits;
 #endif
 }
 
+/* How many bits of each word are 1, or of each byte of it. */
 INLINE U count_ones(U x) {
 #if defined(__AVX512VPOPCNTDQ__)
-    return (U)_mm512_popcnt_epi32((__m512i)x);
+    return __builtin_elementwise_popcount(x);
+#elif __has_builtin(__builtin_elementwise_popcount)
+    typedef uint8_t B __attribute__((vector_size(4 * LANES)));
+    return (U)__builtin_elementwise_popcount((B)x);
 #else
     x = x - ((x >> 1) & 0x55555555);
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333);
-    x = (x + (x >> 4)) & 0x0f0f0f0f;
-    return (x * 0x01010101) >> 24;
+    return (x + (x >> 4)) & 0x0f0f0f0f;
+#endif
+}
+
+/* The counts of whole words. */
+INLINE U widened(U counts) {
+#if defined(__AVX512VPOPCNTDQ__)
+    return counts;
+#else
+    counts = (counts & 0x00ff00ff) + ((counts >> 8) & 0x00ff00ff);
+    return (counts & 0xffff) + (counts >> 16);
 #endif
 }
 
@@ -86,7 +107,7 @@ typedef void (*Fork)(void (*)(void *), void *, unsigned, unsigned);
 static Fork fork_threads;
 static int (*thread_number)(void), (*thread_count)(void);
 
-EXPORT void use_threads(Fork fork, int (*number)(void), int (*count)(void)) {
+EXPORT void NAME(use_threads)(Fork fork, int (*number)(void), int (*count)(void)) {
     fork_threads = fork, thread_number = number, thread_count = count;
 }
 
@@ -125,15 +146,19 @@ typedef struct {
     int32_t half, parabola;
 } Task;
 
-/* Defines name(task, threads), which calls name_part for every block of pixels and of channels. */
+/* Defines name(task, threads), which calls name_part for every block of pixels and of channels. The number of lanes is
+   a constant for multiples of 8 channels, where loads and stores are then single instructions. */
 #define PASS(name)                                                                                        \
     INLINE void name##_share(const Task *k, int thread, int threads, int half) {                          \
         int64_t end = border(k->pixels, BLOCK, thread + 1, threads);                                      \
         for (int64_t p = border(k->pixels, BLOCK, thread, threads); p < end; p += BLOCK) {                \
             int64_t stop = p + BLOCK < end ? p + BLOCK : end, c = 0;                                      \
-            double *sums = k->sums + 2 * k->channels * thread;                                            \
+            double *sums = k->sums ? k->sums + 2 * k->channels * thread : 0;                              \
             for (; c + LANES <= k->channels; c += LANES) name##_part(k, p, stop, c, LANES, half, sums);   \
-            if (c < k->channels) name##_part(k, p, stop, c, (int)(k->channels - c), half, sums);          \
+            if (k->channels - c == 8)                                                                     \
+                name##_part(k, p, stop, c, 8, half, sums);                                                \
+            else if (c < k->channels)                                                                     \
+                name##_part(k, p, stop, c, (int)(k->channels - c), half, sums);                           \
         }                                                                                                 \
     }                                                                                                     \
     static void name##_work(const void *task, int thread, int threads) {                                  \
@@ -142,7 +167,7 @@ typedef struct {
         else                                                                                              \
             name##_share(task, thread, threads, 0);                                                       \
     }                                                                                                     \
-    EXPORT void name(const Task *task, int threads) { in_threads(name##_work, task, threads); }
+    EXPORT void NAME(name)(const Task *task, int threads) { in_threads(name##_work, task, threads); }
 
 #define PART(name) \
     INLINE void name##_part(const Task *k, int64_t p, int64_t stop, int64_t c, int lanes, int half, double *sums)
@@ -176,10 +201,10 @@ PART(signs) {
     F threshold = load(k->threshold, c, lanes, 0);
     int64_t width = (k->channels + 31) / 32 * 2; /* of a pixel, in halves of words */
     uint16_t *halves = (uint16_t *)k->words + c / 16;
-    uint32_t present = (1u << lanes) - 1;
+    uint16_t present = (uint16_t)((1u << lanes) - 1);
     for (; p < stop; p++) {
         I mask = (I)(normed(k, p, alpha, beta, c, lanes, half) >= threshold);
-        halves[p * width] = (uint16_t)(bits_of(mask) & present);
+        halves[p * width] = bits_of(mask) & present;
         if (c + lanes == k->channels && (c / 16) % 2 == 0) halves[p * width + 1] = 0;
     }
 }
@@ -273,18 +298,18 @@ typedef struct {
     int64_t half;
 } Convolution;
 
-/* The first and the last + 1 of `taps` that lie in the image, for an output at `at`. */
+/* The first and the last + 1 of `taps` that lie in the image, for an output at `at`; equal where none does. */
 INLINE void inside(int64_t at, int64_t taps, int64_t dilation, int64_t size, int64_t *first, int64_t *last) {
-    *first = at < 0 ? (-at + dilation - 1) / dilation : 0;
-    *last = at >= size ? 0 : (size - at + dilation - 1) / dilation;
-    if (*last > taps) *last = taps;
+    *first = 0, *last = taps;
+    while (*first < taps && at + *first * dilation < 0) ++*first;
+    while (*last > *first && at + (*last - 1) * dilation >= size) --*last;
 }
 
 /* `count` outputs that have all taps in columns [left, right) in the image: scale (products - 2 mismatches). */
 INLINE void convolve_tile(const Convolution *k, const uint32_t *x, const uint32_t *w, int64_t top, int64_t bottom,
                           int64_t left, int64_t right, F scale, int64_t at, int lanes, int count, int half) {
-    U wrong[TILE] = {{0}};
-    int64_t words = k->words, step = k->stride[1] * words;
+    U wrong[TILE] = {{0}}, counts[TILE] = {{0}};
+    int64_t words = k->words, step = k->stride[1] * words, counted = 0;
     for (int64_t i = top; i < bottom; i++) {
         for (int64_t j = left; j < right; j++) {
             const uint32_t *pixel = x + (i * k->dilation[0] * k->width + j * k->dilation[1]) * words;
@@ -293,36 +318,51 @@ INLINE void convolve_tile(const Convolution *k, const uint32_t *x, const uint32_
                 U weights;
                 memcpy(&weights, kernel + word * LANES, sizeof weights);
 #pragma GCC unroll 8
-                for (int p = 0; p < count; p++) wrong[p] += count_ones(weights ^ pixel[p * step + word]);
+                for (int p = 0; p < count; p++) counts[p] += count_ones(weights ^ pixel[p * step + word]);
+                if (WORDS && ++counted == WORDS) {
+                    for (int p = 0; p < count; p++) wrong[p] += widened(counts[p]), counts[p] = (U){0};
+                    counted = 0;
+                }
             }
         }
     }
     int32_t products = (int32_t)((bottom - top) * (right - left) * k->channels);
 #pragma GCC unroll 8
     for (int p = 0; p < count; p++) {
-        F sum = __builtin_convertvector(products - 2 * (I)wrong[p], F);
+        F sum = __builtin_convertvector(products - 2 * (I)(wrong[p] + widened(counts[p])), F);
         store(k->out, at + p * k->outputs, sum * scale, lanes, half);
     }
 }
 
-INLINE void convolve_row(const Convolution *k, int64_t row, int64_t o, int lanes, int half) {
+/* The outputs from `column` on, `count` of them at a time, up to `stop`. */
+INLINE void convolve_columns(const Convolution *k, int64_t row, int64_t o, int64_t column, int64_t stop, int lanes,
+                             int count, int half) {
     int64_t image = row / k->out_height, y = row % k->out_height * k->stride[0] - k->padding[0];
     const uint32_t *w = k->w + o / LANES * k->rows * k->columns * k->words * LANES;
     F scale = load(k->scale, o, lanes, 0);
-    int64_t top, bottom, last = (k->columns - 1) * k->dilation[1], at = row * k->out_width * k->outputs + o;
+    int64_t top, bottom, left = 0, right = k->columns;
     inside(y, k->rows, k->dilation[0], k->height, &top, &bottom);
-    for (int64_t column = 0, count; column < k->out_width; column += count, at += count * k->outputs) {
-        int64_t x = column * k->stride[1] - k->padding[1], left, right;
+    for (; column < stop; column += count) {
+        if (column + count > stop) column = stop - count; /* some outputs twice */
+        int64_t x = column * k->stride[1] - k->padding[1];
+        if (count == 1) inside(x, k->columns, k->dilation[1], k->width, &left, &right);
         const uint32_t *pixel = k->x + ((image * k->height + y) * k->width + x) * k->words;
-        count = TILE;
-        if (x >= 0 && column + TILE <= k->out_width && x + (TILE - 1) * k->stride[1] + last < k->width) {
-            convolve_tile(k, pixel, w, top, bottom, 0, k->columns, scale, at, lanes, TILE, half);
-        } else {
-            count = 1;
-            inside(x, k->columns, k->dilation[1], k->width, &left, &right);
-            convolve_tile(k, pixel, w, top, bottom, left, right, scale, at, lanes, 1, half);
-        }
+        convolve_tile(k, pixel, w, top, bottom, left, right, scale, (row * k->out_width + column) * k->outputs + o,
+                      lanes, count, half);
     }
+}
+
+INLINE void convolve_row(const Convolution *k, int64_t row, int64_t o, int lanes, int half) {
+    /* The columns whose taps are all in the image. */
+    int64_t first = 0, last = k->out_width, extent = (k->columns - 1) * k->dilation[1];
+    while (first < last && first * k->stride[1] < k->padding[1]) first++;
+    while (last > first && (last - 1) * k->stride[1] - k->padding[1] + extent >= k->width) last--;
+    if (last - first < TILE / 2) first = last;
+    int64_t rest = last - (last - first) % TILE;
+    convolve_columns(k, row, o, 0, first, lanes, 1, half);
+    convolve_columns(k, row, o, first, rest, lanes, TILE, half);
+    convolve_columns(k, row, o, rest, last, lanes, TILE / 2, half);
+    convolve_columns(k, row, o, last, k->out_width, lanes, 1, half);
 }
 
 INLINE void convolve_rows(const Convolution *k, int64_t from, int64_t to, int half) {
@@ -343,4 +383,8 @@ static void convolve_work(const void *task, int thread, int threads) {
         convolve_rows(k, from, to, 0);
 }
 
-EXPORT void convolve(const Convolution *task, int threads) { in_threads(convolve_work, task, threads); }
+EXPORT void NAME(convolve)(const Convolution *task, int threads) { in_threads(convolve_work, task, threads); }
+
+/* For the test that the caller has the same structures. */
+EXPORT int64_t NAME(task_size)(void) { return sizeof(Task); }
+EXPORT int64_t NAME(convolution_size)(void) { return sizeof(Convolution); }

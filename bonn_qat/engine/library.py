@@ -1,0 +1,123 @@
+"""The compiled kernels: which functions there are, and their arguments as in ``kernels.c``."""
+
+import ctypes
+import functools
+import os
+import sys
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_FOLDER = Path(__file__).parent
+_FILE = _FOLDER / "lib" / f"kernels.{ {'darwin': 'dylib', 'win32': 'dll'}.get(sys.platform, 'so') }"
+
+
+class Task(ctypes.Structure):
+    """A pass over maps. Pointers are ``data_ptr()``s; None where a kernel does not read them."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("a", "b", "c", "out", "alpha", "beta", "threshold", "mean", "k1", "k2")),
+        *((name, ctypes.c_void_p) for name in ("sums", "words")),
+        *((name, ctypes.c_int64) for name in ("pixels", "channels")),
+        ("clip", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("half", "parabola")),
+    )
+
+
+class Convolution(ctypes.Structure):
+    """A convolution of signs, in bits, with binary weights."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "w", "scale", "out")),
+        *((name, ctypes.c_int64) for name in ("batch", "height", "width", "words", "channels", "out_height")),
+        *((name, ctypes.c_int64) for name in ("out_width", "outputs", "rows", "columns")),
+        *((name, ctypes.c_int64 * 2) for name in ("stride", "padding", "dilation")),
+        ("half", ctypes.c_int64),
+    )
+
+
+Pass = Callable[[Task, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Library:
+    """The kernels for one set of instructions. Each takes its arguments and the number of threads."""
+
+    variant: str
+    moments: Pass
+    signs: Pass
+    spread: Pass
+    gradient_sums: Pass
+    gradient: Pass
+    add_prelu: Pass
+    prelu_gradient: Pass
+    convolve: Callable[[Convolution, int], None]
+
+
+@functools.cache
+def load() -> Library | None:
+    """The fastest kernels that this machine runs.
+
+    None where the package was built without them, for CPUs without AVX2 or NEON, and with ``BONN_QAT_NO_ENGINE=1``.
+    A library that cannot be loaded, or is older than its sources, is not used and a warning says what to do.
+    """
+    if os.environ.get("BONN_QAT_NO_ENGINE") == "1" or not _FILE.exists():
+        return None
+    try:
+        shared = ctypes.CDLL(str(_FILE))
+        stale = shared.sources() & 0xFFFFFFFF != sources()
+    except (OSError, AttributeError) as error:
+        _warn(f"cannot be loaded ({error})")
+        return None
+    if stale:
+        _warn("was compiled from other sources than those beside it")
+        return None
+    found = variants(shared)
+    return bind(shared, found[0]) if found else None
+
+
+def sources() -> int:
+    """The checksum of the C sources, which a library compiled from them has too."""
+    return zlib.crc32(b"".join(path.read_bytes() for path in sorted(_FOLDER.glob("*.c"))))
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(
+        f"{_FILE} {reason}; training is slower and takes more memory without it: install bonn-qat again "
+        "(in a clone: pip install -e .)",
+        stacklevel=3,
+    )
+
+
+def variants(shared: ctypes.CDLL) -> list[str]:
+    """The variants in a library that this machine runs, the fastest first."""
+    shared.variants.restype = ctypes.c_char_p
+    return str(shared.variants().decode()).split()
+
+
+def bind(shared: ctypes.CDLL, variant: str) -> Library:
+    """The kernels of one variant, which run on torch's threads if they can be found."""
+
+    def kernel(name: str, arguments: type[ctypes.Structure]) -> Callable[..., None]:
+        function = shared[f"{name}_{variant}"]
+        function.argtypes, function.restype = (ctypes.POINTER(arguments), ctypes.c_int), None
+        return function
+
+    use_threads = shared[f"use_threads_{variant}"]
+    use_threads.argtypes, use_threads.restype = (ctypes.c_void_p,) * 3, None
+    # The extension module of torch is loaded, and a search in it goes on in what it was linked to: in that OpenMP
+    # library, whatever its name is. Windows has no such search.
+    linked = ctypes.CDLL(torch._C.__file__)
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    if all(hasattr(linked, name) for name in names):
+        use_threads(*(ctypes.cast(getattr(linked, name), ctypes.c_void_p) for name in names))
+        # A forked process has none of the threads, and OpenMP would wait for them forever.
+        os.register_at_fork(after_in_child=lambda: use_threads(None, None, None))
+    passes = ("moments", "signs", "spread", "gradient_sums", "gradient", "add_prelu", "prelu_gradient")
+    return Library(
+        variant=variant, convolve=kernel("convolve", Convolution), **{name: kernel(name, Task) for name in passes}
+    )

@@ -1,0 +1,323 @@
+"""Every variant of the compiled kernels that this machine runs against plain torch, and what happens without them."""
+
+import ctypes
+import inspect
+import math
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bonn_qat.engine import library
+from bonn_qat.engine.library import Convolution, Library, Task
+
+SHARED = ctypes.CDLL(str(library._FILE)) if library._FILE.exists() else None
+VARIANTS = [library.bind(SHARED, name) for name in library.variants(SHARED)] if SHARED else []
+ODD = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-41, 3e38)
+ULP = 2.0**-24  # the largest relative error of rounding to float32
+quick = settings(database=None, deadline=None, max_examples=40)
+each_variant = pytest.mark.parametrize("kernels", VARIANTS, ids=lambda kernels: kernels.variant)
+
+
+def address(x: Tensor) -> int:
+    return x.data_ptr()
+
+
+class Maps:
+    """Maps (pixels, channels) as a norm, a sign and a nonlinearity meet them, and a number for each channel."""
+
+    def __init__(self, channels: int, pixels: int, half: bool, threads: int, odd: bool, seed: int) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        self.dtype = torch.bfloat16 if half else torch.float32
+        self.threads, self.shape = threads, (pixels, channels)
+        self.a, self.b, self.c = (torch.randn(self.shape, generator=draw).to(self.dtype) for _ in range(3))
+        if odd:
+            for x in (self.a, self.b, self.c):
+                places = torch.rand(self.shape, generator=draw) < 0.1
+                x[places] = torch.tensor(ODD).to(self.dtype)[torch.arange(int(places.sum())) % len(ODD)]
+        self.alpha, self.beta, self.threshold, self.mean, self.k1, self.k2 = torch.randn(6, channels, generator=draw)
+        self.out = torch.full(self.shape, 7, dtype=self.dtype)
+        self.sums = torch.zeros(threads, 2, channels, dtype=torch.float64)
+        self.words = torch.full((pixels, -(-channels // 32)), -1, dtype=torch.int32)
+
+    def run(self, kernel: Callable[[Task, int], None], **numbers: float) -> None:
+        names = ("a", "b", "c", "out", "alpha", "beta", "threshold", "mean", "k1", "k2", "sums", "words")
+        pointers = {name: address(getattr(self, name)) for name in names}
+        pixels, channels = self.shape
+        half = self.dtype == torch.bfloat16
+        kernel(Task(**(pointers | {"half": half, "pixels": pixels, "channels": channels} | numbers)), self.threads)
+
+    def normed(self) -> Tensor:
+        """alpha a + beta, rounded once."""
+        return (self.alpha.double() * self.a.double() + self.beta.double()).float()
+
+    def is_sum(self, terms: Tensor, row: int, steps: int = 0) -> bool:
+        """Whether the sums are those of float32 terms, which have up to ``steps`` roundings, over blocks of pixels."""
+        bound = (64 + steps) * ULP * terms.abs().sum(0)
+        found = self.sums.sum(0)[row]
+        return bool(((found - terms.sum(0)).abs() <= bound).all())
+
+
+def maps(odd: st.SearchStrategy[bool]) -> st.SearchStrategy[Maps]:
+    pixels = st.one_of(st.integers(1, 5), st.integers(60, 70), st.integers(120, 300))
+    return st.builds(Maps, st.integers(1, 70), pixels, st.booleans(), st.integers(1, 3), odd, st.integers(0, 2**32))
+
+
+def equal(x: Tensor, y: Tensor) -> bool:
+    return torch.equal(x.isnan(), y.isnan()) and torch.equal(x.nan_to_num(7), y.nan_to_num(7))
+
+
+# -------------------------------------------------------------------------------------------------- passes
+
+
+@each_variant
+@given(maps(st.just(False)))
+@quick
+def test_moments_are_the_sums_of_the_distances_from_the_first_pixel_and_of_their_squares(
+    kernels: Library, m: Maps
+) -> None:
+    m.run(kernels.moments)
+    distances = (m.a - m.a[:1] if m.dtype == torch.float32 else m.a.float() - m.a[:1].float()).double()
+    assert m.is_sum(distances, 0)
+    assert m.is_sum(distances.square(), 1)
+
+
+@each_variant
+@given(maps(st.booleans()))
+@quick
+def test_signs_are_bits_and_spread_is_their_inverse(kernels: Library, m: Maps) -> None:
+    m.run(kernels.signs)
+    m.run(kernels.spread)
+    assert torch.equal(m.out, torch.where(m.normed() >= m.threshold, 1.0, -1.0).to(m.dtype))
+    bits = m.words[:, :, None] >> torch.arange(32, dtype=torch.int32) & 1
+    pixels, channels = m.shape
+    assert torch.equal(bits.view(pixels, -1)[:, :channels] == 1, m.out == 1)
+    assert not bits.view(pixels, -1)[:, channels:].any()
+
+
+def estimated(m: Maps, clip: float, parabola: bool) -> Tensor:
+    u = m.normed() - m.threshold
+    c = m.c.float()
+    if parabola:
+        return (2 - 2 * u.abs()).clamp(min=0) * c
+    return torch.where(u.abs() >= clip, 0.0, c)
+
+
+@each_variant
+@given(maps(st.just(False)), st.floats(0.125, 2, width=32), st.booleans())
+@quick
+def test_gradient_sums_are_those_of_the_estimated_gradient_and_its_product_with_the_distance(
+    kernels: Library, m: Maps, clip: float, parabola: bool
+) -> None:
+    m.run(kernels.gradient_sums, clip=clip, parabola=parabola)
+    gradient = estimated(m, clip, parabola).double()
+    assert m.is_sum(gradient, 0)
+    assert m.is_sum(gradient * (m.a.float() - m.mean).double(), 1, steps=3)
+
+
+@each_variant
+@given(maps(st.booleans()), st.floats(0.125, 2, width=32), st.booleans())
+@quick
+def test_gradient_is_that_of_the_norm(kernels: Library, m: Maps, clip: float, parabola: bool) -> None:
+    m.run(kernels.gradient, clip=clip, parabola=parabola)
+    gradient, distance = estimated(m, clip, parabola), m.a.float() - m.mean
+    exact = ((gradient - m.k1 - distance * m.k2) * m.alpha).double()
+    parts = gradient.abs() + m.k1.abs() + (distance * m.k2).abs()
+    last = 2.0**-8 if m.dtype == torch.bfloat16 else ULP
+    bound = 8 * ULP * (parts * m.alpha.abs()).double() + last * exact.abs() + 1e-37
+    usual = bound < 1e38
+    assert ((m.out.double() - exact).abs() <= bound)[usual].all()
+    odd = exact.isnan() | exact.isinf()
+    assert equal(m.out[odd].double(), exact[odd])
+
+
+@each_variant
+@given(maps(st.booleans()), st.booleans())
+@quick
+def test_add_prelu_is_rounded_once(kernels: Library, m: Maps, adds: bool) -> None:
+    m.run(kernels.add_prelu, **({} if adds else {"b": None}))
+    x = m.a.float() + m.b.float() if adds else m.a.float()
+    assert equal(m.out, torch.where(x > 0, x, x * m.alpha).to(m.dtype))
+
+
+@each_variant
+@given(maps(st.booleans()))
+@quick
+def test_prelu_gradient_is_that_of_the_input_and_of_the_slope(kernels: Library, m: Maps) -> None:
+    m.run(kernels.prelu_gradient)
+    a, c = m.a.float(), m.c.float()
+    assert equal(m.out, torch.where(a > 0, c, c * m.alpha).to(m.dtype))
+    terms = torch.where(a > 0, 0.0, c * a).double()
+    normal = terms.isfinite().all(0)
+    m.sums, terms = m.sums[:, :, normal], terms[:, normal]
+    assert m.is_sum(terms, 0, steps=1)
+
+
+# --------------------------------------------------------------------------------------------- convolution
+
+
+def words_of(signs: Tensor) -> Tensor:
+    """(..., channels) of -1 and +1 to words."""
+    bits = F.pad((signs > 0).long(), (0, -signs.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    return (bits << torch.arange(32)).sum(-1).to(torch.int32)
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> dict[str, object]:
+    small, pair = st.integers(1, 3), lambda numbers: st.tuples(numbers, numbers)
+    drawn = {
+        "batch": draw(small), "channels": draw(st.integers(1, 70)), "outputs": draw(st.integers(1, 40)),
+        "kernel": draw(pair(st.integers(1, 4))), "stride": draw(pair(small)), "dilation": draw(pair(small)),
+        "padding": draw(pair(st.integers(0, 5))), "size": draw(pair(st.integers(1, 17))),
+    }  # fmt: skip
+    extents = [(k - 1) * d + 1 for k, d in zip(drawn["kernel"], drawn["dilation"], strict=True)]
+    # torch refuses an image that is smaller than the kernel even with its padding.
+    drawn["size"] = tuple(
+        max(size, extent - 2 * padding)
+        for size, extent, padding in zip(drawn["size"], extents, drawn["padding"], strict=True)
+    )
+    return drawn
+
+
+def check_convolution(
+    kernels: Library, half: bool, threads: int, *, batch, channels, outputs, kernel, stride, dilation, padding, size
+) -> None:
+    dtype = torch.bfloat16 if half else torch.float32
+    x, w = (torch.randint(2, shape) * 2.0 - 1 for shape in ((batch, channels, *size), (outputs, channels, *kernel)))
+    scale = torch.randn(outputs)
+    sums = F.conv2d(x.double(), w.double(), None, stride, padding, dilation)
+    expected = (sums.float() * scale.view(-1, 1, 1)).to(dtype)
+
+    x_words, w_words = words_of(x.movedim(1, -1)), words_of(w.movedim(1, -1))
+    w_words = F.pad(w_words, (0,) * 7 + (-outputs % 16,)).unflatten(0, (-1, 16)).movedim(1, -1).contiguous()
+    out = torch.full_like(expected, 7, memory_format=torch.channels_last)
+    task = Convolution(
+        x=address(x_words), w=address(w_words), scale=address(scale), out=address(out), batch=batch, height=size[0],
+        width=size[1], words=x_words.shape[-1], channels=channels, out_height=out.shape[2], out_width=out.shape[3],
+        outputs=outputs, rows=kernel[0], columns=kernel[1], stride=stride, padding=padding, dilation=dilation,
+        half=half,
+    )  # fmt: skip
+    kernels.convolve(task, threads)
+    assert torch.equal(out, expected)
+
+
+@each_variant
+@given(convolutions(), st.booleans(), st.integers(1, 2))
+@settings(quick, max_examples=100)
+def test_a_convolution_is_exact_but_for_one_rounding(
+    kernels: Library, drawn: dict[str, object], half: bool, threads: int
+) -> None:
+    check_convolution(kernels, half, threads, **drawn)
+
+
+@each_variant
+@pytest.mark.parametrize("channels", [992, 1000, 2100])
+def test_counts_of_bits_do_not_overflow_with_many_channels(kernels: Library, channels: int) -> None:
+    shape = {"stride": (1, 1), "dilation": (1, 1), "padding": (0, 0), "size": (3, 9)}
+    check_convolution(kernels, False, 1, batch=1, channels=channels, outputs=17, kernel=(3, 2), **shape)
+
+
+# ------------------------------------------------------------------------------------------------- loading
+
+
+@pytest.mark.skipif(
+    platform.machine().lower() not in {"x86_64", "amd64", "aarch64", "arm64"}, reason="no kernels for this machine"
+)
+def test_the_package_is_built_with_its_kernels() -> None:
+    assert library._FILE.exists(), "compile the kernels: pip install -e ."
+    assert VARIANTS
+    assert library.load() is not None
+    assert library.load().variant == VARIANTS[0].variant
+
+
+@each_variant
+def test_the_structures_are_those_of_the_kernels(kernels: Library) -> None:
+    assert SHARED is not None
+    assert SHARED[f"task_size_{kernels.variant}"]() == ctypes.sizeof(Task)
+    assert SHARED[f"convolution_size_{kernels.variant}"]() == ctypes.sizeof(Convolution)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="torch's OpenMP library is not found there")
+@each_variant
+def test_the_work_is_shared_by_torchs_threads(kernels: Library) -> None:
+    m = Maps(16, 256, False, 2, False, 0)
+    m.run(kernels.moments)
+    assert m.sums[0].any()
+    assert m.sums[1].any()
+
+
+@pytest.fixture
+def fresh() -> Callable[[], Library | None]:
+    """``load`` as in a new process."""
+    return inspect.unwrap(library.load)
+
+
+def test_a_variable_turns_the_kernels_off(fresh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BONN_QAT_NO_ENGINE", "1")
+    assert fresh() is None
+
+
+def test_a_package_without_kernels_is_one_without_a_warning(fresh, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(library, "_FILE", tmp_path / "kernels.so")
+    assert fresh() is None
+
+
+@pytest.mark.parametrize("content", [b"", b"\x7fELF" + bytes(100)])
+def test_a_damaged_library_is_not_used(fresh, monkeypatch, tmp_path: Path, content: bytes) -> None:
+    monkeypatch.setattr(library, "_FILE", tmp_path / "kernels.so")
+    library._FILE.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"kernels\.so cannot be loaded \(.*install bonn-qat again"):
+        assert fresh() is None
+
+
+def test_a_library_without_the_functions_is_not_used(fresh, monkeypatch) -> None:
+    monkeypatch.setattr(library, "_FILE", Path(torch._C.__file__))
+    with pytest.warns(UserWarning, match=r"cannot be loaded \(.*sources"):
+        assert fresh() is None
+
+
+@pytest.mark.skipif(not VARIANTS, reason="no kernels")
+def test_a_library_that_is_older_than_its_sources_is_not_used(fresh, monkeypatch) -> None:
+    monkeypatch.setattr(library, "sources", lambda: 0)
+    with pytest.warns(UserWarning, match=r"compiled from other sources.*pip install -e \."):
+        assert fresh() is None
+
+
+FORK = """
+import os, torch
+from torch.utils.data import DataLoader
+from bonn_qat.engine import library
+
+class Sums:
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        a, sums = torch.arange(16 * 256.0), torch.zeros(2, 2, 16, dtype=torch.float64)
+        task = library.Task(a=a.data_ptr(), sums=sums.data_ptr(), pixels=256, channels=16)
+        library.load().moments(task, 2)
+        return sums.sum(0)
+
+expected = Sums()[0]
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(Sums()[0], expected) else 1)
+assert os.waitpid(child, 0)[1] == 0
+for batch in DataLoader(Sums(), batch_size=2, num_workers=2, multiprocessing_context="fork"):
+    assert torch.equal(batch, expected.expand(2, 2, 16))
+"""
+
+
+@pytest.mark.skipif(not VARIANTS or sys.platform == "win32", reason="no kernels, or no forks")
+def test_a_forked_process_and_the_workers_of_a_loader_do_not_wait_for_threads(tmp_path: Path, run_scripts) -> None:
+    script = tmp_path / "fork.py"
+    script.write_text(FORK)
+    (done,) = run_scripts([str(script)], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
