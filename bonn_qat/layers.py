@@ -1,6 +1,7 @@
 """Layers: the binary convolution, the binary linear layer, and the built-in rule for what replaces a float module."""
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
@@ -13,7 +14,7 @@ from torch.fx import Proxy
 from bonn_qat import functional
 from bonn_qat.conv_types import conv_type
 from bonn_qat.engine import operators
-from bonn_qat.engine.functions import Geometry, Norm, sign_product
+from bonn_qat.engine.functions import Geometry, Norm, Replay, replayed_product, sign_product
 from bonn_qat.errors import BonnQatError, InvalidModel, InvalidRecipe, PluginError, is_out_of_memory
 from bonn_qat.hookspecs import hookimpl
 from bonn_qat.quantizers import ActivationQuantizer, FrozenWeight, WeightQuantizer
@@ -211,26 +212,37 @@ class BinaryLayer(nn.Module):
 
     def _step(self, x: Tensor, outer: nn.Module | None) -> Tensor | None:
         """The product of a training step, from the engine; None if that cannot do it."""
-        geometry = self.geometry(x)
-        if geometry is None or not (self.binary_weight and self.weight_quant.scaled_sign and operators.takes(x)):
+        if torch.compiler.is_exporting() or torch.jit.is_tracing() or x.ndim != 4 or x.numel() <= x.shape[1]:
             return None
-        estimator = self.input_quant.estimator() if self.input_quant is not None and self.stand_in is None else None
-        if estimator is None or x.numel() <= x.shape[1] or torch.compiler.is_exporting() or torch.jit.is_tracing():
+        geometry, pad = self.geometry(x)
+        quantizer = self.input_quant if self.stand_in is None else None
+        estimator = None if quantizer is None else quantizer.estimator()
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        scaled = self.binary_weight and self.weight_quant.scaled_sign
+        by_bits = (
+            estimator is not None and scaled and pad is _unchanged and geometry.groups == 1
+            and operators.takes(x) and dtype in (torch.float32, torch.bfloat16)
+        )  # fmt: skip
+        if not by_bits and (torch.compiler.is_compiling() or not (quantizer is None or quantizer.is_pure)):
             return None
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if dtype not in (torch.float32, torch.bfloat16):
-            return None
-        inner = [norm for norm in (outer, self.norm) if norm is not None and type(norm) is not nn.Identity]
-        for norm in inner[:-1]:
+        norms = [norm for norm in (outer, self.norm) if norm is not None and type(norm) is not nn.Identity]
+        inner = norms.pop() if norms and is_plain_norm(norms[-1]) else None
+        for norm in norms:
             x = norm(x)
-        if inner and not is_plain_norm(inner[-1]):
-            x = inner.pop()(x)
-        x = x.contiguous(memory_format=torch.channels_last)
-        value, scale = self.weight_quant.quantize(self.latent())
-        norm = Norm.of(cast(nn.BatchNorm2d, inner[-1]) if inner else None, x)
+        if by_bits:
+            x = x.contiguous(memory_format=torch.channels_last)
+        statistics = Norm.of(cast(nn.BatchNorm2d | None, inner), x)
         if self.watch is not None:  # the mean is finite only if all values are
-            self.watch(norm.mean if norm.statistics else x)
-        return sign_product(x, norm, estimator, value, scale, geometry, dtype)
+            self.watch(statistics.mean if statistics.statistics else x)
+        value, scale = self.weight_quant.quantize(self.latent()) if self.binary_weight else (self.latent(), None)
+        if by_bits:
+            assert estimator is not None
+            assert scale is not None
+            return sign_product(x, statistics, estimator, value, scale, geometry, dtype)
+        quantize = self.stand_in or (_unchanged if quantizer is None else quantizer.value)
+        call = Replay(quantizer, quantize, pad, geometry, dtype)
+        return replayed_product(x, statistics, call, value, scale if scaled else None)
 
     def finish(self, y: Tensor) -> Tensor:
         """Apply gain, output module and bias to the product ``(B, O, H, W)``."""
@@ -275,18 +287,19 @@ class BinaryConv2d(BinaryLayer, nn.Conv2d):
     def from_images(self, y: Tensor, input: Tensor) -> Tensor:
         return y
 
-    def geometry(self, x: Tensor) -> Geometry | None:
-        if self.groups > 1 or (self.padding_mode != "zeros") or x.ndim != 4:
-            return None
+    def geometry(self, x: Tensor) -> tuple[Geometry, Callable[[Tensor], Tensor]]:
+        stride, dilation = cast(tuple[Any, Any], (self.stride, self.dilation))
+        left = right = top = bottom = 0
+        pad: Callable[[Tensor], Tensor] = _unchanged
         if self.same_padding:
             left, right, top, bottom = self._same_padding(x)
-        elif self._explicit_padding is not None:
+        elif self._explicit_padding is None:
+            top, left = bottom, right = cast(tuple[int, int], self.padding)
+        elif self._explicit_padding[1] == "constant":
             left, right, top, bottom = self._explicit_padding[0]
         else:
-            top, left = cast(tuple[int, int], self.padding)
-            bottom, right = top, left
-        stride, dilation = cast(tuple[Any, Any], (self.stride, self.dilation))
-        return Geometry(stride, (top, bottom, left, right), dilation)
+            pad = functools.partial(F.pad, pad=self._explicit_padding[0], mode=self._explicit_padding[1])
+        return Geometry(stride, (top, bottom, left, right), dilation, self.groups), pad
 
     def product(self, x: Tensor, positions: Tensor | None) -> Tensor:
         stride, padding, dilation = cast(tuple[Any, Any, Any], (self.stride, self.padding, self.dilation))
@@ -341,8 +354,8 @@ class BinaryLinear(BinaryLayer, nn.Linear):
     def from_images(self, y: Tensor, input: Tensor) -> Tensor:
         return y.reshape(*input.shape[:-1], self.out_features)
 
-    def geometry(self, x: Tensor) -> Geometry:
-        return Geometry()
+    def geometry(self, x: Tensor) -> tuple[Geometry, Callable[[Tensor], Tensor]]:
+        return Geometry(), _unchanged
 
     def product(self, x: Tensor, positions: Tensor | None) -> Tensor:
         flat = x.flatten(1)
@@ -356,9 +369,15 @@ class BinaryLinear(BinaryLayer, nn.Linear):
         return y if positions is None else y * positions
 
 
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
 def is_plain_norm(norm: nn.Module) -> bool:
     """Whether ``norm`` is a batch norm that the engine computes and that nobody watches."""
-    return type(norm) is nn.BatchNorm2d and norm.momentum is not None and not any(getattr(norm, hooks) for hooks in _HOOKS)
+    if type(norm) is not nn.BatchNorm2d or norm.momentum is None:
+        return False
+    return not any(getattr(norm, hooks) for hooks in _HOOKS)
 
 
 def normed(norm: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:

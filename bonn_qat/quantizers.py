@@ -105,6 +105,10 @@ class ActivationQuantizer(Quantizer):
     layer averages it over the kernel's windows and multiplies its output by the result (XNOR-Net's K). Keyword-only
     arguments of a subclass become options of its schemes.
 
+    A subclass that sets ``is_pure`` to true says that :meth:`quantize` changes nothing, that it depends on nothing but
+    x, parameters, buffers and ``training``, and that its scale is no map. A layer then keeps only its float input for
+    the backward pass, and calls :meth:`quantize` again there; else it keeps what autograd keeps.
+
     >>> class Sign(ActivationQuantizer):
     ...     def quantize(self, x):
     ...         return functional.ste_sign(x), x.new_ones(())
@@ -112,15 +116,22 @@ class ActivationQuantizer(Quantizer):
     tensor([-1.,  1.])
     """
 
+    is_pure: bool = False
+
     def __init__(self, channels: int = 1) -> None:
         super().__init__()
 
     def estimator(self) -> Estimator | None:
-        """What :meth:`quantize` does if it is a sign with an estimator that the training engine knows, else None.
+        """The estimator, if :meth:`quantize` takes a sign and the training engine has kernels for it; else None.
 
-        With it a layer takes the signs itself, as bits, and never calls :meth:`quantize` in training.
+        With one, a layer takes the signs itself, as bits, and never calls :meth:`quantize` in a training step on a CPU.
         """
         return None
+
+    @final
+    def value(self, x: Tensor) -> Tensor:
+        """The value alone."""
+        return self.quantize(x)[0]
 
 
 def number(value: object) -> float:
@@ -258,6 +269,8 @@ class SteSign(ActivationQuantizer):
     Raises InvalidRecipe if ``clip`` is not a number above 0.
     """
 
+    is_pure = True
+
     def __init__(self, channels: int = 1, *, clip: float = 1.0) -> None:
         super().__init__(channels)
         if not number(clip) > 0:
@@ -278,6 +291,8 @@ class SteSign(ActivationQuantizer):
 class ApproxSign(ActivationQuantizer):
     """``sign`` forward, piecewise-linear backward (:func:`functional.approx_sign`)."""
 
+    is_pure = True
+
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return functional.approx_sign(x), x.new_ones(())
 
@@ -288,6 +303,8 @@ class ApproxSign(ActivationQuantizer):
 @final
 class SwishSign(ActivationQuantizer):
     """``sign`` forward, derivative of SignSwish backward (:func:`functional.swish_sign`)."""
+
+    is_pure = True
 
     def __init__(self, channels: int = 1, *, beta: float = 5.0) -> None:
         super().__init__(channels)
@@ -324,6 +341,8 @@ def sign_activation(
 @final
 class SteHeaviside(ActivationQuantizer):
     """``{0, 1}`` forward, clipped straight-through backward (:func:`functional.ste_heaviside`)."""
+
+    is_pure = True
 
     def __init__(self, channels: int = 1, *, clip: float = 1.0) -> None:
         super().__init__(channels)

@@ -6,16 +6,16 @@ computed again from these.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.stateless import _reparametrize_module
 
 from bonn_qat.engine import operators
 
-import os
-_PART = int(os.environ.get("PART", 2**18))
 _CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
 
 
@@ -31,11 +31,12 @@ class Estimator(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """A convolution of one group: ``padding`` is that of top, bottom, left and right."""
+    """A convolution of zero-padded images: ``padding`` is that of top, bottom, left and right."""
 
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
     dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
 
     def size(self, x: Tensor, kernel: Tensor) -> list[int]:
         """Height and width of the output for inputs ``(B, C, H, W)`` and kernels ``(O, C, kh, kw)``."""
@@ -47,30 +48,42 @@ class Geometry(NamedTuple):
             )
         ]
 
+    def is_matrix_product(self, kernel: Tensor) -> bool:
+        """Whether each pixel is a row of a matrix product with the kernels."""
+        return kernel.shape[2:] == (1, 1) and self == Geometry()
 
-def convolution_gradients(
-    grad: Tensor, x: Tensor, value: Tensor, geometry: Geometry, needs: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of ``conv2d(x, value)`` to x and to value."""
-    top, bottom, left, right = geometry.padding
-    if value.shape[2:] == (1, 1) and geometry == Geometry():  # a matrix product
-        rows, columns = (z.permute(0, 2, 3, 1).flatten(0, 2) for z in (grad, x))
-        flat = value.flatten(1)
-        batch, channels, height, width = x.shape
-        dx = (rows @ flat).view(batch, height, width, channels).permute(0, 3, 1, 2) if needs[0] else None
-        return dx, (rows.mT @ columns)[:, :, None, None] if needs[1] else None
-    padding = [top, left]
-    if symmetric := (top, left) == (bottom, right):
-        inner = x
-    else:
-        inner, padding = torch.nn.functional.pad(x, (left, right, top, bottom)), [0, 0]
-    dx, dvalue, _ = _CONVOLUTION_BACKWARD(
-        grad, inner, value, None, list(geometry.stride), padding, list(geometry.dilation), False, [0, 0], 1,
-        [*needs, False],
-    )  # fmt: skip
-    if needs[0] and not symmetric:
-        dx = dx[:, :, top : top + x.shape[2], left : left + x.shape[3]]
-    return dx, dvalue
+    def _padded(self, x: Tensor) -> tuple[Tensor, list[int]]:
+        """x and the padding of torch's convolution, which is the same on opposite sides."""
+        top, bottom, left, right = self.padding
+        if (top, left) == (bottom, right):
+            return x, [top, left]
+        return torch.nn.functional.pad(x, (left, right, top, bottom)), [0, 0]
+
+    def convolve(self, x: Tensor, kernels: Tensor) -> Tensor:
+        """The convolution."""
+        if self.is_matrix_product(kernels):
+            y = torch.nn.functional.linear(x.permute(0, 2, 3, 1), kernels.flatten(1))
+            return y.permute(0, 3, 1, 2)
+        x, padding = self._padded(x)
+        return torch.conv2d(x, kernels, None, self.stride, padding, self.dilation, self.groups)
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, kernels: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of :meth:`convolve` to x and to the kernels, None where they are not needed."""
+        if self.is_matrix_product(kernels):
+            grad, x, flat = grad.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1), kernels.flatten(1)
+            dx = (grad @ flat).permute(0, 3, 1, 2) if needs[0] else None
+            return dx, (grad.flatten(0, 2).mT @ x.flatten(0, 2))[:, :, None, None] if needs[1] else None
+        inner, padding = self._padded(x)
+        dx, dkernels, _ = _CONVOLUTION_BACKWARD(
+            grad, inner, kernels, None, list(self.stride), padding, list(self.dilation), False, [0, 0], self.groups,
+            [*needs, False],
+        )  # fmt: skip
+        if dx is not None and inner is not x:
+            top, _, left, _ = self.padding
+            dx = dx[:, :, top : top + x.shape[2], left : left + x.shape[3]]
+        return dx, dkernels
 
 
 class _SignProduct(torch.autograd.Function):
@@ -79,8 +92,7 @@ class _SignProduct(torch.autograd.Function):
         ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, threshold: Tensor, value: Tensor, scale: Tensor, mean: Tensor,
         invstd: Tensor, estimator: tuple[float, bool], statistics: bool, geometry: Geometry, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        alpha = gamma.float() * invstd
-        shift = torch.addcmul(beta.float(), mean, alpha, value=-1)  # rounded once, as in torch's batch norm
+        alpha, shift = _affine(gamma, beta, mean, invstd)
         outputs, channels = value.shape[:2]
         low = threshold.float().expand(channels).contiguous()
         magnitude = scale.abs().float().flatten().expand(outputs).contiguous()
@@ -98,38 +110,36 @@ class _SignProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, threshold, alpha, shift, low, mean, invstd, words, weight, magnitude = ctx.saved_tensors
         (clip, parabola), statistics, geometry, value_dtype, beta_dtype = ctx.call
-        channels, outputs = x.shape[1], len(magnitude)
+        channels = x.shape[1]
         grad = grad.contiguous(memory_format=torch.channels_last)
-        value = operators.kernel_signs(weight, outputs, channels, grad.dtype)
+        value = operators.kernel_signs(weight, len(magnitude), channels, grad.dtype)
         value = value * magnitude.to(grad.dtype).reshape(-1, 1, 1, 1)
+        signs = operators.spread(words, channels, grad.dtype)
         needs = any(ctx.needs_input_grad[:4]), ctx.needs_input_grad[4]
-        estimator = alpha, shift, low, mean, clip, parabola
-        dvalue: Any = None
-        parts, sums = [], x.new_zeros((2, channels), dtype=torch.float64)
-        step = max(1, _PART // x[0].numel())
-        for start in range(0, len(x), step):
-            part = slice(start, start + step)
-            signs = operators.spread(words[part], channels, grad.dtype)
-            dsign, own = convolution_gradients(grad[part], signs, value, geometry, needs)
-            if own is not None:
-                dvalue = own if dvalue is None else dvalue + own
-            if dsign is not None:
-                parts.append(dsign.to(x.dtype).contiguous(memory_format=torch.channels_last))
-                sums += operators.gradient_sums(parts[-1], x[part], *estimator)
+        dsign, dvalue = geometry.gradients(grad, signs, value, needs)
         dx = dgamma = dbeta = dthreshold = None
-        if parts:
-            total, product = sums.float().unbind()
-            count = x.numel() // channels if statistics else math.inf
-            dx = operators.gradient(parts, x, *estimator, total / count, product / count * invstd.square())
+        if dsign is not None:
+            dsign = dsign.to(x.dtype).contiguous(memory_format=torch.channels_last)
+            dx, total, product = operators.gradient(
+                dsign, x, alpha, shift, low, mean, invstd, clip, parabola, statistics
+            )
             dgamma, dbeta = (product * invstd).to(gamma.dtype), total.to(beta_dtype)
             dthreshold = -total.to(threshold.dtype).sum_to_size(threshold.shape)
-        return (
-            dx, dgamma, dbeta, dthreshold, None if dvalue is None else dvalue.to(value_dtype), *[None] * 7
-        )  # fmt: skip
+        dvalue = None if dvalue is None else dvalue.to(value_dtype)
+        return (dx, dgamma, dbeta, dthreshold, dvalue, *[None] * 7)
+
+
+def _affine(gamma: Tensor, beta: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Factor and summand of a norm, which torch's batch norm rounds as here."""
+    alpha = gamma.to(invstd.dtype) * invstd
+    return alpha, torch.addcmul(beta.to(invstd.dtype), mean, alpha, value=-1)
 
 
 class Norm(NamedTuple):
-    """A batch norm: ``gamma (x - mean) invstd + beta``, all ``(C,)``; whether mean and invstd are ``statistics`` of x."""
+    """A batch norm: ``gamma (x - mean) invstd + beta``, all ``(C,)``.
+
+    ``statistics`` says whether mean and invstd are those of x, through which gradients go too.
+    """
 
     gamma: Tensor
     beta: Tensor
@@ -147,12 +157,14 @@ class Norm(NamedTuple):
         statistics = module.training or module.running_mean is None
         with torch.no_grad():
             if not statistics:
-                assert module.running_mean is not None and module.running_var is not None
+                assert module.running_mean is not None
+                assert module.running_var is not None
                 mean, variance = module.running_mean.to(dtype), module.running_var.to(dtype)
             else:
                 mean, variance = _moments(x, dtype)
                 if module.training and module.running_mean is not None:
-                    assert module.running_var is not None and module.num_batches_tracked is not None
+                    assert module.running_var is not None
+                    assert module.num_batches_tracked is not None
                     assert module.momentum is not None
                     count = x.numel() // x.shape[1]
                     module.running_mean.lerp_(mean.to(module.running_mean.dtype), module.momentum)
@@ -187,11 +199,108 @@ def sign_product(
         _SignProduct.apply(
             x.contiguous(memory_format=torch.channels_last), norm.gamma, norm.beta, threshold, value, scale.detach(),
             norm.mean, norm.invstd, kind, norm.statistics, geometry, dtype,
-        ),  # fmt: skip
-    )
+        ),
+    )  # fmt: skip
 
 
 def _above(bound: float) -> float:
     """The next number in float32: ``|u| < it`` is ``|u| <= bound``."""
     return bound + torch.finfo(torch.float32).eps * 2.0 ** (math.frexp(bound)[1] - 1)
 
+
+class Replay(NamedTuple):
+    """A layer's way from the norm's output to the product, for :func:`replayed_product`.
+
+    ``quantize`` is a module's method that is called with the values that the module's parameters and buffers had in the
+    forward pass; None leaves the norm's output as it is. ``pad`` follows it.
+    """
+
+    module: nn.Module | None
+    quantize: Callable[[Tensor], Tensor]
+    pad: Callable[[Tensor], Tensor]
+    geometry: Geometry
+    dtype: torch.dtype
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters and buffers of the module, by name."""
+        return {} if self.module is None else {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+
+    def value(self, normed: Tensor, state: Sequence[Tensor], training: bool) -> Tensor:
+        """What is multiplied with the kernels."""
+        if self.module is None:
+            return self.pad(self.quantize(normed))
+        before = self.module.training
+        self.module.train(training)
+        try:
+            with _reparametrize_module(self.module, dict(zip(self.state(), state, strict=True))):
+                return self.pad(self.quantize(normed))
+        finally:
+            self.module.train(before)
+
+
+class _ReplayedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, call: Replay, statistics: bool, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, invstd: Tensor,
+        kernels: Tensor, scale: Tensor | None, *state: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, gamma, beta, mean, invstd, kernels, *state)
+        ctx.call, ctx.statistics = call, statistics
+        ctx.training = call.module is not None and call.module.training
+        with torch.autocast(x.device.type, enabled=False):
+            value = call.value(_normed(x, gamma, beta, mean, invstd), state, ctx.training).to(call.dtype)
+            kernels = kernels.to(call.dtype)
+            if scale is None:
+                return call.geometry.convolve(value, kernels)
+            y = call.geometry.convolve(value, torch.where(kernels >= 0, 1.0, -1.0).to(call.dtype))
+            return y * scale.abs().to(call.dtype).reshape(-1, 1, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gamma, beta, mean, invstd, kernels, *state = ctx.saved_tensors
+        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+            normed = _normed(x, gamma, beta, mean, invstd).detach().requires_grad_()
+            leaves = [t.detach().requires_grad_(needed) for t, needed in zip(state, ctx.needs_input_grad[9:], strict=True)]
+            value = ctx.call.value(normed, leaves, ctx.training)
+        needs = any(ctx.needs_input_grad[2:5]) or any(ctx.needs_input_grad[9:]), ctx.needs_input_grad[7]
+        dtype = ctx.call.dtype
+        dvalue, dkernels = ctx.call.geometry.gradients(grad, value.detach().to(dtype), kernels.to(dtype), needs)
+        dx = dgamma = dbeta = None
+        dstate: list[Tensor | None] = [None] * len(leaves)
+        if dvalue is not None:
+            sources = [normed, *(leaf for leaf in leaves if leaf.requires_grad)]
+            found = iter(torch.autograd.grad(value, sources, dvalue.to(value.dtype), allow_unused=True))
+            dnormed = next(found)
+            dstate = [next(found) if leaf.requires_grad else None for leaf in leaves]
+            dnormed = torch.zeros_like(normed) if dnormed is None else dnormed
+            distance, sums = x.to(mean.dtype) - mean.reshape(-1, 1, 1), (0, 2, 3)
+            total, product = dnormed.sum(sums), (dnormed * distance).sum(sums)
+            if ctx.statistics:
+                count = x.numel() // x.shape[1]
+                factor = product / count * invstd.square()
+                dnormed = dnormed - (total / count).reshape(-1, 1, 1) - distance * factor.reshape(-1, 1, 1)
+            dx = (dnormed * _affine(gamma, beta, mean, invstd)[0].reshape(-1, 1, 1)).to(x.dtype)
+            dgamma, dbeta = (product * invstd).to(gamma.dtype), total.to(beta.dtype)
+        return None, None, dx, dgamma, dbeta, None, None, dkernels, None, *dstate
+
+
+def _normed(x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+    """The norm's output, the same in every call."""
+    alpha, shift = (z.reshape(-1, 1, 1) for z in _affine(gamma, beta, mean, invstd))
+    return torch.addcmul(shift, x.to(alpha.dtype), alpha)
+
+
+def replayed_product(x: Tensor, norm: Norm, call: Replay, kernels: Tensor, scale: Tensor | None) -> Tensor:
+    """``conv2d(quantize(norm(x)), kernels)`` that keeps x, and quantizes it again in the backward pass.
+
+    x ``(B, C, H, W)``, kernels ``(O, C / groups, kh, kw)``. With ``scale`` the kernels are ``scale * {-1, +1}``, and
+    the product is that with their signs, times ``|scale|``.
+    """
+    return cast(
+        Tensor,
+        _ReplayedProduct.apply(
+            call, norm.statistics, x, norm.gamma, norm.beta, norm.mean, norm.invstd, kernels,
+            None if scale is None else scale.detach(), *call.state().values(),
+        ),
+    )  # fmt: skip

@@ -20,7 +20,7 @@ class Task(ctypes.Structure):
     """A pass over maps. Pointers are ``data_ptr()``s; None where a kernel does not read them."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("a", "b", "c", "out", "alpha", "beta", "threshold", "mean", "k1", "k2")),
+        *((name, ctypes.c_void_p) for name in ("a", "c", "out", "alpha", "beta", "threshold", "mean", "k1", "k2")),
         *((name, ctypes.c_void_p) for name in ("sums", "words")),
         *((name, ctypes.c_int64) for name in ("pixels", "channels")),
         ("clip", ctypes.c_float),
@@ -53,7 +53,7 @@ class Library:
     spread: Pass
     gradient_sums: Pass
     gradient: Pass
-    add_prelu: Pass
+    prelu: Pass
     prelu_gradient: Pass
     convolve: Callable[[Convolution, int], None]
 
@@ -117,7 +117,7 @@ def bind(shared: ctypes.CDLL, variant: str) -> Library:
         use_threads(*(ctypes.cast(getattr(linked, name), ctypes.c_void_p) for name in names))
         # A forked process has none of the threads, and OpenMP would wait for them forever.
         os.register_at_fork(after_in_child=lambda: use_threads(None, None, None))
-    passes = ("moments", "signs", "spread", "gradient_sums", "gradient", "add_prelu", "prelu_gradient")
+    passes = ("moments", "signs", "spread", "gradient_sums", "gradient", "prelu", "prelu_gradient")
     return Library(
         variant=variant, convolve=kernel("convolve", Convolution), **{name: kernel(name, Task) for name in passes}
     )

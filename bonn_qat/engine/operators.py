@@ -5,7 +5,7 @@ channel is float32 ``(C,)``. Signs are ``(B, H, W, ceil(C / 32))`` words, int32.
 are there. Sizes that do not fit raise RuntimeError.
 """
 
-import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,9 +71,7 @@ def _run(name: str, like: Tensor, tensors: dict[str, Tensor | None], *, sums: in
         values[key] = tensor.data_ptr()
     kernels = library.load()
     assert kernels is not None
-    task = library.Task(
-        pixels=batch * height * width, channels=channels, half=like.dtype == torch.bfloat16, **values
-    )
+    task = library.Task(pixels=batch * height * width, channels=channels, half=like.dtype == torch.bfloat16, **values)
     getattr(kernels, name)(task, threads)
     return [] if partial is None else list(partial.sum(0)[:sums].unbind())
 
@@ -119,7 +117,7 @@ def spread(words: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """Words as a map of -1 and +1."""
     out = _no_map(words, channels, dtype)
     if words.shape[3] != -(-channels // 32):
-        raise RuntimeError(f"spread: words {tuple(words.shape)} for {channels} channels")
+        raise RuntimeError(f"spread: {words.shape[3]} words for the {channels} channels of a pixel")
     _run("spread", out, {"out": out, "words": words})
     return out
 
@@ -164,7 +162,7 @@ def convolve(
 
 
 def kernel_words(value: Tensor) -> Tensor:
-    """The signs of kernels ``(O, I, kh, kw)`` as :func:`convolve` reads them: ``(blocks of filters, kh, kw, words, 16)``."""
+    """The signs of kernels ``(O, I, kh, kw)`` as :func:`convolve` reads them: ``(ceil(O / 16), kh, kw, words, 16)``."""
     value = value.float().contiguous(memory_format=torch.channels_last)
     one, zero = value.new_ones(value.shape[1]), value.new_zeros(value.shape[1])
     words = signs(value, one, zero, zero)
@@ -178,43 +176,28 @@ def kernel_signs(words: Tensor, outputs: int, channels: int, dtype: torch.dtype)
 
 
 @_operator(
-    "gradient_sums(Tensor grad, Tensor x, Tensor alpha, Tensor beta, Tensor threshold, Tensor mean, float clip, "
-    "bool parabola) -> Tensor",
-    lambda grad, x, *_: x.new_empty((2, x.shape[1]), dtype=torch.float64),
-)
-def gradient_sums(
-    grad: Tensor, x: Tensor, alpha: Tensor, beta: Tensor, threshold: Tensor, mean: Tensor, clip: float, parabola: bool
-) -> Tensor:
-    """The sums over all pixels of what an estimator passes of ``grad``, and of its product with ``x - mean``, float64.
-
-    With u = ``alpha x + beta - threshold`` that is ``grad [|u| < clip]``, or ``grad max(0, 2 - 2|u|)`` for a
-    ``parabola``.
-    """
-    tensors = {"a": x, "c": grad, "alpha": alpha, "beta": beta, "threshold": threshold, "mean": mean}
-    return torch.stack(_run("gradient_sums", x, tensors, sums=2, clip=clip, parabola=parabola))
-
-
-@_operator(
-    "gradient(Tensor[] grads, Tensor x, Tensor alpha, Tensor beta, Tensor threshold, Tensor mean, float clip, "
-    "bool parabola, Tensor k1, Tensor k2) -> Tensor",
-    lambda grads, x, *_: torch.empty_like(x),
+    "gradient(Tensor grad, Tensor x, Tensor alpha, Tensor beta, Tensor threshold, Tensor mean, Tensor invstd, "
+    "float clip, bool parabola, bool statistics) -> (Tensor, Tensor, Tensor)",
+    lambda grad, x, *_: (torch.empty_like(x), *_vectors(x, 2)),
 )
 def gradient(
-    grads: Sequence[Tensor], x: Tensor, alpha: Tensor, beta: Tensor, threshold: Tensor, mean: Tensor, clip: float,
-    parabola: bool, k1: Tensor, k2: Tensor,
-) -> Tensor:  # fmt: skip
-    """``(estimated - k1 - (x - mean) k2) alpha``, the gradient to x; ``estimated`` is what :func:`gradient_sums` adds up.
+    grad: Tensor, x: Tensor, alpha: Tensor, beta: Tensor, threshold: Tensor, mean: Tensor, invstd: Tensor,
+    clip: float, parabola: bool, statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradient of a sign through its estimator and the norm before it, to x.
 
-    ``grads`` are the parts of the batch in their order; they are read from the last one, which may be in a cache.
+    With u = ``alpha x + beta - threshold``, the estimator passes ``grad [|u| < clip]``, or ``grad max(0, 2 - 2|u|)`` if
+    it is a ``parabola``. ``statistics`` says that the norm's were those of x. Also returns the sums over all pixels of
+    what the estimator passes, and of its product with ``x - mean``.
     """
-    out, end = torch.empty_like(x), len(x)
-    tensors = {"alpha": alpha, "beta": beta, "threshold": threshold, "mean": mean, "k1": k1, "k2": k2}
-    for grad in reversed(grads):
-        part = slice(end - len(grad), end)
-        end = part.start
-        maps = {"a": x[part], "c": grad, "out": out[part]}
-        _run("gradient", grad, maps | tensors, clip=clip, parabola=parabola)
-    return out
+    tensors = {"a": x, "c": grad, "alpha": alpha, "beta": beta, "threshold": threshold, "mean": mean}
+    constants = {"clip": clip, "parabola": parabola}
+    total, product = (sums.float() for sums in _run("gradient_sums", x, tensors, sums=2, **constants))
+    count = x.numel() // x.shape[1] if statistics else math.inf
+    out = torch.empty_like(x)
+    factors = {"k1": total / count, "k2": product / count * invstd.square()}
+    _run("gradient", x, tensors | factors | {"out": out}, **constants)
+    return out, total, product
 
 
 @_operator("prelu(Tensor x, Tensor slope) -> Tensor", lambda x, slope: torch.empty_like(x))

@@ -122,6 +122,8 @@ class AbcActivation(ActivationQuantizer):
     Raises BonnQatError for ``activation_bases`` below 1 and another ``mask``.
     """
 
+    is_pure = True
+
     def __init__(
         self, channels: int = 1, *, activation_bases: int = 1, mask: Literal["threshold", "printed"] = "threshold"
     ) -> None:

@@ -75,6 +75,8 @@ class AdaBinActivation(ActivationQuantizer):
     Raises BonnQatError for another ``centre``.
     """
 
+    is_pure = True
+
     def __init__(self, channels: int = 1, *, centre: Literal["paper", "code"] = "paper") -> None:
         super().__init__(channels)
         if centre not in ("paper", "code"):

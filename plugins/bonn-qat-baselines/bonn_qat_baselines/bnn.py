@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bonn_qat import BonnQatError, Scheme, hookimpl
+from bonn_qat.engine.functions import Estimator
 from bonn_qat.functional import ste_sign
 from bonn_qat.quantizers import ActivationQuantizer, WeightQuantizer
 
@@ -72,6 +73,11 @@ class BnnSign(ActivationQuantizer):
                 f"got {activations!r}"
             )
         self.activations = activations
+        self.is_pure = activations == "deterministic"
+
+    def estimator(self) -> Estimator | None:
+        """The clipped one, of deterministic signs."""
+        return Estimator() if self.is_pure else None
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x -> (+1 or -1, 1)."""

@@ -97,6 +97,8 @@ class DorefaActivation(ActivationQuantizer):
     ``dy * [0 <= x <= 1]``. Raises BonnQatError for another ``activation_bits``.
     """
 
+    is_pure = True
+
     def __init__(self, channels: int = 1, *, activation_bits: int = 4) -> None:
         super().__init__(channels)
         self.bits = _checked("activation_bits", activation_bits)

@@ -109,6 +109,8 @@ class IrNetActivation(ActivationQuantizer):
     Raises BonnQatError unless ``0 < t_min <= t_max``, both finite.
     """
 
+    is_pure = True
+
     def __init__(self, channels: int = 1, *, t_min: float = 0.1, t_max: float = 10.0) -> None:
         super().__init__(channels)
         self.sign = ErrorDecaySign("irnet", t_min, t_max)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bonn_qat import Scheme, hookimpl
+from bonn_qat.engine.functions import Estimator
 from bonn_qat.functional import approx_sign, prelu
 from bonn_qat.quantizers import ActivationQuantizer
 from bonn_qat_baselines.bireal import BiRealWeight
@@ -33,6 +34,8 @@ class RSign(ActivationQuantizer):
     of ``-dx`` over all axes but the channel's. Where the channels are unknown, ``channels`` is 1 and all share one a.
     """
 
+    is_pure = True
+
     def __init__(self, channels: int = 1) -> None:
         super().__init__(channels)
         self.threshold = nn.Parameter(torch.empty(channels))
@@ -46,6 +49,10 @@ class RSign(ActivationQuantizer):
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` -> (signs of ``x - a``, 1)."""
         return approx_sign(x - _along_channels(self.threshold, x)), x.new_ones(())
+
+    def estimator(self) -> Estimator:
+        """A parabola around the threshold."""
+        return Estimator(parabola=True, threshold=self.threshold)
 
 
 @final

@@ -97,6 +97,8 @@ class RecuActivation(ActivationQuantizer):
     in training: in evaluation u is x, which has the same sign.
     """
 
+    is_pure = True
+
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` -> (signs, 1)."""
         return approx_sign(x / _deviation(x) if self.training else x), x.new_ones(())

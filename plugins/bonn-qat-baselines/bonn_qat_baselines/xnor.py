@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bonn_qat import BonnQatError, Scheme, hookimpl
+from bonn_qat.engine.functions import Estimator
 from bonn_qat.functional import sign, ste_sign
 from bonn_qat.quantizers import ActivationQuantizer, WeightQuantizer, sign_activation
 
@@ -111,6 +112,11 @@ class XnorSign(ActivationQuantizer):
         _check_bool("input_scale", input_scale)
         self.sign = sign_activation(channels, estimator=estimator, clip=clip)
         self.input_scale = input_scale
+        self.is_pure = not input_scale
+
+    def estimator(self) -> Estimator | None:
+        """That of the sign, unless the scale is a map."""
+        return None if self.input_scale else self.sign.estimator()
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """I -> (sign(I), A), or (sign(I), 1)."""
