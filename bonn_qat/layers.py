@@ -192,11 +192,13 @@ class BinaryLayer(nn.Module):
         """Quantize weights and activations as ``stage`` says."""
         self.binary_weight, self.stand_in = stage.weights == "binary", ACTIVATIONS[stage.activations]
 
-    def forward(self, input: Tensor, norm: nn.Module | None = None) -> Tensor:
-        """The layer's output, for ``norm(input)`` if a norm is given, which then becomes a part of the layer's step."""
+    def forward(self, input: Tensor, norm: nn.Module | None = None, addend: Tensor | None = None) -> Tensor:
+        """The layer's output, of ``norm(input)`` if a norm is given, and plus ``addend``; see :func:`step`."""
         x = self.as_images(input)
-        y = self._step(x, norm) if self.training and torch.is_grad_enabled() else None
-        if y is None:
+        found = self._step(x, norm, addend) if self.training and torch.is_grad_enabled() else None
+        if found is not None:
+            y, is_finished = found
+        else:
             if self.watch is not None:
                 self.watch(x)
             x = self.norm(x if norm is None else norm(x))
@@ -207,11 +209,14 @@ class BinaryLayer(nn.Module):
                 else:
                     x, scale = self.input_quant.quantize(x)
                     positions = scale if scale.ndim == 4 else None
-            y = self.product(x, positions)
-        return self.from_images(self.finish(y), input)
+            y, is_finished = self.product(x, positions), False
+        if not is_finished:
+            y = self.finish(y)
+            y = y if addend is None else y + addend
+        return self.from_images(y, input)
 
-    def _step(self, x: Tensor, outer: nn.Module | None) -> Tensor | None:
-        """The product of a training step, from the engine; None if that cannot do it."""
+    def _step(self, x: Tensor, outer: nn.Module | None, addend: Tensor | None) -> tuple[Tensor, bool] | None:
+        """The product of a training step from the engine, and whether it is finished; None if that cannot do it."""
         if torch.compiler.is_exporting() or torch.jit.is_tracing() or x.ndim != 4 or x.numel() <= x.shape[1]:
             return None
         geometry, pad = self.geometry(x)
@@ -239,10 +244,16 @@ class BinaryLayer(nn.Module):
         if by_bits:
             assert estimator is not None
             assert scale is not None
-            return sign_product(x, statistics, estimator, value, scale, geometry, dtype)
+            is_finished = self.output is None and getattr(self, "gain", None) is None
+            if addend is not None and (addend.dtype != dtype or not is_finished):
+                is_finished = False
+            elif addend is not None:
+                addend = addend.contiguous(memory_format=torch.channels_last)
+            last = (self.bias, addend) if is_finished else (None, None)
+            return sign_product(x, statistics, estimator, value, scale, *last, geometry, dtype), is_finished
         quantize = self.stand_in or (_unchanged if quantizer is None else quantizer.value)
         call = Replay(quantizer, quantize, pad, geometry, dtype)
-        return replayed_product(x, statistics, call, value, scale if scaled else None)
+        return replayed_product(x, statistics, call, value, scale if scaled else None), False
 
     def finish(self, y: Tensor) -> Tensor:
         """Apply gain, output module and bias to the product ``(B, O, H, W)``."""
@@ -380,11 +391,18 @@ def is_plain_norm(norm: nn.Module) -> bool:
     return not any(getattr(norm, hooks) for hooks in _HOOKS)
 
 
-def normed(norm: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(norm(x))``; in a binary layer that nobody watches the norm becomes a part of its training step."""
+def step(norm: nn.Module, layer: nn.Module, x: Tensor, addend: Tensor | None = None) -> Tensor:
+    """``layer(norm(x)) + addend``, in one pass of the engine in the training of a binary layer that nobody watches."""
     if isinstance(layer, BinaryLayer) and not any(getattr(layer, hooks) for hooks in _HOOKS):
-        return layer(x, norm)  # type: ignore[no-any-return]
-    return layer(norm(x))  # type: ignore[no-any-return]
+        return layer(x, norm, addend)  # type: ignore[no-any-return]
+    y = layer(norm(x))
+    return y if addend is None else y + addend  # type: ignore[no-any-return]
+
+
+def is_idle(module: nn.Module) -> bool:
+    """Whether ``module`` leaves its input as it is and nobody watches it."""
+    idle = type(module) is nn.Identity or (type(module) is nn.Dropout and module.p == 0)
+    return idle and not any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def is_own(entry: Tensor | None, own: Tensor) -> bool:

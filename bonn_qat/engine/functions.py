@@ -89,8 +89,9 @@ class Geometry(NamedTuple):
 class _SignProduct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, threshold: Tensor, value: Tensor, scale: Tensor, mean: Tensor,
-        invstd: Tensor, estimator: tuple[float, bool], statistics: bool, geometry: Geometry, dtype: torch.dtype,
+        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, threshold: Tensor, value: Tensor, bias: Tensor | None,
+        addend: Tensor | None, scale: Tensor, mean: Tensor, invstd: Tensor, estimator: tuple[float, bool],
+        statistics: bool, geometry: Geometry, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         alpha, shift = _affine(gamma, beta, mean, invstd)
         outputs, channels = value.shape[:2]
@@ -98,18 +99,22 @@ class _SignProduct(torch.autograd.Function):
         magnitude = scale.abs().float().flatten().expand(outputs).contiguous()
         words, weight = operators.signs(x, alpha, shift, low), operators.kernel_words(value)
         ctx.save_for_backward(x, gamma, threshold, alpha, shift, low, mean, invstd, words, weight, magnitude)
-        ctx.call = estimator, statistics, geometry, value.dtype, beta.dtype
+        dtypes = value.dtype, beta.dtype, None if bias is None else bias.dtype
+        ctx.call = estimator, statistics, geometry, dtypes
         top, _, left, _ = geometry.padding
-        size = geometry.size(x, value)
-        return operators.convolve(
-            words, weight, magnitude, channels, geometry.stride, (top, left), geometry.dilation, size, dtype
-        )
+        product = (
+            words, weight, magnitude, None if bias is None else bias.detach().float(), addend, channels,
+            geometry.stride, (top, left), geometry.dilation, geometry.size(x, value), dtype,
+        )  # fmt: skip
+        if addend is None and not torch.compiler.is_compiling():
+            ctx.product = product
+        return cast(Tensor, operators.convolve(*product))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, threshold, alpha, shift, low, mean, invstd, words, weight, magnitude = ctx.saved_tensors
-        (clip, parabola), statistics, geometry, value_dtype, beta_dtype = ctx.call
+        (clip, parabola), statistics, geometry, (value_dtype, beta_dtype, bias_dtype) = ctx.call
         channels = x.shape[1]
         grad = grad.contiguous(memory_format=torch.channels_last)
         value = operators.kernel_signs(weight, len(magnitude), channels, grad.dtype)
@@ -117,7 +122,7 @@ class _SignProduct(torch.autograd.Function):
         signs = operators.spread(words, channels, grad.dtype)
         needs = any(ctx.needs_input_grad[:4]), ctx.needs_input_grad[4]
         dsign, dvalue = geometry.gradients(grad, signs, value, needs)
-        dx = dgamma = dbeta = dthreshold = None
+        dx = dgamma = dbeta = dthreshold = dbias = None
         if dsign is not None:
             dsign = dsign.to(x.dtype).contiguous(memory_format=torch.channels_last)
             dx, total, product = operators.gradient(
@@ -125,8 +130,11 @@ class _SignProduct(torch.autograd.Function):
             )
             dgamma, dbeta = (product * invstd).to(gamma.dtype), total.to(beta_dtype)
             dthreshold = -total.to(threshold.dtype).sum_to_size(threshold.shape)
+        if ctx.needs_input_grad[5]:
+            dbias = grad.sum((0, 2, 3), dtype=torch.float32).to(bias_dtype)
         dvalue = None if dvalue is None else dvalue.to(value_dtype)
-        return (dx, dgamma, dbeta, dthreshold, dvalue, *[None] * 7)
+        daddend = grad if ctx.needs_input_grad[6] else None
+        return (dx, dgamma, dbeta, dthreshold, dvalue, dbias, daddend, *[None] * 7)
 
 
 def _affine(gamma: Tensor, beta: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,28 +185,30 @@ class Norm(NamedTuple):
 
 
 def _moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    if operators.takes(x):
+    if operators.takes(x) and x.is_contiguous(memory_format=torch.channels_last):
         return cast(tuple[Tensor, Tensor], operators.moments(x))
     variance, mean = torch.var_mean(x.to(dtype), (0, 2, 3), correction=0)
     return mean, variance
 
 
 def sign_product(
-    x: Tensor, norm: Norm, estimator: Estimator, value: Tensor, scale: Tensor, geometry: Geometry, dtype: torch.dtype
-) -> Tensor:
-    """``conv2d(sign(norm(x) - threshold), value)`` by bits, for value ``(O, C, kh, kw)`` of ``scale * {-1, +1}``.
+    x: Tensor, norm: Norm, estimator: Estimator, value: Tensor, scale: Tensor, bias: Tensor | None,
+    addend: Tensor | None, geometry: Geometry, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """``conv2d(sign(norm(x) - threshold), value) + bias + addend`` by bits.
 
-    The sums are exact, and times ``|scale|`` they are rounded once, to ``dtype``. x ``(B, C, H, W)`` as
-    :func:`~bonn_qat.engine.operators.takes` it. The gradients are those of the old path: of the product to value and to
-    the signs, of the estimator and of the norm; scale has none.
+    The value ``(O, C, kh, kw)`` is ``scale * {-1, +1}``. The sums are exact; times ``|scale|`` they are rounded, and
+    after each addition. x ``(B, C, H, W)`` as :func:`~bonn_qat.engine.operators.takes` it, in ``channels_last``; the
+    addend is None or has the shape, dtype and layout of the output, which is in ``dtype``. The gradients are those of
+    the product to value and to the signs, of the estimator and of the norm; scale has none.
     """
     threshold = x.new_zeros((), dtype=torch.float32) if estimator.threshold is None else estimator.threshold
     kind = _above(estimator.clip), estimator.parabola
     return cast(
         Tensor,
         _SignProduct.apply(
-            x.contiguous(memory_format=torch.channels_last), norm.gamma, norm.beta, threshold, value, scale.detach(),
-            norm.mean, norm.invstd, kind, norm.statistics, geometry, dtype,
+            x, norm.gamma, norm.beta, threshold, value, bias, addend, scale.detach(), norm.mean, norm.invstd, kind,
+            norm.statistics, geometry, dtype,
         ),
     )  # fmt: skip
 

@@ -292,6 +292,8 @@ typedef struct {
     const uint32_t *x;  /* (batch, height, width, words) */
     const uint32_t *w;  /* (ceil(outputs / LANES), rows, columns, words, LANES) */
     const float *scale; /* one for each output */
+    const float *bias;  /* likewise, or NULL */
+    const void *addend; /* a map like out, or NULL */
     void *out;          /* (batch, out_height, out_width, outputs) */
     int64_t batch, height, width, words, channels, out_height, out_width, outputs, rows, columns;
     int64_t stride[2], padding[2], dilation[2];
@@ -305,9 +307,12 @@ INLINE void inside(int64_t at, int64_t taps, int64_t dilation, int64_t size, int
     while (*last > *first && at + (*last - 1) * dilation >= size) --*last;
 }
 
-/* `count` outputs that have all taps in columns [left, right) in the image: scale (products - 2 mismatches). */
+/* `count` outputs that have all taps in columns [left, right) in the image: scale (products - 2 mismatches), plus bias
+   and addend, each rounded, as in a convolution that two sums follow. */
 INLINE void convolve_tile(const Convolution *k, const uint32_t *x, const uint32_t *w, int64_t top, int64_t bottom,
-                          int64_t left, int64_t right, F scale, int64_t at, int lanes, int count, int half) {
+                          int64_t left, int64_t right, F scale, F bias, int64_t at, int lanes, int count,
+                          int half) {
+#pragma clang fp contract(off)
     U wrong[TILE] = {{0}}, counts[TILE] = {{0}};
     int64_t words = k->words, step = k->stride[1] * words, counted = 0;
     for (int64_t i = top; i < bottom; i++) {
@@ -329,8 +334,11 @@ INLINE void convolve_tile(const Convolution *k, const uint32_t *x, const uint32_
     int32_t products = (int32_t)((bottom - top) * (right - left) * k->channels);
 #pragma GCC unroll 8
     for (int p = 0; p < count; p++) {
-        F sum = __builtin_convertvector(products - 2 * (I)(wrong[p] + widened(counts[p])), F);
-        store(k->out, at + p * k->outputs, sum * scale, lanes, half);
+        int64_t to = at + p * k->outputs;
+        F y = __builtin_convertvector(products - 2 * (I)(wrong[p] + widened(counts[p])), F) * scale;
+        if (k->bias) y += bias;
+        if (k->addend) y += load(k->addend, to, lanes, half);
+        store(k->out, to, y, lanes, half);
     }
 }
 
@@ -339,7 +347,7 @@ INLINE void convolve_columns(const Convolution *k, int64_t row, int64_t o, int64
                              int count, int half) {
     int64_t image = row / k->out_height, y = row % k->out_height * k->stride[0] - k->padding[0];
     const uint32_t *w = k->w + o / LANES * k->rows * k->columns * k->words * LANES;
-    F scale = load(k->scale, o, lanes, 0);
+    F scale = load(k->scale, o, lanes, 0), bias = k->bias ? load(k->bias, o, lanes, 0) : scale;
     int64_t top, bottom, left = 0, right = k->columns;
     inside(y, k->rows, k->dilation[0], k->height, &top, &bottom);
     for (; column < stop; column += count) {
@@ -347,8 +355,8 @@ INLINE void convolve_columns(const Convolution *k, int64_t row, int64_t o, int64
         int64_t x = column * k->stride[1] - k->padding[1];
         if (count == 1) inside(x, k->columns, k->dilation[1], k->width, &left, &right);
         const uint32_t *pixel = k->x + ((image * k->height + y) * k->width + x) * k->words;
-        convolve_tile(k, pixel, w, top, bottom, left, right, scale, (row * k->out_width + column) * k->outputs + o,
-                      lanes, count, half);
+        convolve_tile(k, pixel, w, top, bottom, left, right, scale, bias,
+                      (row * k->out_width + column) * k->outputs + o, lanes, count, half);
     }
 }
 

@@ -32,7 +32,7 @@ class Convolution(ctypes.Structure):
     """A convolution of signs, in bits, with binary weights."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "w", "scale", "out")),
+        *((name, ctypes.c_void_p) for name in ("x", "w", "scale", "bias", "addend", "out")),
         *((name, ctypes.c_int64) for name in ("batch", "height", "width", "words", "channels", "out_height")),
         *((name, ctypes.c_int64) for name in ("out_width", "outputs", "rows", "columns")),
         *((name, ctypes.c_int64 * 2) for name in ("stride", "padding", "dilation")),

@@ -56,7 +56,6 @@ def _run(name: str, like: Tensor, tensors: dict[str, Tensor | None], *, sums: in
     batch, channels, height, width = like.shape
     threads = _threads(like.numel())
     partial = torch.zeros(threads, 2, channels, dtype=torch.float64) if sums else None
-    keep = []
     for key, tensor in (*tensors.items(), ("sums", partial)):
         if tensor is None:
             continue
@@ -67,7 +66,6 @@ def _run(name: str, like: Tensor, tensors: dict[str, Tensor | None], *, sums: in
             good = tensor.is_contiguous() and (key not in _VECTORS or tensor.numel() == channels)
         if not good:
             raise RuntimeError(f"{name}: {key} is {tensor.dtype} {tuple(tensor.shape)}; the map {tuple(like.shape)}")
-        keep.append(tensor)
         values[key] = tensor.data_ptr()
     kernels = library.load()
     assert kernels is not None
@@ -123,39 +121,45 @@ def spread(words: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
 
 
 def _no_products(
-    words: Tensor, weight: Tensor, scale: Tensor, channels: int, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], size: Sequence[int], dtype: torch.dtype,
+    words: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, addend: Tensor | None, channels: int,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], size: Sequence[int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     return _map(words.shape[0], scale.shape[0], size[0], size[1], dtype)
 
 
 @_operator(
-    "convolve(Tensor words, Tensor weight, Tensor scale, int channels, int[] stride, int[] padding, int[] dilation, "
-    "int[] size, ScalarType dtype) -> Tensor",
+    "convolve(Tensor words, Tensor weight, Tensor scale, Tensor? bias, Tensor? addend, int channels, int[] stride, "
+    "int[] padding, int[] dilation, int[] size, ScalarType dtype) -> Tensor",
     _no_products,
 )
 def convolve(
-    words: Tensor, weight: Tensor, scale: Tensor, channels: int, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], size: Sequence[int], dtype: torch.dtype,
+    words: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, addend: Tensor | None, channels: int,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], size: Sequence[int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """The convolution of signs, times ``scale`` ``(O,)``.
+    """The convolution of signs, times ``scale`` ``(O,)``, plus ``bias`` ``(O,)``, plus ``addend``, a map like it.
 
     ``weight`` is that of :func:`kernel_words`, ``padding`` that above and on the left, ``size`` that of the output.
     """
     batch, height, width, count = words.shape
     blocks, rows, columns, weight_words, _ = weight.shape
     outputs = scale.shape[0]
+    out = _no_products(words, weight, scale, bias, addend, channels, stride, padding, dilation, size, dtype)
     fits = count == weight_words == -(-channels // 32) and blocks == -(-outputs // _LANES) and scale.is_contiguous()
-    if not (fits and words.is_contiguous() and weight.is_contiguous() and words.dtype == weight.dtype == torch.int32):
+    fits = fits and words.is_contiguous() and weight.is_contiguous() and words.dtype == weight.dtype == torch.int32
+    fits = fits and (bias is None or (bias.shape == scale.shape and bias.dtype == torch.float32 and bias.is_contiguous()))
+    if addend is not None:
+        fits = fits and addend.shape == out.shape and addend.dtype == dtype
+        fits = fits and addend.is_contiguous(memory_format=torch.channels_last)
+    if not fits:
         raise RuntimeError(f"convolve: words {tuple(words.shape)}, weight {tuple(weight.shape)}, {channels} channels")
-    out = _no_products(words, weight, scale, channels, stride, padding, dilation, size, dtype)
     kernels = library.load()
     assert kernels is not None
     task = library.Convolution(
-        x=words.data_ptr(), w=weight.data_ptr(), scale=scale.data_ptr(), out=out.data_ptr(), batch=batch, height=height,
-        width=width, words=count, channels=channels, out_height=size[0], out_width=size[1], outputs=outputs, rows=rows,
-        columns=columns, stride=tuple(stride), padding=tuple(padding), dilation=tuple(dilation),
-        half=dtype == torch.bfloat16,
+        x=words.data_ptr(), w=weight.data_ptr(), scale=scale.data_ptr(), out=out.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(), addend=None if addend is None else addend.data_ptr(),
+        batch=batch, height=height, width=width, words=count, channels=channels, out_height=size[0], out_width=size[1],
+        outputs=outputs, rows=rows, columns=columns, stride=tuple(stride), padding=tuple(padding),
+        dilation=tuple(dilation), half=dtype == torch.bfloat16,
     )  # fmt: skip
     kernels.convolve(task, _threads(out.numel() * channels // 16))
     return out

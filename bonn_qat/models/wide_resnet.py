@@ -9,7 +9,7 @@ from typing import Any
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from bonn_qat.layers import normed
+from bonn_qat.layers import is_idle, step
 from bonn_qat.models.backbone import Backbone, build
 from bonn_qat.scheme import Scheme
 
@@ -91,6 +91,18 @@ class _BinaryBlock(nn.Module):
         joined: Tensor = act(y + shortcut) if self.act_after_add else act(y) + shortcut
         return joined
 
+    def _unit(
+        self, norm: nn.Module, conv: nn.Module, after: Sequence[nn.Module], x: Tensor, shortcut: Tensor, act: nn.Module
+    ) -> Tensor:
+        """``act(after(conv(norm(x))) + shortcut)``, or with the other position of ``act``."""
+        after = [module for module in after if not is_idle(module)]
+        if self.act_after_add and not after:
+            return act(step(norm, conv, x, shortcut))  # type: ignore[no-any-return]
+        y = step(norm, conv, x)
+        for module in after:
+            y = module(y)
+        return self._join(y, shortcut, act)
+
     def extra_repr(self) -> str:
         return f"act_after_add={self.act_after_add}, norm_position={self.norm_position!r}"
 
@@ -123,9 +135,10 @@ class ConvShortcutBlock(_BinaryBlock):
         # In this order, because a compiler that finds a convolution between two uses of x keeps the mask of the sign
         # in memory, which it could recompute.
         pooled = self.pool(x)
-        y = self.dropout(self.bn1_after(self.conv1(x) if self.shares_norm else normed(self.bn1, self.conv1, x)))
-        x = self._join(y, x if self.shortcut is None else self.shortcut(pooled), self.act1)
-        return self._join(self.bn2_after(normed(self.bn2, self.conv2, x)), x, self.act2)
+        shortcut = x if self.shortcut is None else self.shortcut(pooled)
+        norm = nn.Identity() if self.shares_norm else self.bn1
+        x = self._unit(norm, self.conv1, (self.bn1_after, self.dropout), x, shortcut, self.act1)
+        return self._unit(self.bn2, self.conv2, (self.bn2_after,), x, x, self.act2)
 
 
 class BlockShortcutBlock(_BinaryBlock):
@@ -141,11 +154,14 @@ class BlockShortcutBlock(_BinaryBlock):
         self.act2 = _nonlinearity(scheme, block.conv2.out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn1(x)
-        x = y if self.shares_norm else x
-        shortcut = x if self.shortcut is None else self.shortcut(y)
-        y = self.conv2(self.bn2(self.dropout(self.conv1(y))))
-        return self._join(self.bn2_after(y), shortcut, self.act2)
+        if self.shares_norm or self.shortcut is not None:
+            y = self.bn1(x)
+            shortcut = y if self.shares_norm else x
+            shortcut = shortcut if self.shortcut is None else self.shortcut(y)
+            y = self.conv1(y)
+        else:
+            shortcut, y = x, step(self.bn1, self.conv1, x)
+        return self._unit(self.bn2, self.conv2, (self.bn2_after,), self.dropout(y), shortcut, self.act2)
 
 
 def _nonlinearity(scheme: Scheme, channels: int) -> nn.Module:
