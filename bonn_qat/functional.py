@@ -391,14 +391,15 @@ class _PReLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, slope: Tensor) -> Tensor:
         if operators.takes(x):
             x = x.contiguous(memory_format=torch.channels_last)
-            ctx.save_for_backward(x, slope)
-            return cast(Tensor, operators.prelu(x, slope.float().expand(x.shape[1]).contiguous()))
         ctx.save_for_backward(x, slope)
-        return torch.prelu(x, slope)
+        if not torch.compiler.is_compiling():
+            ctx.again, ctx.made = _prelu_again, None
+        return _prelu(x, slope)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.made = None
         x, slope = ctx.saved_tensors
         if operators.takes(x):
             grad = grad.contiguous(memory_format=torch.channels_last)
@@ -411,6 +412,16 @@ class _PReLU(torch.autograd.Function):
         dx = torch.addcmul(grad, below, slope_less_one)
         dslope = below.mul_(x)
         return dx, dslope.sum([axis for axis in range(x.ndim) if axis != 1 or slope.numel() == 1]).reshape(slope.shape)
+
+
+def _prelu(x: Tensor, slope: Tensor) -> Tensor:
+    if operators.takes(x):
+        return cast(Tensor, operators.prelu(x, slope.float().expand(x.shape[1]).contiguous()))
+    return torch.prelu(x, slope)
+
+
+def _prelu_again(ctx: Any) -> Tensor:
+    return _prelu(*ctx.saved_tensors)
 
 
 def prelu(x: Tensor, slope: Tensor) -> Tensor:
@@ -427,6 +438,16 @@ def prelu(x: Tensor, slope: Tensor) -> Tensor:
 
 class _KernelLoss(torch.autograd.Function):
     @staticmethod
+    def _parts(latent: Tensor, modulation: Tensor, scale: Tensor, mu: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
+        # With s = sign(X): X^ - w X = s (scale - w |X|), so everything but (13) depends on |X| alone.
+        magnitude = latent.abs()
+        error = (modulation * magnitude).sub_(scale)
+        spread = magnitude - mu.reshape(*mu.shape, *[1] * (latent.ndim - mu.ndim))
+        precision = sigma.square().reciprocal_()
+        mahalanobis = spread.square().flatten(mu.ndim).mean(-1).mul_(precision)
+        return magnitude, error, spread, precision, mahalanobis
+
+    @staticmethod
     def forward(
         ctx: Any,
         latent: Tensor,
@@ -437,29 +458,26 @@ class _KernelLoss(torch.autograd.Function):
         nu: float,
         per_element: bool,
     ) -> Tensor:
-        # With s = sign(X): X^ - w X = s (scale - w |X|), so everything but (13) depends on |X| alone.
-        magnitude = latent.abs()
-        error = (modulation * magnitude).sub_(scale)
-        per_kernel = (*mu.shape, *[1] * (latent.ndim - mu.ndim))
-        precision = sigma.square().reciprocal_()
-        spread = magnitude - mu.reshape(per_kernel)
-        mahalanobis = spread.square().flatten(mu.ndim).mean(-1).mul_(precision)
-        elements = latent.numel() // mu.numel()
-        prior = elements * (mahalanobis + 2 * sigma.log()).sum()
-        loss = 0.5 * (error.square().sum() + nu * prior)
-        rate = nu if per_element else nu * elements
-        dmu = spread.flatten(mu.ndim).mean(-1).mul_(precision).mul_(-rate)  # (17)
-        dmodulation = magnitude.mul_(error).sum_to_size(modulation.shape)  # (16)
-        dlatent = error.mul_(modulation).addcmul_(spread, precision.reshape(per_kernel), value=nu)
-        dlatent.mul_(sign(latent))  # (13)
-        ctx.save_for_backward(dlatent, dmodulation, dmu, (1 - mahalanobis).mul_(rate).div_(sigma))  # and (18)
-        return loss
+        # The gradient to X is as large as X, so the backward pass computes it.
+        ctx.save_for_backward(latent, modulation, scale, mu, sigma)
+        ctx.nu, ctx.per_element = nu, per_element
+        _, error, _, _, mahalanobis = _KernelLoss._parts(latent, modulation, scale, mu, sigma)
+        prior = latent.numel() // mu.numel() * (mahalanobis + 2 * sigma.log()).sum()
+        return 0.5 * (error.square().sum() + nu * prior)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dlatent, dmodulation, dmu, dsigma = (grad * saved for saved in ctx.saved_tensors)
-        return dlatent, dmodulation, None, dmu, dsigma, None, None
+        latent, modulation, scale, mu, sigma = ctx.saved_tensors
+        magnitude, error, spread, precision, mahalanobis = _KernelLoss._parts(latent, modulation, scale, mu, sigma)
+        rate = ctx.nu if ctx.per_element else ctx.nu * (latent.numel() // mu.numel())
+        dmu = spread.flatten(mu.ndim).mean(-1).mul_(precision).mul_(-rate)  # (17)
+        dsigma = (1 - mahalanobis).mul_(rate).div_(sigma)  # (18)
+        dmodulation = magnitude.mul_(error).sum_to_size(modulation.shape)  # (16)
+        per_kernel = (*mu.shape, *[1] * (latent.ndim - mu.ndim))
+        dlatent = error.mul_(modulation).addcmul_(spread, precision.reshape(per_kernel), value=ctx.nu)
+        dlatent.mul_(sign(latent))  # (13)
+        return grad * dlatent, grad * dmodulation, None, grad * dmu, grad * dsigma, None, None
 
 
 def kernel_loss(

@@ -19,6 +19,7 @@ from bonn_qat import plugins
 from bonn_qat.binarization import policy
 from bonn_qat.binarization.copies import copied, unwrapped
 from bonn_qat.binarization.fast_paths import close_fast_paths
+from bonn_qat.engine.kept import lean
 from bonn_qat.errors import InvalidModel, InvalidRecipe
 from bonn_qat.layers import BINARY, BinaryLayer, check_contract, check_start, is_own
 from bonn_qat.scheme import Scheme, WatchedScheme
@@ -138,6 +139,7 @@ def binarize(
     with _as_before_after_an_error(result):
         _rewrite(result, others, {id(result.get_submodule(name)) for name in names}, pm)
     _place_what_is_new(result, originals)
+    lean(result)
     close_fast_paths(result, {id(module) for module in originals})
     layers = dict(binary_layers(result))
     result.binarization = Binarization(  # type: ignore[assignment]

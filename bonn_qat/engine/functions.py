@@ -5,6 +5,7 @@ there are kernels for it (:func:`bonn_qat.engine.operators.takes`), the signs as
 computed again from these.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
@@ -93,7 +94,7 @@ class _SignProduct(torch.autograd.Function):
         addend: Tensor | None, scale: Tensor, mean: Tensor, invstd: Tensor, estimator: tuple[float, bool],
         statistics: bool, geometry: Geometry, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        alpha, shift = _affine(gamma, beta, mean, invstd)
+        alpha, shift = affine(gamma, beta, mean, invstd)
         outputs, channels = value.shape[:2]
         low = threshold.float().expand(channels).contiguous()
         magnitude = scale.abs().float().flatten().expand(outputs).contiguous()
@@ -107,12 +108,13 @@ class _SignProduct(torch.autograd.Function):
             geometry.stride, (top, left), geometry.dilation, geometry.size(x, value), dtype,
         )  # fmt: skip
         if addend is None and not torch.compiler.is_compiling():
-            ctx.product = product
+            ctx.again, ctx.made = functools.partial(_product, product), None
         return cast(Tensor, operators.convolve(*product))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.made = None
         x, gamma, threshold, alpha, shift, low, mean, invstd, words, weight, magnitude = ctx.saved_tensors
         (clip, parabola), statistics, geometry, (value_dtype, beta_dtype, bias_dtype) = ctx.call
         channels = x.shape[1]
@@ -137,10 +139,20 @@ class _SignProduct(torch.autograd.Function):
         return (dx, dgamma, dbeta, dthreshold, dvalue, dbias, daddend, *[None] * 7)
 
 
-def _affine(gamma: Tensor, beta: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
-    """Factor and summand of a norm, which torch's batch norm rounds as here."""
+def _product(arguments: tuple[Any, ...], _: object) -> Tensor:
+    return cast(Tensor, operators.convolve(*arguments))
+
+
+def affine(gamma: Tensor, beta: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Factor and summand of a norm, rounded as in torch's batch norm."""
     alpha = gamma.to(invstd.dtype) * invstd
     return alpha, torch.addcmul(beta.to(invstd.dtype), mean, alpha, value=-1)
+
+
+def affine_map(x: Tensor, alpha: Tensor, shift: Tensor) -> Tensor:
+    """The norm's output for x ``(B, C, ...)``, the same in every call, and on a CPU as from torch's batch norm."""
+    shape = (-1, *[1] * (x.ndim - 2))
+    return torch.addcmul(shift.reshape(shape), x.to(alpha.dtype), alpha.reshape(shape))
 
 
 class Norm(NamedTuple):
@@ -258,7 +270,7 @@ class _ReplayedProduct(torch.autograd.Function):
         ctx.call, ctx.statistics = call, statistics
         ctx.training = call.module is not None and call.module.training
         with torch.autocast(x.device.type, enabled=False):
-            value = call.value(_normed(x, gamma, beta, mean, invstd), state, ctx.training).to(call.dtype)
+            value = call.value(affine_map(x, *affine(gamma, beta, mean, invstd)), state, ctx.training).to(call.dtype)
             kernels = kernels.to(call.dtype)
             if scale is None:
                 return call.geometry.convolve(value, kernels)
@@ -270,7 +282,7 @@ class _ReplayedProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, beta, mean, invstd, kernels, *state = ctx.saved_tensors
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-            normed = _normed(x, gamma, beta, mean, invstd).detach().requires_grad_()
+            normed = affine_map(x, *affine(gamma, beta, mean, invstd)).detach().requires_grad_()
             leaves = [t.detach().requires_grad_(needed) for t, needed in zip(state, ctx.needs_input_grad[9:], strict=True)]
             value = ctx.call.value(normed, leaves, ctx.training)
         needs = any(ctx.needs_input_grad[2:5]) or any(ctx.needs_input_grad[9:]), ctx.needs_input_grad[7]
@@ -290,15 +302,9 @@ class _ReplayedProduct(torch.autograd.Function):
                 count = x.numel() // x.shape[1]
                 factor = product / count * invstd.square()
                 dnormed = dnormed - (total / count).reshape(-1, 1, 1) - distance * factor.reshape(-1, 1, 1)
-            dx = (dnormed * _affine(gamma, beta, mean, invstd)[0].reshape(-1, 1, 1)).to(x.dtype)
+            dx = (dnormed * affine(gamma, beta, mean, invstd)[0].reshape(-1, 1, 1)).to(x.dtype)
             dgamma, dbeta = (product * invstd).to(gamma.dtype), total.to(beta.dtype)
         return None, None, dx, dgamma, dbeta, None, None, dkernels, None, *dstate
-
-
-def _normed(x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
-    """The norm's output, the same in every call."""
-    alpha, shift = (z.reshape(-1, 1, 1) for z in _affine(gamma, beta, mean, invstd))
-    return torch.addcmul(shift, x.to(alpha.dtype), alpha)
 
 
 def replayed_product(x: Tensor, norm: Norm, call: Replay, kernels: Tensor, scale: Tensor | None) -> Tensor:
