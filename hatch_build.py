@@ -65,7 +65,8 @@ def compile_engine(engine: Path, target: str, folder: Path) -> Path:
     sources = zlib.crc32(b"".join(path.read_bytes() for path in sorted(engine.glob("*.c"))))
     system = target.split("-")[1].partition(".")[0]
     library = folder / f"kernels.{ {'linux': 'so', 'macos': 'dylib', 'windows': 'dll'}[system] }"
-    run("-shared", "-s", f"-DSOURCES={sources}u", engine / "dispatch.c", *objects, "-o", library)
+    alone = ["-nostdlib"] if system == "windows" else []
+    run("-shared", "-s", *alone, f"-DSOURCES={sources}u", engine / "dispatch.c", *objects, "-o", library)
     return library
 
 
