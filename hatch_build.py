@@ -90,9 +90,9 @@ class EngineHook(BuildHookInterface):
                 install(library, Path(self.root, ENGINE, "lib"))
                 return
         except (OSError, subprocess.CalledProcessError) as error:
-            if asked:
-                raise
             reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
+            if asked:
+                raise RuntimeError(f"the kernels cannot be compiled for {asked} ({reason})") from error
             self.app.display_warning(
                 f"bonn-qat has no compiled kernels ({reason}): training on CPUs is slower and takes more memory"
             )
