@@ -65,7 +65,8 @@ def compile_engine(engine: Path, target: str, folder: Path) -> Path:
     sources = zlib.crc32(b"".join(path.read_bytes() for path in sorted(engine.glob("*.c"))))
     system = target.split("-")[1].partition(".")[0]
     library = folder / f"kernels.{ {'linux': 'so', 'macos': 'dylib', 'windows': 'dll'}[system] }"
-    run("-shared", "-s", f"-DSOURCES={sources}u", engine / "dispatch.c", *objects, "-o", library)
+    alone = ["-nostdlib"] if system == "windows" else []
+    run("-shared", "-s", *alone, f"-DSOURCES={sources}u", engine / "dispatch.c", *objects, "-o", library)
     return library
 
 
@@ -89,9 +90,9 @@ class EngineHook(BuildHookInterface):
                 install(library, Path(self.root, ENGINE, "lib"))
                 return
         except (OSError, subprocess.CalledProcessError) as error:
-            if asked:
-                raise
             reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
+            if asked:
+                raise RuntimeError(f"the kernels cannot be compiled for {asked} ({reason})") from error
             self.app.display_warning(
                 f"bonn-qat has no compiled kernels ({reason}): training on CPUs is slower and takes more memory"
             )

@@ -1,5 +1,6 @@
 /* Which variants of kernels.c this machine runs. Compiled for every machine of its architecture. */
 
+#include <stddef.h>
 #include <stdint.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -34,4 +35,17 @@ EXPORT const char *variants(void) {
 }
 #else
 EXPORT const char *variants(void) { return "neon"; }
+#endif
+
+#if defined(_WIN32)
+/* All that the library needs of the C library, which zig would compile for minutes. */
+void *memcpy(void *restrict to, const void *restrict from, size_t size) {
+    for (size_t i = 0; i < size; i++) ((volatile char *)to)[i] = ((const char *)from)[i];
+    return to;
+}
+
+int DllMainCRTStartup(void *library, unsigned reason, void *reserved) {
+    (void)library, (void)reason, (void)reserved;
+    return 1;
+}
 #endif

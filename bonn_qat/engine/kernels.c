@@ -14,7 +14,7 @@
 #define BLOCK 64 /* pixels */
 /* TILE output pixels of a convolution share a load of weights: as many as have their counts in registers. Where bits
    are counted by byte, counts are widened after WORDS words, before a byte overflows. */
-#if defined(__AVX512VPOPCNTDQ__)
+#if defined(__AVX512VPOPCNTDQ__) && __has_builtin(__builtin_elementwise_popcount)
 #define TILE 6
 #define WORDS 0
 #else
@@ -77,7 +77,7 @@ INLINE uint16_t bits_of(I mask) {
 
 /* How many bits of each word are 1, or of each byte of it. */
 INLINE U count_ones(U x) {
-#if defined(__AVX512VPOPCNTDQ__)
+#if WORDS == 0
     return __builtin_elementwise_popcount(x);
 #elif __has_builtin(__builtin_elementwise_popcount)
     typedef uint8_t B __attribute__((vector_size(4 * LANES)));
@@ -91,12 +91,9 @@ INLINE U count_ones(U x) {
 
 /* The counts of whole words. */
 INLINE U widened(U counts) {
-#if defined(__AVX512VPOPCNTDQ__)
-    return counts;
-#else
+    if (WORDS == 0) return counts;
     counts = (counts & 0x00ff00ff) + ((counts >> 8) & 0x00ff00ff);
     return (counts & 0xffff) + (counts >> 16);
-#endif
 }
 
 /* ---- threads ---- */

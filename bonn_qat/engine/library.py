@@ -69,7 +69,8 @@ def load() -> Library | None:
         return None
     try:
         shared = ctypes.CDLL(str(_FILE))
-        stale = shared.sources() & 0xFFFFFFFF != sources()
+        shared.sources.restype = ctypes.c_uint32
+        stale = shared.sources() != sources()
     except (OSError, AttributeError) as error:
         _warn(f"cannot be loaded ({error})")
         return None
