@@ -26,7 +26,9 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.profiler import DeviceType, ProfilerActivity, profile, record_function
-from training_step import alternate, machine, synchronize  # type: ignore[import-not-found] # the script beside this one
+from measuring import (  # type: ignore[import-not-found] # the module beside this script
+    PAGE, alternate, machine, synchronize, timer, write_page,
+)  # fmt: skip
 
 import bonn_qat
 from bonn_qat import functional
@@ -36,8 +38,6 @@ from bonn_qat.regularizers import FeatureLoss, KernelLoss
 from bonn_qat.training.data import TensorData
 from bonn_qat.training.network import to_memory_format
 
-PAGE = Path(__file__).parents[1] / "docs" / "training_speed.md"
-START, END = "<!-- made by benchmarks/profile_step.py -->\n", "<!-- end -->\n"
 NETS = {"float": None, "BONN": {"kernel": 1e-4, "feature": 1e-3}}
 FLOAT_CONVOLUTION, BINARY_CONVOLUTION = "float convolutions", "binary convolutions"
 QUANTIZERS, NORM, ACTIVATION, ADDITIONS = "quantizers", "norms", "ReLU, PReLU", "additions"
@@ -76,13 +76,7 @@ def main() -> None:
             args.output.write_text(json.dumps(document, indent=1) + "\n")
     print(tables(document))
     if args.page:
-        PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), document), encoding="utf-8")
-
-
-def page(text: str, document: dict[str, Any]) -> str:
-    """``text`` with the tables of ``document`` between the two markers."""
-    before, _, rest = text.partition(START)
-    return before + START + tables(document) + END + rest.partition(END)[2]
+        write_page(Path(__file__).name, tables(document))
 
 
 def tables(document: dict[str, Any]) -> str:
@@ -119,7 +113,7 @@ def measure(net: str, batch: int, args: argparse.Namespace) -> dict[str, Any]:
     for step in steps.values():
         for _ in range(args.warmup):
             step()
-    times = alternate(steps, args)
+    times = alternate({name: timer(step, args) for name, step in steps.items()}, args.rounds)
     whole = statistics.median(times[""])
     checks = {part: statistics.median(a - b for a, b in zip(times[""], times[part], strict=True)) for part in has}
     checks |= {part: statistics.median(times[part]) for part in convolutions}

@@ -50,7 +50,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
-from training_step import machine, synchronize  # type: ignore[import-not-found] # the script beside this
+from measuring import machine, synchronize  # type: ignore[import-not-found] # the script beside this
 
 import bonn_qat
 from bonn_qat import distributed

@@ -38,7 +38,7 @@ from typing import Any
 import pluggy
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from training_step import machine  # type: ignore[import-not-found] # the script beside this one
+from measuring import machine  # type: ignore[import-not-found] # the script beside this one
 
 import bonn_qat
 from bonn_qat import plugins

@@ -1,0 +1,233 @@
+"""What the scripts that measure training share: the training of an arm, turns, other checkouts, machine and pages."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch._dynamo
+import torch._inductor.config
+from torch import Tensor, nn
+
+import bonn_qat
+from bonn_qat.environment import environment, processor
+from bonn_qat.layers import BinaryConv2d
+from bonn_qat.training.network import to_memory_format
+from bonn_qat.training.precision import matmul_precision
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "training_speed.md"
+FLOAT, BREVITAS, NO_LOSSES = "float", "brevitas", ", no losses"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # by autocast
+PRECISIONS = ("float32", "tf32", *DTYPES)
+MODES = ("default", "reduce-overhead", "max-autotune")
+
+Step = Callable[[], object]
+Times = dict[str, list[float]]
+
+
+class Training:
+    """The training of one arm: network, losses, optimizer.
+
+    ``arm`` is ``float``, the name of a scheme, with its own losses or as "SCHEME, no losses", or ``brevitas``, its
+    stock binary quantizers. ``options`` has ``model``, ``size``, ``classes``, ``channels_last`` and ``device``. ``mode``
+    is one of torch.compile, None for eager. Raises UnknownName for another arm.
+    """
+
+    def __init__(self, arm: str, options: Namespace, *, mode: str | None = None, precision: str = "float32") -> None:
+        torch.manual_seed(0)
+        self.device, self.mode, self.precision = options.device, mode, precision
+        image = (3, options.size, options.size)
+        model: nn.Module = timm.create_model(options.model, num_classes=options.classes)
+        scheme = arm.removesuffix(NO_LOSSES)
+        if scheme != FLOAT:
+            model = bonn_qat.binarize(model, "bonn" if scheme == BREVITAS else scheme, input_size=image)
+        if scheme == BREVITAS:
+            _to_brevitas(model)
+        self.macs = bonn_qat.summary(model, image).macs
+        losses = {} if scheme == BREVITAS or arm.endswith(NO_LOSSES) else None
+        self.objective = bonn_qat.Objective(model, regularizers=losses).to(self.device).train()
+        self.layout = torch.channels_last if options.channels_last else torch.contiguous_format
+        to_memory_format(model, self.layout)
+        groups = bonn_qat.parameter_groups(self.objective, lr=1e-3, weight_decay=1e-4)
+        self.optimizer = torch.optim.SGD(groups, lr=1e-3, momentum=0.9, nesterov=True, fused=True)
+        self._forward: Callable[..., Any] = self.objective if mode is None else torch.compile(self.objective, mode=mode)
+        self._scaler = torch.amp.GradScaler(self.device, enabled=precision == "float16")
+        self._image, self._classes = image, options.classes
+
+    def batch(self, count: int) -> tuple[Tensor, Tensor]:
+        """Noise as images ``(count, 3, size, size)``, and their classes."""
+        images = torch.randn(count, *self._image, device=self.device).contiguous(memory_format=self.layout)
+        return images, torch.randint(self._classes, (count,), device=self.device)
+
+    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        """The sum of the losses; gradients of the step before are dropped first."""
+        if self.mode is not None:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        # Before the forward pass, because the next CUDA graph overwrites the memory of the gradients.
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device, DTYPES.get(self.precision), enabled=self.precision in DTYPES):
+            loss: Tensor = self._forward(images, targets).total
+        return loss
+
+    def step(self, images: Tensor, targets: Tensor) -> Tensor:
+        """One step of the training; returns its loss, detached."""
+        with matmul_precision(self.precision):
+            loss = self.loss(images, targets)
+            self._scaler.scale(loss).backward()
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+        return loss.detach()
+
+
+def _to_brevitas(model: nn.Module) -> None:
+    """Replace our binary convolutions by the norm, Brevitas' QuantIdentity and its QuantConv2d."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import brevitas.nn as qnn
+        from brevitas.quant import SignedBinaryActPerTensorConst, SignedBinaryWeightPerTensorConst
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, BinaryConv2d):
+            conv = qnn.QuantConv2d(
+                layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
+                layer.groups, bias=layer.bias is not None, weight_quant=SignedBinaryWeightPerTensorConst,
+            )  # fmt: skip
+            conv.load_state_dict(dict(layer.named_parameters(recurse=False)))
+            quantizer = qnn.QuantIdentity(act_quant=SignedBinaryActPerTensorConst)
+            model.set_submodule(name, nn.Sequential(layer.norm, quantizer, conv))
+
+
+def prepare_torch(threads: int) -> None:
+    """Configure torch for arms that take turns in one process, each with ``threads`` threads."""
+    torch.set_num_threads(threads)
+    torch._dynamo.reset()
+    torch._inductor.config.cpp.threads = threads  # compiled code is for a number of threads, and kept on disk
+    # The search for the fastest convolution happens in the warm-up steps.
+    torch.backends.cudnn.benchmark = True
+    # To the compiler, all arms are one function with several compiled versions. Without hooks in the guards, the arm
+    # that taps the features would run the version of an arm of the same shape that does not.
+    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+
+
+def timer(step: Step, options: Namespace) -> Callable[[], float]:
+    """A function that measures the seconds of a step; ``options`` has ``clock``, ``repeat`` and ``device``."""
+    clock = time.process_time if options.clock == "process" else time.perf_counter
+
+    def run() -> float:
+        synchronize(options.device)
+        start = clock()
+        for _ in range(options.repeat):
+            step()
+        synchronize(options.device)
+        return (clock() - start) / options.repeat
+
+    return run
+
+
+def alternate(timers: Mapping[str, Callable[[], float]], rounds: int) -> Times:
+    """Seconds of one step, by name, in rounds that each start with another one."""
+    times: Times = {name: [] for name in timers}
+    order = list(timers)
+    for _ in range(rounds):
+        order.append(order.pop(0))
+        for name in order:
+            time.sleep(0.02)  # idle threads of the one before may go on spinning for some milliseconds
+            times[name].append(timers[name]())
+    return times
+
+
+def quartiles(values: Iterable[float]) -> list[float]:
+    """The first quartile, the median and the third quartile."""
+    values = list(values)
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * values
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device is idle."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def machine(device: str) -> dict[str, Any]:
+    """The machine of the measurement."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "processor": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "platform": platform.system(),
+    }
+
+
+def section(text: str, script: str, content: str) -> str:
+    """The page ``text`` with ``content`` between the markers of ``script``. Raises ValueError if it has none."""
+    start, end = f"<!-- made by benchmarks/{script} -->\n", "<!-- end -->\n"
+    before, found, rest = text.partition(start)
+    if not found or end not in rest:
+        raise ValueError(f"the page has no place for {script}: a line {start.strip()}, and below it {end.strip()}")
+    return before + start + content + end + rest.partition(end)[2]
+
+
+def write_page(script: str, content: str) -> None:
+    """Write ``content`` into docs/training_speed.md, between the markers of ``script``."""
+    PAGE.write_text(section(PAGE.read_text(encoding="utf-8"), script, content), encoding="utf-8")
+
+
+class Child:
+    """A process that runs a script with the package and the plugins of a checkout, and does one call at a time.
+
+    The script calls :func:`serve` where its arguments are ``--serve``. ``package`` is the package's environment there.
+    Raises RuntimeError if the process uses another package, or ends.
+    """
+
+    def __init__(self, script: str, checkout: Path) -> None:
+        paths = [checkout, *sorted(checkout.glob("plugins/*"))]
+        variables = os.environ | {"PYTHONPATH": os.pathsep.join(str(path.absolute()) for path in paths)}
+        self._checkout = checkout
+        self._process = subprocess.Popen(
+            [sys.executable, script, "--serve"], env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.package: dict[str, str] = self._receive()
+        if Path(self.package["path"]).parent.resolve() != checkout.resolve():
+            self.close()
+            raise RuntimeError(f"the package of {checkout} was not used, but {self.package['path']}")
+
+    def call(self, function: str, *arguments: Any) -> Any:
+        """The result of ``function`` there; arguments and result are JSON."""
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps([function, arguments]) + "\n")
+        self._process.stdin.flush()
+        return self._receive()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+    def _receive(self) -> Any:
+        assert self._process.stdout
+        if line := self._process.stdout.readline():
+            return json.loads(line)
+        raise RuntimeError(f"the process with the package of {self._checkout} ended: code {self._process.wait()}")
+
+
+def serve(functions: Mapping[str, Callable[..., Any]]) -> None:
+    """Answer the calls of a :class:`Child` until it closes the pipe."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what else is printed is no answer
+    result: Any = {"path": str(Path(bonn_qat.__file__).parent), **environment(torch.device("cpu"))}
+    while True:
+        print(json.dumps(result), file=answers, flush=True)
+        if not (line := sys.stdin.readline()):
+            return
+        function, arguments = json.loads(line)
+        result = functions[function](*arguments)
