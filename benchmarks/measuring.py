@@ -1,5 +1,6 @@
 """What the scripts that measure training share: the training of an arm, turns, other checkouts, machine and pages."""
 
+import argparse
 import json
 import os
 import platform
@@ -9,9 +10,9 @@ import sys
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -25,8 +26,9 @@ from bonn_qat.layers import BinaryConv2d
 from bonn_qat.training.network import to_memory_format
 from bonn_qat.training.precision import matmul_precision
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "training_speed.md"
+NOW, BEFORE = "", "before"
 FLOAT, BREVITAS, NO_LOSSES = "float", "brevitas", ", no losses"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # by autocast
 PRECISIONS = ("float32", "tf32", *DTYPES)
@@ -36,12 +38,51 @@ Step = Callable[[], object]
 Times = dict[str, list[float]]
 
 
+class Variant(NamedTuple):
+    """An arm in one form: ``mode`` of torch.compile or None, and where its package is from, NOW or BEFORE."""
+
+    arm: str
+    mode: str | None
+    precision: str
+    checkout: str = NOW
+
+    @property
+    def name(self) -> str:
+        """A name for tables."""
+        mode = "compiled" if self.mode == "default" else self.mode
+        precision = None if self.precision == PRECISIONS[0] else self.precision
+        return ", ".join(filter(None, (self.arm, mode, precision, self.checkout)))
+
+    def references(self) -> Iterator[tuple[str, "Variant"]]:
+        """What it is compared with, where that is measured, each with the heading of its column."""
+        for mode in (None, *MODES):
+            form = Variant("", mode or "eager", PRECISIONS[0]).name
+            yield f"to float, {form}, of its precision", Variant(FLOAT, mode, self.precision)
+        if self.precision != PRECISIONS[0]:
+            yield f"to itself in {PRECISIONS[0]}", self._replace(precision=PRECISIONS[0])
+        if self.checkout == NOW:
+            yield "to itself before", self._replace(checkout=BEFORE)
+
+
+def variants(args: Namespace) -> list[Variant]:
+    """Every variant of the command line; the float network is the same in both checkouts."""
+    checkouts = (NOW, BEFORE) if args.against else (NOW,)
+    return [
+        Variant(arm, mode, precision, checkout)
+        for arm in args.arms
+        for precision in args.precision
+        for mode in (None, *args.compile)
+        for checkout in checkouts
+        if checkout == NOW or arm != FLOAT
+    ]
+
+
 class Training:
     """The training of one arm: network, losses, optimizer.
 
     ``arm`` is ``float``, the name of a scheme, with its own losses or as "SCHEME, no losses", or ``brevitas``, its
-    stock binary quantizers. ``options`` has ``model``, ``size``, ``classes``, ``channels_last`` and ``device``. ``mode``
-    is one of torch.compile, None for eager. Raises UnknownName for another arm.
+    stock binary quantizers. ``options`` has ``model``, ``size``, ``classes``, ``channels_last`` and ``device``.
+    ``mode`` is one of torch.compile, None for eager. Raises UnknownName for another arm.
     """
 
     def __init__(self, arm: str, options: Namespace, *, mode: str | None = None, precision: str = "float32") -> None:
@@ -55,7 +96,7 @@ class Training:
         if scheme == BREVITAS:
             _to_brevitas(model)
         self.macs = bonn_qat.summary(model, image).macs
-        losses = {} if scheme == BREVITAS or arm.endswith(NO_LOSSES) else None
+        losses: dict[str, float] | None = {} if scheme == BREVITAS or arm.endswith(NO_LOSSES) else None
         self.objective = bonn_qat.Objective(model, regularizers=losses).to(self.device).train()
         self.layout = torch.channels_last if options.channels_last else torch.contiguous_format
         to_memory_format(model, self.layout)
@@ -84,7 +125,7 @@ class Training:
         """One step of the training; returns its loss, detached."""
         with matmul_precision(self.precision):
             loss = self.loss(images, targets)
-            self._scaler.scale(loss).backward()
+            self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             self._scaler.step(self.optimizer)
             self._scaler.update()
         return loss.detach()
@@ -124,15 +165,15 @@ def timer(step: Step, options: Namespace) -> Callable[[], float]:
     """A function that measures the seconds of a step; ``options`` has ``clock``, ``repeat`` and ``device``."""
     clock = time.process_time if options.clock == "process" else time.perf_counter
 
-    def run() -> float:
+    def measure() -> float:
         synchronize(options.device)
         start = clock()
         for _ in range(options.repeat):
             step()
         synchronize(options.device)
-        return (clock() - start) / options.repeat
+        return (clock() - start) / int(options.repeat)
 
-    return run
+    return measure
 
 
 def alternate(timers: Mapping[str, Callable[[], float]], rounds: int) -> Times:
@@ -169,6 +210,73 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
+def plain(args: Namespace) -> dict[str, Any]:
+    """The options as JSON."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def heading(args: Namespace) -> dict[str, Any]:
+    """What every document begins with: options, environment and machine."""
+    found = dict(environment(torch.device(args.device)))
+    return {"options": plain(args), "environment": found, "machine": machine(args.device)}
+
+
+def subtitle(document: dict[str, Any]) -> str:
+    """Machine, versions and commits of a document, as a sentence."""
+    layout = "channels_last" if document["options"]["channels_last"] else "NCHW"
+    found, before = document["environment"], document.get("before")
+    compared = f"; before: commit {before['commit']}" if before else ""
+    processor = document["machine"]["processor"]
+    return f"{layout}, {processor}, torch {found['torch']}, commit {found['commit']}{compared}."
+
+
+def parse(parser: argparse.ArgumentParser, arms: Sequence[str], argv: Sequence[str] | None) -> Namespace:
+    """Parse the command line, with the options that several scripts have; the float arm comes first."""
+    parser.add_argument(
+        "--arms", nargs="+", default=arms, metavar="ARM",
+        help=f'any scheme, "SCHEME{NO_LOSSES}", or {BREVITAS}, its stock quantizers (default: {"; ".join(arms)})',
+    )  # fmt: skip
+    parser.add_argument(
+        "--compile", nargs="*", metavar="MODE", choices=MODES,
+        help="add a compiled form of each arm, for each of these modes of torch.compile (without a value: default)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--precision", nargs="+", default=[PRECISIONS[0]], choices=PRECISIONS,
+        help="tf32 is for GPUs; bfloat16 and float16 are autocast, the latter with loss scaling",
+    )  # fmt: skip
+    parser.add_argument("--nchw", dest="channels_last", action="store_false", help="not channels_last")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="a checkout to compare with")
+    parser.add_argument("--input", type=Path, help="read the file of an earlier run instead of measuring")
+    parser.add_argument("--output", type=Path, help="a JSON file for the result")
+    parser.add_argument("--page", action="store_true", help=f"write the tables into docs/{PAGE.name}")
+    args = parser.parse_args(argv)
+    args.arms = [FLOAT, *(arm for arm in args.arms if arm != FLOAT)]
+    args.compile = [] if args.compile is None else args.compile or [MODES[0]]
+    if args.against and args.against.resolve() == ROOT:
+        parser.error(f"--against {args.against} is this checkout; give another one")
+    return args
+
+
+def report(
+    script: str,
+    args: Namespace,
+    measure: Callable[[Namespace], dict[str, Any]],
+    tables: Callable[[dict[str, Any]], str],
+) -> None:
+    """Measure or read, print the tables, and write the requested files."""
+    if args.input:
+        document = json.loads(args.input.read_text())
+    else:
+        document = measure(args)
+        if args.output:
+            args.output.write_text(json.dumps(document, indent=1) + "\n")
+    print(tables(document))
+    if args.page:
+        text = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(section(text, Path(script).name, tables(document)), encoding="utf-8")
+
+
 def section(text: str, script: str, content: str) -> str:
     """The page ``text`` with ``content`` between the markers of ``script``. Raises ValueError if it has none."""
     start, end = f"<!-- made by benchmarks/{script} -->\n", "<!-- end -->\n"
@@ -176,11 +284,6 @@ def section(text: str, script: str, content: str) -> str:
     if not found or end not in rest:
         raise ValueError(f"the page has no place for {script}: a line {start.strip()}, and below it {end.strip()}")
     return before + start + content + end + rest.partition(end)[2]
-
-
-def write_page(script: str, content: str) -> None:
-    """Write ``content`` into docs/training_speed.md, between the markers of ``script``."""
-    PAGE.write_text(section(PAGE.read_text(encoding="utf-8"), script, content), encoding="utf-8")
 
 
 class Child:

@@ -15,7 +15,6 @@ The file is JSON: ``options``, ``environment``, ``machine``, and ``results``, on
 """
 
 import argparse
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -24,15 +23,19 @@ from typing import Any
 
 import timm
 import torch
+from measuring import (
+    PAGE,
+    alternate,
+    heading,
+    report,
+    synchronize,
+    timer,
+)
 from torch import Tensor, nn
 from torch.profiler import DeviceType, ProfilerActivity, profile, record_function
-from measuring import (  # type: ignore[import-not-found] # the module beside this script
-    PAGE, alternate, machine, synchronize, timer, write_page,
-)  # fmt: skip
 
 import bonn_qat
 from bonn_qat import functional
-from bonn_qat.environment import environment
 from bonn_qat.layers import BinaryConv2d
 from bonn_qat.regularizers import FeatureLoss, KernelLoss
 from bonn_qat.training.data import TensorData
@@ -57,26 +60,11 @@ _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
 )  # fmt: skip
 
 
-def main() -> None:
-    """Measure or read, print a table for each net and batch size, and write the requested files."""
-    args = _arguments()
-    if args.input:
-        document = json.loads(args.input.read_text())
-    else:
-        torch.set_num_threads(args.threads)
-        found = dict(environment(torch.device(args.device)))
-        results = [measure(net, batch, args) for batch in args.batch for net in NETS]
-        document = {
-            "options": vars(args) | {"output": None, "input": None},
-            "environment": found,
-            "machine": machine(args.device),
-            "results": results,
-        }
-        if args.output:
-            args.output.write_text(json.dumps(document, indent=1) + "\n")
-    print(tables(document))
-    if args.page:
-        write_page(Path(__file__).name, tables(document))
+def measure_all(args: argparse.Namespace) -> dict[str, Any]:
+    """The document of all measurements."""
+    torch.set_num_threads(args.threads)
+    document = heading(args)
+    return document | {"results": [measure(net, batch, args) for batch in args.batch for net in NETS]}
 
 
 def tables(document: dict[str, Any]) -> str:
@@ -352,4 +340,4 @@ def _arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    report(__file__, _arguments(), measure_all, tables)

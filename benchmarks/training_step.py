@@ -18,54 +18,39 @@ host wait, which should be never.
 """
 
 import argparse
-import json
+import functools
 import sys
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from measuring import (  # type: ignore[import-not-found] # the module beside this script
-    FLOAT, MODES, NO_LOSSES, PRECISIONS, ROOT, Child, Step, Times, Training, alternate, machine, prepare_torch,
-    quartiles, serve, synchronize, timer, write_page,
-)  # fmt: skip
+from measuring import (
+    BEFORE,
+    NO_LOSSES,
+    Child,
+    Step,
+    Times,
+    Training,
+    Variant,
+    alternate,
+    heading,
+    parse,
+    plain,
+    prepare_torch,
+    quartiles,
+    report,
+    serve,
+    subtitle,
+    synchronize,
+    timer,
+    variants,
+)
 
-from bonn_qat.environment import environment
-
-ARMS = (FLOAT, "bonn", "bonn" + NO_LOSSES, "xnor", "reactnet", "brevitas")
-NOW, BEFORE = "", "before"
-
-
-class Variant(NamedTuple):
-    """An arm in one form: ``mode`` of torch.compile or None, and where its package is from, NOW or BEFORE."""
-
-    arm: str
-    mode: str | None
-    precision: str
-    checkout: str = NOW
-
-    @property
-    def name(self) -> str:
-        """A name for tables."""
-        mode = "compiled" if self.mode == "default" else self.mode
-        precision = None if self.precision == PRECISIONS[0] else self.precision
-        return ", ".join(filter(None, (self.arm, mode, precision, self.checkout)))
-
-    def references(self) -> Iterator[tuple[str, "Variant"]]:
-        """What it is compared with, where that is measured, each with the heading of its column."""
-        for mode in (None, *MODES):
-            form = Variant("", mode or "eager", PRECISIONS[0]).name
-            yield f"to float, {form}, of its precision", Variant(FLOAT, mode, self.precision)
-        if self.precision != PRECISIONS[0]:
-            yield f"to itself in {PRECISIONS[0]}", self._replace(precision=PRECISIONS[0])
-        if self.checkout == NOW:
-            yield "to itself before", self._replace(checkout=BEFORE)
-
-
-HEADINGS = [heading for heading, _ in Variant("", None, "").references()]
+ARMS = ("bonn", "bonn" + NO_LOSSES, "xnor", "reactnet", "brevitas")
+REFERENCES = [reference for reference, _ in Variant("", None, "").references()]
 
 
 class Arms:
@@ -102,39 +87,21 @@ class Arms:
         return self._timers[name]()
 
 
-def main() -> None:
-    """Measure or read, print a table for each number of threads and batch size, and write the requested files."""
-    args = arguments()
-    if args.input:
-        document = json.loads(args.input.read_text())
-    else:
-        document = measure_all(args)
-        if args.output:
-            args.output.write_text(json.dumps(document, indent=1) + "\n")
-    print(tables(document))
-    if args.page:
-        write_page(Path(__file__).name, tables(document))
-
-
 def measure_all(args: Namespace) -> dict[str, Any]:
     """The document of all measurements."""
-    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    # Before the measurement: a commit during it is not what runs.
-    document = {"environment": dict(environment(torch.device(args.device))), "machine": machine(args.device)}
+    document = heading(args)  # before the measurement: a commit during it is not what runs
     other = Child(__file__, args.against) if args.against else None
     here = Arms()
     results = []
     for threads in args.threads:
         for batch in args.batch:
-            results.append({"threads": threads, "batch": batch} | measure(here, other, args, options, threads, batch))
+            results.append({"threads": threads, "batch": batch} | measure(here, other, args, threads, batch))
     if other:
         other.close()
-    return {"options": options, **document, "before": other and other.package, "results": results}
+    return document | {"before": other and other.package, "results": results}
 
 
-def measure(
-    here: Arms, other: Child | None, args: Namespace, options: dict[str, Any], threads: int, batch: int
-) -> dict[str, Any]:
+def measure(here: Arms, other: Child | None, args: Namespace, threads: int, batch: int) -> dict[str, Any]:
     """Time every variant, those of the ``other`` checkout there; returns the rows and seconds of a result."""
     here.reset(threads)
     if other:
@@ -142,29 +109,15 @@ def measure(
     known: dict[Variant, dict[str, Any]] = {}
     timers: dict[str, Callable[[], float]] = {}
     for variant in variants(args):
-        if variant.checkout == BEFORE:
-            assert other
-            known[variant] = other.call("add", variant, options, batch)
-            timers[variant.name] = lambda other=other, name=variant.name: float(other.call("time", name))
+        if other and variant.checkout == BEFORE:
+            known[variant] = other.call("add", variant, plain(args), batch)
+            timers[variant.name] = functools.partial(other.call, "time", variant.name)
         else:
-            known[variant] = here.add(variant, options, batch)
-            timers[variant.name] = lambda name=variant.name: here.time(name)
+            known[variant] = here.add(variant, plain(args), batch)
+            timers[variant.name] = functools.partial(here.time, variant.name)
         print(f"{variant.name}: first step {known[variant]['first_step_seconds']:.1f} s", file=sys.stderr)
     times = alternate(timers, args.rounds)
     return {"rows": summarize(known, times, batch), "seconds": times}
-
-
-def variants(args: Namespace) -> list[Variant]:
-    """Every variant of the command line; the float network is the same in both checkouts."""
-    checkouts = (NOW, BEFORE) if args.against else (NOW,)
-    return [
-        Variant(arm, mode, precision, checkout)
-        for arm in args.arms
-        for precision in args.precision
-        for mode in (None, *args.compile)
-        for checkout in checkouts
-        if checkout == NOW or arm != FLOAT
-    ]
 
 
 def summarize(known: dict[Variant, dict[str, Any]], times: Times, batch: int) -> list[dict[str, Any]]:
@@ -178,8 +131,8 @@ def summarize(known: dict[Variant, dict[str, Any]], times: Times, batch: int) ->
         seconds = times[variant.name]
         _, median, _ = quartiles(seconds)
         ratios = {
-            heading: quartiles(a / b for a, b in zip(seconds, times[reference.name], strict=True))
-            for heading, reference in variant.references()
+            name: quartiles(a / b for a, b in zip(seconds, times[reference.name], strict=True))
+            for name, reference in variant.references()
             if reference in known and reference != variant
         }
         row = {
@@ -195,31 +148,24 @@ def summarize(known: dict[Variant, dict[str, Any]], times: Times, batch: int) ->
 
 def tables(document: dict[str, Any]) -> str:
     """The results as Markdown; ratios are medians over the rounds, with the quartiles."""
-    options, found, before = (document[key] for key in ("options", "environment", "before"))
-    layout = "channels_last" if options["channels_last"] else "NCHW"
-    compared = f"; before: commit {before['commit']}" if before else ""
+    options = document["options"]
     lines = [
-        f"{options['model']}, {options['size']}x{options['size']}, {layout}, {document['machine']['processor']}, torch "
-        f"{found['torch']}, {options['rounds']} rounds, commit {found['commit']}{compared}. Ratios are medians over "
-        "the rounds (first to third quartile)."
+        f"{options['model']}, {options['size']}x{options['size']}, {subtitle(document)} Ratios are medians over "
+        f"{options['rounds']} rounds (first to third quartile)."
     ]
     for result in document["results"]:
         rows = result["rows"]
-        headings = [heading for heading in HEADINGS if any(heading in row["ratios"] for row in rows)]
-        lines += ["", f"**Batch {result['batch']}, {_counted(result['threads'], 'thread')}**", ""]
-        lines.append("| " + " | ".join(["arm", "ms", "images/s", *headings]) + " |")
-        lines.append("|---" * (3 + len(headings)) + "|")
+        references = [name for name in REFERENCES if any(name in row["ratios"] for row in rows)]
+        lines += ["", f"**Batch {result['batch']}, {result['threads']} thread{'s'[: result['threads'] - 1]}**", ""]
+        lines.append("| " + " | ".join(["arm", "ms", "images/s", *references]) + " |")
+        lines.append("|---" * (3 + len(references)) + "|")
         for row in rows:
             cells = [f"{row['median_ms']:.1f}", f"{row['images_per_second']:.0f}"]
-            cells += [_ratio(row["ratios"].get(heading)) for heading in headings]
+            cells += [_ratio(row["ratios"].get(name)) for name in references]
             lines.append("| " + " | ".join([row["name"], *cells]) + " |")
         if waits := {row["name"]: row["waits"] for row in rows if row.get("waits")}:
             lines += ["", "The host waits for the device in a step: " + ", ".join(f"{n} {k}" for n, k in waits.items())]
     return "\n".join(lines) + "\n"
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _ratio(found: list[float] | None) -> str:
@@ -238,13 +184,9 @@ def _waits(step: Step) -> int:
 
 
 def arguments(argv: Sequence[str] | None = None) -> Namespace:
-    """Parse the command line; the float arm is always included and comes first."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="wrn22_16", help="a timm model (default: %(default)s)")
-    parser.add_argument(
-        "--arms", nargs="+", default=ARMS, metavar="ARM",
-        help=f'any scheme, "SCHEME, no losses", or brevitas, its stock quantizers (default: {"; ".join(ARMS[1:])})',
-    )  # fmt: skip
     parser.add_argument("--batch", nargs="+", type=int, default=[128])
     parser.add_argument("--size", type=int, default=32, help="height and width of the images")
     parser.add_argument("--classes", type=int, default=10)
@@ -256,28 +198,10 @@ def arguments(argv: Sequence[str] | None = None) -> Namespace:
         "--clock", default="wall", choices=["wall", "process"],
         help="process: CPU time, for one thread on a machine with other work",
     )  # fmt: skip
-    parser.add_argument(
-        "--compile", nargs="*", metavar="MODE", choices=MODES,
-        help="add a compiled form of each arm, for each of these modes of torch.compile (without a value: default)",
-    )  # fmt: skip
-    parser.add_argument("--nchw", dest="channels_last", action="store_false", help="not channels_last")
-    parser.add_argument(
-        "--precision", nargs="+", default=[PRECISIONS[0]], choices=PRECISIONS,
-        help="tf32 is for GPUs; bfloat16 and float16 are autocast, the latter with loss scaling",
-    )  # fmt: skip
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="a checkout to compare with")
-    parser.add_argument("--input", type=Path, help="read the file of an earlier run instead of measuring")
-    parser.add_argument("--output", type=Path, help="a JSON file for the result")
-    parser.add_argument("--page", action="store_true", help="write the tables into docs/training_speed.md")
-    args = parser.parse_args(argv)
-    args.arms = [FLOAT, *(arm for arm in args.arms if arm != FLOAT)]
-    args.compile = [] if args.compile is None else args.compile or ["default"]
+    args = parse(parser, ARMS, argv)
     args.repeat = args.repeat or (10 if args.device == "cuda" else 1)
     if args.clock == "process" and (args.device == "cuda" or max(args.threads) > 1):
         parser.error("--clock process adds up the CPU time of all threads; a GPU or several threads need --clock wall")
-    if args.against and args.against.resolve() == ROOT.resolve():
-        parser.error(f"--against {args.against} is this checkout; give another one")
     return args
 
 
@@ -286,4 +210,4 @@ if __name__ == "__main__":
         arms = Arms()
         serve({"reset": arms.reset, "add": arms.add, "time": arms.time})
     else:
-        main()
+        report(__file__, arguments(), measure_all, tables)
