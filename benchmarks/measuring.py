@@ -78,36 +78,39 @@ def variants(args: Namespace) -> list[Variant]:
 
 
 class Training:
-    """The training of one arm: network, losses, optimizer.
+    """The training of a variant: network, losses, optimizer.
 
-    ``arm`` is ``float``, the name of a scheme, with its own losses or as "SCHEME, no losses", or ``brevitas``, its
-    stock binary quantizers. ``options`` has ``model``, ``size``, ``classes``, ``channels_last`` and ``device``.
-    ``mode`` is one of torch.compile, None for eager. Raises UnknownName for another arm.
+    Its arm is ``float``, the name of a scheme, with its own losses or as "SCHEME, no losses", or ``brevitas``, its
+    stock binary quantizers. ``model`` is a network of timm, ``image`` is ``(C, H, W)``; ``options`` has
+    ``channels_last`` and ``device``. Raises UnknownName for another arm.
     """
 
-    def __init__(self, arm: str, options: Namespace, *, mode: str | None = None, precision: str = "float32") -> None:
+    def __init__(
+        self, variant: Variant, model: str, image: Sequence[int], classes: int, options: Namespace, *, lr: float = 1e-3
+    ) -> None:
         torch.manual_seed(0)
-        self.device, self.mode, self.precision = options.device, mode, precision
-        image = (3, options.size, options.size)
-        model: nn.Module = timm.create_model(options.model, num_classes=options.classes)
-        scheme = arm.removesuffix(NO_LOSSES)
+        self.device, self.mode, self.precision = options.device, variant.mode, variant.precision
+        self._image, self._classes = tuple(image), classes
+        scheme = variant.arm.removesuffix(NO_LOSSES)
+        network: nn.Module = timm.create_model(model, num_classes=classes, in_chans=image[0])
         if scheme != FLOAT:
-            model = bonn_qat.binarize(model, "bonn" if scheme == BREVITAS else scheme, input_size=image)
+            network = bonn_qat.binarize(network, "bonn" if scheme == BREVITAS else scheme, input_size=self._image)
         if scheme == BREVITAS:
-            _to_brevitas(model)
-        self.macs = bonn_qat.summary(model, image).macs
-        losses: dict[str, float] | None = {} if scheme == BREVITAS or arm.endswith(NO_LOSSES) else None
-        self.objective = bonn_qat.Objective(model, regularizers=losses).to(self.device).train()
+            _to_brevitas(network)
+        self.macs = bonn_qat.summary(network, self._image).macs
+        losses: dict[str, float] | None = {} if scheme == BREVITAS or scheme != variant.arm else None
+        self.objective = bonn_qat.Objective(network, regularizers=losses).to(self.device).train()
         self.layout = torch.channels_last if options.channels_last else torch.contiguous_format
-        to_memory_format(model, self.layout)
-        groups = bonn_qat.parameter_groups(self.objective, lr=1e-3, weight_decay=1e-4)
-        self.optimizer = torch.optim.SGD(groups, lr=1e-3, momentum=0.9, nesterov=True, fused=True)
-        self._forward: Callable[..., Any] = self.objective if mode is None else torch.compile(self.objective, mode=mode)
-        self._scaler = torch.amp.GradScaler(self.device, enabled=precision == "float16")
-        self._image, self._classes = image, options.classes
+        to_memory_format(network, self.layout)
+        groups = bonn_qat.parameter_groups(self.objective, lr=lr, weight_decay=1e-4)
+        self.optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
+        self._forward: Callable[..., Any] = self.objective
+        if self.mode is not None:
+            self._forward = torch.compile(self.objective, mode=self.mode)
+        self._scaler = torch.amp.GradScaler(self.device, enabled=self.precision == "float16")
 
     def batch(self, count: int) -> tuple[Tensor, Tensor]:
-        """Noise as images ``(count, 3, size, size)``, and their classes."""
+        """Noise as images ``(count, C, H, W)``, and as their classes."""
         images = torch.randn(count, *self._image, device=self.device).contiguous(memory_format=self.layout)
         return images, torch.randint(self._classes, (count,), device=self.device)
 
@@ -320,7 +323,8 @@ class Child:
         assert self._process.stdout
         if line := self._process.stdout.readline():
             return json.loads(line)
-        raise RuntimeError(f"the process with the package of {self._checkout} ended: code {self._process.wait()}")
+        self.close()
+        raise RuntimeError(f"the process with the package of {self._checkout} ended: code {self._process.returncode}")
 
 
 def serve(functions: Mapping[str, Callable[..., Any]]) -> None:

@@ -54,6 +54,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from bonn_qat import plugins
 
 MIB, GIB = 2**20, 2**30
+CLASSES = 10
 STEPS = 3  # from the second one on, the optimizer has its state
 
 
@@ -101,12 +102,13 @@ def measure_all(args: Namespace) -> dict[str, Any]:
 
 def measure(variant: Sequence[Any], options: dict[str, Any], case: Sequence[Any]) -> dict[str, int | None]:
     """Bytes of a variant, measured in this process, which must be a fresh one."""
-    made, (model, size, batch), device = Variant(*variant), Case(*case), options["device"]
-    prepare_torch(options["threads"])
-    small = _training(made, options, "wrn10_16", 8)  # first, so that what is loaded only once does not count
+    made, (model, size, batch), chosen = Variant(*variant), Case(*case), Namespace(**options)
+    device = chosen.device
+    prepare_torch(chosen.threads)
+    small = Training(made, "wrn10_16", (3, 8, 8), CLASSES, chosen)  # what is loaded only once does not count
     small.step(*small.batch(2))
     del small
-    subject = _training(made, options, model, size)
+    subject = Training(made, model, (3, size, size), CLASSES, chosen)
     images = subject.batch(batch)
     before = reset_peak(device)
     for _ in range(STEPS):
@@ -120,18 +122,13 @@ def measure(variant: Sequence[Any], options: dict[str, Any], case: Sequence[Any]
 
 def process_peak(variant: Sequence[Any], options: dict[str, Any], case: Sequence[Any]) -> int:
     """Train some steps in this process, which must be a fresh one; returns its largest memory in bytes."""
-    model, size, batch = Case(*case)
-    prepare_torch(options["threads"])
-    subject = _training(Variant(*variant), options, model, size)
+    (model, size, batch), chosen = Case(*case), Namespace(**options)
+    prepare_torch(chosen.threads)
+    subject = Training(Variant(*variant), model, (3, size, size), CLASSES, chosen)
     images = subject.batch(batch)
     for _ in range(STEPS):
         subject.step(*images)
-    return largest_so_far(options["device"])
-
-
-def _training(variant: Variant, options: dict[str, Any], model: str, size: int) -> Training:
-    chosen = Namespace(**options | {"model": model, "size": size, "classes": 10})
-    return Training(variant.arm, chosen, mode=variant.mode, precision=variant.precision)
+    return largest_so_far(chosen.device)
 
 
 def kept(forward: Callable[[], object], device: str) -> int:

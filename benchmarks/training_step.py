@@ -67,7 +67,7 @@ class Arms:
     def add(self, variant: Sequence[Any], options: dict[str, Any], batch: int) -> dict[str, Any]:
         """Make a variant, and do its first steps; returns what is known about it before it is timed."""
         made, opts = Variant(*variant), Namespace(**options)
-        training = Training(made.arm, opts, mode=made.mode, precision=made.precision)
+        training = Training(made, opts.model, (3, opts.size, opts.size), opts.classes, opts)
         images, targets = training.batch(batch)
 
         def step() -> None:
