@@ -233,6 +233,11 @@ def subtitle(document: dict[str, Any]) -> str:
     return f"{layout}, {processor}, torch {found['torch']}, commit {found['commit']}{compared}."
 
 
+def thread_count(count: int) -> str:
+    """The number of threads in words."""
+    return f"{count} thread{'' if count == 1 else 's'}"
+
+
 def parse(parser: argparse.ArgumentParser, arms: Sequence[str], argv: Sequence[str] | None) -> Namespace:
     """Parse the command line, with the options that several scripts have; the float arm comes first."""
     parser.add_argument(

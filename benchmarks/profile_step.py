@@ -5,17 +5,19 @@ forward ones, so that every part has both. Shares are relative to the profiled s
 step without the profiler. On a GPU, kernels are counted, and the rest of the step is ``waiting`` for the host. As a
 check, the step runs without each part, in turns with the whole one, and the convolutions run alone. Examples::
 
-    python benchmarks/profile_step.py --batch 128 --channels-last --clock process --output profile.json --page
-    python benchmarks/profile_step.py --device cuda --batch 128 1024 --channels-last --output profile-cuda.json
+    python benchmarks/profile_step.py --batch 128 --clock process --output profile.json --page
+    python benchmarks/profile_step.py --device cuda --batch 128 1024 --output profile-cuda.json
     python benchmarks/profile_step.py --input profile.json --page
 
-The file is JSON: ``options``, ``environment``, ``machine``, and ``results``, one for each net and batch size: ``net``,
-``batch``, ``step_ms``, ``profiled_step_ms`` and ``parts``; each part has ``forward_ms``, ``backward_ms``, ``share`` and
-``check_ms``, its cost by the second method, or null if it has none.
+The file is JSON: ``options``, ``environment``, ``machine``, ``before`` (the environment of the other checkout that
+``--against`` names, or null), and ``results``, one for each net and batch size: ``net``, ``batch``, ``step_ms``,
+``profiled_step_ms`` and ``parts``; each part has ``forward_ms``, ``backward_ms``, ``share`` and ``check_ms``, its cost
+by the second method, or null if it has none.
 """
 
 import argparse
 import statistics
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,11 +26,17 @@ from typing import Any
 import timm
 import torch
 from measuring import (
+    BEFORE,
     PAGE,
+    Child,
     alternate,
     heading,
+    plain,
     report,
+    serve,
+    subtitle,
     synchronize,
+    thread_count,
     timer,
 )
 from torch import Tensor, nn
@@ -64,17 +72,24 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     """The document of all measurements."""
     torch.set_num_threads(args.threads)
     document = heading(args)
-    return document | {"results": [measure(net, batch, args) for batch in args.batch for net in NETS]}
+    other = Child(__file__, args.against) if args.against else None
+    results = []
+    for batch in args.batch:
+        results += [measure(net, batch, args) for net in NETS]
+        if other:
+            result = other.call("measure", "BONN", batch, plain(args))
+            results.append(result | {"net": f"{result['net']}, {BEFORE}"})
+    if other:
+        other.close()
+    return document | {"before": other and other.package, "results": results}
 
 
 def tables(document: dict[str, Any]) -> str:
     """The results as Markdown."""
-    options, found = document["options"], document["environment"]
-    layout = "channels_last" if options["channels_last"] else "NCHW"
+    options = document["options"]
     lines = [
-        f"{options['model']}, {options['size']}x{options['size']}, float32, {layout}, "
-        f"{document['machine']['processor']}, {options['threads']} thread, torch {found['torch']}, "
-        f"commit {found['commit']}.",
+        f"{options['model']}, {options['size']}x{options['size']}, float32, {thread_count(options['threads'])}, "
+        f"{subtitle(document)}"
     ]
     for result in document["results"]:
         lines += [
@@ -329,8 +344,9 @@ def _arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--profiled", type=int, default=5, help="steps in the profile")
     parser.add_argument("--warmup", type=int, default=3, help="steps before each measurement")
     parser.add_argument("--clock", default="wall", choices=["wall", "process"], help="for the check; process: CPU time")
-    parser.add_argument("--channels-last", action="store_true", help="images and weights in channels_last")
+    parser.add_argument("--nchw", dest="channels_last", action="store_false", help="not channels_last")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="profile BONN there as well")
     parser.add_argument("--input", type=Path, help="read the file of an earlier run instead of measuring")
     parser.add_argument("--output", type=Path, help="a JSON file for the result")
     parser.add_argument("--page", action="store_true", help=f"write the tables into docs/{PAGE.name}")
@@ -340,4 +356,7 @@ def _arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    report(__file__, _arguments(), measure_all, tables)
+    if sys.argv[1:] == ["--serve"]:
+        serve({"measure": lambda net, batch, options: measure(net, batch, argparse.Namespace(**options))})
+    else:
+        report(__file__, _arguments(), measure_all, tables)

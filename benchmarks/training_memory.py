@@ -169,21 +169,22 @@ class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def largest_batch(peak: Callable[[int], int], limit: float) -> int:
-    """The largest batch size whose ``peak`` is at most ``limit``, both in bytes; 0 if not even one image fits.
+    """The largest batch size, to 1%, whose ``peak`` is at most ``limit``, both in bytes; 0 if no image fits.
 
     The peak is about linear in the batch size, so each next guess is where the line through the two nearest sizes
-    meets the limit.
+    meets the limit, but not too close to a size that is known: peaks vary a little from process to process.
     """
     found = {size: peak(size) for size in (4, 8)}
     while True:
-        fits, too_large = ([size for size in found if (found[size] <= limit) == right] for right in (True, False))
-        low, high = max(fits, default=0), min(too_large, default=sys.maxsize)
-        if high - low <= 1:
+        low = max((size for size in found if found[size] <= limit), default=0)
+        high = min((size for size in found if found[size] > limit), default=4 * max(found))
+        if high in found and high - low <= max(1, low // 100):
             return low
         a, b = sorted(sorted(found, key=lambda size: abs(found[size] - limit))[:2])
-        slope = (found[b] - found[a]) / (b - a)
-        guess = int(a + (limit - found[a]) / slope) if slope > 0 else 2 * low
-        guess = min(max(guess, low + 1), high - 1)
+        rise = max(1, found[b] - found[a])
+        margin = max(1, (high - low) // 8)
+        guess = int(a + (limit - found[a]) / rise * (b - a))
+        guess = min(max(guess, low + margin), high - margin)
         found[guess] = peak(guess)
 
 

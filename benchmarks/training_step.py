@@ -45,6 +45,7 @@ from measuring import (
     serve,
     subtitle,
     synchronize,
+    thread_count,
     timer,
     variants,
 )
@@ -156,7 +157,7 @@ def tables(document: dict[str, Any]) -> str:
     for result in document["results"]:
         rows = result["rows"]
         references = [name for name in REFERENCES if any(name in row["ratios"] for row in rows)]
-        lines += ["", f"**Batch {result['batch']}, {result['threads']} thread{'s'[: result['threads'] - 1]}**", ""]
+        lines += ["", f"**Batch {result['batch']}, {thread_count(result['threads'])}**", ""]
         lines.append("| " + " | ".join(["arm", "ms", "images/s", *references]) + " |")
         lines.append("|---" * (3 + len(references)) + "|")
         for row in rows:
