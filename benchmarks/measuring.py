@@ -21,6 +21,7 @@ import torch._inductor.config
 from torch import Tensor, nn
 
 import bonn_qat
+from bonn_qat.binarization.binarize import binary_layers
 from bonn_qat.environment import environment, processor
 from bonn_qat.layers import BinaryConv2d
 from bonn_qat.training.network import to_memory_format
@@ -32,6 +33,7 @@ NOW, BEFORE = "", "before"
 FLOAT, BREVITAS, NO_LOSSES = "float", "brevitas", ", no losses"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # by autocast
 PRECISIONS = ("float32", "tf32", *DTYPES)
+PATHS = {"against", "data_dir", "input", "output", "page"}  # options that say nothing about a measurement
 MODES = ("default", "reduce-overhead", "max-autotune")
 
 Step = Callable[[], object]
@@ -65,7 +67,7 @@ class Variant(NamedTuple):
 
 
 def variants(args: Namespace) -> list[Variant]:
-    """Every variant of the command line; the float network is the same in both checkouts."""
+    """Every variant of the command line; the float network and Brevitas' layers are the same in both checkouts."""
     checkouts = (NOW, BEFORE) if args.against else (NOW,)
     return [
         Variant(arm, mode, precision, checkout)
@@ -73,7 +75,7 @@ def variants(args: Namespace) -> list[Variant]:
         for precision in args.precision
         for mode in (None, *args.compile)
         for checkout in checkouts
-        if checkout == NOW or arm != FLOAT
+        if checkout == NOW or arm not in (FLOAT, BREVITAS)
     ]
 
 
@@ -140,15 +142,18 @@ def _to_brevitas(model: nn.Module) -> None:
         warnings.simplefilter("ignore")
         import brevitas.nn as qnn
         from brevitas.quant import SignedBinaryActPerTensorConst, SignedBinaryWeightPerTensorConst
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, BinaryConv2d):
-            conv = qnn.QuantConv2d(
-                layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
-                layer.groups, bias=layer.bias is not None, weight_quant=SignedBinaryWeightPerTensorConst,
-            )  # fmt: skip
-            conv.load_state_dict(dict(layer.named_parameters(recurse=False)))
-            quantizer = qnn.QuantIdentity(act_quant=SignedBinaryActPerTensorConst)
-            model.set_submodule(name, nn.Sequential(layer.norm, quantizer, conv))
+    for name, layer in list(binary_layers(model)):
+        if not isinstance(layer, BinaryConv2d):
+            raise ValueError(
+                f"the arm {BREVITAS} is for convolutions; {name} is a {type(layer).__name__}: leave it out"
+            )
+        conv = qnn.QuantConv2d(
+            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
+            layer.groups, bias=layer.bias is not None, weight_quant=SignedBinaryWeightPerTensorConst,
+        )  # fmt: skip
+        conv.load_state_dict(dict(layer.named_parameters(recurse=False)))
+        quantizer = qnn.QuantIdentity(act_quant=SignedBinaryActPerTensorConst)
+        model.set_submodule(name, nn.Sequential(layer.norm, quantizer, conv))
 
 
 def prepare_torch(threads: int) -> None:
@@ -219,9 +224,10 @@ def plain(args: Namespace) -> dict[str, Any]:
 
 
 def heading(args: Namespace) -> dict[str, Any]:
-    """What every document begins with: options, environment and machine."""
+    """What every document begins with: options without paths, environment and machine."""
+    options = {name: value for name, value in plain(args).items() if name not in PATHS}
     found = dict(environment(torch.device(args.device)))
-    return {"options": plain(args), "environment": found, "machine": machine(args.device)}
+    return {"options": options, "environment": found, "machine": machine(args.device)}
 
 
 def subtitle(document: dict[str, Any]) -> str:
@@ -309,9 +315,10 @@ class Child:
             [sys.executable, script, "--serve"], env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.package: dict[str, str] = self._receive()
-        if Path(self.package["path"]).parent.resolve() != checkout.resolve():
+        path = Path(self.package.pop("path"))
+        if path.parent.resolve() != checkout.resolve():
             self.close()
-            raise RuntimeError(f"the package of {checkout} was not used, but {self.package['path']}")
+            raise RuntimeError(f"the package of {checkout} was not used, but {path}")
 
     def call(self, function: str, *arguments: Any) -> Any:
         """The result of ``function`` there; arguments and result are JSON."""

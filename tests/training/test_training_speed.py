@@ -14,6 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 
 import bonn_qat
+from bonn_qat.binarization.binarize import binary_layers
 from bonn_qat.models.wide_resnet import BasicBlock  # and wrn10_16 for timm
 
 ROOT = Path(__file__).parents[2]
@@ -92,6 +93,16 @@ def test_autocast_multiplies_in_its_precision(options):
     assert seen == [torch.float32, torch.bfloat16]
 
 
+def test_the_arm_of_brevitas_has_its_layers_and_is_for_convolutions(options):
+    theirs = training("brevitas", options).objective.model
+    ours = bonn_qat.binarize(timm.create_model("wrn10_16", num_classes=10), input_size=(3, 8, 8))
+    assert not list(binary_layers(theirs))
+    kinds = [type(module).__name__ for module in theirs.modules()]
+    assert kinds.count("QuantConv2d") == len(list(binary_layers(ours))) == 6
+    with pytest.raises(ValueError, match="is a BinaryLinear: leave it out"):
+        measuring.Training(Variant("brevitas", None, "float32"), "test_vit", (3, 160, 160), 10, options)
+
+
 def test_an_unknown_arm_is_an_error(options):
     with pytest.raises(bonn_qat.errors.UnknownName, match="no such scheme"):
         training("no such scheme", options)
@@ -100,7 +111,7 @@ def test_an_unknown_arm_is_an_error(options):
 def test_a_checkout_takes_turns_in_a_process_of_its_own(options):
     child = measuring.Child(str(ROOT / "benchmarks" / "training_step.py"), ROOT)
     try:
-        assert Path(child.package["path"]) == ROOT / "bonn_qat"
+        assert child.package["torch"] == torch.__version__.partition("+")[0]
         child.call("reset", 1)
         facts = child.call("add", Variant("bonn", None, "float32"), vars(options), 2)
         assert facts["tflop"] == 6e-12 * 2 * training("bonn", options).macs
@@ -192,6 +203,11 @@ def test_the_memory_table_is_relative_to_the_float_network_of_the_same_form():
     table = training_memory.tables(document)
     assert "| bonn, bfloat16 | 100.0 (0.50) | 200.0 (0.50) |" in table
     assert "| net, 8x8 | 3 |" in table
+
+
+def test_a_document_names_no_path_of_the_machine():
+    args = same_training.arguments(["--against", "/one/place", "--data-dir", "/another", "--output", "/third.json"])
+    assert "/" not in json.dumps(measuring.heading(args)["options"])
 
 
 def test_losses_that_differ_are_found():
