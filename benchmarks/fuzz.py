@@ -34,7 +34,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import hostile as hostile_calls  # type: ignore[import-not-found] # the script beside this
+import hostile as hostile_calls
 import safetensors
 import safetensors.torch
 import timm

@@ -54,8 +54,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from measuring import machine
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from training_step import machine  # type: ignore[import-not-found] # the script beside this
 
 from bonn_qat import cli, layers, plugins, regularizers
 from bonn_qat.environment import environment

@@ -5,18 +5,19 @@ forward ones, so that every part has both. Shares are relative to the profiled s
 step without the profiler. On a GPU, kernels are counted, and the rest of the step is ``waiting`` for the host. As a
 check, the step runs without each part, in turns with the whole one, and the convolutions run alone. Examples::
 
-    python benchmarks/profile_step.py --batch 128 --channels-last --clock process --output profile.json --page
-    python benchmarks/profile_step.py --device cuda --batch 128 1024 --channels-last --output profile-cuda.json
+    python benchmarks/profile_step.py --batch 128 --clock process --output profile.json --page
+    python benchmarks/profile_step.py --device cuda --batch 128 1024 --output profile-cuda.json
     python benchmarks/profile_step.py --input profile.json --page
 
-The file is JSON: ``options``, ``environment``, ``machine``, and ``results``, one for each net and batch size: ``net``,
-``batch``, ``step_ms``, ``profiled_step_ms`` and ``parts``; each part has ``forward_ms``, ``backward_ms``, ``share`` and
-``check_ms``, its cost by the second method, or null if it has none.
+The file is JSON: ``options``, ``environment``, ``machine``, ``before`` (the environment of the other checkout that
+``--against`` names, or null), and ``results``, one for each net and batch size: ``net``, ``batch``, ``step_ms``,
+``profiled_step_ms`` and ``parts``; each part has ``forward_ms``, ``backward_ms``, ``share`` and ``check_ms``, its cost
+by the second method, or null if it has none.
 """
 
 import argparse
-import json
 import statistics
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,20 +25,30 @@ from typing import Any
 
 import timm
 import torch
+from measuring import (
+    BEFORE,
+    PAGE,
+    Child,
+    alternate,
+    heading,
+    plain,
+    report,
+    serve,
+    subtitle,
+    synchronize,
+    thread_count,
+    timer,
+)
 from torch import Tensor, nn
 from torch.profiler import DeviceType, ProfilerActivity, profile, record_function
-from training_step import alternate, machine, synchronize  # type: ignore[import-not-found] # the script beside this one
 
 import bonn_qat
 from bonn_qat import functional
-from bonn_qat.environment import environment
 from bonn_qat.layers import BinaryConv2d
 from bonn_qat.regularizers import FeatureLoss, KernelLoss
 from bonn_qat.training.data import TensorData
 from bonn_qat.training.network import to_memory_format
 
-PAGE = Path(__file__).parents[1] / "docs" / "training_speed.md"
-START, END = "<!-- made by benchmarks/profile_step.py -->\n", "<!-- end -->\n"
 NETS = {"float": None, "BONN": {"kernel": 1e-4, "feature": 1e-3}}
 FLOAT_CONVOLUTION, BINARY_CONVOLUTION = "float convolutions", "binary convolutions"
 QUANTIZERS, NORM, ACTIVATION, ADDITIONS = "quantizers", "norms", "ReLU, PReLU", "additions"
@@ -57,42 +68,28 @@ _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
 )  # fmt: skip
 
 
-def main() -> None:
-    """Measure or read, print a table for each net and batch size, and write the requested files."""
-    args = _arguments()
-    if args.input:
-        document = json.loads(args.input.read_text())
-    else:
-        torch.set_num_threads(args.threads)
-        found = dict(environment(torch.device(args.device)))
-        results = [measure(net, batch, args) for batch in args.batch for net in NETS]
-        document = {
-            "options": vars(args) | {"output": None, "input": None},
-            "environment": found,
-            "machine": machine(args.device),
-            "results": results,
-        }
-        if args.output:
-            args.output.write_text(json.dumps(document, indent=1) + "\n")
-    print(tables(document))
-    if args.page:
-        PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), document), encoding="utf-8")
-
-
-def page(text: str, document: dict[str, Any]) -> str:
-    """``text`` with the tables of ``document`` between the two markers."""
-    before, _, rest = text.partition(START)
-    return before + START + tables(document) + END + rest.partition(END)[2]
+def measure_all(args: argparse.Namespace) -> dict[str, Any]:
+    """The document of all measurements."""
+    torch.set_num_threads(args.threads)
+    document = heading(args)
+    other = Child(__file__, args.against) if args.against else None
+    results = []
+    for batch in args.batch:
+        results += [measure(net, batch, args) for net in NETS]
+        if other:
+            result = other.call("measure", "BONN", batch, plain(args))
+            results.append(result | {"net": f"{result['net']}, {BEFORE}"})
+    if other:
+        other.close()
+    return document | {"before": other and other.package, "results": results}
 
 
 def tables(document: dict[str, Any]) -> str:
     """The results as Markdown."""
-    options, found = document["options"], document["environment"]
-    layout = "channels_last" if options["channels_last"] else "NCHW"
+    options = document["options"]
     lines = [
-        f"{options['model']}, {options['size']}x{options['size']}, float32, {layout}, "
-        f"{document['machine']['processor']}, {options['threads']} thread, torch {found['torch']}, "
-        f"commit {found['commit']}.",
+        f"{options['model']}, {options['size']}x{options['size']}, float32, {thread_count(options['threads'])}, "
+        f"{subtitle(document)}"
     ]
     for result in document["results"]:
         lines += [
@@ -119,7 +116,7 @@ def measure(net: str, batch: int, args: argparse.Namespace) -> dict[str, Any]:
     for step in steps.values():
         for _ in range(args.warmup):
             step()
-    times = alternate(steps, args)
+    times = alternate({name: timer(step, args) for name, step in steps.items()}, args.rounds)
     whole = statistics.median(times[""])
     checks = {part: statistics.median(a - b for a, b in zip(times[""], times[part], strict=True)) for part in has}
     checks |= {part: statistics.median(times[part]) for part in convolutions}
@@ -347,8 +344,9 @@ def _arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--profiled", type=int, default=5, help="steps in the profile")
     parser.add_argument("--warmup", type=int, default=3, help="steps before each measurement")
     parser.add_argument("--clock", default="wall", choices=["wall", "process"], help="for the check; process: CPU time")
-    parser.add_argument("--channels-last", action="store_true", help="images and weights in channels_last")
+    parser.add_argument("--nchw", dest="channels_last", action="store_false", help="not channels_last")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="profile BONN there as well")
     parser.add_argument("--input", type=Path, help="read the file of an earlier run instead of measuring")
     parser.add_argument("--output", type=Path, help="a JSON file for the result")
     parser.add_argument("--page", action="store_true", help=f"write the tables into docs/{PAGE.name}")
@@ -358,4 +356,7 @@ def _arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["--serve"]:
+        serve({"measure": lambda net, batch, options: measure(net, batch, argparse.Namespace(**options))})
+    else:
+        report(__file__, _arguments(), measure_all, tables)

@@ -46,11 +46,11 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from measuring import machine, synchronize
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
-from training_step import machine, synchronize  # type: ignore[import-not-found] # the script beside this
 
 import bonn_qat
 from bonn_qat import distributed

@@ -37,8 +37,8 @@ from typing import Any
 
 import pluggy
 import torch
+from measuring import machine
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from training_step import machine  # type: ignore[import-not-found] # the script beside this one
 
 import bonn_qat
 from bonn_qat import plugins

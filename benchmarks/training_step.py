@@ -1,312 +1,214 @@
 """Measure the cost of a training step: forward, losses, backward and SGD, for a float network and its binary forms.
 
-The arms take turns in one run, each round in another order, so that noise of the machine affects all alike; only
-ratios within one run are meaningful. ``--compile`` runs each arm eagerly and compiled, losses included. Examples::
+All arms, eager and compiled, in all precisions, take turns in one run, each round in another order, so that noise of
+the machine affects all alike; only ratios of the same round are meaningful. ``--against`` adds every arm with the
+package of another checkout, in a process that takes its turns with this one. Examples::
 
-    python benchmarks/training_step.py --batch 64 128 --channels-last --compile --clock process --output step.json
-    python benchmarks/training_step.py --device cuda --batch 128 1024 --channels-last --precision float16 \\
+    python benchmarks/training_step.py --compile --precision float32 bfloat16 --threads 1 2 --output step.json --page
+    python benchmarks/training_step.py --model resnet18 --size 224 --batch 8 --arms bonn xnor --against ../before
+    python benchmarks/training_step.py --device cuda --batch 128 1024 --precision float32 tf32 bfloat16 \\
         --compile default reduce-overhead --rounds 30 --output step-cuda.json
+    python benchmarks/training_step.py --input step.json --page
 
-The file that ``--output`` names is JSON: ``options`` of the command line, ``environment`` (versions, commit),
-``machine``, and ``results``, one for each batch size: ``batch``, ``arms`` (the summary of each, see :func:`summarize`;
-a compiled arm is named "ARM, MODE"), ``seconds`` (of one step, a list with one entry for each round, by arm),
-``first_step_seconds`` (with compilation), and on a GPU ``synchronizations`` of the host in one step, which should be 0.
+The file of ``--output`` is JSON: ``options`` of the command line, ``environment`` (versions, commit), ``machine``,
+``before`` (the environment of the other checkout, or null), and ``results``, one for each number of threads and batch
+size: ``threads``, ``batch``, ``rows`` (one for each variant of an arm, see :func:`summarize`), and ``seconds`` (of one
+step, a list with one entry for each round, by variant). On a GPU, ``waits`` of a row counts how often a step makes the
+host wait, which should be never.
 """
 
 import argparse
-import contextlib
-import copy
-import json
-import platform
-import statistics
+import functools
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import timm
 import torch
-import torch._dynamo
-from torch import nn
+from measuring import (
+    BEFORE,
+    NO_LOSSES,
+    Child,
+    Step,
+    Times,
+    Training,
+    Variant,
+    alternate,
+    heading,
+    parse,
+    plain,
+    prepare_torch,
+    quartiles,
+    report,
+    serve,
+    subtitle,
+    synchronize,
+    thread_count,
+    timer,
+    variants,
+)
 
-import bonn_qat
-from bonn_qat.environment import environment, processor
-from bonn_qat.layers import BinaryConv2d
-from bonn_qat.training.network import to_memory_format
-from bonn_qat.training.precision import matmul_precision
-
-BASE = "float"
-REGULARIZERS = {"binary + kernel loss": {"kernel": 1e-4}, "binary + both losses": {"kernel": 1e-4, "feature": 1e-3}}
-DEFAULT_ARMS = (BASE, "binary", *REGULARIZERS, "brevitas stock")
-ARMS = (*DEFAULT_ARMS, "brevitas bonn", "brevitas bonn, no QuantTensor")
-EPOCH = 50_000  # images
-BF16_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H200": 989.0}  # dense, from NVIDIA's data sheets
-
-Times = dict[str, list[float]]
-Step = Callable[[], None]
+ARMS = ("bonn", "bonn" + NO_LOSSES, "xnor", "reactnet", "brevitas")
+REFERENCES = [reference for reference, _ in Variant("", None, "").references()]
 
 
-def main() -> None:
-    """Measure, print a table for each batch size, and write the results to ``--output``."""
-    args = arguments()
-    prepare(args)
-    found = dict(environment(torch.device(args.device)))  # now: a commit during the measurement is not what runs
+class Arms:
+    """The variants of one process, by name."""
+
+    def __init__(self) -> None:
+        self._timers: dict[str, Callable[[], float]] = {}
+
+    def reset(self, threads: int) -> None:
+        """Forget all variants; the next ones run with ``threads`` threads."""
+        self._timers = {}
+        prepare_torch(threads)
+
+    def add(self, variant: Sequence[Any], options: dict[str, Any], batch: int) -> dict[str, Any]:
+        """Make a variant, and do its first steps; returns what is known about it before it is timed."""
+        made, opts = Variant(*variant), Namespace(**options)
+        training = Training(made, opts.model, (3, opts.size, opts.size), opts.classes, opts)
+        images, targets = training.batch(batch)
+
+        def step() -> None:
+            training.step(images, targets)
+
+        start = time.perf_counter()
+        step()
+        synchronize(opts.device)
+        found = {"first_step_seconds": time.perf_counter() - start, "tflop": 6e-12 * training.macs * batch}
+        for _ in range(opts.warmup):
+            step()
+        self._timers[made.name] = timer(step, opts)
+        return found | ({"waits": _waits(step)} if opts.device == "cuda" else {})
+
+    def time(self, name: str) -> float:
+        """Seconds of a step."""
+        return self._timers[name]()
+
+
+def measure_all(args: Namespace) -> dict[str, Any]:
+    """The document of all measurements."""
+    document = heading(args)  # before the measurement: a commit during it is not what runs
+    other = Child(__file__, args.against) if args.against else None
+    here = Arms()
     results = []
-    with matmul_precision(args.precision):
+    for threads in args.threads:
         for batch in args.batch:
-            results.append(measure(args, batch))
-            print(f"\n{args.model}, batch {batch}, {args.size}x{args.size}, {args.device}, {args.precision}")
-            print(table(results[-1]["arms"]), flush=True)
-    if args.output:
-        document = {
-            "options": vars(args) | {"output": None},
-            "environment": found,
-            "machine": machine(args.device),
-            "results": results,
-        }
-        args.output.write_text(json.dumps(document, indent=1) + "\n")
+            results.append({"threads": threads, "batch": batch} | measure(here, other, args, threads, batch))
+    if other:
+        other.close()
+    return document | {"before": other and other.package, "results": results}
 
 
-def prepare(args: argparse.Namespace) -> None:
-    """Configure torch as the options say."""
-    torch.set_num_threads(args.threads)
-    # The search for the fastest convolution happens in the warm-up steps.
-    torch.backends.cudnn.benchmark = True
-    # To the compiler, all arms are one function with several compiled versions. Without hooks in the guards, the arm
-    # that taps the features would run the version of an arm of the same shape that does not.
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.skip_nnmodule_hook_guards = False
+def measure(here: Arms, other: Child | None, args: Namespace, threads: int, batch: int) -> dict[str, Any]:
+    """Time every variant, those of the ``other`` checkout there; returns the rows and seconds of a result."""
+    here.reset(threads)
+    if other:
+        other.call("reset", threads)
+    known: dict[Variant, dict[str, Any]] = {}
+    timers: dict[str, Callable[[], float]] = {}
+    for variant in variants(args):
+        if other and variant.checkout == BEFORE:
+            known[variant] = other.call("add", variant, plain(args), batch)
+            timers[variant.name] = functools.partial(other.call, "time", variant.name)
+        else:
+            known[variant] = here.add(variant, plain(args), batch)
+            timers[variant.name] = functools.partial(here.time, variant.name)
+        print(f"{variant.name}: first step {known[variant]['first_step_seconds']:.1f} s", file=sys.stderr)
+    times = alternate(timers, args.rounds)
+    return {"rows": summarize(known, times, batch), "seconds": times}
 
 
-def measure(args: argparse.Namespace, batch: int) -> dict[str, Any]:
-    """Time every arm; returns the entry of ``results`` for this batch size."""
-    torch._dynamo.reset()
-    steps: dict[str, Step] = {}
-    first: dict[str, float] = {}
-    flops: dict[str, float] = {}
-    for arm in args.arms:
-        for mode in (None, *args.compile):
-            name = arm if mode is None else f"{arm}, {_label(mode)}"
-            steps[name], flops[name] = make_step(arm, args, batch, mode)
-            start = time.perf_counter()
-            steps[name]()
-            synchronize(args.device)
-            first[name] = time.perf_counter() - start
-            for _ in range(args.warmup):
-                steps[name]()
-    result: dict[str, Any] = {"batch": batch, "first_step_seconds": first}
-    if args.device == "cuda":
-        result["synchronizations"] = {name: _synchronizations(step) for name, step in steps.items()}
-    times = alternate(steps, args)
-    return result | {"arms": summarize(times, batch, flops, args.peak_tflops), "seconds": times}
+def summarize(known: dict[Variant, dict[str, Any]], times: Times, batch: int) -> list[dict[str, Any]]:
+    """Per variant: its fields, what is ``known`` of it, median times, and ratios.
 
-
-def alternate(steps: dict[str, Step], args: argparse.Namespace) -> Times:
-    """Seconds of one step, per arm, in rounds that each start with another arm."""
-    clock = time.process_time if args.clock == "process" else time.perf_counter
-    times: Times = {name: [] for name in steps}
-    order = list(steps)
-    for _ in range(args.rounds):
-        order.append(order.pop(0))
-        for name in order:
-            synchronize(args.device)
-            start = clock()
-            for _ in range(args.repeat):
-                steps[name]()
-            synchronize(args.device)
-            times[name].append((clock() - start) / args.repeat)
-    return times
-
-
-def summarize(times: Times, batch: int, flops: dict[str, float], peak: float | None) -> dict[str, dict[str, Any]]:
-    """Per arm: milliseconds, images per second, seconds per epoch, ratios, and TFLOP/s.
-
-    ``to`` holds ratios to the float arm of the same round, eager and in each compile mode: median, smallest, largest.
-    A MAC counts as two FLOPs, and the backward pass as two forward passes; ``share_of_peak`` is relative to ``peak``,
-    in TFLOP/s.
+    ``ratios`` has for each reference the first quartile, the median and the third quartile of the ratios to it in the
+    same round. A MAC counts as two FLOPs, and the backward pass as two forward passes.
     """
-    summary: dict[str, dict[str, Any]] = {}
-    bases = [name for name in times if name.partition(",")[0] == BASE]
-    for name, seconds in times.items():
-        median = statistics.median(seconds)
-        tflops = flops[name] / median / 1e12
-        summary[name] = {
+    rows = []
+    for variant, facts in known.items():
+        seconds = times[variant.name]
+        _, median, _ = quartiles(seconds)
+        ratios = {
+            name: quartiles(a / b for a, b in zip(seconds, times[reference.name], strict=True))
+            for name, reference in variant.references()
+            if reference in known and reference != variant
+        }
+        row = {
             "median_ms": 1e3 * median,
             "fastest_ms": 1e3 * min(seconds),
             "images_per_second": batch / median,
-            "epoch_seconds": EPOCH / batch * median,
-            "tflops": tflops,
-            "share_of_peak": tflops / peak if peak else None,
-            "to": {base: _ratios(seconds, times[base]) for base in bases},
+            "tflops": facts["tflop"] / median,
+            "ratios": ratios,
         }
-    return summary
+        rows.append({"name": variant.name, **variant._asdict(), **facts, **row})
+    return rows
 
 
-def _ratios(mine: list[float], base: list[float]) -> dict[str, float]:
-    ratios = [a / b for a, b in zip(mine, base, strict=True)]
-    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+def tables(document: dict[str, Any]) -> str:
+    """The results as Markdown; ratios are medians over the rounds, with the quartiles."""
+    options = document["options"]
+    lines = [
+        f"{options['model']}, {options['size']}x{options['size']}, {subtitle(document)} Ratios are medians over "
+        f"{options['rounds']} rounds (first to third quartile)."
+    ]
+    for result in document["results"]:
+        rows = result["rows"]
+        references = [name for name in REFERENCES if any(name in row["ratios"] for row in rows)]
+        lines += ["", f"**Batch {result['batch']}, {thread_count(result['threads'])}**", ""]
+        lines.append("| " + " | ".join(["arm", "ms", "images/s", *references]) + " |")
+        lines.append("|---" * (3 + len(references)) + "|")
+        for row in rows:
+            cells = [f"{row['median_ms']:.1f}", f"{row['images_per_second']:.0f}"]
+            cells += [_ratio(row["ratios"].get(name)) for name in references]
+            lines.append("| " + " | ".join([row["name"], *cells]) + " |")
+        if waits := {row["name"]: row["waits"] for row in rows if row.get("waits")}:
+            lines += ["", "The host waits for the device in a step: " + ", ".join(f"{n} {k}" for n, k in waits.items())]
+    return "\n".join(lines) + "\n"
 
 
-def table(summary: dict[str, dict[str, Any]]) -> str:
-    """The summary as text; ratios are medians over the rounds, with the smallest and the largest."""
-    bases = list(next(iter(summary.values()))["to"])
-    head = f"{'arm':40}{'ms':>9}{'images/s':>10}{'s/epoch':>9}"
-    lines = [head + "".join(f"{'to ' + base:>26}" for base in bases) + f"{'TFLOP/s':>9}{'of peak':>9}"]
-    for name, row in summary.items():
-        ratios = (row["to"][base] for base in bases)
-        cells = "".join(f"{r['median']:12.3f} ({r['min']:.2f} to {r['max']:.2f})" for r in ratios)
-        share = "-" if row["share_of_peak"] is None else f"{row['share_of_peak']:.2%}"
-        lines.append(
-            f"{name:40}{row['median_ms']:9.1f}{row['images_per_second']:10.0f}{row['epoch_seconds']:9.1f}{cells}"
-            f"{row['tflops']:9.3f}{share:>9}"
-        )
-    return "\n".join(lines)
+def _ratio(found: list[float] | None) -> str:
+    return f"{found[1]:.2f} ({found[0]:.2f} to {found[2]:.2f})" if found else ""
 
 
-def machine(device: str) -> dict[str, Any]:
-    """The machine of the measurement."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "processor": torch.cuda.get_device_name() if device == "cuda" else processor(),
-        "platform": platform.system(),
-    }
-
-
-def make_step(arm: str, args: argparse.Namespace, batch: int, mode: str | None) -> tuple[Step, float]:
-    """A function that does one step of ``arm``, eager or compiled in ``mode``, and the FLOPs of its network."""
-    torch.manual_seed(0)
-    model = _network(arm, args).to(args.device)
-    report = bonn_qat.summary(model, (3, args.size, args.size))
-    layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    objective = bonn_qat.Objective(model, regularizers=REGULARIZERS.get(arm, {})).to(args.device).train()
-    to_memory_format(model, layout)
-    groups = bonn_qat.parameter_groups(objective, lr=1e-3, weight_decay=1e-4)
-    optimizer = torch.optim.SGD(groups, lr=1e-3, momentum=0.9, nesterov=True, fused=True)
-    images = torch.randn(batch, 3, args.size, args.size, device=args.device).contiguous(memory_format=layout)
-    targets = torch.randint(args.classes, (batch,), device=args.device)
-    forward: Callable[..., Any] = objective if mode is None else torch.compile(objective, mode=mode)
-    half = args.precision == "float16"
-    scaler = torch.amp.GradScaler(args.device, enabled=half)
-
-    def step() -> None:
-        if mode is not None:
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        # Before the forward pass, because the next CUDA graph overwrites the memory of the gradients.
-        optimizer.zero_grad()
-        with torch.autocast(args.device, torch.float16, enabled=half):
-            loss = forward(images, targets).total
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-
-    return step, 2.0 * 3 * report.macs * batch
-
-
-def _network(arm: str, args: argparse.Namespace) -> nn.Module:
-    model: nn.Module = timm.create_model(args.model, num_classes=args.classes)
-    if arm == BASE:
-        return model
-    model = bonn_qat.binarize(model, args.scheme, input_size=(3, args.size, args.size))
-    return _brevitas_form(model, arm) if arm.startswith("brevitas") else model
-
-
-def _brevitas_form(model: nn.Module, arm: str) -> nn.Module:
-    """The binarized model with Brevitas' layers instead of ours: the norm, a QuantIdentity and a QuantConv2d."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import brevitas.nn as qnn
-        from brevitas.quant import SignedBinaryActPerTensorConst, SignedBinaryWeightPerTensorConst
-
-        from bonn_qat.adapters import brevitas as adapter
-
-    if "stock" in arm:
-        weight, act = SignedBinaryWeightPerTensorConst, SignedBinaryActPerTensorConst
-    else:
-        weight = adapter.SignedBinaryBonnWeightPerTensorFloat
-        act = adapter.SignedBinaryBonnActPerTensorConst
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, BinaryConv2d):
-            conv = qnn.QuantConv2d(
-                layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
-                layer.groups, bias=layer.bias is not None, weight_quant=weight,
-            )  # fmt: skip
-            conv.load_state_dict({key: copy.deepcopy(value) for key, value in layer.named_parameters(recurse=False)})
-            form = nn.Sequential(layer.norm, qnn.QuantIdentity(act_quant=act), conv)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, form)
-    return adapter.skip_quant_tensors(model) if "no QuantTensor" in arm else model
-
-
-def _label(mode: str) -> str:
-    return "compiled" if mode == "default" else mode
-
-
-def synchronize(device: str) -> None:
-    """Wait until the device is idle."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def _synchronizations(step: Step) -> int:
-    with _watched_synchronizations() as caught:
-        step()
-    return sum("synchroniz" in str(warning.message) for warning in caught)
-
-
-@contextlib.contextmanager
-def _watched_synchronizations() -> Iterator[list[warnings.WarningMessage]]:
+def _waits(step: Step) -> int:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            yield caught
+            step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; the float arm is always included and comes first."""
+def arguments(argv: Sequence[str] | None = None) -> Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="wrn22_16", help="a timm model (default: %(default)s)")
-    parser.add_argument("--scheme", default="bonn")
-    parser.add_argument("--arms", nargs="+", default=DEFAULT_ARMS, choices=ARMS, metavar="ARM", help=f"of {ARMS}")
-    parser.add_argument("--batch", nargs="+", type=int, default=[64, 128])
+    parser.add_argument("--batch", nargs="+", type=int, default=[128])
     parser.add_argument("--size", type=int, default=32, help="height and width of the images")
     parser.add_argument("--classes", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", nargs="+", type=int, default=[1])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--repeat", type=int, help="steps in one timing (default: 1, on a GPU 10)")
-    parser.add_argument("--warmup", type=int, default=3, help="steps of each arm before the first round")
+    parser.add_argument("--warmup", type=int, default=3, help="steps of each variant before the first round")
     parser.add_argument(
-        "--clock", default="wall", choices=["wall", "process"], help="process: CPU time, for a machine with other work"
-    )
-    parser.add_argument(
-        "--compile", nargs="*", metavar="MODE", choices=["default", "reduce-overhead", "max-autotune"],
-        help="add a compiled form of each arm, for each of these modes of torch.compile (without a value: default)",
+        "--clock", default="wall", choices=["wall", "process"],
+        help="process: CPU time, for one thread on a machine with other work",
     )  # fmt: skip
-    parser.add_argument("--channels-last", action="store_true", help="images and weights in channels_last")
-    parser.add_argument(
-        "--precision", default="float32", choices=["float32", "tf32", "float16"],
-        help="tf32 is for GPUs; float16 is autocast with loss scaling",
-    )  # fmt: skip
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument(
-        "--peak-tflops", type=float, help="dense bf16 peak of the device, for its share (known: H100 SXM, H200)"
-    )
-    parser.add_argument("--output", type=Path, help="a JSON file for the result")
-    args = parser.parse_args(argv)
-    args.arms = [BASE, *(arm for arm in args.arms if arm != BASE)]
-    args.compile = [] if args.compile is None else args.compile or ["default"]
-    on_gpu = args.device == "cuda"
-    args.repeat = args.repeat or (10 if on_gpu else 1)
-    if on_gpu and args.clock == "process":
-        parser.error("--clock process counts the CPU's time; a GPU's needs --clock wall")
-    if on_gpu and args.peak_tflops is None:
-        args.peak_tflops = BF16_TFLOPS.get(torch.cuda.get_device_name())
+    args = parse(parser, ARMS, argv)
+    args.repeat = args.repeat or (10 if args.device == "cuda" else 1)
+    if args.clock == "process" and (args.device == "cuda" or max(args.threads) > 1):
+        parser.error("--clock process adds up the CPU time of all threads; a GPU or several threads need --clock wall")
     return args
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["--serve"]:
+        arms = Arms()
+        serve({"reset": arms.reset, "add": arms.add, "time": arms.time})
+    else:
+        report(__file__, arguments(), measure_all, tables)
