@@ -6,7 +6,7 @@ import functools
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -156,8 +156,7 @@ def binarize(
     for layer in layers.values():
         layer.adopt()
     _refuse_folding(result)
-    initial = _initial_values(result, set(result.state_dict()) - before)
-    result.register_load_state_dict_pre_hook(functools.partial(_complete_float_state_dict, initial))  # type: ignore[no-untyped-call]
+    _take_float_states(result)
     return result
 
 
@@ -371,7 +370,7 @@ def _refuse(kind: str, method: str, *_: object, **__: object) -> NoReturn:
     )
 
 
-def _initial_values(model: nn.Module, added: set[str]) -> dict[str, Tensor]:
+def _initial_values(model: nn.Module, added: Set[str]) -> dict[str, Tensor]:
     """What binarization added outside of the binary layers, such as slopes of nonlinearities, as it starts."""
     inside = {id(part) for _, layer in binary_layers(model) for part in layer.modules()}
     found: dict[str, Tensor] = {}
@@ -390,30 +389,46 @@ def _initial_values(model: nn.Module, added: set[str]) -> dict[str, Tensor]:
     return found
 
 
+def _take_float_states(model: nn.Module) -> None:
+    """Register what completes the float state that ``model``, or a part of it with binary layers, is given."""
+    record: Binarization = model.binarization  # type: ignore[assignment]
+    initial = _initial_values(model, record.added)
+    for part in {name[:end] for name in record.binary for end in (0, *policy.ends(name))}:
+        prefix = f"{part}." if part else ""
+        added, removed = (
+            {key[len(prefix) :] for key in keys if key.startswith(prefix)} for keys in (record.added, record.removed)
+        )
+        own = {key: initial[prefix + key] for key in added if prefix + key in initial}
+        hook = functools.partial(_complete_float_state_dict, added, removed, own)
+        model.get_submodule(part).register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
+
+
 def _complete_float_state_dict(
-    initial: Mapping[str, Tensor], model: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any],
+    added: Set[str], removed: Set[str], initial: Mapping[str, Tensor],
+    model: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any],
     _strict: bool, _missing: list[str], _unexpected: list[str], errors: list[str],
 ) -> None:  # fmt: skip
     """Before loading: turn the state of a float model, or of a part of one, into that of the binarized float model.
 
     A binary layer does the same for itself wherever it can tell; here the state dict of the whole tells for all.
+    ``added`` and ``removed`` are the keys of ``model`` that binarization did.
     """
-    record: Binarization = model.binarization  # type: ignore[assignment]
-    own = model.state_dict()
     layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, BinaryLayer)}
+    marks = {f"{prefix}{name}.{BINARY}": True for name in layers}
+    if not marks.keys().isdisjoint(state_dict):
+        return  # a module around it has told
+    own = model.state_dict()
     given = {key for key, tensor in own.items() if not is_own(state_dict.get(prefix + key), tensor)}
-    if not given.isdisjoint(record.added):
-        state_dict.update({f"{prefix}{name}.{BINARY}": True for name in layers})
-        return
     loaded = {name: m for name, m in layers.items() if m.given_float(state_dict, f"{prefix}{name}.") is not False}
-    if not loaded or not record.added:
+    state_dict.update(marks)
+    if not given.isdisjoint(added) or not loaded or not added:
         return
-    for key in record.removed:
+    for key in removed:
         state_dict.pop(prefix + key, None)
     assign = metadata.get("assign_to_params_buffers", False)
     for name, layer in loaded.items():
         layer.complete(state_dict, f"{prefix}{name}.", assign=assign, errors=errors)
-    expected = own.keys() - record.added
+    expected = own.keys() - added
     for key, value in initial.items():
         if _is_part_given(key, given, expected):
             like = state_dict[f"{prefix}{next(iter(loaded))}.weight"] if assign else own[key]

@@ -58,7 +58,7 @@ RIGHT: dict[str, Callable[[Around, Tensor, Tensor], Tensor]] = {
 OWN_TRACE = ["pt2", "onnx", "qonnx"]  # the others are packed first
 
 
-@pytest.mark.parametrize(("seed", "way"), enumerate(WRONG))
+@pytest.mark.parametrize(("seed", "way"), list(enumerate(WRONG)))
 def test_what_torch_does_not_see_is_refused_and_nothing_is_written(seed, way, tmp_path):
     format = OWN_TRACE[seed % 3]
     model = Around(network(seed, "bonn")[0], WRONG[way], [Tensor, tuple, dict][seed // 3 % 3]).eval()
@@ -71,14 +71,16 @@ def test_what_torch_does_not_see_is_refused_and_nothing_is_written(seed, way, tm
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize(("seed", "way"), enumerate(RIGHT))
+@pytest.mark.parametrize(("seed", "way"), list(enumerate(RIGHT)))
 def test_what_torch_sees_is_written(seed, way, tmp_path):
     format = OWN_TRACE[seed % 3]
     model = Around(network(seed, "bonn")[0], RIGHT[way], [Tensor, tuple][format == "pt2"]).eval()
     path = export(model, tmp_path / "net", format, input_size=SIZE)
     images = odd_images(1, 0)
     expected = model(images.clone())
-    for ours, theirs in zip(FORMATS[format].run(path, images), expected if format == "pt2" else [expected], strict=True):
+    for ours, theirs in zip(
+        FORMATS[format].run(path, images), expected if format == "pt2" else [expected], strict=True
+    ):
         assert same(ours, theirs, 1e-4)
 
 
