@@ -34,11 +34,15 @@ class CrossEntropy(nn.CrossEntropyLoss):
     Logits are ``(B, classes, ...)``, targets class indices ``(B, ...)`` of any integer type or bool, where
     ``ignore_index`` (-100) is left out, or class probabilities like the logits, such as Mixup's.
 
-    Raises InvalidModel for other logits, InvalidData for other targets and, on a CPU, for an index out of range.
+    Raises InvalidModel for other logits, InvalidData for other targets. Values of targets are checked on a CPU:
+    indices out of range, and probabilities that are negative or do not sum to 1. On another device, which would have to
+    be waited for, only the probabilities of the first call are.
 
     >>> CrossEntropy()(torch.zeros(2, 4), torch.tensor([3, 1], dtype=torch.uint8))
     tensor(1.3863)
     """
+
+    _waited = False  # for the probabilities of the first call
 
     def forward(self, input: Any, target: Any) -> Tensor:
         if not isinstance(input, Tensor) or input.ndim < 2 or input.shape[1] < 2:
@@ -47,6 +51,9 @@ class CrossEntropy(nn.CrossEntropyLoss):
                 f"{described(input)}; give a task for such outputs: Objective(model, task)"
             )
         if isinstance(target, Tensor) and target.is_floating_point() and target.shape == input.shape:
+            if may_look(target) or not (self._waited or torch.compiler.is_compiling()):
+                _check_probabilities(target.detach())
+                self._waited = True
             return super().forward(input, target)
         shape = (input.shape[0], *input.shape[2:])
         indices = class_indices(target, shape)
@@ -57,6 +64,19 @@ class CrossEntropy(nn.CrossEntropyLoss):
             )
         check_range(indices, input.shape[1], ignored=self.ignore_index)
         return super().forward(input, indices)
+
+
+def _check_probabilities(target: Tensor) -> None:
+    """Raise InvalidData unless ``target`` ``(B, classes, ...)`` holds probabilities, but for the rounding of a type."""
+    sums = target.sum(1, dtype=torch.float32)
+    wrong = ~((sums - 1).abs() <= max(1e-3, 4 * torch.finfo(target.dtype).eps)) | (target < 0).any(1)
+    if wrong.any():
+        row = target.movedim(1, -1)[wrong][0]
+        raise InvalidData(
+            f"cross entropy takes targets like the logits as probabilities, at least 0 and with a sum of 1; got values "
+            f"from {row.min():g} to {row.max():g} with a sum of {row.sum():g}; give a task for such targets: "
+            "Objective(model, task)"
+        )
 
 
 class Objective(nn.Module):

@@ -175,6 +175,7 @@ def test_class_indices_of_any_integer_type_are_taken_and_all_else_is_told(
     objective = Objective(model, task, regularizers={} if term == "task" else {term: 1.0}).eval()
     fits = shape == (6,) and dtype in INTEGERS and int(targets.max()) < 4
     soft = term == "task" and shape == (6, 4) and dtype in (torch.float32, torch.float16)
+    targets = targets.softmax(1) if soft else targets
     if not fits and not soft:
         with pytest.raises(InvalidData, match=r"needs class indices \(6,\)|labels run from \d") as told:
             objective(images, targets)
@@ -191,6 +192,36 @@ def test_class_indices_of_any_integer_type_are_taken_and_all_else_is_told(
             "center": lambda: features[known].square().sum(1).mean() / 2,
         }[term]()
     torch.testing.assert_close(found, expected)
+
+
+PROBABILITIES = ["softmax", "mixed", "smooth", "one hot"]
+OTHERS = ["a long row", "a negative", "nan", "several labels", "regression"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]), classes=st.integers(2, 300),
+    shape=st.sampled_from([(3,), (1,), (2, 4, 5), (0,)]), seed=st.integers(0, 99),
+    kind=st.sampled_from(PROBABILITIES + OTHERS),
+)  # fmt: skip
+def test_targets_like_the_logits_are_probabilities_or_refused(dtype, classes, shape, seed, kind) -> None:
+    torch.manual_seed(seed)
+    whole = (shape[0], classes, *shape[1:])
+    soft, spot = torch.randn(whole).softmax(1), torch.zeros(whole)
+    one_hot = spot.scatter(1, torch.randint(classes, (shape[0], 1, *shape[1:])), 1.0)
+    spot[-1:, 0] = 1.0
+    targets = {
+        "softmax": soft, "mixed": 0.3 * soft + 0.7 * one_hot, "smooth": 0.9 * one_hot + 0.1 / classes,
+        "one hot": one_hot, "a long row": soft + 0.1 * spot, "a negative": soft + 2 * spot - 2 * spot.roll(1, 1),
+        "nan": soft + spot.log() * 0, "several labels": one_hot + one_hot.roll(1, 1), "regression": torch.randn(whole),
+    }[kind].to(dtype)  # fmt: skip
+    logits, task = torch.randn(whole, dtype=dtype), bonn_qat.objective.CrossEntropy()
+    if kind in PROBABILITIES or not shape[0]:
+        torch.testing.assert_close(task(logits, targets), F.cross_entropy(logits, targets), equal_nan=True)
+        return
+    with pytest.raises(InvalidData, match=r"takes targets like the logits as probabilities, .* give a task") as told:
+        task(logits, targets)
+    assert "\n" not in str(told.value)
 
 
 def test_the_centres_of_classes_do_not_move_for_images_of_none(model: nn.Module) -> None:
