@@ -140,7 +140,9 @@ class Objective(nn.Module):
             model.get_submodule(name).register_forward_pre_hook(see, with_kwargs=True)
         inputs = [f"the input of {name}" for name in self._layers]
         self._watched = ["the images", *inputs, *(f"the loss term {name!r}" for name in ("task", *self.regularizers))]
-        self._masks = {name for name, tensor in self.named_buffers() if not tensor.is_meta and tensor.isinf().any()}
+        held = {name: tensor for name, tensor in self.named_buffers() if not tensor.is_meta}
+        # The shapes of the buffers that are no masks; what is registered later, or gets another shape, may be one.
+        self._finite = {name: tensor.shape for name, tensor in held.items() if not tensor.isinf().any()}
         # Steps so far, and the first one in which each of the watched was not finite, 0 for none.
         self.steps: Tensor
         self._first: Tensor
@@ -194,7 +196,8 @@ class Objective(nn.Module):
 
         Raises InvalidData naming the step for images, TrainingDiverged naming layer and step for inputs of binary
         layers and loss terms, and TrainingDiverged naming a parameter or buffer. A buffer that held infinity when the
-        Objective was made, such as an attention mask, may hold it.
+        Objective was made, such as an attention mask, may hold it, and so may one that is registered, or gets another
+        shape, in a forward pass.
         """
         if not tensors and distributed.world() == 1 and not self._first.any():
             return
@@ -206,7 +209,8 @@ class Objective(nn.Module):
             return
         self._first.zero_()
         found = [name for name, first in zip(self._watched, steps, strict=True) if first == step < unseen]
-        tensor = non_finite(self, self._masks)
+        masks = {name for name, tensor in self.named_buffers() if self._finite.get(name) != tensor.shape}
+        tensor = non_finite(self, masks)
         if not found and tensor is None:
             return
         inputs = [name for name in found if name.startswith("the input of")]

@@ -318,13 +318,47 @@ def test_what_is_not_finite_is_told_with_its_name(
     objective.check_finite()  # what has been told is not told again
 
 
-def test_a_mask_may_hold_infinity_and_must_not_hold_nan(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
-    model.register_buffer("mask", torch.tensor([0.0, -math.inf]))
-    objective = Objective(model)
-    objective(*batch)
-    objective.check_finite()
-    model.mask[0] = math.nan
+class _Masked(nn.Module):
+    """A network with a buffer of infinities that it is made with, or makes in its first pass."""
+
+    def __init__(self, net: nn.Module, held: Tensor | None, when: str) -> None:
+        super().__init__()
+        self.net = net
+        if when != "registered later":
+            self.register_buffer("mask", held)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "mask" not in self._buffers:
+            self.register_buffer("mask", torch.full((2, 2), -math.inf))
+        elif self.mask is None or self.mask.ndim < 2:
+            self.mask = torch.full((2, 2), -math.inf)
+        return self.net(x)
+
+
+@pytest.mark.parametrize(
+    ("held", "when"),
+    [
+        (torch.full((2, 2), -math.inf), "made with it"),
+        (None, "registered later"),
+        (None, "set later"),
+        (torch.zeros(0), "enlarged"),
+    ],
+)
+def test_a_mask_may_hold_infinity_and_must_not_hold_nan(
+    held: Tensor | None, when: str, model: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    masked = _Masked(model, held, when)
+    objective = Objective(masked, regularizers={"kernel": 1e-4})
+    for _ in range(2):
+        objective(*batch)
+        objective.check_finite()
+    assert masked.mask.isinf().all()
+    masked.mask[0, 0] = math.nan
     with pytest.raises(TrainingDiverged, match="the buffer mask holds NaN or infinity"):
+        objective.check_finite()
+    masked.mask.fill_(-math.inf)
+    model[1].running_var[0] = math.inf
+    with pytest.raises(TrainingDiverged, match=r"the buffer net.1.running_var holds NaN or infinity"):
         objective.check_finite()
 
 
