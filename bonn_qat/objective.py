@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bonn_qat import distributed, plugins
-from bonn_qat.errors import BonnQatError, InvalidData, InvalidModel, InvalidRecipe, TrainingDiverged
+from bonn_qat.errors import BonnQatError, InvalidData, InvalidModel, InvalidRecipe, TrainingDiverged, check_model
 from bonn_qat.heads import record_of
 from bonn_qat.layers import BinaryLayer
 from bonn_qat.quantizers import ParameterRule, Quantizer, WeightQuantizer
@@ -117,6 +117,7 @@ class Objective(nn.Module):
         pm: pluggy.PluginManager | None = None,
     ) -> None:
         super().__init__()
+        check_model(model)
         if regularizers is None:
             scheme = getattr(record_of(model)[1], "scheme", None)
             regularizers = scheme.regularizers if isinstance(scheme, Scheme) else {}
@@ -255,6 +256,7 @@ def non_finite(module: nn.Module, masks: Container[str] = ()) -> str | None:
     >>> non_finite(nn.Linear(2, 2).requires_grad_(False).apply(lambda layer: layer.bias.fill_(float("nan"))))
     'the parameter bias'
     """
+    check_model(module)
     tensors: dict[str, Tensor] = {f"the parameter {name}": value for name, value in module.named_parameters()}
     tensors |= {f"the buffer {name}": buffer for name, buffer in module.named_buffers()}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.is_meta}
@@ -303,6 +305,7 @@ def parameter_groups(
 def _rules(modules: Iterable[nn.Module], norm_decay: bool) -> Iterator[tuple[ParameterRule, nn.Parameter]]:
     seen: set[int] = set()
     for root in modules:
+        check_model(root)
         for module in root.modules():
             rules: Mapping[str, ParameterRule] = getattr(type(module), "parameter_rules", {})
             for name, parameter in module.named_parameters(recurse=False):
@@ -318,6 +321,7 @@ def constrain_(model: nn.Module) -> None:
     BNN clips them to [-1, 1]; most schemes have no constraint. Works on Brevitas' layers with our quantizers too.
     ``optimizer.register_step_post_hook(lambda *_: bonn_qat.constrain_(model))`` calls it for you.
     """
+    check_model(model)
     for layer in model.modules():
         quantizer = tensor_quant(layer)
         if isinstance(quantizer, WeightQuantizer):
@@ -332,6 +336,7 @@ def advance(model: nn.Module, progress: float) -> None:
     """
     if not 0 <= progress <= 1:
         raise ValueError(f"progress is the part of the training that is done, 0 to 1; got {progress}")
+    check_model(model)
     for module in model.modules():
         if isinstance(module, Quantizer):
             module.advance(progress)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bonn_qat import distributed, functional
-from bonn_qat.errors import InvalidData, InvalidModel, InvalidRecipe
+from bonn_qat.errors import InvalidData, InvalidModel, InvalidRecipe, check_model
 from bonn_qat.heads import classifier as find_classifier
 from bonn_qat.modes import modes
 from bonn_qat.quantizers import ParameterRule, WeightQuantizer, number
@@ -83,6 +83,7 @@ class Regularizer(nn.Module, ABC):
 
     def __init__(self, model: nn.Module, *, weight: float) -> None:
         super().__init__()
+        check_model(model)
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"the weight of a regularizer must be at least 0; got {weight}")
         self.weight = weight

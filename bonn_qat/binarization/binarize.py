@@ -19,7 +19,7 @@ from bonn_qat import plugins
 from bonn_qat.binarization import policy
 from bonn_qat.binarization.copies import copied, unwrapped
 from bonn_qat.binarization.fast_paths import close_fast_paths
-from bonn_qat.errors import InvalidModel, InvalidRecipe
+from bonn_qat.errors import InvalidModel, InvalidRecipe, check_model
 from bonn_qat.layers import BINARY, BinaryLayer, check_contract, check_start, is_own
 from bonn_qat.scheme import Scheme, WatchedScheme
 
@@ -160,12 +160,8 @@ def binarize(
     return result
 
 
-def _check_arguments(model: object, input_size: object) -> None:
-    if not isinstance(model, nn.Module):
-        advice = (
-            f"create it first: timm.create_model({model!r})" if isinstance(model, str) else "give a torch.nn.Module"
-        )
-        raise InvalidModel(f"binarize takes a model; got {model!r}; {advice}")
+def _check_arguments(model: nn.Module, input_size: object) -> None:
+    check_model(model)
     if any(map(is_lazy, model.parameters())):
         raise InvalidModel(
             f"{type(model).__name__} has lazy layers without weights yet; call it once with a batch first"
@@ -185,6 +181,7 @@ def check_size(size: object) -> None:
 
 def binary_layers(model: nn.Module) -> Iterator[tuple[str, BinaryLayer]]:
     """Names and binary layers of ``model``, each layer once."""
+    check_model(model)
     for name, layer in model.named_modules():
         if isinstance(layer, BinaryLayer):
             yield name, layer
