@@ -10,7 +10,7 @@ import bonn_qat
 from bonn_qat import functional
 from bonn_qat.bonn import BONN
 from bonn_qat.errors import BonnQatError
-from bonn_qat.quantizers import ApproxSign, BonnWeight, SteHeaviside, SteSign, SwishSign
+from bonn_qat.quantizers import ApproxSign, BonnWeight, SteSign, SwishSign
 
 POINTS = [-1e4, -40.0, -7.3, -2.0, -1.25, -1.0, -0.6, -0.1, -1e-12, -0.0, 0.0, 1e-12, 0.2, 0.75, 1.0, 1.25, 3.1, 1e4]
 TIMES = {"0.4": 0.4, "1": 1.0, "3": 3.0}  # t of the error decay estimator, on both sides of max(1 / t, 1) = 1
@@ -199,11 +199,7 @@ def scheme(activation) -> bonn_qat.Scheme:
 
 @pytest.mark.parametrize(
     ("quantizer", "option", "default", "other", "function"),
-    [
-        (SwishSign, "beta", 5.0, 2.0, functional.swish_sign),
-        (SteHeaviside, "clip", 1.0, 0.5, functional.ste_heaviside),
-    ],
-    ids=["swish", "heaviside"],
+    [(SwishSign, "beta", 5.0, 2.0, functional.swish_sign), (SteSign, "clip", 1.0, 0.5, functional.ste_sign)],
 )
 def test_an_option_reaches_the_quantizer_and_its_function(quantizer, option, default, other, function):
     plain = scheme(quantizer)
@@ -259,7 +255,7 @@ def test_an_unknown_estimator_is_an_error(options, words):
         BONN.configure(options)
 
 
-@pytest.mark.parametrize("quantizer", [SwishSign, SteHeaviside])
+@pytest.mark.parametrize("quantizer", [SwishSign, SteSign])
 def test_a_quantizer_works_on_vectors_and_images_without_knowing_the_channels(quantizer):
     for shape in ((2, 5), (2, 3, 4, 4)):
         answer = quantizer()(torch.randn(shape))
@@ -277,9 +273,8 @@ def test_a_quantizer_works_on_vectors_and_images_without_knowing_the_channels(qu
         functional.magnitude_aware_sign,
         functional.leaky_clip,
         lambda x: SwishSign(beta=3.0)(x).value,
-        lambda x: SteHeaviside(clip=0.5)(x).value,
     ],
-    ids=["swish", "ede", "heaviside", "magnitude aware", "leaky clip", "SwishSign", "SteHeaviside"],
+    ids=["swish", "ede", "heaviside", "magnitude aware", "leaky clip", "SwishSign"],
 )
 def test_every_estimator_compiles_as_one_graph(function):
     results = []

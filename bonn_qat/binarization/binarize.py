@@ -6,7 +6,7 @@ import functools
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -135,8 +135,11 @@ def binarize(
     result = model if inplace else copied(model, ", or give inplace=True")
     names = {*kept, *policy.named(model, skip, "skip"), *_gates(model, kept)}
     originals = list(result.modules())
-    with _as_before_after_an_error(result):
+    # On the CPU, so that what is new has values, which a float state dict is completed with, also in a model on meta.
+    with _as_before_after_an_error(result), torch.device("cpu"):
         _rewrite(result, others, {id(result.get_submodule(name)) for name in names}, pm)
+    added = frozenset(set(result.state_dict()) - before)
+    initial = _initial_values(result, added)
     _place_what_is_new(result, originals)
     close_fast_paths(result, {id(module) for module in originals})
     layers = dict(binary_layers(result))
@@ -147,7 +150,7 @@ def binarize(
         schemes={name: others.of(name) for name in layers if others.of(name) is not chosen},
         revived=tuple(_revive_zero_scales(result)),
         input_size=decision.input_size,
-        added=frozenset(set(result.state_dict()) - before),
+        added=added,
         skip=skip,
         include=include,
         removed=frozenset(before - set(result.state_dict())),
@@ -156,7 +159,7 @@ def binarize(
     for layer in layers.values():
         layer.adopt()
     _refuse_folding(result)
-    _take_float_states(result)
+    _take_float_states(result, initial)
     return result
 
 
@@ -369,27 +372,17 @@ def _refuse(kind: str, method: str, *_: object, **__: object) -> NoReturn:
 
 def _initial_values(model: nn.Module, added: Set[str]) -> dict[str, Tensor]:
     """What binarization added outside of the binary layers, such as slopes of nonlinearities, as it starts."""
-    inside = {id(part) for _, layer in binary_layers(model) for part in layer.modules()}
-    found: dict[str, Tensor] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        held = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
-        keys = {key: f"{name}.{key}" for key in held if f"{name}.{key}" in added}
-        if not keys or id(module) in inside:
-            continue
-        if any(tensor.is_meta for tensor in module.state_dict().values()):
-            reset: Callable[[], None] | None = getattr(module, "reset_parameters", None)
-            if reset is None:
-                continue  # loading then reports that its values are missing
-            module = copy.deepcopy(module).to_empty(device="cpu")
-            module.reset_parameters()
-        found |= {key: module.state_dict()[part].detach().clone() for part, key in keys.items()}
-    return found
+    layers = [f"{name}." for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, BinaryLayer)]
+    return {
+        key: tensor.detach().clone()
+        for key, tensor in model.state_dict().items()
+        if key in added and not key.startswith(tuple(layers)) and not tensor.is_meta
+    }
 
 
-def _take_float_states(model: nn.Module) -> None:
+def _take_float_states(model: nn.Module, initial: Mapping[str, Tensor]) -> None:
     """Register what completes the float state that ``model``, or a part of it with binary layers, is given."""
     record: Binarization = model.binarization  # type: ignore[assignment]
-    initial = _initial_values(model, record.added)
     for part in {name[:end] for name in record.binary for end in (0, *policy.ends(name))}:
         prefix = f"{part}." if part else ""
         added, removed = (
