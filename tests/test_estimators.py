@@ -68,15 +68,6 @@ def test_a_sign_is_plus_or_minus_one_and_plus_at_both_zeros(estimator, dtype):
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_a_heaviside_is_zero_or_one_and_zero_at_both_zeros(dtype):
-    tiny = torch.finfo(dtype).tiny
-    x = torch.tensor([-torch.inf, -2, -tiny, -0.0, 0.0, tiny, 2, torch.inf], dtype=dtype)
-    y = functional.ste_heaviside(x)
-    assert y.dtype == dtype
-    assert y.tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
-
-
 @pytest.mark.parametrize("shape", [(3, 2, 3, 3), (4, 1, 1, 1), (2, 5)])
 def test_a_magnitude_aware_sign_has_two_values_for_each_slice(shape):
     x = torch.randn(shape, dtype=torch.float64)
@@ -138,16 +129,6 @@ def test_ede_sign_has_no_gradient_for_its_time():
     functional.ede_sign(x, time).backward()
     assert time.grad is None
     assert x.grad is not None
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("clip", [0.3, 1.0, 1.25])
-def test_ste_heaviside_passes_gradients_up_to_its_clip_and_nothing_beyond(clip, dtype):
-    bound = torch.tensor(clip, dtype=dtype)
-    beyond = torch.nextafter(bound, torch.full_like(bound, torch.inf))
-    points = [-1e4, -beyond.item(), -bound.item(), -0.1, -0.0, 0.0, 0.1, bound.item(), beyond.item(), 1e4]
-    passed = derivative(lambda x: functional.ste_heaviside(x, clip), points, dtype)
-    assert passed == [0, 0, 1, 1, 1, 1, 1, 1, 0, 0]
 
 
 @pytest.mark.parametrize("clip", [0.5, 1.0])
@@ -269,12 +250,11 @@ def test_a_quantizer_works_on_vectors_and_images_without_knowing_the_channels(qu
     [
         functional.swish_sign,
         lambda x: functional.ede_sign(x, t(2.0)),
-        functional.ste_heaviside,
         functional.magnitude_aware_sign,
         functional.leaky_clip,
         lambda x: SwishSign(beta=3.0)(x).value,
     ],
-    ids=["swish", "ede", "heaviside", "magnitude aware", "leaky clip", "SwishSign"],
+    ids=["swish", "ede", "magnitude aware", "leaky clip", "SwishSign"],
 )
 def test_every_estimator_compiles_as_one_graph(function):
     results = []

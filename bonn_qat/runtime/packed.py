@@ -118,7 +118,7 @@ class PackedModel(nn.Module):
             kind = images.device.type
             with torch.no_grad(), torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING:
                 return self._run(self.network, images)
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise InvalidModel(
                 "torch.jit.trace would record a packed network for one number of images; use torch.export or "
                 "torch.compile, or save it with packed.save(path)"
