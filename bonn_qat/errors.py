@@ -57,6 +57,22 @@ class TrainingDiverged(BonnQatError, ArithmeticError):
     """A loss term, a parameter, a buffer or the input of a binary layer became NaN or infinite."""
 
 
+def check_model(model: object) -> None:
+    """Raise InvalidModel for what is no ``torch.nn.Module``.
+
+    >>> check_model("resnet18")
+    Traceback (most recent call last):
+    bonn_qat.errors.InvalidModel: this takes a model; got 'resnet18'; create it first: timm.create_model('resnet18')
+    """
+    from torch import nn  # slow to import
+
+    if not isinstance(model, nn.Module):
+        advice = (
+            f"create it first: timm.create_model({model!r})" if isinstance(model, str) else "give a torch.nn.Module"
+        )
+        raise InvalidModel(f"this takes a model; got {model!r}; {advice}")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that there is no memory left: Python's, torch's for a CPU or a GPU, or the system's.
 

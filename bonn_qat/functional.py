@@ -156,31 +156,6 @@ def ede_sign(x: Tensor, t: Tensor) -> Tensor:
     return cast(Tensor, _EdeSign.apply(x, t))
 
 
-class _SteHeaviside(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, clip: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.clip = clip
-        return (x > 0).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        return _inside(grad, x, ctx.clip), None
-
-
-def ste_heaviside(x: Tensor, clip: float = 1.0) -> Tensor:
-    """Binarize to {0, 1}: 1 where ``x > 0``.
-
-    Backward: clipped straight-through estimator, ``dy * [|x| <= clip]`` (Larq's ``ste_heaviside``).
-
-    >>> ste_heaviside(torch.tensor([-1.0, 0.0, 1.0]))
-    tensor([0., 0., 1.])
-    """
-    return cast(Tensor, _SteHeaviside.apply(x, clip))
-
-
 def magnitude_aware_sign(x: Tensor, clip: float = 1.0) -> Tensor:
     """``alpha sign(x)`` with ``alpha = mean|x|`` over each slice of the first axis; x ``(O, ...)``.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bonn_qat import distributed, plugins
-from bonn_qat.errors import BonnQatError, InvalidData, InvalidModel, InvalidRecipe, TrainingDiverged
+from bonn_qat.errors import BonnQatError, InvalidData, InvalidModel, InvalidRecipe, TrainingDiverged, check_model
 from bonn_qat.heads import record_of
 from bonn_qat.layers import BinaryLayer
 from bonn_qat.quantizers import ParameterRule, Quantizer, WeightQuantizer
@@ -34,11 +34,15 @@ class CrossEntropy(nn.CrossEntropyLoss):
     Logits are ``(B, classes, ...)``, targets class indices ``(B, ...)`` of any integer type or bool, where
     ``ignore_index`` (-100) is left out, or class probabilities like the logits, such as Mixup's.
 
-    Raises InvalidModel for other logits, InvalidData for other targets and, on a CPU, for an index out of range.
+    Raises InvalidModel for other logits, InvalidData for other targets. Values of targets are checked on a CPU:
+    indices out of range, and probabilities that are negative or do not sum to 1. On another device, which would have to
+    be waited for, only the probabilities of the first call are.
 
     >>> CrossEntropy()(torch.zeros(2, 4), torch.tensor([3, 1], dtype=torch.uint8))
     tensor(1.3863)
     """
+
+    _waited = False  # for the probabilities of the first call
 
     def forward(self, input: Any, target: Any) -> Tensor:
         if not isinstance(input, Tensor) or input.ndim < 2 or input.shape[1] < 2:
@@ -47,6 +51,9 @@ class CrossEntropy(nn.CrossEntropyLoss):
                 f"{described(input)}; give a task for such outputs: Objective(model, task)"
             )
         if isinstance(target, Tensor) and target.is_floating_point() and target.shape == input.shape:
+            if may_look(target) or not (self._waited or torch.compiler.is_compiling()):
+                _check_probabilities(target.detach())
+                self._waited = True
             return super().forward(input, target)
         shape = (input.shape[0], *input.shape[2:])
         indices = class_indices(target, shape)
@@ -57,6 +64,19 @@ class CrossEntropy(nn.CrossEntropyLoss):
             )
         check_range(indices, input.shape[1], ignored=self.ignore_index)
         return super().forward(input, indices)
+
+
+def _check_probabilities(target: Tensor) -> None:
+    """Raise InvalidData unless ``target`` ``(B, classes, ...)`` holds probabilities, but for the rounding of a type."""
+    sums = target.sum(1, dtype=torch.float32)
+    wrong = ~((sums - 1).abs() <= max(1e-3, 4 * torch.finfo(target.dtype).eps)) | (target < 0).any(1)
+    if wrong.any():
+        row = target.movedim(1, -1)[wrong][0]
+        raise InvalidData(
+            f"cross entropy takes targets like the logits as probabilities, at least 0 and with a sum of 1; got values "
+            f"from {row.min():g} to {row.max():g} with a sum of {row.sum():g}; give a task for such targets: "
+            "Objective(model, task)"
+        )
 
 
 class Objective(nn.Module):
@@ -97,6 +117,7 @@ class Objective(nn.Module):
         pm: pluggy.PluginManager | None = None,
     ) -> None:
         super().__init__()
+        check_model(model)
         if regularizers is None:
             scheme = getattr(record_of(model)[1], "scheme", None)
             regularizers = scheme.regularizers if isinstance(scheme, Scheme) else {}
@@ -119,7 +140,9 @@ class Objective(nn.Module):
             model.get_submodule(name).watch = functools.partial(self._inputs.see, name)  # type: ignore[assignment]
         inputs = [f"the input of {name}" for name in self._layers]
         self._watched = ["the images", *inputs, *(f"the loss term {name!r}" for name in ("task", *self.regularizers))]
-        self._masks = {name for name, tensor in self.named_buffers() if not tensor.is_meta and tensor.isinf().any()}
+        held = {name: tensor for name, tensor in self.named_buffers() if not tensor.is_meta}
+        # The shapes of the buffers that are no masks; what is registered later, or gets another shape, may be one.
+        self._finite = {name: tensor.shape for name, tensor in held.items() if not tensor.isinf().any()}
         # Steps so far, and the first one in which each of the watched was not finite, 0 for none.
         self.steps: Tensor
         self._first: Tensor
@@ -173,7 +196,8 @@ class Objective(nn.Module):
 
         Raises InvalidData naming the step for images, TrainingDiverged naming layer and step for inputs of binary
         layers and loss terms, and TrainingDiverged naming a parameter or buffer. A buffer that held infinity when the
-        Objective was made, such as an attention mask, may hold it.
+        Objective was made, such as an attention mask, may hold it, and so may one that is registered, or gets another
+        shape, in a forward pass.
         """
         if not tensors and distributed.world() == 1 and not self._first.any():
             return
@@ -185,7 +209,8 @@ class Objective(nn.Module):
             return
         self._first.zero_()
         found = [name for name, first in zip(self._watched, steps, strict=True) if first == step < unseen]
-        tensor = non_finite(self, self._masks)
+        masks = {name for name, tensor in self.named_buffers() if self._finite.get(name) != tensor.shape}
+        tensor = non_finite(self, masks)
         if not found and tensor is None:
             return
         inputs = [name for name in found if name.startswith("the input of")]
@@ -230,6 +255,7 @@ def non_finite(module: nn.Module, masks: Container[str] = ()) -> str | None:
     >>> non_finite(nn.Linear(2, 2).requires_grad_(False).apply(lambda layer: layer.bias.fill_(float("nan"))))
     'the parameter bias'
     """
+    check_model(module)
     tensors: dict[str, Tensor] = {f"the parameter {name}": value for name, value in module.named_parameters()}
     tensors |= {f"the buffer {name}": buffer for name, buffer in module.named_buffers()}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.is_meta}
@@ -278,6 +304,7 @@ def parameter_groups(
 def _rules(modules: Iterable[nn.Module], norm_decay: bool) -> Iterator[tuple[ParameterRule, nn.Parameter]]:
     seen: set[int] = set()
     for root in modules:
+        check_model(root)
         for module in root.modules():
             rules: Mapping[str, ParameterRule] = getattr(type(module), "parameter_rules", {})
             for name, parameter in module.named_parameters(recurse=False):
@@ -293,6 +320,7 @@ def constrain_(model: nn.Module) -> None:
     BNN clips them to [-1, 1]; most schemes have no constraint. Works on Brevitas' layers with our quantizers too.
     ``optimizer.register_step_post_hook(lambda *_: bonn_qat.constrain_(model))`` calls it for you.
     """
+    check_model(model)
     for layer in model.modules():
         quantizer = tensor_quant(layer)
         if isinstance(quantizer, WeightQuantizer):
@@ -307,6 +335,7 @@ def advance(model: nn.Module, progress: float) -> None:
     """
     if not 0 <= progress <= 1:
         raise ValueError(f"progress is the part of the training that is done, 0 to 1; got {progress}")
+    check_model(model)
     for module in model.modules():
         if isinstance(module, Quantizer):
             module.advance(progress)

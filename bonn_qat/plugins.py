@@ -205,7 +205,7 @@ def _unfit(manager: Manager, name: str) -> str:
         is_wrapper = found.hookwrapper or found.wrapper
         if is_wrapper or inspect.iscoroutinefunction(found.function) or inspect.isasyncgenfunction(found.function):
             return f"{caller.name} is no plain function, but {'a wrapper' if is_wrapper else 'async'}"
-        if inspect.isgeneratorfunction(found.function) and caller.name not in _OFFERED_BY:
+        if inspect.isgeneratorfunction(found.function) and caller.name not in dict(_KINDS.values()):
             return f"{caller.name} is a generator, of which nothing would run; leave out yield"
     return ""
 
@@ -319,7 +319,6 @@ def _check(kind: str, item: Any, base: type) -> None:
         raise TypeError(f"the {kind} {name!r} lacks {', '.join(sorted(item.__abstractmethods__))}")
 
 
-_OFFERED_BY = ("bonn_qat_schemes", "bonn_qat_regularizers")
 _KINDS: Mapping[str, tuple[str, type]] = {
     "scheme": ("bonn_qat_schemes", Scheme),
     "regularizer": ("bonn_qat_regularizers", Regularizer),

@@ -336,20 +336,3 @@ def sign_activation(
     if clip != 1.0:
         raise InvalidRecipe(f"only the estimator 'ste_sign' has a clip; got clip={clip!r} with {estimator!r}")
     return ApproxSign(channels) if estimator == "approx_sign" else SwishSign(channels)
-
-
-@final
-class SteHeaviside(ActivationQuantizer):
-    """``{0, 1}`` forward, clipped straight-through backward (:func:`functional.ste_heaviside`)."""
-
-    is_pure = True
-
-    def __init__(self, channels: int = 1, *, clip: float = 1.0) -> None:
-        super().__init__(channels)
-        self.clip = clip
-
-    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return functional.ste_heaviside(x, self.clip), x.new_ones(())
-
-    def extra_repr(self) -> str:
-        return f"clip={self.clip}"

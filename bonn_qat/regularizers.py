@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bonn_qat import distributed, functional
-from bonn_qat.errors import InvalidData, InvalidModel, InvalidRecipe
+from bonn_qat.errors import InvalidData, InvalidModel, InvalidRecipe, check_model
 from bonn_qat.heads import classifier as find_classifier
 from bonn_qat.modes import modes
 from bonn_qat.quantizers import ParameterRule, WeightQuantizer, number
@@ -22,30 +22,42 @@ _STACKED = 2**17  # elements
 
 
 class Step(NamedTuple):
-    """One training step: the task's targets, and for the losses of the features the classifier's input ``(B, D)``."""
+    """One training step: the task's targets, and for the losses of the features the classifier's input ``(B, D)``.
+
+    Of a classifier that is called N times in a pass both are N times as long.
+    """
 
     targets: Any
     features: Tensor | None
 
 
 class _Tap:
-    """A forward hook that keeps the last input of the classifier until it is taken; a copy of it starts empty."""
+    """Forward hooks that keep the inputs of the classifier in one pass until they are taken; a copy starts empty."""
 
     def __init__(self) -> None:
-        self._features: Tensor | None = None
+        self._features: list[Tensor] = []
+        self._within = False
+
+    def begin(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._features, self._within = [], True
+
+    def end(self, model: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        self._within = False
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         given = next(iter((*inputs, *named.values())))
-        self._features = getattr(given, "value", given)  # of a Brevitas QuantTensor
+        given = getattr(given, "value", given)  # of a Brevitas QuantTensor
+        self._features = [*self._features, given] if self._within else [given]
 
-    def take(self) -> Tensor:
-        features, self._features = self._features, None
-        if features is None:
+    def take(self) -> list[Tensor]:
+        """The inputs ``(B, D)`` of each call."""
+        features, self._features = self._features, []
+        if not features:
             raise InvalidModel(
                 "no features: the feature loss is called after a forward pass, once for each, and created before "
                 "torch.compile first runs the model"
             )
-        return features.flatten(1)
+        return [x.flatten(1) for x in features]
 
     def __reduce__(self) -> tuple[type["_Tap"], tuple[()]]:
         return (_Tap, ())
@@ -71,6 +83,7 @@ class Regularizer(nn.Module, ABC):
 
     def __init__(self, model: nn.Module, *, weight: float) -> None:
         super().__init__()
+        check_model(model)
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"the weight of a regularizer must be at least 0; got {weight}")
         self.weight = weight
@@ -215,15 +228,28 @@ class _ClassCentres(Regularizer):
             )
         self.alpha = alpha
         self._tap = _Tap()
+        model.register_forward_pre_hook(self._tap.begin)
+        model.register_forward_hook(self._tap.end)
         head.register_forward_pre_hook(self._tap, with_kwargs=True)
         self.centres: Tensor
         self.register_buffer("centres", torch.zeros(classes, features, device=head.weight.device))
 
     def _step(self, targets: Any) -> Step:
-        return Step(targets, self._tap.take())
+        calls = self._tap.take()
+        if len(calls) == 1:
+            return Step(targets, calls[0])
+        shape = (len(targets) if isinstance(targets, Tensor) and targets.ndim else None, self.centres.shape[1])
+        if any(call.shape != shape for call in calls):
+            raise InvalidModel(
+                f"the classifier is called {len(calls)} times in a forward pass, with "
+                f"{' and '.join(str(tuple(call.shape)) for call in calls)}; for the {self.name} loss each call needs "
+                f"one vector of {shape[1]} features for each target; got targets {described(targets)}"
+            )
+        return Step(torch.cat([targets] * len(calls)), torch.cat(calls))
 
-    def _inputs(self, features: Tensor | None, targets: Any) -> tuple[Tensor, Tensor]:
+    def _inputs(self, step: Step) -> tuple[Tensor, Tensor]:
         """Features ``(B, D)`` and class indices ``(B,)`` in the types that the loss computes with."""
+        targets, features = step
         if targets is None or features is None:
             raise InvalidData(f"the {self.name} loss needs the targets: {self.name}(targets)")
         if features.shape[1] != self.centres.shape[1]:
@@ -257,7 +283,7 @@ class _ClassCentres(Regularizer):
         with modes(self.model):
             for images, targets in batches:
                 self.model(images)
-                features, targets = self._inputs(self._tap.take(), targets)
+                features, targets = self._inputs(self._step(targets))
                 known, own, features = (targets >= 0).double()[:, None], targets.clamp(min=0), features.double()
                 count.index_add_(0, own, known)
                 total.index_add_(0, own, features * known)
@@ -272,8 +298,9 @@ class _ClassCentres(Regularizer):
 class FeatureLoss(_ClassCentres):
     """BONN's Bayesian feature loss: ``theta/2`` times the second sum of (9), averaged over the batch.
 
-    The features are the input of the classifier, ``(B, D)``. The class centres are updated by the rule of the center
-    loss with rate ``alpha`` at each call in training mode; the class spreads ``sigma``, ``(classes, D)``, are
+    The features are the input of the classifier, ``(B, D)``; if it is called several times in a forward pass, as for
+    two views of the images, each call counts, with the same targets. The class centres are updated by the rule of the
+    center loss with rate ``alpha`` at each call in training mode; the class spreads ``sigma``, ``(classes, D)``, are
     parameters, clamped to at least ``min_sigma`` before each use. The paper fine-tunes with this loss: call
     ``start(batches)`` first, which measures both on the training set: the spread of each class or, with
     ``spread="all"``, the same of all images for every class.
@@ -320,7 +347,7 @@ class FeatureLoss(_ClassCentres):
             self.sigma.copy_(torch.where(count > 1, spread, 1.0).clamp(min=self.min_sigma))
 
     def loss(self, step: Step) -> Tensor:
-        features, targets = self._inputs(step.features, step.targets)
+        features, targets = self._inputs(step)
         with torch.no_grad():
             self.sigma.clamp_(min=self.min_sigma)
         loss = functional.feature_loss(features, targets, self.centres, self.sigma)
@@ -350,7 +377,7 @@ class CenterLoss(_ClassCentres):
         self.measure(batches)
 
     def loss(self, step: Step) -> Tensor:
-        features, targets = self._inputs(step.features, step.targets)
+        features, targets = self._inputs(step)
         distances = (features - self.centres[targets.clamp(min=0)]).square().sum(1)
         loss = 0.5 * functional.mean_of_known(distances, targets)
         if self.training:

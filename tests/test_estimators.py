@@ -10,7 +10,7 @@ import bonn_qat
 from bonn_qat import functional
 from bonn_qat.bonn import BONN
 from bonn_qat.errors import BonnQatError
-from bonn_qat.quantizers import ApproxSign, BonnWeight, SteHeaviside, SteSign, SwishSign
+from bonn_qat.quantizers import ApproxSign, BonnWeight, SteSign, SwishSign
 
 POINTS = [-1e4, -40.0, -7.3, -2.0, -1.25, -1.0, -0.6, -0.1, -1e-12, -0.0, 0.0, 1e-12, 0.2, 0.75, 1.0, 1.25, 3.1, 1e4]
 TIMES = {"0.4": 0.4, "1": 1.0, "3": 3.0}  # t of the error decay estimator, on both sides of max(1 / t, 1) = 1
@@ -66,15 +66,6 @@ def test_a_sign_is_plus_or_minus_one_and_plus_at_both_zeros(estimator, dtype):
     assert y.dtype == dtype
     assert y.tolist() == [-1, -1, -1, 1, 1, 1, 1, 1]
     assert torch.equal(x, before)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_a_heaviside_is_zero_or_one_and_zero_at_both_zeros(dtype):
-    tiny = torch.finfo(dtype).tiny
-    x = torch.tensor([-torch.inf, -2, -tiny, -0.0, 0.0, tiny, 2, torch.inf], dtype=dtype)
-    y = functional.ste_heaviside(x)
-    assert y.dtype == dtype
-    assert y.tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 3, 3), (4, 1, 1, 1), (2, 5)])
@@ -140,16 +131,6 @@ def test_ede_sign_has_no_gradient_for_its_time():
     assert x.grad is not None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("clip", [0.3, 1.0, 1.25])
-def test_ste_heaviside_passes_gradients_up_to_its_clip_and_nothing_beyond(clip, dtype):
-    bound = torch.tensor(clip, dtype=dtype)
-    beyond = torch.nextafter(bound, torch.full_like(bound, torch.inf))
-    points = [-1e4, -beyond.item(), -bound.item(), -0.1, -0.0, 0.0, 0.1, bound.item(), beyond.item(), 1e4]
-    passed = derivative(lambda x: functional.ste_heaviside(x, clip), points, dtype)
-    assert passed == [0, 0, 1, 1, 1, 1, 1, 1, 0, 0]
-
-
 @pytest.mark.parametrize("clip", [0.5, 1.0])
 @pytest.mark.parametrize("shape", [(3, 2, 3, 3), (4, 1, 1, 1), (2, 9)])
 def test_magnitude_aware_sign_passes_alpha_up_to_its_clip(shape, clip):
@@ -199,11 +180,7 @@ def scheme(activation) -> bonn_qat.Scheme:
 
 @pytest.mark.parametrize(
     ("quantizer", "option", "default", "other", "function"),
-    [
-        (SwishSign, "beta", 5.0, 2.0, functional.swish_sign),
-        (SteHeaviside, "clip", 1.0, 0.5, functional.ste_heaviside),
-    ],
-    ids=["swish", "heaviside"],
+    [(SwishSign, "beta", 5.0, 2.0, functional.swish_sign), (SteSign, "clip", 1.0, 0.5, functional.ste_sign)],
 )
 def test_an_option_reaches_the_quantizer_and_its_function(quantizer, option, default, other, function):
     plain = scheme(quantizer)
@@ -259,7 +236,7 @@ def test_an_unknown_estimator_is_an_error(options, words):
         BONN.configure(options)
 
 
-@pytest.mark.parametrize("quantizer", [SwishSign, SteHeaviside])
+@pytest.mark.parametrize("quantizer", [SwishSign, SteSign])
 def test_a_quantizer_works_on_vectors_and_images_without_knowing_the_channels(quantizer):
     for shape in ((2, 5), (2, 3, 4, 4)):
         answer = quantizer()(torch.randn(shape))
@@ -273,13 +250,11 @@ def test_a_quantizer_works_on_vectors_and_images_without_knowing_the_channels(qu
     [
         functional.swish_sign,
         lambda x: functional.ede_sign(x, t(2.0)),
-        functional.ste_heaviside,
         functional.magnitude_aware_sign,
         functional.leaky_clip,
         lambda x: SwishSign(beta=3.0)(x).value,
-        lambda x: SteHeaviside(clip=0.5)(x).value,
     ],
-    ids=["swish", "ede", "heaviside", "magnitude aware", "leaky clip", "SwishSign", "SteHeaviside"],
+    ids=["swish", "ede", "magnitude aware", "leaky clip", "SwishSign"],
 )
 def test_every_estimator_compiles_as_one_graph(function):
     results = []

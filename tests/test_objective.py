@@ -175,6 +175,7 @@ def test_class_indices_of_any_integer_type_are_taken_and_all_else_is_told(
     objective = Objective(model, task, regularizers={} if term == "task" else {term: 1.0}).eval()
     fits = shape == (6,) and dtype in INTEGERS and int(targets.max()) < 4
     soft = term == "task" and shape == (6, 4) and dtype in (torch.float32, torch.float16)
+    targets = targets.softmax(1) if soft else targets
     if not fits and not soft:
         with pytest.raises(InvalidData, match=r"needs class indices \(6,\)|labels run from \d") as told:
             objective(images, targets)
@@ -191,6 +192,36 @@ def test_class_indices_of_any_integer_type_are_taken_and_all_else_is_told(
             "center": lambda: features[known].square().sum(1).mean() / 2,
         }[term]()
     torch.testing.assert_close(found, expected)
+
+
+PROBABILITIES = ["softmax", "mixed", "smooth", "one hot"]
+OTHERS = ["a long row", "a negative", "nan", "several labels", "regression"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]), classes=st.integers(2, 300),
+    shape=st.sampled_from([(3,), (1,), (2, 4, 5), (0,)]), seed=st.integers(0, 99),
+    kind=st.sampled_from(PROBABILITIES + OTHERS),
+)  # fmt: skip
+def test_targets_like_the_logits_are_probabilities_or_refused(dtype, classes, shape, seed, kind) -> None:
+    torch.manual_seed(seed)
+    whole = (shape[0], classes, *shape[1:])
+    soft, spot = torch.randn(whole).softmax(1), torch.zeros(whole)
+    one_hot = spot.scatter(1, torch.randint(classes, (shape[0], 1, *shape[1:])), 1.0)
+    spot[-1:, 0] = 1.0
+    targets = {
+        "softmax": soft, "mixed": 0.3 * soft + 0.7 * one_hot, "smooth": 0.9 * one_hot + 0.1 / classes,
+        "one hot": one_hot, "a long row": soft + 0.1 * spot, "a negative": soft + 2 * spot - 2 * spot.roll(1, 1),
+        "nan": soft + spot.log() * 0, "several labels": one_hot + one_hot.roll(1, 1), "regression": torch.randn(whole),
+    }[kind].to(dtype)  # fmt: skip
+    logits, task = torch.randn(whole, dtype=dtype), bonn_qat.objective.CrossEntropy()
+    if kind in PROBABILITIES or not shape[0]:
+        torch.testing.assert_close(task(logits, targets), F.cross_entropy(logits, targets), equal_nan=True)
+        return
+    with pytest.raises(InvalidData, match=r"takes targets like the logits as probabilities, .* give a task") as told:
+        task(logits, targets)
+    assert "\n" not in str(told.value)
 
 
 def test_the_centres_of_classes_do_not_move_for_images_of_none(model: nn.Module) -> None:
@@ -287,13 +318,47 @@ def test_what_is_not_finite_is_told_with_its_name(
     objective.check_finite()  # what has been told is not told again
 
 
-def test_a_mask_may_hold_infinity_and_must_not_hold_nan(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
-    model.register_buffer("mask", torch.tensor([0.0, -math.inf]))
-    objective = Objective(model)
-    objective(*batch)
-    objective.check_finite()
-    model.mask[0] = math.nan
+class _Masked(nn.Module):
+    """A network with a buffer of infinities that it is made with, or makes in its first pass."""
+
+    def __init__(self, net: nn.Module, held: Tensor | None, when: str) -> None:
+        super().__init__()
+        self.net = net
+        if when != "registered later":
+            self.register_buffer("mask", held)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "mask" not in self._buffers:
+            self.register_buffer("mask", torch.full((2, 2), -math.inf))
+        elif self.mask is None or self.mask.ndim < 2:
+            self.mask = torch.full((2, 2), -math.inf)
+        return self.net(x)
+
+
+@pytest.mark.parametrize(
+    ("held", "when"),
+    [
+        (torch.full((2, 2), -math.inf), "made with it"),
+        (None, "registered later"),
+        (None, "set later"),
+        (torch.zeros(0), "enlarged"),
+    ],
+)
+def test_a_mask_may_hold_infinity_and_must_not_hold_nan(
+    held: Tensor | None, when: str, model: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    masked = _Masked(model, held, when)
+    objective = Objective(masked, regularizers={"kernel": 1e-4})
+    for _ in range(2):
+        objective(*batch)
+        objective.check_finite()
+    assert masked.mask.isinf().all()
+    masked.mask[0, 0] = math.nan
     with pytest.raises(TrainingDiverged, match="the buffer mask holds NaN or infinity"):
+        objective.check_finite()
+    masked.mask.fill_(-math.inf)
+    model[1].running_var[0] = math.inf
+    with pytest.raises(TrainingDiverged, match=r"the buffer net.1.running_var holds NaN or infinity"):
         objective.check_finite()
 
 

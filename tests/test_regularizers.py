@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bonn_qat import CenterLoss, FeatureLoss, KernelLoss, binarize, functional
 from bonn_qat.bonn import BONN
@@ -471,8 +472,67 @@ def test_a_model_with_a_tap_can_be_copied_after_a_forward_pass():
     model(images)
     twin = copy.deepcopy(model)
     twin(2 * images)  # goes to the twin's own tap, not to the loss of the original
-    tapped = feature._tap._features
-    assert tapped is not None
     assert feature(targets).isfinite()
     assert set(dict(feature.named_parameters())) == {"sigma"}
     assert set(feature.state_dict()) == {"sigma", "centres"}
+
+
+class Views(nn.Module):
+    """A shared classifier that is called once for each part of the images that ``parts`` returns."""
+
+    def __init__(self, parts) -> None:
+        super().__init__()
+        self.body, self.head, self.parts = nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), nn.Linear(5, 4), parts
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.head(self.body(part)) for part in self.parts(x)]
+
+
+WAYS = {
+    "plain": lambda model, images: model(images),
+    "compiled": lambda model, images: torch.compile(model, backend="eager", fullgraph=True)(images),
+    "checkpointed": lambda model, images: sum(
+        y.sum() for y in checkpoint(model, images.requires_grad_(), use_reentrant=False)
+    ).backward(),
+    "after an evaluation": lambda model, images: (model(-images), model.head(torch.zeros(7, 5)), model(images)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("calls", [1, 2, 4])
+@pytest.mark.parametrize("kind", [FeatureLoss, CenterLoss])
+def test_every_call_of_the_classifier_counts_with_the_same_targets(kind, calls, way):
+    model = Views(lambda x: [x * (i + 1) for i in range(calls)])
+    loss = kind(model, classifier="head", weight=1.0)
+    single = Views(lambda x: [x])
+    single.load_state_dict(model.state_dict())
+    expected = kind(single, classifier="head", weight=1.0)
+    for seed in range(2):
+        ((images, targets),) = batches([3 + seed])
+        WAYS[way](model, images.clone())
+        single(torch.cat([images * (i + 1) for i in range(calls)]))
+        torch.testing.assert_close(loss(targets), expected(targets.repeat(calls)))
+        torch.testing.assert_close(loss.centres, expected.centres)
+    every = batches([3, 5])
+    loss.start(every)
+    expected.start([(torch.cat([x * (i + 1) for i in range(calls)]), t.repeat(calls)) for x, t in every])
+    torch.testing.assert_close(loss.state_dict(), expected.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("parts", "targets"),
+    [
+        (lambda x: x.chunk(2), torch.zeros(4).long()),  # nothing says which half has which targets
+        (lambda x: x.chunk(2), torch.zeros(2, 1).long()),
+        (lambda x: x[:2].chunk(2), torch.zeros(()).long()),
+        (lambda x: [x, x[:1]], torch.zeros(4).long()),
+        (lambda x: [x, x], torch.zeros(8).long()),
+        (lambda x: [x, x], [0, 1, 2, 3]),
+    ],
+)
+def test_calls_without_one_row_for_each_target_are_refused(parts, targets):
+    model = Views(parts)
+    loss = FeatureLoss(model, classifier="head")
+    model(batches([4])[0][0])
+    with pytest.raises((InvalidModel, InvalidData), match=r"is called 2 times in a forward pass, with|needs class ind"):
+        loss(targets)

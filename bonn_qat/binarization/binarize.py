@@ -6,7 +6,7 @@ import functools
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -20,7 +20,7 @@ from bonn_qat.binarization import policy
 from bonn_qat.binarization.copies import copied, unwrapped
 from bonn_qat.binarization.fast_paths import close_fast_paths
 from bonn_qat.engine.kept import lean
-from bonn_qat.errors import InvalidModel, InvalidRecipe
+from bonn_qat.errors import InvalidModel, InvalidRecipe, check_model
 from bonn_qat.layers import BINARY, BinaryLayer, check_contract, check_start, is_own
 from bonn_qat.scheme import Scheme, WatchedScheme
 
@@ -136,8 +136,11 @@ def binarize(
     result = model if inplace else copied(model, ", or give inplace=True")
     names = {*kept, *policy.named(model, skip, "skip"), *_gates(model, kept)}
     originals = list(result.modules())
-    with _as_before_after_an_error(result):
+    # On the CPU, so that what is new has values, which a float state dict is completed with, also in a model on meta.
+    with _as_before_after_an_error(result), torch.device("cpu"):
         _rewrite(result, others, {id(result.get_submodule(name)) for name in names}, pm)
+    added = frozenset(set(result.state_dict()) - before)
+    initial = _initial_values(result, added)
     _place_what_is_new(result, originals)
     lean(result)
     close_fast_paths(result, {id(module) for module in originals})
@@ -149,7 +152,7 @@ def binarize(
         schemes={name: others.of(name) for name in layers if others.of(name) is not chosen},
         revived=tuple(_revive_zero_scales(result)),
         input_size=decision.input_size,
-        added=frozenset(set(result.state_dict()) - before),
+        added=added,
         skip=skip,
         include=include,
         removed=frozenset(before - set(result.state_dict())),
@@ -158,17 +161,12 @@ def binarize(
     for layer in layers.values():
         layer.adopt()
     _refuse_folding(result)
-    initial = _initial_values(result, set(result.state_dict()) - before)
-    result.register_load_state_dict_pre_hook(functools.partial(_complete_float_state_dict, initial))  # type: ignore[no-untyped-call]
+    _take_float_states(result, initial)
     return result
 
 
-def _check_arguments(model: object, input_size: object) -> None:
-    if not isinstance(model, nn.Module):
-        advice = (
-            f"create it first: timm.create_model({model!r})" if isinstance(model, str) else "give a torch.nn.Module"
-        )
-        raise InvalidModel(f"binarize takes a model; got {model!r}; {advice}")
+def _check_arguments(model: nn.Module, input_size: object) -> None:
+    check_model(model)
     if any(map(is_lazy, model.parameters())):
         raise InvalidModel(
             f"{type(model).__name__} has lazy layers without weights yet; call it once with a batch first"
@@ -188,6 +186,7 @@ def check_size(size: object) -> None:
 
 def binary_layers(model: nn.Module) -> Iterator[tuple[str, BinaryLayer]]:
     """Names and binary layers of ``model``, each layer once."""
+    check_model(model)
     for name, layer in model.named_modules():
         if isinstance(layer, BinaryLayer):
             yield name, layer
@@ -373,49 +372,55 @@ def _refuse(kind: str, method: str, *_: object, **__: object) -> NoReturn:
     )
 
 
-def _initial_values(model: nn.Module, added: set[str]) -> dict[str, Tensor]:
+def _initial_values(model: nn.Module, added: Set[str]) -> dict[str, Tensor]:
     """What binarization added outside of the binary layers, such as slopes of nonlinearities, as it starts."""
-    inside = {id(part) for _, layer in binary_layers(model) for part in layer.modules()}
-    found: dict[str, Tensor] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        held = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
-        keys = {key: f"{name}.{key}" for key in held if f"{name}.{key}" in added}
-        if not keys or id(module) in inside:
-            continue
-        if any(tensor.is_meta for tensor in module.state_dict().values()):
-            reset: Callable[[], None] | None = getattr(module, "reset_parameters", None)
-            if reset is None:
-                continue  # loading then reports that its values are missing
-            module = copy.deepcopy(module).to_empty(device="cpu")
-            module.reset_parameters()
-        found |= {key: module.state_dict()[part].detach().clone() for part, key in keys.items()}
-    return found
+    layers = [f"{name}." for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, BinaryLayer)]
+    return {
+        key: tensor.detach().clone()
+        for key, tensor in model.state_dict().items()
+        if key in added and not key.startswith(tuple(layers)) and not tensor.is_meta
+    }
+
+
+def _take_float_states(model: nn.Module, initial: Mapping[str, Tensor]) -> None:
+    """Register what completes the float state that ``model``, or a part of it with binary layers, is given."""
+    record: Binarization = model.binarization  # type: ignore[assignment]
+    for part in {name[:end] for name in record.binary for end in (0, *policy.ends(name))}:
+        prefix = f"{part}." if part else ""
+        added, removed = (
+            {key[len(prefix) :] for key in keys if key.startswith(prefix)} for keys in (record.added, record.removed)
+        )
+        own = {key: initial[prefix + key] for key in added if prefix + key in initial}
+        hook = functools.partial(_complete_float_state_dict, added, removed, own)
+        model.get_submodule(part).register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
 
 
 def _complete_float_state_dict(
-    initial: Mapping[str, Tensor], model: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any],
+    added: Set[str], removed: Set[str], initial: Mapping[str, Tensor],
+    model: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any],
     _strict: bool, _missing: list[str], _unexpected: list[str], errors: list[str],
 ) -> None:  # fmt: skip
     """Before loading: turn the state of a float model, or of a part of one, into that of the binarized float model.
 
     A binary layer does the same for itself wherever it can tell; here the state dict of the whole tells for all.
+    ``added`` and ``removed`` are the keys of ``model`` that binarization did.
     """
-    record: Binarization = model.binarization  # type: ignore[assignment]
-    own = model.state_dict()
     layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, BinaryLayer)}
+    marks = {f"{prefix}{name}.{BINARY}": True for name in layers}
+    if not marks.keys().isdisjoint(state_dict):
+        return  # a module around it has told
+    own = model.state_dict()
     given = {key for key, tensor in own.items() if not is_own(state_dict.get(prefix + key), tensor)}
-    if not given.isdisjoint(record.added):
-        state_dict.update({f"{prefix}{name}.{BINARY}": True for name in layers})
-        return
     loaded = {name: m for name, m in layers.items() if m.given_float(state_dict, f"{prefix}{name}.") is not False}
-    if not loaded or not record.added:
+    state_dict.update(marks)
+    if not given.isdisjoint(added) or not loaded or not added:
         return
-    for key in record.removed:
+    for key in removed:
         state_dict.pop(prefix + key, None)
     assign = metadata.get("assign_to_params_buffers", False)
     for name, layer in loaded.items():
         layer.complete(state_dict, f"{prefix}{name}.", assign=assign, errors=errors)
-    expected = own.keys() - record.added
+    expected = own.keys() - added
     for key, value in initial.items():
         if _is_part_given(key, given, expected):
             like = state_dict[f"{prefix}{next(iter(loaded))}.weight"] if assign else own[key]

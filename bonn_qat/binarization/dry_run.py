@@ -1,9 +1,9 @@
 """dry_run: model, size -> DryRun, what each layer sees in a forward pass, without computing anything.
 
 The passes run on copies whose tensors have shapes but no memory, so that a model of any size, on any device, takes only
-the time of its Python code. There are three, because a model may take another path in training, and another one without
-gradients. From layer to layer the data is followed in two ways: every operation hands on what its inputs derive from,
-and autograd's graph says what of that a gradient can go through.
+the time of its Python code. There are four, because a model may take another path in training, without gradients, and
+under autocast. From layer to layer the data is followed in two ways: every operation hands on what its inputs derive
+from, and autograd's graph says what of that a gradient can go through.
 """
 
 import contextlib
@@ -68,6 +68,7 @@ class _Pass(NamedTuple):
     training: bool
     grad: bool
     devices: tuple[str, str]  # those to try
+    serves: bool = False  # one image, under autocast
 
 
 # Meta tensors are fast. Fake tensors know values that are constant, and their device is one that can compute, which
@@ -75,6 +76,7 @@ class _Pass(NamedTuple):
 _PASSES = (
     _Pass(training=False, grad=True, devices=("meta", "cpu")),
     _Pass(training=False, grad=False, devices=("cpu", "meta")),
+    _Pass(training=False, grad=False, devices=("cpu", "meta"), serves=True),
     _Pass(training=True, grad=True, devices=("meta", "cpu")),
 )
 _SAME_WITHOUT_GRAD = {"torch", "torchvision", "timm", "bonn_qat"}
@@ -83,7 +85,9 @@ _SAME_WITHOUT_GRAD = {"torch", "torchvision", "timm", "bonn_qat"}
 def dry_run(model: nn.Module, layers: Iterable[str], input_size: Sequence[int]) -> DryRun:
     """Pass two images of ``input_size`` ``(C, H, W)`` through ``model`` and observe ``layers``.
 
-    It passes them in evaluation mode with gradients, without, and in training mode; what the model refuses is left out.
+    It passes them in evaluation mode with gradients and in inference mode, then one image without gradients under
+    autocast, and two in training mode; what the model refuses is left out. Not seen is what code does for more images,
+    in other combinations of these modes, and only while torch traces it, which pack and export compare with the model.
     The model is not changed. Raises CannotBeCopied, and whatever the model raises in evaluation mode.
 
     >>> dry_run(nn.Sequential(nn.Conv2d(3, 8, 3)), ["0"], (3, 32, 32)).uses["0"].output
@@ -133,9 +137,12 @@ def _follow(model: nn.Module, layers: list[str], input_size: Sequence[int], one:
     close_fast_paths(copied)
     with _unnoticed(), fake or torch.device(device):
         reference = next((p for p in copied.parameters() if p.is_floating_point()), torch.empty(0))
-        image = torch.empty(BATCH, *input_size, dtype=reference.dtype, device=device)
+        image = torch.empty(1 if one.serves else BATCH, *input_size, dtype=reference.dtype, device=device)
         watch = _Watch(copied, layers, guesses=Guesses() if fake else None)
-        with torch.set_grad_enabled(one.grad), watch:
+        autocast = torch.autocast("cpu", enabled=one.serves, cache_enabled=False)
+        # Not both at once: in inference mode autocast would not see into operations such as einsum.
+        inference = torch.inference_mode(not one.grad and not one.serves)
+        with inference, torch.set_grad_enabled(one.grad), autocast, watch:
             if one.grad:
                 image = image.requires_grad_() * 1  # no leaf, because layers must not change a leaf in place
             watch.start(image)
@@ -232,7 +239,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = self._guesses.call(func, args, kwargs or {}) if self._guesses else func(*args, **(kwargs or {}))
         if name.endswith("_like") or name.startswith("new_"):  # only the shape is read
             return result
-        origin = _joined(self._origin(x) for x in tensors_in((args, kwargs)))
+        # Of the second argument of `x.to(weight)` and `x.view_as(weight)` only type and shape are read.
+        sources = args[:1] if name == "to" or name.endswith("_as") else (args, kwargs)
+        origin = _joined(self._origin(x) for x in tensors_in(sources))
         results = list(tensors_in(result))
         for owner in origin.weights.difference(self._running) if results else ():
             self.readers.setdefault(owner, self._running[-1] if self._running else "")

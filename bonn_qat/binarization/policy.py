@@ -127,12 +127,13 @@ def named(model: nn.Module, patterns: Iterable[str], argument: str) -> dict[str,
         if not roots:
             raise UnknownName(f"module of {type(model).__name__} in {argument}", pattern, (name for name, _ in modules))
         for name, module in modules:
-            if name in roots or any(name[:end] in roots for end in _ends(name)):
+            if name in roots or any(name[:end] in roots for end in ends(name)):
                 found.setdefault(first[id(module)], f"{argument} {pattern!r}")
     return found
 
 
-def _ends(name: str) -> Iterator[int]:
+def ends(name: str) -> Iterator[int]:
+    """Where the names of a module's parents end in its own."""
     return (match.start() for match in re.finditer(r"\.", name))
 
 
@@ -246,7 +247,7 @@ def _is_pooled(layer: nn.Module, shape: torch.Size) -> bool:
 
 
 def _is_in_gate(model: nn.Module, name: str) -> bool:
-    return any(_GATE.search(type(model.get_submodule(name[:end])).__name__) for end in _ends(name))
+    return any(_GATE.search(type(model.get_submodule(name[:end])).__name__) for end in ends(name))
 
 
 def _is_shortcut(model: nn.Module, name: str, conv: nn.Conv2d) -> bool:

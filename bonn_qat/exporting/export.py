@@ -70,8 +70,9 @@ def export(model: nn.Module, path: str | Path, format: str, *, input_size: Seque
     else timm's. The file takes batches of any size where the format and the model's own code allow it, else of one.
 
     Raises UnknownName for another format; PackageMissing; InvalidModel for a model that is not binarized, that cannot
-    be copied or traced, or with a layer that the format cannot hold, or that a stage of the training left float;
-    OSError for a path that cannot be written, before any work if that can be known.
+    be copied or traced, of which torch records something else than it computes for one, two and three images, or with a
+    layer that the format cannot hold, or that a stage of the training left float; OSError for a path that cannot be
+    written, before any work if that can be known.
 
     >>> import bonn_qat, tempfile
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))

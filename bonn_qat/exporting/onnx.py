@@ -1,6 +1,8 @@
 """ONNX: signs as comparisons and weights as packed bits for onnxruntime; BipolarQuant nodes for QONNX."""
 
 import copy
+import functools
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
@@ -13,6 +15,7 @@ from bonn_qat.binarization.binarize import binary_layers
 from bonn_qat.errors import InvalidModel
 from bonn_qat.exporting.trace import in_batches, trace
 from bonn_qat.layers import BinaryLayer
+from bonn_qat.packing.compare import compare
 from bonn_qat.packing.ready import quiet, reason
 from bonn_qat.quantizers import WeightQuantizer
 
@@ -234,15 +237,23 @@ def _bipolar(graph: "ir.Graph", x: "ir.Value") -> "list[ir.Node]":
 
 
 def write_onnx(model: nn.Module, size: tuple[int, ...]) -> bytes:
-    """The bytes of an ONNX file that keeps one bit for each binary weight."""
-    return _onnx(model, size, None, _Dialect(sign=_compare, weight=_unpack, keeps_nan=True))
+    """The bytes of an ONNX file that keeps one bit for each binary weight.
+
+    If onnxruntime is installed, it computes with them as the model does.
+    """
+    content = _onnx(model, size, None, _Dialect(sign=_compare, weight=_unpack, keeps_nan=True))
+    if importlib.util.find_spec("onnxruntime"):
+        is_exact = all(beyond_bipolar(layer) is None for _, layer in binary_layers(model))
+        run = functools.partial(run_onnx, content)
+        compare(model, run, size, f"onnxruntime does not compute {type(model).__name__}", is_exact=is_exact)
+    return content
 
 
-def run_onnx(path: Path, images: Tensor) -> list[Tensor]:
-    """The outputs of an ONNX file in onnxruntime, on the CPU."""
+def run_onnx(source: Path | bytes, images: Tensor) -> list[Tensor]:
+    """The outputs of an ONNX file, or of its bytes, in onnxruntime, on the CPU."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
     (given,) = session.get_inputs()
 
     def run(part: Tensor) -> list[Tensor]:

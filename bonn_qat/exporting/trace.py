@@ -1,5 +1,7 @@
 """Trace: a model as a program of torch.export; its file, the format pt2; and what the writers of all formats share."""
 
+import copy
+import functools
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -8,13 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bonn_qat.binarization.copies import copied
+from bonn_qat.binarization.dry_run import tensors_in
 from bonn_qat.errors import InvalidModel
+from bonn_qat.packing.compare import compare
 from bonn_qat.packing.ready import quiet, reason
 
 
 def outputs_of(result: Any) -> list[Tensor]:
-    """The tensors that a network returned, one or several, as a list."""
-    return [result] if isinstance(result, Tensor) else list(result)
+    """The tensors that a network returned, as a list."""
+    return list(tensors_in(result))
 
 
 def in_batches(run: Callable[[Tensor], list[Tensor]], images: Tensor, batch: int | None) -> list[Tensor]:
@@ -24,18 +29,29 @@ def in_batches(run: Callable[[Tensor], list[Tensor]], images: Tensor, batch: int
 
 
 def trace(model: nn.Module, size: tuple[int, ...], batch: int | None = None) -> torch.export.ExportedProgram:
-    """``model`` as a program for ``batch`` images; None: for any number, or for one if the model's code fixes it."""
+    """``model`` as a program for ``batch`` images; None: for any number, or for one if the model's code fixes it.
+
+    Raises InvalidModel for a model that torch cannot export, and for a program that computes something else.
+    """
     images = torch.zeros(batch or 2, *size)
     shapes = None if batch else ({0: torch.export.Dim("batch")},)
     try:
         with torch.no_grad(), quiet():
-            return torch.export.export(model, (images,), dynamic_shapes=shapes)
+            program = torch.export.export(model, (images,), dynamic_shapes=shapes)
     except Exception as error:  # whatever torch and a model's code raise
         if batch is None:
             return trace(model, size, 1)
         raise InvalidModel(
             f"torch.export cannot trace {type(model).__name__} for an image of {size}: {reason(error)}"
         ) from error
+    # Copies, because a call may change buffers, which the program shares with the model.
+    run = functools.partial(_run, copy.deepcopy(program.module()), None if program.range_constraints else batch or 1)
+    compare(copied(model), run, size, f"{type(model).__name__} cannot be exported")
+    return program
+
+
+def _run(module: nn.Module, batch: int | None, images: Tensor) -> list[Tensor]:
+    return in_batches(lambda part: outputs_of(module(part)), images, batch)
 
 
 def write_pt2(model: nn.Module, size: tuple[int, ...]) -> bytes:
@@ -51,6 +67,5 @@ def write_pt2(model: nn.Module, size: tuple[int, ...]) -> bytes:
 def run_pt2(path: Path, images: Tensor) -> list[Tensor]:
     """The outputs of a ``torch.export`` program in a file."""
     program = torch.export.load(io.BytesIO(path.read_bytes()))  # given a path it demands a certain suffix
-    module = program.module()
     with torch.no_grad():
-        return in_batches(lambda part: outputs_of(module(part)), images, None if program.range_constraints else 1)
+        return _run(program.module(), None if program.range_constraints else 1, images)

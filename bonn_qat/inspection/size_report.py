@@ -54,11 +54,6 @@ class LayerReport:
         return self.macs if self.is_binary else 0
 
     @property
-    def float_macs(self) -> int:
-        """MACs in which a factor has more than one bit."""
-        return self.macs - self.binary_macs
-
-    @property
     def bops(self) -> int:
         """Bit operations: MACs times the bits of both factors."""
         return self.macs * self.weight_bits * self.input_bits

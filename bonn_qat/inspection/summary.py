@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bonn_qat.binarization.binarize import Binarization, check_size
 from bonn_qat.conv_types import CONVOLUTIONS, macs
-from bonn_qat.errors import InvalidModel
+from bonn_qat.errors import InvalidModel, check_model
 from bonn_qat.files.plain import one_line
 from bonn_qat.inspection.packed_size import packed_report
 from bonn_qat.inspection.size_report import FLOAT_BITS, LayerReport, OtherReport, Report
@@ -75,6 +75,7 @@ def summary(model: nn.Module, input_size: Sequence[int] | None = None) -> Report
 
 def input_size_of(model: nn.Module, given: Sequence[int] | None) -> tuple[int, ...]:
     """``given``, else the size that ``model`` was binarized for, else timm's. Raises InvalidModel if there is none."""
+    check_model(model)
     check_size(given)
     record, config = getattr(model, "binarization", None), getattr(model, "pretrained_cfg", None)
     said = config.get("input_size") if isinstance(config, dict) else None

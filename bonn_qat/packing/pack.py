@@ -4,23 +4,20 @@ The function stays the same, and the values of the binary layers are equal bit f
 """
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bonn_qat.binarization.binarize import Binarization, binary_layers
 from bonn_qat.binarization.copies import unwrapped
-from bonn_qat.errors import InvalidData, InvalidModel
+from bonn_qat.errors import InvalidModel
 from bonn_qat.inspection.summary import input_size_of
 from bonn_qat.modes import neutral
+from bonn_qat.packing.compare import compare
 from bonn_qat.packing.fuse import fuse
 from bonn_qat.packing.layers import pack_layer
 from bonn_qat.packing.ready import inference_copy
 from bonn_qat.packing.trace import trace
 from bonn_qat.runtime.packed import PackedModel
-
-_MOST = 0.25  # of the norm of an output, by which that of the packed network may differ
 
 
 def pack(model: nn.Module, input_size: Sequence[int] | None = None) -> PackedModel:
@@ -34,8 +31,8 @@ def pack(model: nn.Module, input_size: Sequence[int] | None = None) -> PackedMod
     ``layers`` of the result says it for each layer.
 
     Raises InvalidModel for a model without binary layers, one in a stage with float weights or activations, one that
-    torch cannot export, that returns anything but tensors, or whose result is not that of each image alone: one, two
-    and three images are compared.
+    torch cannot export, that returns anything but tensors, whose result is not that of each image alone: one, two and
+    three images are compared; or that computes something else in each call.
 
     >>> import bonn_qat
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
@@ -56,42 +53,10 @@ def pack(model: nn.Module, input_size: Sequence[int] | None = None) -> PackedMod
             network.graph, network.tensors, network.weights, name=type(model).__name__, input_size=size,
             batch=network.batch, scheme=record.scheme.name if isinstance(record, Binarization) else "", layers=layers,
         )  # fmt: skip
-        _compare(ready, made)
+        # A product of floats may be rounded to the other side of a threshold in every layer.
+        is_exact = all(layer.kind == "bits" for layer in layers)
+        compare(ready, made, size, f"{made.name} cannot be packed", is_exact=is_exact)
         return made
-
-
-@torch.no_grad()
-def _compare(ready: nn.Module, made: PackedModel) -> None:
-    """Raise InvalidModel if the graph is not the model: torch.export has seen one number of images alone."""
-    name = made.name
-    for count in (1, 2, 3):
-        images = torch.randn(count, *made.input_size, generator=torch.Generator().manual_seed(count))
-        try:
-            expected = ready(images.clone())
-        except Exception:  # a model may take some numbers of images only
-            continue
-        try:
-            found = made(images)
-        except InvalidData as error:
-            raise InvalidModel(f"{name} cannot be packed: {error}") from error
-        pairs = list(zip(_flat(expected), _flat(found), strict=False))
-        if len(_flat(expected)) != len(_flat(found)) or any(x.shape != y.shape for x, y in pairs):
-            raise InvalidModel(f"{name} cannot be packed: its outputs for {count} images are not one for each image")
-        # Rounding may turn signs behind float layers, but not change most of an output.
-        if all(layer.kind == "bits" for layer in made.layers) and any(_differ(x, y) for x, y in pairs):
-            raise InvalidModel(
-                f"{name} cannot be packed: for {count} images it computes something else than for others"
-            )
-
-
-def _flat(outputs: Any) -> list[Tensor]:
-    return list(outputs) if isinstance(outputs, list | tuple) else [outputs]
-
-
-def _differ(expected: Tensor, found: Tensor) -> bool:
-    if not expected.is_floating_point() or not (expected.isfinite().all() and found.isfinite().all()):
-        return False
-    return bool((expected - found).norm() > _MOST * expected.norm())
 
 
 def _size(model: nn.Module, given: Sequence[int] | None) -> tuple[int, ...]:

@@ -105,6 +105,8 @@ class PackedModel(nn.Module):
         The type is float32 alone: others are neither converted nor scaled here, so that nobody gives raw bytes by
         mistake.
         """
+        if not isinstance(images, Tensor):
+            raise InvalidData(f"a packed network takes a tensor of images; got {type(images).__name__}")
         if images.shape[1:] != self.input_size or images.dtype != torch.float32:
             is_other = images.dtype != torch.float32
             todo = "convert them as for the model" if is_other else "for another size pack it with input_size=(C, H, W)"
@@ -116,6 +118,11 @@ class PackedModel(nn.Module):
             kind = images.device.type
             with torch.no_grad(), torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING:
                 return self._run(self.network, images)
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            raise InvalidModel(
+                "torch.jit.trace would record a packed network for one number of images; use torch.export or "
+                "torch.compile, or save it with packed.save(path)"
+            )
         with neutral():
             if len(images) == 0:
                 return self._nothing(images)

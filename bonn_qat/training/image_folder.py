@@ -8,6 +8,7 @@ are no images.
 
 Of an animation the first frame counts, and an image is turned as its EXIF orientation says. Transparent pixels are
 shown on white. 16-bit greyscale is divided by 257, so that 65,535 is white, and float greyscale is multiplied by 255.
+Of other 16-bit images the upper 8 bits are read.
 """
 
 import contextlib
@@ -273,7 +274,11 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         with path.open("rb") as file, Image.open(file) as image:
+            is_wide = any(";16" in str(tile[3]) for tile in image.tile)
             image.load()
+            colour = image.info.get("transparency")
+            if is_wide and isinstance(colour, tuple):  # Pillow has cut the pixels to 8 bits, but not this
+                image.info["transparency"] = tuple(value >> 8 for value in colour)
             with contextlib.suppress(Exception):  # what a damaged EXIF block raises; the pixels are good
                 ImageOps.exif_transpose(image, in_place=True)
             return _as_rgb(image)
@@ -290,7 +295,10 @@ def _why(error: Exception, path: Path) -> str:
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(_eight_bits(np.asarray(image)))
+        pixels, colour = np.asarray(image), image.info.get("transparency")
+        if isinstance(colour, int):
+            pixels = np.where(pixels == colour, pixels.dtype.type(65_535), pixels)
+        image = Image.fromarray(_eight_bits(pixels))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

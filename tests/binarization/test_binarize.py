@@ -473,11 +473,32 @@ def test_an_option_of_a_scheme_for_some_layers_counts_there():
         bonn_qat.binarize(small(), scheme, schemes={"*": BONN})
 
 
-@pytest.mark.parametrize("wrong", ["resnet18", nn.Conv2d, None, torch.ones(3)])
-def test_what_is_no_model_is_told(wrong):
+TAKES_A_MODEL = {
+    "binarize": bonn_qat.binarize,
+    "binary_layers": lambda model: list(binary_layers(model)),
+    "pack": bonn_qat.pack,
+    "summary": bonn_qat.summary,
+    "diagnose": lambda model: bonn_qat.diagnose(model, torch.randn(2, 3, 8, 8)),
+    "export": lambda model: bonn_qat.export(model, "net.pt2", "pt2"),
+    "save": lambda model: bonn_qat.save(model, "net.safetensors"),
+    "Objective": bonn_qat.Objective,
+    "KernelLoss": bonn_qat.KernelLoss,
+    "FeatureLoss": bonn_qat.FeatureLoss,
+    "CenterLoss": bonn_qat.CenterLoss,
+    "FlipRatio": bonn_qat.FlipRatio,
+    "constrain_": bonn_qat.constrain_,
+    "advance": lambda model: bonn_qat.advance(model, 0.5),
+    "parameter_groups": lambda model: bonn_qat.parameter_groups(model, lr=0.1, weight_decay=0.0),
+    "binary_parameters": lambda model: list(bonn_qat.binary_parameters(model)),
+}
+
+
+@pytest.mark.parametrize("name", TAKES_A_MODEL)
+@pytest.mark.parametrize("wrong", ["resnet18", nn.Conv2d, None, torch.ones(3)], ids=["name", "class", "None", "tensor"])
+def test_what_is_no_model_is_told(wrong, name):
     advice = "create it first: timm.create_model.'resnet18'." if wrong == "resnet18" else "give a torch.nn.Module"
-    with pytest.raises(InvalidModel, match=f"binarize takes a model; got .*{advice}"):
-        bonn_qat.binarize(wrong)
+    with pytest.raises(InvalidModel, match=f"this takes a model; got .*{advice}"):
+        TAKES_A_MODEL[name](wrong)
 
 
 def test_lazy_layers_are_told():

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import re
 
 import pytest
 import timm
@@ -102,6 +103,25 @@ def test_any_part_of_a_float_model(seed):
     for block in ("0", "1", "2", "3"):
         source = before.get_submodule(block) if block in dropped else expected[block]
         assert equal(model.get_submodule(block), source), block
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", MODELS)
+def test_any_submodule_of_a_float_model(name, scheme):
+    """Each is given its own state: the same as if the whole model were given."""
+    other = scrambled(MODELS[name](), 0)
+    expected = bonn_qat.binarize(other, scheme)
+    model = scrambled(bonn_qat.binarize(MODELS[name](), scheme), 1)
+    binary = scrambled(copy.deepcopy(expected), 2)
+    parts = {key[: match.start()] for key in model.binarization.added for match in re.finditer(r"\.", key)}
+    parts = [part for part in parts if any(True for _ in binary_layers(model.get_submodule(part)))]
+    assert len(parts) > len(model.binarization.binary) / 2
+    for part in parts:
+        loaded = copy.deepcopy(model.get_submodule(part))
+        loaded.load_state_dict(other.get_submodule(part).state_dict())
+        assert equal(loaded, expected.get_submodule(part)), part
+        loaded.load_state_dict(binary.get_submodule(part).state_dict())  # whose zeros stay
+        assert equal(loaded, binary.get_submodule(part)), part
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

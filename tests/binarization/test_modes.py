@@ -27,6 +27,13 @@ WAYS = {
         and x.device.type in ("cpu", "cuda")
         and not torch.overrides.has_torch_function((x, m.fc.weight))
     ),
+    "no gradients, outside autocast": lambda m, x: not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"),
+    "inference mode": lambda m, x: torch.is_inference_mode_enabled(),
+    "inference tensors": lambda m, x: x.is_inference(),
+    "autocast": lambda m, x: torch.is_autocast_enabled("cpu"),
+    "activations of 16 bits": lambda m, x: m.other(x).dtype == torch.bfloat16,
+    "one image": lambda m, x: len(x) == 1,
+    "several images": lambda m, x: len(x) > 1,
 }
 READS = {
     "linear": lambda x, fc: F.linear(x, fc.weight, fc.bias),
@@ -54,7 +61,7 @@ class Branching(nn.Module):
         return self.head(self.other(x))
 
 
-@pytest.mark.parametrize(("way", "read"), random.Random(0).sample([*itertools.product(WAYS, READS)], 30))
+@pytest.mark.parametrize(("way", "read"), random.Random(0).sample([*itertools.product(WAYS, READS)], 50))
 def test_a_layer_that_one_path_reads_stays_float(way, read):
     model = Branching(way, read)
     decided = decide(model, input_size=(3, 8, 8))
@@ -77,6 +84,7 @@ def test_what_is_asked_of_a_weight_but_its_numbers_reads_nothing():
         def forward(self, x: Tensor) -> Tensor:
             weight = self.fc.weight
             x = self.conv(self.stem(x)).mean((2, 3)).to(weight.dtype).type_as(weight)
+            x = x.to(weight).mean(0).expand_as(weight)[:2]
             x = x + weight.new_zeros(len(weight)) + torch.zeros_like(weight)[0]
             return self.head(self.other(self.fc(x)))
 

@@ -452,7 +452,7 @@ CALLS: Mapping[str, tuple[Call, ...]] = {
         ),
         Call(gives="bonn_qat.Objective(binary)(images, targets + 5)", names="14", error=InvalidData),
         Call(
-            gives="bonn_qat.Objective(binary)(images, torch.ones(4, 10))", names="(4, 10)", error=InvalidData,
+            gives="bonn_qat.Objective(binary)(images, torch.full((4, 10), 0.1))", names="(4, 10)", error=InvalidData,
         ),
         Call(gives="bonn_qat.Objective(binary)(images / 0, targets)", names="step 1", error=InvalidData),
         Call(gives="bonn_qat.Objective(binary, lambda *_: 0)(images, targets)", names="type int", error=InvalidModel),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import bonn_qat
 from bonn_qat import PackedModel, pack
-from bonn_qat.errors import InvalidModel
+from bonn_qat.errors import InvalidData, InvalidModel
 
 ROUNDING = 1e-5
 
@@ -164,6 +164,30 @@ def test_no_image_has_outputs_of_every_kind():
         for ours, theirs in zip(packed(x), model(x), strict=True):
             assert ours.shape == theirs.shape
             assert same(ours, theirs, ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (None, "takes a tensor of images; got NoneType"),
+        ([torch.zeros(3, 12, 11)], "takes a tensor of images; got list"),
+        (torch.zeros(()), r"got torch.float32 \(\)"),
+        (torch.zeros(0), r"got torch.float32 \(0,\)"),
+        (torch.zeros(0, 0, 0, 0), r"got torch.float32 \(0, 0, 0, 0\)"),
+        (torch.zeros(0, *SIZE, 1), r"got torch.float32 \(0, 3, 12, 11, 1\)"),
+    ],
+)
+def test_what_are_no_images_is_told(given, words):
+    with pytest.raises(InvalidData, match=words):
+        pack(network(8, "bonn")[0])(given)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_of_torchscript_is_refused():
+    packed = pack(network(8, "bonn")[0])
+    with pytest.raises(InvalidModel, match=r"torch.jit.trace would record .*; use torch.export or torch.compile"):
+        torch.jit.trace(packed, odd_images(2, 0))
+    assert same(torch.export.export(packed, (odd_images(2, 0),)).module()(odd_images(2, 0)), packed(odd_images(2, 0)))
 
 
 @pytest.mark.parametrize("compiled", [False, True])

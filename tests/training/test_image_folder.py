@@ -4,6 +4,8 @@ import io
 import os
 import random
 import shutil
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -299,6 +301,36 @@ def test_every_kind_of_picture_is_read_as_what_it_shows(
     found = read_image(path)
     assert (found.mode, found.size) == ("RGB", expected.shape[1::-1])
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=1.01)
+
+
+def _png(pixels: np.ndarray, depth: int, transparent: tuple[int, ...]) -> bytes:
+    """A PNG of greys ``(H, W)`` or colours ``(H, W, 3)``, one of them transparent; Pillow writes none of 16 bits."""
+    kind = f">u{depth // 8}"
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", *pixels.shape[1::-1], depth, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(kind).tobytes() for row in pixels)
+    colour = np.array(transparent, ">u2").tobytes()
+    parts = chunk(b"IHDR", head) + chunk(b"tRNS", colour) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+@settings(max_examples=60, deadline=None)
+@given(depth=st.sampled_from([8, 16]), channels=st.sampled_from([1, 3]), seed=st.integers(0, 2**32))
+def test_a_transparent_colour_is_shown_on_white(
+    folder: Callable[[], Path], depth: int, channels: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    colours = rng.integers(0, 2**depth, (4, 3))
+    colours[:, 0] = rng.permutation(2**8)[:4] * (257 if depth == 16 else 1)  # they differ in the 8 bits that are read
+    places = rng.integers(0, 4, (5, 7))
+    pixels = colours[places] if channels == 3 else colours[places, 0]
+    shown = np.atleast_3d(pixels / (257 if depth == 16 else 1)) * np.ones(3)
+    shown[places == 0] = 255
+    path = _write(folder() / "1.png", _png(pixels, depth, tuple(colours[0, :channels].tolist())))
+    np.testing.assert_allclose(np.asarray(read_image(path), np.float64), shown, atol=1.01)
 
 
 def test_of_an_animation_the_first_frame_counts(tmp_path: Path) -> None:

@@ -132,15 +132,8 @@ class AbcActivation(ActivationQuantizer):
         if mask not in ("threshold", "printed"):
             raise BonnQatError(f"the option mask of the scheme 'abcnet' must be 'threshold' or 'printed'; got {mask!r}")
         self.bits, self.mask = activation_bases, mask
-        self.v = nn.Parameter(torch.empty(activation_bases))
-        self.beta = nn.Parameter(torch.empty(activation_bases))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Set v and beta to their initial values; called when a float checkpoint is loaded."""
-        self.v.copy_(torch.tensor(_SHIFTS.get(self.bits) or _evenly(self.bits, 1.5)))
-        self.beta.fill_(1)
+        self.v = nn.Parameter(torch.tensor(_SHIFTS.get(self.bits) or _evenly(self.bits, 1.5)))
+        self.beta = nn.Parameter(torch.ones(activation_bases))
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """R -> (sum_n beta_n A_n, its largest possible magnitude)."""

@@ -82,14 +82,7 @@ class AdaBinActivation(ActivationQuantizer):
         if centre not in ("paper", "code"):
             raise BonnQatError(f"the option centre of the scheme 'adabin' must be 'paper' or 'code'; got {centre!r}")
         self.centre = centre
-        self.a, self.b = nn.Parameter(torch.empty(())), nn.Parameter(torch.empty(()))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Start at the plain sign."""
-        self.a.fill_(1)
-        self.b.zero_()
+        self.a, self.b = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` -> (a S(u) + b, a)."""
@@ -113,14 +106,7 @@ class Maxout(nn.Module):
 
     def __init__(self, channels: int = 1) -> None:
         super().__init__()
-        self.p, self.q = nn.Parameter(torch.empty(channels)), nn.Parameter(torch.empty(channels))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Start at a leaky ReLU."""
-        self.p.fill_(1)
-        self.q.fill_(0.25)
+        self.p, self.q = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.full((channels,), 0.25))
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, ...)`` -> the same shape."""

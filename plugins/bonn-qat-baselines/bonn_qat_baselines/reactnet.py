@@ -38,13 +38,7 @@ class RSign(ActivationQuantizer):
 
     def __init__(self, channels: int = 1) -> None:
         super().__init__(channels)
-        self.threshold = nn.Parameter(torch.empty(channels))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Start at the plain sign."""
-        self.threshold.zero_()
+        self.threshold = nn.Parameter(torch.zeros(channels))
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` -> (signs of ``x - a``, 1)."""
@@ -66,15 +60,8 @@ class RPReLU(nn.Module):
 
     def __init__(self, channels: int = 1) -> None:
         super().__init__()
-        self.gamma, self.zeta, self.slope = (nn.Parameter(torch.empty(channels)) for _ in range(3))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Start at PReLU."""
-        self.gamma.zero_()
-        self.zeta.zero_()
-        self.slope.fill_(0.25)
+        self.gamma, self.zeta = (nn.Parameter(torch.zeros(channels)) for _ in range(2))
+        self.slope = nn.Parameter(torch.full((channels,), 0.25))
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, ...)`` -> the same shape."""

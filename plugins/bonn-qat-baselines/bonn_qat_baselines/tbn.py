@@ -78,12 +78,7 @@ class TbnActivation(ActivationQuantizer):
             raise BonnQatError(f"the option variant of the scheme 'tbn' must be 'tbn' or 'tbnv2'; got {variant!r}")
         self.delta, self.variant = delta, variant
         self.running_threshold: Tensor
-        self.register_buffer("running_threshold", torch.empty(()))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start the moving average anew; a float checkpoint does so when it is loaded."""
-        self.running_threshold.copy_(torch.tensor(self.delta * _NORMAL_MAGNITUDE))
+        self.register_buffer("running_threshold", torch.tensor(delta * _NORMAL_MAGNITUDE))
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """I -> (T, 1) or (2 Delta T, 2 Delta)."""

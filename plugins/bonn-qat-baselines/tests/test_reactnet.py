@@ -114,16 +114,6 @@ def test_the_start_is_a_plain_sign_and_torchs_prelu():
     assert [p.shape for p in RPReLU(7).parameters()] == [(7,)] * 3
 
 
-def test_reset_parameters_goes_back_to_the_start():
-    for module, fresh in ((RSign(3), RSign(3)), (RPReLU(3), RPReLU(3))):
-        with torch.no_grad():
-            for parameter in module.parameters():
-                parameter.fill_(5)
-        module.reset_parameters()
-        for name, parameter in fresh.named_parameters():
-            assert torch.equal(module.get_parameter(name), parameter)
-
-
 @pytest.mark.parametrize("shape", [(3, 2, 3, 3), (4, 1, 1, 1), (2, 5)], ids=str)
 @pytest.mark.parametrize("gradient", ["clipped", "magnitude"])
 def test_weights_are_those_of_bireal_without_the_scale_in_their_gradient_unless_asked(shape, gradient):
