@@ -363,40 +363,41 @@ def binary_linear(x: Tensor, value: Tensor, scale: Tensor) -> Tensor:
 
 class _PReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, slope: Tensor) -> Tensor:
-        if operators.takes(x):
-            x = x.contiguous(memory_format=torch.channels_last)
+    def forward(ctx: Any, x: Tensor, slope: Tensor, by_kernels: bool) -> Tensor:
+        ctx.by_kernels = by_kernels
         ctx.save_for_backward(x, slope)
         if not torch.compiler.is_compiling():
-            ctx.again, ctx.made = _prelu_again, None
-        return _prelu(x, slope)
+            ctx.again = _prelu_again
+        return _prelu(x, slope, by_kernels)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.made = None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, slope = ctx.saved_tensors
-        if operators.takes(x):
+        if ctx.by_kernels:
             grad = grad.contiguous(memory_format=torch.channels_last)
             dx, dslope = operators.prelu_gradient(grad, x, slope.float().expand(x.shape[1]).contiguous())
-            return dx, dslope.sum_to_size(slope.shape).to(slope.dtype)
-        slope_less_one = (slope - 1).reshape(-1, *[1] * (x.ndim - 2))
+            return dx, dslope.sum_to_size(slope.shape).to(slope.dtype), None
+        slope_less_one = (slope - 1).to(x.dtype).reshape(-1, *[1] * (x.ndim - 2))
         # One pass that keeps the gradient where x <= 0: the upper bound is the smallest positive number.
         info = torch.finfo(x.dtype)
         below = torch.ops.aten.hardtanh_backward(grad, x, -math.inf, info.smallest_normal * info.eps)
         dx = torch.addcmul(grad, below, slope_less_one)
-        dslope = below.mul_(x)
-        return dx, dslope.sum([axis for axis in range(x.ndim) if axis != 1 or slope.numel() == 1]).reshape(slope.shape)
+        sums = below.mul_(x).sum([axis for axis in range(x.ndim) if axis != 1 or slope.numel() == 1], dtype=slope.dtype)
+        return dx, sums.reshape(slope.shape), None
 
 
-def _prelu(x: Tensor, slope: Tensor) -> Tensor:
-    if operators.takes(x):
+def _prelu(x: Tensor, slope: Tensor, by_kernels: bool) -> Tensor:
+    if by_kernels:
         return cast(Tensor, operators.prelu(x, slope.float().expand(x.shape[1]).contiguous()))
-    return torch.prelu(x, slope)
+    if not isinstance(x, Tensor):  # torch.fx traces with proxies
+        return torch.prelu(x, slope)
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.prelu(x, slope.to(x.dtype))
 
 
 def _prelu_again(ctx: Any) -> Tensor:
-    return _prelu(*ctx.saved_tensors)
+    return _prelu(*ctx.saved_tensors, ctx.by_kernels)
 
 
 def prelu(x: Tensor, slope: Tensor) -> Tensor:
@@ -408,7 +409,8 @@ def prelu(x: Tensor, slope: Tensor) -> Tensor:
     >>> prelu(torch.tensor([[-1.0, 2.0]]), torch.tensor([0.25]))
     tensor([[-0.2500,  2.0000]])
     """
-    return cast(Tensor, _PReLU.apply(x, slope))
+    by_kernels = operators.trains(x) and x.is_contiguous(memory_format=torch.channels_last)
+    return cast(Tensor, _PReLU.apply(x, slope, by_kernels))
 
 
 class _KernelLoss(torch.autograd.Function):

@@ -217,17 +217,21 @@ class BinaryLayer(nn.Module):
 
     def _step(self, x: Tensor, outer: nn.Module | None, addend: Tensor | None) -> tuple[Tensor, bool] | None:
         """The product of a training step from the engine, and whether it is finished; None if that cannot do it."""
-        if torch.compiler.is_exporting() or torch.jit.is_tracing() or x.ndim != 4 or x.numel() <= x.shape[1]:
+        if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+            return None
+        if x.ndim != 4 or x.numel() <= x.shape[1]:  # the norm says what is wrong
             return None
         geometry, pad = self.geometry(x)
         quantizer = self.input_quant if self.stand_in is None else None
         estimator = None if quantizer is None else quantizer.estimator()
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if dtype == torch.float16 and device == "cpu":
+            return None
         scaled = self.binary_weight and self.weight_quant.scaled_sign
         by_bits = (
             estimator is not None and scaled and pad is _unchanged and geometry.groups == 1
-            and operators.takes(x) and dtype in (torch.float32, torch.bfloat16)
+            and operators.trains(x) and dtype in (torch.float32, torch.bfloat16)
         )  # fmt: skip
         if not by_bits and (torch.compiler.is_compiling() or not (quantizer is None or quantizer.is_pure)):
             return None
@@ -245,10 +249,9 @@ class BinaryLayer(nn.Module):
             assert estimator is not None
             assert scale is not None
             is_finished = self.output is None and getattr(self, "gain", None) is None
-            if addend is not None and (addend.dtype != dtype or not is_finished):
-                is_finished = False
-            elif addend is not None:
-                addend = addend.contiguous(memory_format=torch.channels_last)
+            if addend is not None:  # a compiler adds it to what follows, and takes no tensor twice
+                is_finished = is_finished and addend.dtype == dtype and not torch.compiler.is_compiling()
+                addend = addend.contiguous(memory_format=torch.channels_last) if is_finished else None
             last = (self.bias, addend) if is_finished else (None, None)
             return sign_product(x, statistics, estimator, value, scale, *last, geometry, dtype), is_finished
         quantize = self.stand_in or (_unchanged if quantizer is None else quantizer.value)
@@ -393,8 +396,9 @@ def is_plain_norm(norm: nn.Module) -> bool:
 
 def step(norm: nn.Module, layer: nn.Module, x: Tensor, addend: Tensor | None = None) -> Tensor:
     """``layer(norm(x)) + addend``, in one pass of the engine in the training of a binary layer that nobody watches."""
-    if isinstance(layer, BinaryLayer) and not any(getattr(layer, hooks) for hooks in _HOOKS):
-        return layer(x, norm, addend)  # type: ignore[no-any-return]
+    if isinstance(layer, BinaryLayer) and layer.training and torch.is_grad_enabled() and isinstance(x, Tensor):
+        if not any(getattr(layer, hooks) for hooks in _HOOKS):
+            return layer(x, norm, addend)  # type: ignore[no-any-return]
     y = layer(norm(x))
     return y if addend is None else y + addend  # type: ignore[no-any-return]
 

@@ -96,7 +96,10 @@ def test_it_compiles_without_a_break(net, training, trained):
     for module in (model, compiled):
         module(images).square().sum().backward()
     torch.testing.assert_close(compiled(images), model(images))
-    torch.testing.assert_close(gradients(other), gradients(model))
+    found, expected = gradients(other), gradients(model)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():  # sums in another order
+        assert (found[name] - gradient).abs().max() <= 4e-6 * gradient.abs().max(), name
     torch.testing.assert_close(state(other), state(model))
 
 

@@ -172,8 +172,8 @@ class Norm(NamedTuple):
         """What ``module`` does to x ``(B, C, H, W)``, None for nothing; updates its running statistics as it would."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         one, zero = x.new_ones(x.shape[1], dtype=dtype), x.new_zeros(x.shape[1], dtype=dtype)
-        if module is None:
-            return cls(one, zero, zero, one, False)
+        if module is None:  # different tensors, because a compiler takes none twice
+            return cls(one, zero, zero.clone(), one.clone(), False)
         statistics = module.training or module.running_mean is None
         with torch.no_grad():
             if not statistics:
@@ -199,6 +199,8 @@ class Norm(NamedTuple):
 def _moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if operators.takes(x) and x.is_contiguous(memory_format=torch.channels_last):
         return cast(tuple[Tensor, Tensor], operators.moments(x))
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # in the order of torch's batch norm
+        return torch.batch_norm_update_stats(x.to(dtype), None, None, 0.0)
     variance, mean = torch.var_mean(x.to(dtype), (0, 2, 3), correction=0)
     return mean, variance
 
@@ -296,14 +298,15 @@ class _ReplayedProduct(torch.autograd.Function):
             dnormed = next(found)
             dstate = [next(found) if leaf.requires_grad else None for leaf in leaves]
             dnormed = torch.zeros_like(normed) if dnormed is None else dnormed
-            distance, sums = x.to(mean.dtype) - mean.reshape(-1, 1, 1), (0, 2, 3)
-            total, product = dnormed.sum(sums), (dnormed * distance).sum(sums)
             if ctx.statistics:
-                count = x.numel() // x.shape[1]
-                factor = product / count * invstd.square()
-                dnormed = dnormed - (total / count).reshape(-1, 1, 1) - distance * factor.reshape(-1, 1, 1)
-            dx = (dnormed * affine(gamma, beta, mean, invstd)[0].reshape(-1, 1, 1)).to(x.dtype)
-            dgamma, dbeta = (product * invstd).to(gamma.dtype), total.to(beta.dtype)
+                dx, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
+                    dnormed, x.to(dnormed.dtype), gamma.to(dnormed.dtype), None, None, mean, invstd, True, 0.0, [True] * 3
+                )
+            else:
+                sums, distance = (0, 2, 3), x.to(mean.dtype) - mean.reshape(-1, 1, 1)
+                dgamma, dbeta = (dnormed * distance).sum(sums) * invstd, dnormed.sum(sums)
+                dx = dnormed * affine(gamma, beta, mean, invstd)[0].reshape(-1, 1, 1)
+            dx, dgamma, dbeta = dx.to(x.dtype), dgamma.to(gamma.dtype), dbeta.to(beta.dtype)
         return None, None, dx, dgamma, dbeta, None, None, dkernels, None, *dstate
 
 

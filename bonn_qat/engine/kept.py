@@ -28,8 +28,8 @@ _POINTWISE: Mapping[str, Callable[[Any], Tensor]] = {
 class _Again(NamedTuple):
     """An output of ``node`` that ``compute(node)`` gives again, or a view of it with this size, stride and offset.
 
-    A function of ours says how in ``ctx.again``. The output then stays in ``ctx.made``, for others that ask for it,
-    until the backward pass of the function.
+    A function of ours says how in ``ctx.again``. If it has a ``ctx.made``, the output stays there, for others that ask
+    for it, until the backward pass of the function.
     """
 
     node: Any
@@ -54,15 +54,26 @@ class _Kept(NamedTuple):
 
 def _computation(tensor: Tensor, node: Any) -> Callable[[Any], Tensor] | None:
     """How an output of ``node`` is computed again; None if it is not."""
+    if node is None:
+        return None
     again: Callable[[Any], Tensor] | None = getattr(node, "again", None)
-    if again is not None or node is None:
-        return again
+    if again is not None:
+        return again if hasattr(node, "made") or _is_ours(node._raw_saved_tensors[0]) else None
     name = node.name()
+    if not (name == "NativeBatchNormBackward0" or name in _POINTWISE):
+        return None
+    if not _is_ours(node._raw_saved_input if name == "NativeBatchNormBackward0" else node._raw_saved_self):
+        return None
     if name == "NativeBatchNormBackward0" and tensor.dtype == torch.float32 and tensor.device.type == "cpu":
         # Weight and bias are leaves, and the statistics those of the batch.
         is_plain = node._saved_training and all(hasattr(edge[0], "variable") for edge in node.next_functions[1:3])
         return _normed if is_plain else None
     return _POINTWISE.get(name)
+
+
+def _is_ours(saved: Any) -> bool:
+    """Whether :func:`_pack` has kept a node's tensor, and not for example torch's checkpointing, which gives it once."""
+    return isinstance(saved.data, _Kept | _Again)
 
 
 def _normed(node: Any) -> Tensor:
@@ -98,7 +109,8 @@ def _unpack(kept: "_Again | _Kept | Tensor") -> Tensor:
 
 
 def _enter(module: nn.Module, inputs: Any) -> None:
-    active = not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and torch.is_grad_enabled()
+    is_traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    active = torch.is_grad_enabled() and not is_traced
     hooks = saved_tensors_hooks(_pack, _unpack) if active else None
     if hooks is not None:
         hooks.__enter__()

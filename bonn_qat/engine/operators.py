@@ -26,7 +26,15 @@ def takes(x: Tensor) -> bool:
     >>> takes(torch.ones(2, 8, 4, 4, dtype=torch.float64))
     False
     """
-    return AVAILABLE and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.ndim == 4
+    if not (AVAILABLE and isinstance(x, Tensor)):  # torch.fx traces with proxies
+        return False
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.ndim == 4
+
+
+def trains(x: Tensor) -> bool:
+    """Whether a layer that trains uses the kernels for ``x``; traces and exports are made of torch's own operations."""
+    is_traced = torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+    return takes(x) and torch.is_grad_enabled() and not is_traced
 
 
 def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
