@@ -394,12 +394,12 @@ def is_plain_norm(norm: nn.Module) -> bool:
     return not any(getattr(norm, hooks) for hooks in _HOOKS)
 
 
-def step(norm: nn.Module, layer: nn.Module, x: Tensor, addend: Tensor | None = None) -> Tensor:
+def step(norm: nn.Module | None, layer: nn.Module, x: Tensor, addend: Tensor | None = None) -> Tensor:
     """``layer(norm(x)) + addend``, in one pass of the engine in the training of a binary layer that nobody watches."""
     if isinstance(layer, BinaryLayer) and layer.training and torch.is_grad_enabled() and isinstance(x, Tensor):
         if not any(getattr(layer, hooks) for hooks in _HOOKS):
             return layer(x, norm, addend)  # type: ignore[no-any-return]
-    y = layer(norm(x))
+    y = layer(x if norm is None else norm(x))
     return y if addend is None else y + addend  # type: ignore[no-any-return]
 
 

@@ -98,8 +98,9 @@ def test_it_compiles_without_a_break(net, training, trained):
     torch.testing.assert_close(compiled(images), model(images))
     found, expected = gradients(other), gradients(model)
     assert found.keys() == expected.keys()
-    for name, gradient in expected.items():  # sums in another order
-        assert (found[name] - gradient).abs().max() <= 4e-6 * gradient.abs().max(), name
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():  # sums in another order; some gradients are zero but for rounding
+        assert (found[name] - gradient).abs().max() <= 4e-6 * largest, name
     torch.testing.assert_close(state(other), state(model))
 
 

@@ -247,7 +247,9 @@ class Replay(NamedTuple):
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and buffers of the module, by name."""
-        return {} if self.module is None else {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        return (
+            {} if self.module is None else {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        )
 
     def value(self, normed: Tensor, state: Sequence[Tensor], training: bool) -> Tensor:
         """What is multiplied with the kernels."""
@@ -285,7 +287,9 @@ class _ReplayedProduct(torch.autograd.Function):
         x, gamma, beta, mean, invstd, kernels, *state = ctx.saved_tensors
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             normed = affine_map(x, *affine(gamma, beta, mean, invstd)).detach().requires_grad_()
-            leaves = [t.detach().requires_grad_(needed) for t, needed in zip(state, ctx.needs_input_grad[9:], strict=True)]
+            leaves = [
+                t.detach().requires_grad_(needed) for t, needed in zip(state, ctx.needs_input_grad[9:], strict=True)
+            ]
             value = ctx.call.value(normed, leaves, ctx.training)
         needs = any(ctx.needs_input_grad[2:5]) or any(ctx.needs_input_grad[9:]), ctx.needs_input_grad[7]
         dtype = ctx.call.dtype
@@ -300,7 +304,16 @@ class _ReplayedProduct(torch.autograd.Function):
             dnormed = torch.zeros_like(normed) if dnormed is None else dnormed
             if ctx.statistics:
                 dx, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
-                    dnormed, x.to(dnormed.dtype), gamma.to(dnormed.dtype), None, None, mean, invstd, True, 0.0, [True] * 3
+                    dnormed,
+                    x.to(dnormed.dtype),
+                    gamma.to(dnormed.dtype),
+                    None,
+                    None,
+                    mean,
+                    invstd,
+                    True,
+                    0.0,
+                    [True] * 3,
                 )
             else:
                 sums, distance = (0, 2, 3), x.to(mean.dtype) - mean.reshape(-1, 1, 1)

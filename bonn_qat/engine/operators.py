@@ -154,7 +154,9 @@ def convolve(
     out = _no_products(words, weight, scale, bias, addend, channels, stride, padding, dilation, size, dtype)
     fits = count == weight_words == -(-channels // 32) and blocks == -(-outputs // _LANES) and scale.is_contiguous()
     fits = fits and words.is_contiguous() and weight.is_contiguous() and words.dtype == weight.dtype == torch.int32
-    fits = fits and (bias is None or (bias.shape == scale.shape and bias.dtype == torch.float32 and bias.is_contiguous()))
+    fits = fits and (
+        bias is None or (bias.shape == scale.shape and bias.dtype == torch.float32 and bias.is_contiguous())
+    )
     if addend is not None:
         fits = fits and addend.shape == out.shape and addend.dtype == dtype
         fits = fits and addend.is_contiguous(memory_format=torch.channels_last)

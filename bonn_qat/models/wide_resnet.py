@@ -92,7 +92,13 @@ class _BinaryBlock(nn.Module):
         return joined
 
     def _unit(
-        self, norm: nn.Module, conv: nn.Module, after: Sequence[nn.Module], x: Tensor, shortcut: Tensor, act: nn.Module
+        self,
+        norm: nn.Module | None,
+        conv: nn.Module,
+        after: Sequence[nn.Module],
+        x: Tensor,
+        shortcut: Tensor,
+        act: nn.Module,
     ) -> Tensor:
         """``act(after(conv(norm(x))) + shortcut)``, or with the other position of ``act``."""
         after = [module for module in after if not is_idle(module)]
@@ -136,8 +142,9 @@ class ConvShortcutBlock(_BinaryBlock):
         # in memory, which it could recompute.
         pooled = self.pool(x)
         shortcut = x if self.shortcut is None else self.shortcut(pooled)
-        norm = nn.Identity() if self.shares_norm else self.bn1
-        x = self._unit(norm, self.conv1, (self.bn1_after, self.dropout), x, shortcut, self.act1)
+        x = self._unit(
+            None if self.shares_norm else self.bn1, self.conv1, (self.bn1_after, self.dropout), x, shortcut, self.act1
+        )
         return self._unit(self.bn2, self.conv2, (self.bn2_after,), x, x, self.act2)
 
 
