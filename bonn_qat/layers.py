@@ -252,11 +252,28 @@ class BinaryLayer(nn.Module):
             if addend is not None:  # a compiler adds it to what follows, and takes no tensor twice
                 is_finished = is_finished and addend.dtype == dtype and not torch.compiler.is_compiling()
                 addend = addend.contiguous(memory_format=torch.channels_last) if is_finished else None
-            last = (self.bias, addend) if is_finished else (None, None)
-            return sign_product(x, statistics, estimator, value, scale, *last, geometry, dtype), is_finished
+            bias: Tensor | None = self.bias if is_finished else None
+            y = sign_product(x, statistics, estimator, value, scale, bias, addend, geometry, dtype)
+            return y, is_finished
         quantize = self.stand_in or (_unchanged if quantizer is None else quantizer.value)
         call = Replay(quantizer, quantize, pad, geometry, dtype)
         return replayed_product(x, statistics, call, value, scale if scaled else None), False
+
+    def as_images(self, input: Tensor) -> Tensor:
+        """The input ``(B, C, H, W)``."""
+        return input
+
+    def from_images(self, y: Tensor, input: Tensor) -> Tensor:
+        """The output in the shape that belongs to ``input``."""
+        return y
+
+    def geometry(self, x: Tensor) -> tuple[Geometry, Callable[[Tensor], Tensor]]:
+        """The convolution of x, and what pads its quantized input before, if that is not with zeros."""
+        raise NotImplementedError
+
+    def product(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        """The product of quantized inputs; times the mean of ``positions``, if given, over the kernel's windows."""
+        raise NotImplementedError
 
     def finish(self, y: Tensor) -> Tensor:
         """Apply gain, output module and bias to the product ``(B, O, H, W)``."""
@@ -294,12 +311,6 @@ class BinaryConv2d(BinaryLayer, nn.Conv2d):
             self._explicit_padding: tuple[list[int], str] | None = (self._reversed_padding_repeated_twice, mode)
         else:
             self._explicit_padding = None
-
-    def as_images(self, input: Tensor) -> Tensor:
-        return input
-
-    def from_images(self, y: Tensor, input: Tensor) -> Tensor:
-        return y
 
     def geometry(self, x: Tensor) -> tuple[Geometry, Callable[[Tensor], Tensor]]:
         stride, dilation = cast(tuple[Any, Any], (self.stride, self.dilation))
@@ -396,9 +407,9 @@ def is_plain_norm(norm: nn.Module) -> bool:
 
 def step(norm: nn.Module | None, layer: nn.Module, x: Tensor, addend: Tensor | None = None) -> Tensor:
     """``layer(norm(x)) + addend``, in one pass of the engine in the training of a binary layer that nobody watches."""
-    if isinstance(layer, BinaryLayer) and layer.training and torch.is_grad_enabled() and isinstance(x, Tensor):
-        if not any(getattr(layer, hooks) for hooks in _HOOKS):
-            return layer(x, norm, addend)  # type: ignore[no-any-return]
+    trains = layer.training and torch.is_grad_enabled() and isinstance(x, Tensor)  # not a proxy of torch.fx
+    if isinstance(layer, BinaryLayer) and trains and not any(getattr(layer, hooks) for hooks in _HOOKS):
+        return layer(x, norm, addend)  # type: ignore[no-any-return]
     y = layer(x if norm is None else norm(x))
     return y if addend is None else y + addend  # type: ignore[no-any-return]
 

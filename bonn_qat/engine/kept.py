@@ -34,7 +34,7 @@ class _Again(NamedTuple):
 
     node: Any
     compute: Callable[[Any], Tensor]
-    view: tuple[tuple[int, ...], tuple[int, ...], int] | None
+    view: tuple[Any, ...] | None
 
     def tensor(self) -> Tensor:
         """The output or its view."""
@@ -72,7 +72,7 @@ def _computation(tensor: Tensor, node: Any) -> Callable[[Any], Tensor] | None:
 
 
 def _is_ours(saved: Any) -> bool:
-    """Whether :func:`_pack` has kept a node's tensor, and not for example torch's checkpointing, which gives it once."""
+    """Whether :func:`_pack` has kept a node's tensor. Others may have: torch's checkpointing gives it only once."""
     return isinstance(saved.data, _Kept | _Again)
 
 
@@ -84,7 +84,7 @@ def _normed(node: Any) -> Tensor:
 def _pack(tensor: Tensor) -> "_Again | _Kept | Tensor":
     if tensor.is_inference():
         return tensor
-    base = tensor._base if tensor._is_view() else None  # type: ignore[no-untyped-call]
+    base = tensor._base if tensor._is_view() else None
     source = tensor if base is None else base
     compute = None if tensor._version else _computation(source, source.grad_fn)
     if compute is None:

@@ -6,8 +6,8 @@ are there. Sizes that do not fit raise RuntimeError.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from bonn_qat.engine import library
 _LANES = 16
 _PARALLEL = 2**15  # elements of a map from which a second thread pays
 AVAILABLE = library.load() is not None
-_LIBRARY = torch.library.Library("bonn_qat_engine", "DEF")
+_LIBRARY: Any = torch.library.Library("bonn_qat_engine", "DEF")  # type: ignore[no-untyped-call]
 
 
 def takes(x: Tensor) -> bool:
@@ -59,31 +59,29 @@ def _threads(elements: int) -> int:
     return torch.get_num_threads() if elements >= _PARALLEL else 1
 
 
-def _run(name: str, like: Tensor, tensors: dict[str, Tensor | None], *, sums: int = 0, **values: Any) -> list[Tensor]:
+def _run(name: str, like: Tensor, tensors: Mapping[str, Tensor], *, sums: int = 0, **values: Any) -> list[Tensor]:
     """Run a pass over maps of the shape of ``like``; returns ``sums`` of its sums over pixels, in double."""
     batch, channels, height, width = like.shape
-    threads = _threads(like.numel())
+    pixels, threads = batch * height * width, _threads(like.numel())
     partial = torch.zeros(threads, 2, channels, dtype=torch.float64) if sums else None
-    for key, tensor in (*tensors.items(), ("sums", partial)):
-        if tensor is None:
-            continue
+    for key, tensor in tensors.items():
         if key in _MAPS:
             good = tensor.shape == like.shape and tensor.dtype == like.dtype
             good = good and tensor.is_contiguous(memory_format=torch.channels_last)
         else:
-            good = tensor.is_contiguous() and (key not in _VECTORS or tensor.numel() == channels)
+            size, dtype = (pixels * -(-channels // 32), torch.int32) if key == "words" else (channels, torch.float32)
+            good = tensor.is_contiguous() and tensor.numel() == size and tensor.dtype == dtype
         if not good:
             raise RuntimeError(f"{name}: {key} is {tensor.dtype} {tuple(tensor.shape)}; the map {tuple(like.shape)}")
         values[key] = tensor.data_ptr()
     kernels = library.load()
     assert kernels is not None
-    task = library.Task(pixels=batch * height * width, channels=channels, half=like.dtype == torch.bfloat16, **values)
+    task = library.Task(pixels=pixels, channels=channels, half=like.dtype == torch.bfloat16, **values)
     getattr(kernels, name)(task, threads)
     return [] if partial is None else list(partial.sum(0)[:sums].unbind())
 
 
 _MAPS = {"a", "c", "out"}
-_VECTORS = {"alpha", "beta", "threshold", "mean", "k1", "k2"}
 
 
 def _vectors(x: Tensor, count: int) -> tuple[Tensor, ...]:
@@ -122,8 +120,6 @@ def _no_map(words: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
 def spread(words: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """Words as a map of -1 and +1."""
     out = _no_map(words, channels, dtype)
-    if words.shape[3] != -(-channels // 32):
-        raise RuntimeError(f"spread: {words.shape[3]} words for the {channels} channels of a pixel")
     _run("spread", out, {"out": out, "words": words})
     return out
 
@@ -181,12 +177,14 @@ def kernel_words(value: Tensor) -> Tensor:
     one, zero = value.new_ones(value.shape[1]), value.new_zeros(value.shape[1])
     words = signs(value, one, zero, zero)
     words = torch.nn.functional.pad(words, (0, 0, 0, 0, 0, 0, 0, -len(words) % _LANES))
-    return words.unflatten(0, (-1, _LANES)).permute(0, 2, 3, 4, 1).contiguous()
+    blocks = words.view(-1, _LANES, *words.shape[1:])
+    return blocks.permute(0, 2, 3, 4, 1).contiguous()
 
 
 def kernel_signs(words: Tensor, outputs: int, channels: int, dtype: torch.dtype) -> Tensor:
     """The inverse of :func:`kernel_words`: signs ``(O, I, kh, kw)``."""
-    return spread(words.permute(0, 4, 1, 2, 3).flatten(0, 1)[:outputs].contiguous(), channels, dtype)
+    rows = words.permute(0, 4, 1, 2, 3).flatten(0, 1)[:outputs].contiguous()
+    return cast(Tensor, spread(rows, channels, dtype))
 
 
 @_operator(
@@ -205,7 +203,7 @@ def gradient(
     what the estimator passes, and of its product with ``x - mean``.
     """
     tensors = {"a": x, "c": grad, "alpha": alpha, "beta": beta, "threshold": threshold, "mean": mean}
-    constants = {"clip": clip, "parabola": parabola}
+    constants: dict[str, Any] = {"clip": clip, "parabola": parabola}
     total, product = (sums.float() for sums in _run("gradient_sums", x, tensors, sums=2, **constants))
     count = x.numel() // x.shape[1] if statistics else math.inf
     out = torch.empty_like(x)
