@@ -1,4 +1,4 @@
-"""Pure tensor functions: no modules, no state, no library but torch.
+"""Pure tensor functions: no modules, no state, no library but torch and our own kernels.
 
 Notation of BONN (Gu et al., ICCV 2019, arXiv:1908.06314; equation numbers are the paper's): X latent kernels
 ``(O, I, kh, kw)``; w modulation, broadcastable to X, shared by all kernels of a layer as in the paper, or one number

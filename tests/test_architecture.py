@@ -20,9 +20,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # of one rank do not know each other. Imports inside functions are exempt: they postpone what is expensive, or reach
 # for a host that may be absent.
 RANKS = (
-    ("errors", "functional", "modes", "environment", "conv_types"),
-    ("files", "heads", "plotting", "distributed"),
-    ("quantizers", "runtime", "tables", "engine"),
+    ("errors", "engine", "modes", "environment", "conv_types"),
+    ("files", "functional", "heads", "plotting", "distributed"),
+    ("quantizers", "runtime", "tables"),
     ("scheme", "regularizers"),
     ("hookspecs",),
     ("layers", "plugins", "bonn"),
@@ -98,9 +98,10 @@ def test_a_host_is_imported_where_it_is_adapted(path):
     assert hosts <= allowed.get(room(path), set())
 
 
-def test_functional_needs_torch_alone():
-    own = {name.split(".")[0] for name in imported(PACKAGE / "functional.py")}
-    assert own - sys.stdlib_module_names == {"torch"}
+def test_functional_and_the_engine_need_torch_alone():
+    for path in (PACKAGE / "functional.py", *(PACKAGE / "engine").glob("*.py")):
+        own = {name.split(".")[0] for name in imported(path) if not name.startswith("bonn_qat.engine")}
+        assert own - sys.stdlib_module_names <= {"torch"}
 
 
 COSTLY = {*HOSTS, "torch", "numpy", "pluggy", "rich"}
