@@ -74,6 +74,7 @@ def _run(name: str, like: Tensor, tensors: Mapping[str, Tensor], *, sums: int = 
         if not good:
             raise RuntimeError(f"{name}: {key} is {tensor.dtype} {tuple(tensor.shape)}; the map {tuple(like.shape)}")
         values[key] = tensor.data_ptr()
+    values["sums"] = None if partial is None else partial.data_ptr()
     kernels = library.load()
     assert kernels is not None
     task = library.Task(pixels=pixels, channels=channels, half=like.dtype == torch.bfloat16, **values)
