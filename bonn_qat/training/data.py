@@ -130,7 +130,7 @@ class TensorData(Data):
         return moved
 
     def _standardise(self, images: Tensor) -> Tensor:
-        return (images.float() - self._mean) / self._std
+        return images.float().sub_(self._mean).div_(self._std)
 
     def train_batches(
         self,
@@ -235,8 +235,8 @@ def augmented(images: Tensor, views: Views) -> Tensor:
     columns = torch.where(views.mirrored[:, None], columns.flip(0), columns)
     rows = _reflected(torch.arange(height, device=device) + views.down[:, None], height)
     columns = _reflected(columns + views.right[:, None], width)
-    batch, channel = torch.arange(count, device=device), torch.arange(channels, device=device)
-    return images[batch[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None]]
+    places = (rows[:, :, None] * width + columns[:, None]).view(count, 1, -1).expand(-1, channels, -1)
+    return images.flatten(2).gather(2, places).view_as(images)
 
 
 def _reflected(places: Tensor, length: int) -> Tensor:
