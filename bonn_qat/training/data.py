@@ -130,7 +130,7 @@ class TensorData(Data):
         return moved
 
     def _standardise(self, images: Tensor) -> Tensor:
-        return images.float().sub_(self._mean).div_(self._std)
+        return (images.float() - self._mean).div_(self._std)
 
     def train_batches(
         self,
