@@ -15,7 +15,7 @@ from torch import Tensor
 from bonn_qat.engine import library
 
 _LANES = 16
-# Once asked for a block of this size, which is never touched, the GNU allocator keeps what a step frees for the next one.
+# Once asked for a block of this size, which is never touched, the GNU allocator keeps what a step frees for the next.
 torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 _PARALLEL = 2**15  # elements of a map from which a second thread pays
 AVAILABLE = library.load() is not None
