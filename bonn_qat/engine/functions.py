@@ -171,9 +171,12 @@ class Norm(NamedTuple):
     def of(cls, module: nn.BatchNorm2d | None, x: Tensor) -> "Norm":
         """What ``module`` does to x ``(B, C, H, W)``, None for nothing; updates its running statistics as it would."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        one, zero = x.new_ones(x.shape[1], dtype=dtype), x.new_zeros(x.shape[1], dtype=dtype)
-        if module is None:  # different tensors, because a compiler takes none twice
-            return cls(one, zero, zero.clone(), one.clone(), False)
+
+        def filled(value: float) -> Tensor:  # a new one each time, because a compiler takes no tensor twice
+            return x.new_full((x.shape[1],), value, dtype=dtype)
+
+        if module is None:
+            return cls(filled(1), filled(0), filled(0), filled(1), False)
         statistics = module.training or module.running_mean is None
         with torch.no_grad():
             if not statistics:
@@ -192,8 +195,8 @@ class Norm(NamedTuple):
                     module.running_var.lerp_(unbiased.to(module.running_var.dtype), module.momentum)
                     module.num_batches_tracked.add_(1)
             invstd = (variance.double() + module.eps).rsqrt().to(dtype)
-        gamma = one if module.weight is None else module.weight
-        return cls(gamma, zero if module.bias is None else module.bias, mean, invstd, statistics)
+        gamma = filled(1) if module.weight is None else module.weight
+        return cls(gamma, filled(0) if module.bias is None else module.bias, mean, invstd, statistics)
 
 
 def _moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
