@@ -10,17 +10,17 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch._C._autograd import _saved_tensors_hooks_is_enabled
-from torch._C._autograd import _top_saved_tensors_default_hooks as _top_hooks
 from torch.autograd.graph import saved_tensors_hooks
 
 from bonn_qat.engine.functions import affine, affine_map
 
 _ACTIVE = threading.local()
+_autograd: Any = torch._C._autograd
 # By the name of autograd's node: the operation on the input that the node has kept.
 _POINTWISE: Mapping[str, Callable[[Any], Tensor]] = {
     "GeluBackward0": lambda node: nn.functional.gelu(node._saved_self, approximate=node._saved_approximate),
@@ -126,10 +126,10 @@ def _unpack(kept: "_Again | _Kept | Tensor") -> Tensor:
 
 
 class _Call(NamedTuple):
-    """A call of a lean model that goes on; ``depth`` is that of its hook on Python's stack."""
+    """A call of a lean model; ``frame`` is that of torch's function that calls its hooks."""
 
     hooks: saved_tensors_hooks
-    depth: int
+    frame: FrameType
 
 
 def _calls() -> list[_Call]:
@@ -140,33 +140,30 @@ def _calls() -> list[_Call]:
 def _enter(module: nn.Module, inputs: Any) -> None:
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or not torch.is_grad_enabled():
         return
-    depth = _depth()
-    _end(depth)  # calls that an interrupt has ended, after which torch runs no hook
+    caller = sys._getframe(1)
+    _end(caller)  # calls that an interrupt has ended, after which torch runs no hook
     # Hooks that are there already, such as those of save_on_cpu or of a checkpoint, are to see all that is kept.
-    if _top_hooks(False) is None and _saved_tensors_hooks_is_enabled():
+    if _autograd._top_saved_tensors_default_hooks(False) is None and _autograd._saved_tensors_hooks_is_enabled():
         hooks = saved_tensors_hooks(_pack, _unpack)
         hooks.__enter__()
-        _calls().append(_Call(hooks, depth))
+        _calls().append(_Call(hooks, caller))
 
 
 def _leave(module: nn.Module, inputs: Any, output: Any) -> None:
     if _calls():
-        _end(_depth())  # that of _enter or, after an exception, one less
+        _end(sys._getframe(1))
 
 
-def _depth() -> int:
-    frame, depth = sys._getframe(1).f_back, 0
-    while frame is not None:
-        frame, depth = frame.f_back, depth + 1
-    return depth
-
-
-def _end(depth: int) -> None:
-    """End the calls as deep as this, or deeper."""
+def _end(caller: FrameType) -> None:
+    """End the calls that do not go on: all but those above ``caller`` on Python's stack."""
     calls = _calls()
-    while calls and calls[-1].depth >= depth:
+    above, frame = set(), caller.f_back
+    while calls and frame is not None:
+        above.add(frame)
+        frame = frame.f_back
+    while calls and calls[-1].frame not in above:
         hooks = calls.pop().hooks
-        top = _top_hooks(False)
+        top = _autograd._top_saved_tensors_default_hooks(False)
         if top is not None and top[0] is _pack:
             hooks.__exit__()
 
