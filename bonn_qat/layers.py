@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.nn.modules.module import _has_any_global_hook
 
 from bonn_qat import functional
 from bonn_qat.conv_types import conv_type
@@ -219,8 +220,8 @@ class BinaryLayer(nn.Module):
         """The product of a training step from the engine, and whether it is finished; None if that cannot do it."""
         if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
             return None
-        if x.ndim != 4 or x.numel() <= x.shape[1]:  # the norm says what is wrong
-            return None
+        if x.ndim != 4 or x.numel() <= x.shape[1] or x.shape[1] != getattr(self, self.channels[0]):
+            return None  # norm or convolution say what is wrong
         geometry, pad = self.geometry(x)
         quantizer = self.input_quant if self.stand_in is None else None
         estimator = None if quantizer is None else quantizer.estimator()
@@ -232,10 +233,11 @@ class BinaryLayer(nn.Module):
         by_bits = (
             estimator is not None and scaled and pad is _unchanged and geometry.groups == 1
             and operators.trains(x) and dtype in (torch.float32, torch.bfloat16)
+            and min(geometry.size(x, self.kernels())) > 0
         )  # fmt: skip
         if not by_bits and (torch.compiler.is_compiling() or not (quantizer is None or quantizer.is_pure)):
             return None
-        norms = [norm for norm in (outer, self.norm) if norm is not None and type(norm) is not nn.Identity]
+        norms = [norm for norm in (outer, self.norm) if norm is not None and not is_idle(norm)]
         inner = norms.pop() if norms and is_plain_norm(norms[-1]) else None
         for norm in norms:
             x = norm(x)
@@ -400,15 +402,21 @@ def _unchanged(x: Tensor) -> Tensor:
 
 def is_plain_norm(norm: nn.Module) -> bool:
     """Whether ``norm`` is a batch norm that the engine computes and that nobody watches."""
-    if type(norm) is not nn.BatchNorm2d or norm.momentum is None:
-        return False
-    return not any(getattr(norm, hooks) for hooks in _HOOKS)
+    return type(norm) is nn.BatchNorm2d and norm.momentum is not None and not is_watched(norm)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody sees the calls of ``module``: by a hook, or by another ``forward`` in its place."""
+    is_patched = "forward" in module.__dict__
+    has_global: bool = bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
+    return is_patched or has_global or any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def step(norm: nn.Module | None, layer: nn.Module, x: Tensor, addend: Tensor | None = None) -> Tensor:
     """``layer(norm(x)) + addend``, in one pass of the engine in the training of a binary layer that nobody watches."""
-    trains = layer.training and torch.is_grad_enabled() and isinstance(x, Tensor)  # not a proxy of torch.fx
-    if isinstance(layer, BinaryLayer) and trains and not any(getattr(layer, hooks) for hooks in _HOOKS):
+    is_ours = isinstance(layer, BinaryLayer) and type(layer).forward is BinaryLayer.forward and not is_watched(layer)
+    # Not a proxy of torch.fx.
+    if is_ours and layer.training and torch.is_grad_enabled() and isinstance(x, Tensor):
         return layer(x, norm, addend)  # type: ignore[no-any-return]
     y = layer(x if norm is None else norm(x))
     return y if addend is None else y + addend  # type: ignore[no-any-return]
@@ -417,7 +425,7 @@ def step(norm: nn.Module | None, layer: nn.Module, x: Tensor, addend: Tensor | N
 def is_idle(module: nn.Module) -> bool:
     """Whether ``module`` leaves its input as it is and nobody watches it."""
     idle = type(module) is nn.Identity or (type(module) is nn.Dropout and module.p == 0)
-    return idle and not any(getattr(module, hooks) for hooks in _HOOKS)
+    return idle and not is_watched(module)
 
 
 def is_own(entry: Tensor | None, own: Tensor) -> bool:

@@ -96,15 +96,16 @@ class _SignProduct(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         alpha, shift = affine(gamma, beta, mean, invstd)
         outputs, channels = value.shape[:2]
-        low = threshold.float().expand(channels).contiguous()
+        low = threshold.to(torch.float32, copy=True).expand(channels).contiguous()
         magnitude = scale.abs().float().flatten().expand(outputs).contiguous()
         words, weight = operators.signs(x, alpha, shift, low), operators.kernel_words(value)
-        ctx.save_for_backward(x, gamma, threshold, alpha, shift, low, mean, invstd, words, weight, magnitude)
-        dtypes = value.dtype, beta.dtype, None if bias is None else bias.dtype
-        ctx.call = estimator, statistics, geometry, dtypes
+        ctx.save_for_backward(x, alpha, shift, low, mean, invstd, words, weight, magnitude)
+        dtypes = value.dtype, gamma.dtype, beta.dtype, threshold.dtype, None if bias is None else bias.dtype
+        ctx.call = estimator, statistics, geometry, dtypes, threshold.shape
         top, _, left, _ = geometry.padding
+        summand = None if bias is None else bias.detach().to(torch.float32, copy=True)  # an optimizer may change bias
         product = (
-            words, weight, magnitude, None if bias is None else bias.detach().float(), addend, channels,
+            words, weight, magnitude, summand, addend, channels,
             geometry.stride, (top, left), geometry.dilation, geometry.size(x, value), dtype,
         )  # fmt: skip
         if addend is None and not torch.compiler.is_compiling():
@@ -115,8 +116,9 @@ class _SignProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ctx.made = None
-        x, gamma, threshold, alpha, shift, low, mean, invstd, words, weight, magnitude = ctx.saved_tensors
-        (clip, parabola), statistics, geometry, (value_dtype, beta_dtype, bias_dtype) = ctx.call
+        x, alpha, shift, low, mean, invstd, words, weight, magnitude = ctx.saved_tensors
+        (clip, parabola), statistics, geometry, dtypes, threshold_shape = ctx.call
+        value_dtype, gamma_dtype, beta_dtype, threshold_dtype, bias_dtype = dtypes
         channels = x.shape[1]
         grad = grad.contiguous(memory_format=torch.channels_last)
         value = operators.kernel_signs(weight, len(magnitude), channels, grad.dtype)
@@ -130,8 +132,8 @@ class _SignProduct(torch.autograd.Function):
             dx, total, product = operators.gradient(
                 dsign, x, alpha, shift, low, mean, invstd, clip, parabola, statistics
             )
-            dgamma, dbeta = (product * invstd).to(gamma.dtype), total.to(beta_dtype)
-            dthreshold = -total.to(threshold.dtype).sum_to_size(threshold.shape)
+            dgamma, dbeta = (product * invstd).to(gamma_dtype), total.to(beta_dtype)
+            dthreshold = -total.to(threshold_dtype).sum_to_size(threshold_shape)
         if ctx.needs_input_grad[5]:
             dbias = grad.sum((0, 2, 3), dtype=torch.float32).to(bias_dtype)
         dvalue = None if dvalue is None else dvalue.to(value_dtype)
@@ -194,7 +196,9 @@ class Norm(NamedTuple):
                     unbiased = variance * (count / (count - 1))
                     module.running_var.lerp_(unbiased.to(module.running_var.dtype), module.momentum)
                     module.num_batches_tracked.add_(1)
-            invstd = (variance.double() + module.eps).rsqrt().to(dtype)
+            # As torch's batch norm rounds it; not every device has doubles.
+            wide = torch.float64 if x.device.type == "cpu" else dtype
+            invstd = (variance.to(wide) + module.eps).rsqrt().to(dtype)
         gamma = filled(1) if module.weight is None else module.weight
         return cls(gamma, filled(0) if module.bias is None else module.bias, mean, invstd, statistics)
 
@@ -259,12 +263,14 @@ class Replay(NamedTuple):
         if self.module is None:
             return self.pad(self.quantize(normed))
         before = self.module.training
-        self.module.train(training)
+        if before != training:
+            self.module.train(training)
         try:
             with _reparametrize_module(self.module, dict(zip(self.state(), state, strict=True))):
                 return self.pad(self.quantize(normed))
         finally:
-            self.module.train(before)
+            if before != training:
+                self.module.train(before)
 
 
 class _ReplayedProduct(torch.autograd.Function):
@@ -273,11 +279,12 @@ class _ReplayedProduct(torch.autograd.Function):
         ctx: Any, call: Replay, statistics: bool, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, invstd: Tensor,
         kernels: Tensor, scale: Tensor | None, *state: Tensor,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, gamma, beta, mean, invstd, kernels, *state)
-        ctx.call, ctx.statistics = call, statistics
+        alpha, shift = affine(gamma, beta, mean, invstd)
+        ctx.save_for_backward(x, gamma, alpha, shift, mean, invstd, kernels, *state)
+        ctx.call, ctx.statistics, ctx.beta_dtype = call, statistics, beta.dtype
         ctx.training = call.module is not None and call.module.training
         with torch.autocast(x.device.type, enabled=False):
-            value = call.value(affine_map(x, *affine(gamma, beta, mean, invstd)), state, ctx.training).to(call.dtype)
+            value = call.value(affine_map(x, alpha, shift), state, ctx.training).to(call.dtype)
             kernels = kernels.to(call.dtype)
             if scale is None:
                 return call.geometry.convolve(value, kernels)
@@ -287,9 +294,9 @@ class _ReplayedProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, gamma, beta, mean, invstd, kernels, *state = ctx.saved_tensors
+        x, gamma, alpha, shift, mean, invstd, kernels, *state = ctx.saved_tensors
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-            normed = affine_map(x, *affine(gamma, beta, mean, invstd)).detach().requires_grad_()
+            normed = affine_map(x, alpha, shift).detach().requires_grad_()
             leaves = [
                 t.detach().requires_grad_(needed) for t, needed in zip(state, ctx.needs_input_grad[9:], strict=True)
             ]
@@ -321,8 +328,8 @@ class _ReplayedProduct(torch.autograd.Function):
             else:
                 sums, distance = (0, 2, 3), x.to(mean.dtype) - mean.reshape(-1, 1, 1)
                 dgamma, dbeta = (dnormed * distance).sum(sums) * invstd, dnormed.sum(sums)
-                dx = dnormed * affine(gamma, beta, mean, invstd)[0].reshape(-1, 1, 1)
-            dx, dgamma, dbeta = dx.to(x.dtype), dgamma.to(gamma.dtype), dbeta.to(beta.dtype)
+                dx = dnormed * alpha.reshape(-1, 1, 1)
+            dx, dgamma, dbeta = dx.to(x.dtype), dgamma.to(gamma.dtype), dbeta.to(ctx.beta_dtype)
         return None, None, dx, dgamma, dbeta, None, None, dkernels, None, *dstate
 
 

@@ -6,9 +6,12 @@ computed again, bit for bit, when the backward pass asks for it: a binary produc
 function or a batch norm from its input, which may be such a note in turn.
 """
 
+import functools
+import sys
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from types import FrameType
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from bonn_qat.engine.functions import affine, affine_map
 
 _ACTIVE = threading.local()
+_autograd: Any = torch._C._autograd
 # By the name of autograd's node: the operation on the input that the node has kept.
 _POINTWISE: Mapping[str, Callable[[Any], Tensor]] = {
     "GeluBackward0": lambda node: nn.functional.gelu(node._saved_self, approximate=node._saved_approximate),
@@ -26,7 +30,7 @@ _POINTWISE: Mapping[str, Callable[[Any], Tensor]] = {
 
 
 class _Again(NamedTuple):
-    """An output of ``node`` that ``compute(node)`` gives again, or a view of it with this size, stride and offset.
+    """An output of ``node`` that ``compute(node)`` gives again, or a view of it with ``size`` and ``offset``.
 
     A function of ours says how in ``ctx.again``. If it has a ``ctx.made``, the output stays there, for others that ask
     for it, until the backward pass of the function.
@@ -34,7 +38,10 @@ class _Again(NamedTuple):
 
     node: Any
     compute: Callable[[Any], Tensor]
-    view: tuple[Any, ...] | None
+    is_view: bool
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
 
     def tensor(self) -> Tensor:
         """The output or its view."""
@@ -44,12 +51,16 @@ class _Again(NamedTuple):
                 made = self.compute(self.node)
             if hasattr(self.node, "made"):
                 self.node.made = made
-        return made if self.view is None else made.as_strided(*self.view)
+        return made.as_strided(self.size, self.stride, self.offset) if self.is_view else made
 
 
 class _Kept(NamedTuple):
     tensor: Tensor
     version: int
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        return self.tensor.stride()
 
 
 def _computation(tensor: Tensor, node: Any) -> Callable[[Any], Tensor] | None:
@@ -58,39 +69,45 @@ def _computation(tensor: Tensor, node: Any) -> Callable[[Any], Tensor] | None:
         return None
     again: Callable[[Any], Tensor] | None = getattr(node, "again", None)
     if again is not None:
-        return again if hasattr(node, "made") or _is_ours(node._raw_saved_tensors[0]) else None
+        return again if hasattr(node, "made") or _ours(node._raw_saved_tensors[0]) else None
     name = node.name()
-    if not (name == "NativeBatchNormBackward0" or name in _POINTWISE):
+    if name in _POINTWISE:
+        return _POINTWISE[name] if _ours(node._raw_saved_self) else None
+    if name != "NativeBatchNormBackward0" or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
         return None
-    if not _is_ours(node._raw_saved_input if name == "NativeBatchNormBackward0" else node._raw_saved_self):
+    kept = _ours(node._raw_saved_input)
+    # Of an input with gaps or another order torch's norm rounds in another way, and its output has another layout.
+    if kept is None or kept.stride != tensor.stride():
         return None
-    if name == "NativeBatchNormBackward0" and tensor.dtype == torch.float32 and tensor.device.type == "cpu":
-        # Weight and bias are leaves, and the statistics those of the batch.
-        is_plain = node._saved_training and all(hasattr(edge[0], "variable") for edge in node.next_functions[1:3])
-        return _normed if is_plain else None
-    return _POINTWISE.get(name)
-
-
-def _is_ours(saved: Any) -> bool:
-    """Whether :func:`_pack` has kept a node's tensor. Others may have: torch's checkpointing gives it only once."""
-    return isinstance(saved.data, _Kept | _Again)
-
-
-def _normed(node: Any) -> Tensor:
+    # Weight and bias are leaves, and the statistics those of the batch.
+    if not (node._saved_training and all(hasattr(edge[0], "variable") for edge in node.next_functions[1:3])):
+        return None
     weight, bias = (edge[0].variable for edge in node.next_functions[1:3])
-    return affine_map(node._saved_input, *affine(weight, bias, node._saved_result1, node._saved_result2))
+    with torch.no_grad():  # now, because an optimizer may change weight and bias before the backward pass
+        constants = affine(weight, bias, node._saved_result1, node._saved_result2)
+    return functools.partial(_normed, constants)
+
+
+def _ours(saved: Any) -> "_Kept | _Again | None":
+    """What :func:`_pack` has kept of a node's tensor; None if others have, as a checkpoint does that gives it once."""
+    return saved.data if isinstance(saved.data, _Kept | _Again) else None
+
+
+def _normed(constants: tuple[Tensor, Tensor], node: Any) -> Tensor:
+    return affine_map(node._saved_input, *constants)
 
 
 def _pack(tensor: Tensor) -> "_Again | _Kept | Tensor":
     if tensor.is_inference():
         return tensor
-    base = tensor._base if tensor._is_view() else None
+    base = tensor._base if tensor._is_view() else None  # type: ignore[no-untyped-call]
     source = tensor if base is None else base
     compute = None if tensor._version else _computation(source, source.grad_fn)
     if compute is None:
         return _Kept(tensor, tensor._version)
-    view = None if base is None else (tensor.shape, tensor.stride(), tensor.storage_offset())
-    return _Again(source.grad_fn, compute, view)
+    return _Again(
+        source.grad_fn, compute, base is not None, tensor.shape, tensor.stride(), cast(int, tensor.storage_offset())
+    )
 
 
 def _unpack(kept: "_Again | _Kept | Tensor") -> Tensor:
@@ -108,19 +125,47 @@ def _unpack(kept: "_Again | _Kept | Tensor") -> Tensor:
     return kept
 
 
+class _Call(NamedTuple):
+    """A call of a lean model; ``frame`` is that of torch's function that calls its hooks."""
+
+    hooks: saved_tensors_hooks
+    frame: FrameType
+
+
+def _calls() -> list[_Call]:
+    calls: list[_Call] = vars(_ACTIVE).setdefault("calls", [])
+    return calls
+
+
 def _enter(module: nn.Module, inputs: Any) -> None:
-    is_traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    active = torch.is_grad_enabled() and not is_traced
-    hooks = saved_tensors_hooks(_pack, _unpack) if active else None
-    if hooks is not None:
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or not torch.is_grad_enabled():
+        return
+    caller = sys._getframe(1)
+    _end(caller)  # calls that an interrupt has ended, after which torch runs no hook
+    # Hooks that are there already, such as those of save_on_cpu or of a checkpoint, are to see all that is kept.
+    if _autograd._top_saved_tensors_default_hooks(False) is None and _autograd._saved_tensors_hooks_is_enabled():
+        hooks = saved_tensors_hooks(_pack, _unpack)
         hooks.__enter__()
-    vars(_ACTIVE).setdefault("stack", []).append(hooks)
+        _calls().append(_Call(hooks, caller))
 
 
 def _leave(module: nn.Module, inputs: Any, output: Any) -> None:
-    hooks = _ACTIVE.stack.pop()
-    if hooks is not None:
-        hooks.__exit__()
+    if _calls():
+        _end(sys._getframe(1))
+
+
+def _end(caller: FrameType) -> None:
+    """End the calls that do not go on: all but those above ``caller`` on Python's stack."""
+    calls = _calls()
+    above, frame = set(), caller.f_back
+    while calls and frame is not None:
+        above.add(frame)
+        frame = frame.f_back
+    while calls and calls[-1].frame not in above:
+        hooks = calls.pop().hooks
+        top = _autograd._top_saved_tensors_default_hooks(False)
+        if top is not None and top[0] is _pack:
+            hooks.__exit__()
 
 
 def lean(model: nn.Module) -> None:

@@ -244,15 +244,17 @@ PART(gradient_sums) {
 }
 PASS(gradient_sums)
 
-/* And the norm's: out = (gradient - k1 - (a - mean) k2) alpha. */
+/* And the norm's: out = (gradient - k1 - (a - mean) k2) alpha; without k1 and k2 for constant statistics, where an a
+   that is not finite must not count. */
 PART(gradient) {
     F alpha = load(k->alpha, c, lanes, 0), beta = load(k->beta, c, lanes, 0), mean = load(k->mean, c, lanes, 0);
-    F threshold = load(k->threshold, c, lanes, 0), k1 = load(k->k1, c, lanes, 0), k2 = load(k->k2, c, lanes, 0);
+    F threshold = load(k->threshold, c, lanes, 0), k1 = {0}, k2 = {0};
     (void)sums;
+    if (k->k1) k1 = load(k->k1, c, lanes, 0), k2 = load(k->k2, c, lanes, 0);
     for (; p < stop; p++) {
         F gradient = estimated(k, p, alpha, beta, threshold, c, lanes, half);
-        F distance = load(k->a, p * k->channels + c, lanes, half) - mean;
-        store(k->out, p * k->channels + c, (gradient - k1 - distance * k2) * alpha, lanes, half);
+        if (k->k1) gradient = gradient - k1 - (load(k->a, p * k->channels + c, lanes, half) - mean) * k2;
+        store(k->out, p * k->channels + c, gradient * alpha, lanes, half);
     }
 }
 PASS(gradient)

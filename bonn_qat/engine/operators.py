@@ -208,9 +208,8 @@ def gradient(
     tensors = {"a": x, "c": grad, "alpha": alpha, "beta": beta, "threshold": threshold, "mean": mean}
     constants: dict[str, Any] = {"clip": clip, "parabola": parabola}
     total, product = (sums.float() for sums in _run("gradient_sums", x, tensors, sums=2, **constants))
-    count = x.numel() // x.shape[1] if statistics else math.inf
-    out = torch.empty_like(x)
-    factors = {"k1": total / count, "k2": product / count * invstd.square()}
+    out, count = torch.empty_like(x), x.numel() // x.shape[1]
+    factors = {"k1": total / count, "k2": product / count * invstd.square()} if statistics else {}
     _run("gradient", x, tensors | factors | {"out": out}, **constants)
     return out, total, product
 
