@@ -1,6 +1,7 @@
 """Precision: the types in which the steps of a run multiply."""
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator
 
@@ -26,10 +27,11 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
+@functools.cache  # to say it once, for the blocks below make Python forget what it has warned of
 def warn_if_slow(precision: str, device: torch.device) -> None:
     """Warn with :class:`SlowPrecision` if ``device`` is a CPU that has no instructions for products in ``precision``.
 
-    Of a system that does not list them nothing is known, and nothing is said.
+    Only the first call with these arguments does so. Of a system that does not list its instructions nothing is said.
     """
     needed, found = _INSTRUCTIONS.get(precision, ()), instructions()
     if device.type == "cpu" and needed and found and found.isdisjoint(needed):
