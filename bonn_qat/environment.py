@@ -37,14 +37,25 @@ def environment(device: torch.device) -> Mapping[str, str]:
 
 def processor() -> str:
     """The processor's name, and which of the vector instructions that matter for networks it has."""
+    facts, flags = _cpu(), instructions()
+    if not facts:
+        return platform.processor() or "unknown"
+    known = " ".join(name for name in _INSTRUCTIONS if name in flags)
+    return f"{facts.get('model name', platform.machine())} ({known or 'no vector instructions known here'})"
+
+
+def instructions() -> frozenset[str]:
+    """The names that Linux gives to the processor's instruction sets; empty on other systems."""
+    facts = _cpu()
+    return frozenset((facts.get("flags") or facts.get("Features", "")).split())
+
+
+def _cpu() -> dict[str, str]:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() or "unknown"
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = set((facts.get("flags") or facts.get("Features", "")).split())
-    known = " ".join(name for name in _INSTRUCTIONS if name in flags)
-    return f"{facts.get('model name', platform.machine())} ({known or 'no vector instructions known here'})"
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 def _commit() -> str:

@@ -8,7 +8,9 @@ spread around them, one per kernel; f features ``(B, D)``; c, sigma_m class mean
 and estimator.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bonn_qat.engine import operators
+from bonn_qat.engine.functions import wide
 
 _CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
 
@@ -275,6 +278,17 @@ def bonn_binarize_inverse(latent: Tensor, modulation: Tensor) -> Tensor:
     return cast(Tensor, _BonnBinarizeInverse.apply(latent, modulation))
 
 
+def _scaled_sums(product: Callable[..., Tensor], x: Tensor, value: Tensor, scale: Tensor) -> Tensor:
+    """``product(x, sign(value)) * |scale|`` in at least float32, rounded to the dtype of ``value``."""
+    x, signs = wide(x), wide(sign(value))
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            sums = product(x, signs)
+    else:
+        sums = product(x, signs)
+    return sums.mul_(scale.abs().to(sums.dtype)).to(value.dtype)
+
+
 class _BinaryConv2d(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -289,8 +303,10 @@ class _BinaryConv2d(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, value)
         ctx.geometry = (list(stride), list(padding), list(dilation), groups)
-        sums = torch.conv2d(x, sign(value), None, stride, padding, dilation, groups)
-        return sums.mul_(scale.abs().reshape(-1, 1, 1))
+        product = functools.partial(
+            torch.conv2d, bias=None, stride=stride, padding=padding, dilation=dilation, groups=groups
+        )
+        return _scaled_sums(product, x, value, scale.reshape(-1, 1, 1))
 
     @staticmethod
     @once_differentiable
@@ -318,8 +334,9 @@ def binary_conv2d(
     x ``(B, C, H, W)`` of {-1, +1}; value ``(O, C / groups, kh, kw)`` of {-scale, +scale}; scale ``()`` or
     ``(O, 1, 1, 1)``. For inputs of +-1 (and zero padding) the sums are exact integers in any order of summation, so a
     packed network reproduces them bit for bit. The gradients of ``x`` and ``value`` are those of ``conv2d(x, value)``;
-    ``scale`` gets none, because it learns through ``value``. Under autocast it runs in the autocast dtype, as
-    ``conv2d`` does.
+    ``scale`` gets none, because it learns through ``value``. Under autocast result and gradients have the autocast
+    dtype, as those of ``conv2d`` do; in bfloat16 and float16 the scaled sums are computed in float32 and rounded once,
+    because bfloat16 holds no odd number above 256.
 
     >>> x, value = sign(torch.randn(1, 3, 4, 4)), 0.1 * sign(torch.randn(8, 3, 3, 3))
     >>> torch.allclose(binary_conv2d(x, value, torch.tensor(0.1)), torch.conv2d(x, value))
@@ -328,15 +345,14 @@ def binary_conv2d(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, value = x.to(dtype), value.to(dtype)
-    scale = scale.detach().to(value.dtype)
-    return cast(Tensor, _BinaryConv2d.apply(x, value, scale, stride, padding, dilation, groups))
+    return cast(Tensor, _BinaryConv2d.apply(x, value, scale.detach(), stride, padding, dilation, groups))
 
 
 class _BinaryLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(x, value)
-        return torch.nn.functional.linear(x, sign(value)).mul_(scale.abs())
+        return _scaled_sums(torch.nn.functional.linear, x, value, scale)
 
     @staticmethod
     @once_differentiable
@@ -358,7 +374,7 @@ def binary_linear(x: Tensor, value: Tensor, scale: Tensor) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, value = x.to(dtype), value.to(dtype)
-    return cast(Tensor, _BinaryLinear.apply(x, value, scale.detach().to(value.dtype)))
+    return cast(Tensor, _BinaryLinear.apply(x, value, scale.detach()))
 
 
 class _PReLU(torch.autograd.Function):

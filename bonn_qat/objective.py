@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pluggy
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from bonn_qat import distributed, plugins
 from bonn_qat.errors import BonnQatError, InvalidData, InvalidModel, InvalidRecipe, TrainingDiverged, check_model
@@ -96,6 +97,9 @@ class Objective(nn.Module):
     runs the model and computes the task's loss, and ``task`` is not used. It is not a submodule: the teacher's
     parameters are not the Objective's, and you move it to its device yourself.
 
+    Under autocast, losses are in float32: the task gets the model's outputs in it, and the regularizers are computed
+    without autocast.
+
     Raises UnknownName for an unknown regularizer and InvalidRecipe for options that it does not take. A call raises
     what its task and regularizers raise, InvalidModel for a task whose loss is no scalar, and on a CPU what
     :meth:`check_finite` raises.
@@ -124,6 +128,8 @@ class Objective(nn.Module):
         self.model = model
         self.task = CrossEntropy() if task is None else task
         self._distillation = (distillation,)  # a tuple, because a module would be registered as a submodule
+        if distillation is not None:
+            model.register_forward_hook(_widen)
         self.regularizers = nn.ModuleDict()
         for name, weight in regularizers.items():
             make: Callable[..., Regularizer] = plugins.find_regularizer(name, pm)
@@ -157,15 +163,16 @@ class Objective(nn.Module):
         (distillation,) = self._distillation
         self._inputs.sums = {}
         if distillation is None:
-            output = self.model(images)
+            output = in_float32(self.model(images))
             terms = {"task": self.task(output, targets)}
         else:
             result = distillation(images, targets)
             output, terms = result["output"], {"task": result["loss"]}
         sums, self._inputs.sums = self._inputs.sums, None
-        for name, regularizer in self.regularizers.items():
-            if regularizer.weight:
-                terms[name] = regularizer(targets)
+        with torch.autocast(self._first.device.type, enabled=False):
+            for name, regularizer in self.regularizers.items():
+                if regularizer.weight:
+                    terms[name] = regularizer(targets)
         if not isinstance(terms["task"], Tensor) or terms["task"].ndim:
             raise InvalidModel(f"the task returned {described(terms['task'])}; it must return a scalar tensor")
         self._note(images, sums, terms)
@@ -226,6 +233,25 @@ class Objective(nn.Module):
         for name, regularizer in self.regularizers.items():
             regularizer.weight = weights.get(name, 0.0)  # type: ignore[assignment]
             regularizer.requires_grad_(bool(regularizer.weight))
+
+
+def in_float32(output: Any) -> Any:
+    """A model's ``output``, or tuples, lists and tables of it, in float32 where autocast has made it smaller.
+
+    >>> with torch.autocast("cpu", torch.bfloat16):
+    ...     in_float32(nn.Linear(2, 2)(torch.ones(1, 2))).dtype
+    torch.float32
+    """
+
+    def widened(tensor: Tensor) -> Tensor:
+        is_small = tensor.is_floating_point() and tensor.element_size() < 4
+        return tensor.float() if is_small and torch.is_autocast_enabled(tensor.device.type) else tensor
+
+    return tree_map_only(Tensor, widened, output)
+
+
+def _widen(module: nn.Module, inputs: Any, output: Any) -> Any:
+    return in_float32(output)
 
 
 class _Inputs:

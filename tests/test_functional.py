@@ -306,6 +306,31 @@ def test_binary_conv2d_under_autocast(scale):
         assert tensor.grad.any()
 
 
+def _mostly_positive(*shape: int) -> Tensor:
+    """Signs, of which nine of ten are +1: sums of many products are large."""
+    return functional.sign(torch.rand(shape, generator=torch.Generator().manual_seed(9)) - 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("by_autocast", [True, False], ids=["autocast", "as given"])
+@pytest.mark.parametrize("kind", ["convolution", "linear"])
+def test_scaled_sums_of_half_precision_are_rounded_once(kind, by_autocast, dtype):
+    if kind == "convolution":
+        x, signs, scale = _mostly_positive(2, 512, 5, 5), _mostly_positive(8, 512, 3, 3), torch.rand(8, 1, 1, 1)
+        sums, function = F.conv2d(x.double(), signs.double()), functional.binary_conv2d
+    else:
+        x, signs, scale = _mostly_positive(6, 4001), _mostly_positive(8, 4001), torch.rand(8)
+        sums, function = F.linear(x.double(), signs.double()), functional.binary_linear
+    assert sums.abs().max() > 2048  # from where not even float16 holds every integer
+    scale = scale.to(dtype).float()  # so that what is given in half precision has the same scale
+    value = signs * scale.reshape(-1, *[1] * (signs.ndim - 1))
+    expected = (sums.float() * scale.flatten().reshape(-1, *[1] * (sums.ndim - 2))).to(dtype)
+    with torch.autocast("cpu", dtype, enabled=by_autocast):
+        found = function(*((x, value, scale) if by_autocast else (x.to(dtype), value.to(dtype), scale)))
+    assert found.dtype == dtype
+    assert torch.equal(found, expected)
+
+
 # ---------------------------------------------------------------------------------------------------- PReLU
 
 

@@ -596,3 +596,57 @@ def test_a_wrapper_keeps_the_losses_of_its_network_and_arguments_may_have_names(
     assert found.keys() == expected.keys() == {"task", "kernel", "feature"}
     for name, term in expected.items():
         torch.testing.assert_close(found[name], term)
+
+
+class _Alike(Regularizer):
+    """A loss with a product, which autocast would round."""
+
+    name = "alike"
+
+    def loss(self, step: Step) -> Tensor:
+        weight = self.model[3].weight.flatten(1)  # type: ignore[index]
+        return (weight @ weight.T).square().mean()
+
+
+class _Offer:
+    @hookimpl
+    def bonn_qat_regularizers(self) -> list[type[Regularizer]]:
+        return [_Alike]
+
+
+def _surprise(outputs: Any, targets: Tensor) -> Tensor:
+    """A task of two outputs whose logarithm autocast on a CPU would leave in bfloat16."""
+    return -sum(F.log_softmax(output, 1).gather(1, targets[:, None]).mean() for output in outputs)
+
+
+@pytest.mark.parametrize("task", [None, _surprise], ids=["cross entropy", "own"])
+def test_losses_under_autocast_are_those_in_float32_of_the_same_outputs(
+    model: nn.Module, batch: tuple[Tensor, Tensor], task: Callable[[Any, Any], Tensor] | None
+) -> None:
+    images, targets = batch
+    pm = plugins.create_manager()
+    pm.register(_Offer())
+    outputs: list[Tensor] = []
+    features: list[Tensor] = []
+    model[-1].register_forward_hook(lambda layer, inputs, output: outputs.append(output))
+    model[-1].register_forward_pre_hook(lambda layer, inputs: features.append(inputs[0]))
+    if task is not None:
+        model.register_forward_hook(lambda model, inputs, output: (output, 2 * output))
+    weights = {"kernel": 1e-4, "feature": 1e-3, "alike": 1.0}
+    objective = Objective(model, task, regularizers=weights, pm=pm).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = objective(images, targets)
+    (output,), (given,) = outputs, features
+    assert output.dtype == torch.bfloat16
+    assert {term.dtype for term in (losses.total, *losses.terms.values())} == {torch.float32}
+    expected = F.cross_entropy(output.float(), targets)
+    if task is not None:
+        expected = _surprise((output.float(), (2 * output).float()), targets)
+    feature: Any = objective.regularizers["feature"]
+    assert torch.equal(losses.terms["task"], expected)
+    assert torch.equal(
+        losses.terms["feature"],
+        1e-3 * functional.feature_loss(given.float(), targets, feature.centres, feature.sigma),
+    )
+    for name in ("kernel", "alike"):
+        assert torch.equal(losses.terms[name], objective.regularizers[name](targets)), name

@@ -9,11 +9,14 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import bonn_qat
 from bonn_qat.binarization.binarize import binary_layers
+from bonn_qat.engine import operators
+from bonn_qat.layers import binary_form
 
 SIZE = (3, 32, 32)
 NETS: dict[str, Callable[[], nn.Module]] = {
@@ -146,6 +149,36 @@ def test_a_binary_layer_under_autocast_errs_by_its_rounding_alone(net, dtype, tr
         eps = torch.finfo(dtype).eps
         assert (low - output).abs().max() <= eps * output.abs().max(), name
         assert (grad - expected).norm() <= eps * expected.norm(), name
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "no kernels"])
+@pytest.mark.parametrize("scheme", ["bonn", "irnet"])  # irnet's estimator is none of the kernels'
+@pytest.mark.parametrize("kind", ["convolution", "linear"])
+def test_a_binary_layer_in_bfloat16_rounds_its_scaled_sums_once(kind, scheme, kernels, training, monkeypatch):
+    monkeypatch.setattr(operators, "AVAILABLE", kernels and operators.AVAILABLE)
+    float_layer = nn.Conv2d(512, 8, 3, padding=1) if kind == "convolution" else nn.Linear(4001, 8)
+    layer = binary_form(float_layer, bonn_qat.plugins.find_scheme(scheme), normalize=False).train(training)
+    with torch.no_grad():
+        layer.bias.zero_()
+    value, scale = layer.weight_quant.quantize(layer.latent().detach())
+    signs = torch.where(value >= 0, 1.0, -1.0).double()
+    # Most inputs have the sign of the first kernel's weights, which makes its sums large.
+    noisy = torch.rand((2, 512, 5, 5) if kind == "convolution" else (6, 4001)) - 0.1
+    along = signs[0].sum((1, 2)).float()
+    x = (noisy * (along[:, None, None] if kind == "convolution" else along)).requires_grad_()
+    if kind == "convolution":
+        sums = F.conv2d(torch.where(x >= 0, 1.0, -1.0).double(), signs, padding=1)
+    else:
+        sums = F.linear(torch.where(x >= 0, 1.0, -1.0).double(), signs.flatten(1))
+    assert sums.abs().max() > 256  # from where bfloat16 holds only every second integer
+    expected = (sums.float() * scale.abs().flatten().expand(8).reshape(-1, *[1] * (sums.ndim - 2))).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, expected)
+    y.float().sum().backward()
+    assert x.grad.isfinite().all()
 
 
 @LOW

@@ -239,6 +239,15 @@ def _above(bound: float) -> float:
     return bound + torch.finfo(torch.float32).eps * 2.0 ** (math.frexp(bound)[1] - 1)
 
 
+def wide(x: Tensor) -> Tensor:
+    """``x``, in float32 if it has fewer bits: sums of signs are exact there, and rounded where products are bfloat16.
+
+    >>> wide(torch.ones(2, dtype=torch.bfloat16)).dtype
+    torch.float32
+    """
+    return x.float() if x.element_size() < 4 else x
+
+
 class Replay(NamedTuple):
     """A layer's way from the norm's output to the product, for :func:`replayed_product`.
 
@@ -285,11 +294,11 @@ class _ReplayedProduct(torch.autograd.Function):
         ctx.training = call.module is not None and call.module.training
         with torch.autocast(x.device.type, enabled=False):
             value = call.value(affine_map(x, alpha, shift), state, ctx.training).to(call.dtype)
-            kernels = kernels.to(call.dtype)
             if scale is None:
-                return call.geometry.convolve(value, kernels)
-            y = call.geometry.convolve(value, torch.where(kernels >= 0, 1.0, -1.0).to(call.dtype))
-            return y * scale.abs().to(call.dtype).reshape(-1, 1, 1)
+                return call.geometry.convolve(value, kernels.to(call.dtype))
+            value = value if call.module is None else wide(value)  # the sums of float inputs are not exact anyway
+            sums = call.geometry.convolve(value, torch.where(kernels >= 0, 1.0, -1.0).to(value.dtype))
+            return (sums * scale.abs().to(value.dtype).reshape(-1, 1, 1)).to(call.dtype)
 
     @staticmethod
     @once_differentiable

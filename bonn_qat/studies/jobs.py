@@ -11,6 +11,7 @@ import pickle
 import signal
 import tempfile
 import threading
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from bonn_qat.studies.comparison import PAGE
 from bonn_qat.studies.progress import EpochLines
 from bonn_qat.studies.run import in_turn, is_over, note_failure, whole_comparison
 from bonn_qat.training.data import Data
+from bonn_qat.training.precision import SlowPrecision, warn_if_slow
 from bonn_qat.training.recipe import Recipe
 
 DEATHS = 2  # of the processes that train a run, after which it has failed
@@ -93,6 +95,8 @@ def at_once(
     check_plugins(pm, observers=True)
     lines = any(isinstance(plugin, EpochLines) for plugin in pm.get_plugins())
     threads = max(1, _cores() // jobs)
+    for precision in sorted({recipe.precision for recipe in recipes}):
+        warn_if_slow(precision, distributed.device())
     work = pickled(data, recipes, directory, around, plugins.entry_points(pm), lines, threads, waits)
     deaths: collections.Counter[str] = collections.Counter()
     with tempfile.TemporaryDirectory(prefix="bonn-qat-") as place, contextlib.ExitStack() as stack:
@@ -134,6 +138,7 @@ def _train(folder: Path, job: int) -> None:
     """What a process does; its note in ``folder`` is the name of the run it is at, or the OSError that ended it."""
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     note = folder / str(job)
+    warnings.simplefilter("ignore", SlowPrecision)  # the process that started this one has said it
     try:
         data, recipes, directory, around, names, lines, threads, waits = pickle.loads((folder / "work").read_bytes())
         if "OMP_NUM_THREADS" not in os.environ:

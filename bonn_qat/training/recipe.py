@@ -19,7 +19,7 @@ SCHEDULES = ("constant", "cosine", "one_cycle", "step")
 OPTIMIZERS = ("sgd", "adam")
 AUGMENTATIONS = ("crop", "resized_crop")
 COMPILE = ("", "default", "reduce-overhead", "max-autotune")
-PRECISIONS = ("float32", "tf32", "float16")
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
 _LONGEST_NAME = 200  # bytes; a file's name has 255, and others are made of it
 # Arguments of timm.create_model that name files, or where to find them.
 _FILES = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
@@ -61,9 +61,11 @@ class Recipe:
     ``LogitDistillationTask``).
 
     For speed: ``channels_last`` is the memory format of convolutions, ``compile`` a mode of ``torch.compile`` for
-    network and losses (``"reduce-overhead"`` uses CUDA graphs; empty does not compile), and ``precision`` that of
-    matrix products on a GPU: ``"float32"``, ``"tf32"``, or ``"float16"`` under autocast with a scaled loss. The integer
-    sums of binary layers are exact in the first two, and up to 2,048 in the third.
+    network and losses (``"reduce-overhead"`` uses CUDA graphs; empty does not compile), and ``precision`` that of the
+    products in a training step: ``"float32"``, ``"tf32"`` on a GPU, or under autocast ``"bfloat16"`` on a GPU and on a
+    CPU that has instructions for it, or ``"float16"`` with a scaled loss. In all of them the integer sums of binary
+    layers are exact, and rounded once when they are scaled; losses, statistics of norms, weights and checkpoints are
+    float32. So are the test and recomputed norms, because the weights file and the packed network compute in it.
 
     ``sync_norms`` gives batch norms the statistics of the whole batch when a run has several processes; without it
     each process uses its own, which is faster but makes the result depend on the number of processes.

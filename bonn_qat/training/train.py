@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from bonn_qat import distributed, plugins
-from bonn_qat.objective import CrossEntropy
+from bonn_qat.objective import CrossEntropy, in_float32
 from bonn_qat.training.checkpoint import Checkpointer
 from bonn_qat.training.data import Data
 from bonn_qat.training.interrupts import deferred_interrupts
 from bonn_qat.training.network import float_network, load_file, to_memory_format
-from bonn_qat.training.precision import matmul_precision
+from bonn_qat.training.precision import matmul_precision, warn_if_slow
 from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.results import RunResult
 from bonn_qat.training.resume import resume, write_checkpoint
@@ -56,6 +56,8 @@ def train(
     OSError where the checkpoint cannot be written; the last checkpoint stays.
     """
     device = torch.device(device) if device else distributed.device()
+    if distributed.rank() == 0:
+        warn_if_slow(recipe.precision, device)
     task = CrossEntropy(label_smoothing=recipe.label_smoothing)
     teacher = _teacher(model, task, recipe, data, device) if recipe.teacher else None
     torch.manual_seed(recipe.seed + distributed.rank())
@@ -94,6 +96,7 @@ def _teacher(model: nn.Module, task: nn.Module, recipe: Recipe, data: Data, devi
     with torch.random.fork_rng():  # the teacher must not change the run's random numbers
         teacher = float_network(recipe, data.classes, data.image[0])
     load_file(teacher, recipe.teacher)
+    teacher.register_forward_hook(lambda module, inputs, output: in_float32(output))
     distillation: nn.Module = LogitDistillationTask(
         model,
         DistillationTeacher(teacher.to(device).requires_grad_(False), device=device),

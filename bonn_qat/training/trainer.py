@@ -26,6 +26,7 @@ from bonn_qat.scheme import Stage, reweighed
 from bonn_qat.training.checkpoint import Checkpointer
 from bonn_qat.training.data import Batch, Data
 from bonn_qat.training.network import to_memory_format
+from bonn_qat.training.precision import autocast
 from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.results import SIZES, RunResult
 from bonn_qat.training.schedule import lr_factor, stage_of
@@ -177,7 +178,7 @@ class Trainer:
 
     def step(self, images: Tensor, targets: Tensor) -> Losses:
         """Forward, backward and update, without waiting for a GPU."""
-        with torch.autocast(self.device.type, torch.float16, enabled=self.scaler.is_enabled()):
+        with autocast(self.recipe.precision, self.device):
             losses = self.forward(images, targets)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]

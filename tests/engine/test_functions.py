@@ -86,7 +86,9 @@ def check_equal(found: Result, expected: Result, error: float, exact: tuple[str,
         if key in exact or not value.is_floating_point():
             assert torch.equal(found[key], value), key
         else:
-            wrong = float((found[key].double() - value.double()).abs().max() / value.double().abs().max().clamp(min=1e-30))
+            wrong = float(
+                (found[key].double() - value.double()).abs().max() / value.double().abs().max().clamp(min=1e-30)
+            )
             assert wrong <= error, (key, wrong)
 
 

@@ -145,6 +145,12 @@ def test_norms_with_statistics_of_their_own_are_another_run(both: dict[str, Any]
     assert both["own_norms"] > 1e-3
 
 
+def test_two_processes_in_bfloat16_agree_and_have_the_loss_of_one(both: dict[str, Any]) -> None:
+    assert both["bfloat16"]["ranks_agree"]
+    together, alone = both["bfloat16"]["losses"]
+    assert together == pytest.approx(alone, rel=2e-2)  # sums over half a batch are rounded to 8 bits in either process
+
+
 def test_recomputed_norms_are_those_of_one_process(both: dict[str, Any]) -> None:
     assert both["norms"]["batches"] == [2, 1]
     assert both["norms"]["difference"] < 1e-12

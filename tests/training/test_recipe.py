@@ -107,7 +107,7 @@ def test_factors_let_a_later_stage_start_higher_again() -> None:
         ({"regularizer_options": {"kernel": 3}}, "regularizer_options.kernel in the recipe is 3; allowed: a table"),
         ({"validation_images": -1}, "validation_images in the recipe is -1; allowed: at least 0"),
         ({"compile": "fast"}, "unknown compile in the recipe 'fast'"),
-        ({"precision": "bfloat16"}, "unknown precision in the recipe 'bfloat16'; did you mean 'float16'"),
+        ({"precision": "bfloat"}, "unknown precision in the recipe 'bfloat'; did you mean 'bfloat16'"),
     ],
 )
 def test_impossible_ways_to_train_are_told(changes: dict[str, object], words: str) -> None:

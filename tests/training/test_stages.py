@@ -18,7 +18,8 @@ from bonn_qat.errors import InvalidData, InvalidRecipe, UnknownName
 from bonn_qat.layers import BinaryConv2d
 from bonn_qat.scheme import ACTIVATIONS, Scheme, Stage
 from bonn_qat.training import data
-from bonn_qat.training.network import build
+from bonn_qat.training.network import build, to_memory_format
+from bonn_qat.training.precision import autocast
 from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.train import train
 
@@ -228,18 +229,22 @@ def test_a_checkpoint_of_another_network_is_named(tmp_path: Path, digits: data.D
         train(build(recipe, digits), recipe, digits, pm=_manager())
 
 
-def test_a_teachers_logits_are_a_part_of_the_loss(tmp_path: Path, digits: data.Data) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_teachers_logits_are_a_part_of_the_loss(tmp_path: Path, digits: data.Data, precision: str) -> None:
     teacher = build(dataclasses.replace(RECIPE, scheme="float", seed=3), digits)
     path = _save(teacher, tmp_path / "teacher.safetensors")
     # One step on all images without augmentation: the loss that is logged is that of the fresh network.
     recipe = dataclasses.replace(
-        RECIPE, epochs=1, batch_size=96, augment=False, teacher=path, distillation=0.7, temperature=3.0
-    )
+        RECIPE, epochs=1, batch_size=96, augment=False, teacher=path, distillation=0.7, temperature=3.0,
+        precision=precision,
+    )  # fmt: skip
     model = build(recipe, digits)
     student = build(recipe, digits)
     ((images, targets),) = digits.measure_batches()
-    with torch.no_grad():
-        logits, ours = teacher.eval()(images), student.train()(images)
+    images = images.contiguous(memory_format=torch.channels_last)
+    to_memory_format(student, torch.channels_last)
+    with autocast(precision, torch.device("cpu")):
+        logits, ours = teacher.eval()(images).float(), student.train()(images).float()
     divergence = F.softmax(logits / 3, 1) * (F.log_softmax(logits / 3, 1) - F.log_softmax(ours / 3, 1))
     expected = 0.3 * F.cross_entropy(ours, targets) + 0.7 * 9 * divergence.sum(1).mean()
     result = train(model, recipe, digits, pm=_manager())

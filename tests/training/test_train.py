@@ -68,9 +68,10 @@ def test_a_result_holds_what_the_run_did(digits: data.Data) -> None:
     assert all(sum(part["counts"]) == weights and len(part["edges"]) == 62 for part in histogram.values())
 
 
-def test_learning_lowers_the_loss() -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_learning_lowers_the_loss(precision: str) -> None:
     digits = data.load("digits")
-    recipe = Recipe(model="wrn10_16", epochs=3, latents="0.01")
+    recipe = Recipe(model="wrn10_16", epochs=3, latents="0.01", precision=precision)
     result = train(build(recipe, digits), recipe, digits)
     assert result.top1 > 40  # chance is 10
     assert result.epochs[-1]["train/task"] < 0.7 * math.log(10)

@@ -62,7 +62,11 @@ class _Looks:
 
 def test_layout_and_products_are_those_of_the_recipe_for_the_length_of_a_run(digits: data.Data) -> None:
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    for precision, expected in (("tf32", ("high", True)), ("float32", ("highest", False))):
+    for precision, expected in (
+        ("tf32", ("high", True)),
+        ("float32", ("highest", False)),
+        ("bfloat16", ("high", True)),
+    ):
         recipe, looks = dataclasses.replace(RECIPE, precision=precision), _Looks()
         train(build(recipe, digits, _manager()), recipe, digits, pm=_manager(looks))
         assert looks.layouts == {True}
@@ -111,18 +115,37 @@ def test_the_augmentation_is_the_recipes(digits: data.Data) -> None:
         train(build(recipe, digits, _manager()), recipe, digits, pm=_manager())
 
 
-def test_float16_scales_the_loss_and_resumes_exactly(tmp_path: Path, digits: data.Data) -> None:
-    recipe = dataclasses.replace(RECIPE, precision="float16", epochs=2, batch_size=48)
+@pytest.mark.parametrize(("precision", "is_scaled"), [("float16", True), ("bfloat16", False)])
+def test_a_run_under_autocast_resumes_exactly_from_a_checkpoint_in_float32(
+    tmp_path: Path, digits: data.Data, precision: str, is_scaled: bool
+) -> None:
+    recipe = dataclasses.replace(RECIPE, precision=precision, epochs=2, batch_size=48)
     whole = build(recipe, digits, _manager())
     undisturbed = train(whole, recipe, digits, pm=_manager())
     path = tmp_path / "run.safetensors"
     with pytest.raises(KeyboardInterrupt):
         train(build(recipe, digits, _manager()), recipe, digits, checkpoint=path, pm=_manager(_Interrupt()))
+    kept = read_state(path)
+    assert bool(kept.progress.scaler) == is_scaled
+    assert {x.dtype for x in kept.part("objective").values() if x.is_floating_point()} == {torch.float32}
     model = build(recipe, digits, _manager())
     result = train(model, recipe, digits, checkpoint=path, pm=_manager())
     assert result.epochs == undisturbed.epochs
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
     assert 0 < result.epochs[0]["train/task"] < 4
+
+
+def test_bfloat16_is_that_of_steps_not_of_the_test_and_recomputed_norms(digits: data.Data) -> None:
+    stages = (Stage(regularizers={"kernel": 1e-4, "feature": 1e-3}, recompute_norms=True),)
+    recipe = dataclasses.replace(RECIPE, precision="bfloat16", stages=stages)
+    model = build(recipe, digits, _manager())
+    seen: list[tuple[bool, torch.dtype]] = []
+    layer = model.get_submodule("layer2.0.conv2")
+    layer.register_forward_hook(lambda layer, inputs, output: seen.append((torch.is_grad_enabled(), output.dtype)))
+    result = train(model, recipe, digits, pm=_manager())
+    assert set(seen) == {(True, torch.bfloat16), (False, torch.float32)}
+    assert all(math.isfinite(value) for value in result.epochs[0].values())
+    assert {x.dtype for x in model.state_dict().values() if x.is_floating_point()} == {torch.float32}
 
 
 class _Interrupt:

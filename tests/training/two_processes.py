@@ -230,6 +230,21 @@ def sharded(over_processes: bool) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in whole.items()}
 
 
+def in_bfloat16() -> dict[str, Any]:
+    """A run under autocast: whether the processes agree, and the loss of its first epoch beside one process'."""
+    torch.set_default_dtype(torch.float32)
+    digits = data.load("digits", train_images=IMAGES, test_images=33)
+    state, result = trained(recipe("bonn", precision="bfloat16"), digits)
+    torch.set_default_dtype(torch.float64)
+    first, second = distributed.all_gather(flat(state))
+    with distributed.alone():
+        torch.set_default_dtype(torch.float32)
+        _, alone = trained(recipe("bonn", precision="bfloat16"), digits)
+        torch.set_default_dtype(torch.float64)
+    losses = [found.epochs[0]["train/loss"] for found in (result, alone)]
+    return {"ranks_agree": torch.equal(first, second), "losses": losses}
+
+
 def main(found: Path) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
@@ -270,6 +285,7 @@ def main(found: Path) -> None:
         content["stopped"] = stopped(folder, digits, whole)
         own, _ = trained(recipe("bonn", sync_norms=False), digits)
         content["own_norms"] = difference(whole, own)
+        content["bfloat16"] = in_bfloat16()
         content["sharded"] = difference(sharded(False), sharded(True))
         if distributed.rank() == 0:
             found.write_text(json.dumps(content, indent=1))

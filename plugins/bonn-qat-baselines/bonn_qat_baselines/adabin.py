@@ -109,13 +109,13 @@ class Maxout(nn.Module):
         self.p, self.q = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.full((channels,), 0.25))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, ...)`` -> the same shape."""
+        """``(B, C, ...)`` -> the same shape and dtype."""
         return _along_channels(self.p, x) * torch.relu(x) - _along_channels(self.q, x) * torch.relu(-x)
 
 
 @torch.fx.wrap  # it needs the number of axes, which torch.fx does not know
 def _along_channels(slope: Tensor, x: Tensor) -> Tensor:
-    return slope.reshape(-1, *[1] * (x.ndim - 2))
+    return slope.to(x.dtype).reshape(-1, *[1] * (x.ndim - 2))
 
 
 ADABIN = Scheme(

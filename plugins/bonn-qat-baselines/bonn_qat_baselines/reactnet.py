@@ -64,8 +64,9 @@ class RPReLU(nn.Module):
         self.slope = nn.Parameter(torch.full((channels,), 0.25))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, ...)`` -> the same shape."""
-        return prelu(x - _along_channels(self.gamma, x), self.slope) + _along_channels(self.zeta, x)
+        """``(B, C, ...)`` -> the same shape and dtype."""
+        gamma, zeta = (_along_channels(shift, x).to(x.dtype) for shift in (self.gamma, self.zeta))
+        return prelu(x - gamma, self.slope) + zeta
 
 
 REACTNET = Scheme(
