@@ -5,7 +5,6 @@ channel is float32 ``(C,)``. Signs are ``(B, H, W, ceil(C / 32))`` words, int32.
 are there. Sizes that do not fit raise RuntimeError.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 

@@ -1,4 +1,4 @@
-"""A binary layer trains on the engine as on the plain path, ``product(quantize(norm(x)))``, whatever is done with it."""
+"""A binary layer trains on the engine as on the plain path, ``product(quantize(norm(x)))``, whatever is done to it."""
 
 import copy
 import math
@@ -148,7 +148,7 @@ def test_float64_is_equal_up_to_rounding(case: str) -> None:
 def test_float32_has_equal_outputs_where_sums_are_exact_and_gradients_up_to_rounding(
     case: str, torch_moments: None
 ) -> None:
-    for kind, (make, shape) in LAYERS.items():
+    for make, shape in LAYERS.values():
         layer, x = binary(case, make), maps(*shape)
         plain = without_engine(layer)
         signs = layer.input_quant is not None and layer.input_quant.bits == 1
