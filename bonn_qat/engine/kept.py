@@ -100,7 +100,7 @@ def _normed(constants: tuple[Tensor, Tensor], node: Any) -> Tensor:
 def _pack(tensor: Tensor) -> "_Again | _Kept | Tensor":
     if tensor.is_inference():
         return tensor
-    base = tensor._base if tensor._is_view() else None  # type: ignore[no-untyped-call]
+    base = tensor._base if tensor._is_view() else None
     source = tensor if base is None else base
     compute = None if tensor._version else _computation(source, source.grad_fn)
     if compute is None:
