@@ -177,7 +177,7 @@ def kernel_words(value: Tensor) -> Tensor:
     """The signs of kernels ``(O, I, kh, kw)`` as :func:`convolve` reads them: ``(ceil(O / 16), kh, kw, words, 16)``."""
     value = value.float().contiguous(memory_format=torch.channels_last)
     one, zero = value.new_ones(value.shape[1]), value.new_zeros(value.shape[1])
-    words = signs(value, one, zero, zero)
+    words: Tensor = signs(value, one, zero, zero)
     words = torch.nn.functional.pad(words, (0, 0, 0, 0, 0, 0, 0, -len(words) % _LANES))
     blocks = words.view(-1, _LANES, *words.shape[1:])
     return blocks.permute(0, 2, 3, 4, 1).contiguous()

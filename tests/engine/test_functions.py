@@ -1,4 +1,4 @@
-"""A binary layer trains on the engine as on the plain path, ``product(quantize(norm(x)))``, whatever is done to it."""
+"""A binary layer trains on the engine as on the plain path, norm, quantizer and product, whatever is done with it."""
 
 import copy
 import math
@@ -86,10 +86,8 @@ def check_equal(found: Result, expected: Result, error: float, exact: tuple[str,
         if key in exact or not value.is_floating_point():
             assert torch.equal(found[key], value), key
         else:
-            wrong = float(
-                (found[key].double() - value.double()).abs().max() / value.double().abs().max().clamp(min=1e-30)
-            )
-            assert wrong <= error, (key, wrong)
+            wrong = (found[key].double() - value.double()).abs().max() / value.double().abs().max().clamp(min=1e-30)
+            assert wrong <= error, key
 
 
 def check(module: Any, x: Tensor, call: Call = lambda module, x: module(x), error: float = 1e-12) -> Result:

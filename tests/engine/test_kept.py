@@ -174,7 +174,7 @@ AFTERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 @pytest.mark.parametrize("after", AFTERS)
 @pytest.mark.parametrize("middle", MIDDLES)
 def test_what_is_computed_again_is_what_was(middle: str, after: str, layout: torch.memory_format) -> None:
-    net = Net(AFTERS[after], MIDDLES[middle]()).train()
+    net = Net(AFTERS[after], MIDDLES[middle]())
     x = torch.randn(2, 16, 5, 7).to(memory_format=layout)
     plain = copy.deepcopy(net)
     lean(net)
@@ -201,7 +201,7 @@ def test_a_norm_of_a_transposed_map_is_kept_as_it_is() -> None:
 
 @pytest.mark.parametrize("middle", ["none", "norm"])
 def test_a_bias_may_change_after_the_forward_pass(middle: str) -> None:
-    net = Net(AFTERS["product"], MIDDLES[middle]()).train()
+    net = Net(AFTERS["product"], MIDDLES[middle]())
 
     def call(net: Any, x: Tensor) -> Tensor:
         y = net(x)
@@ -217,7 +217,7 @@ def test_a_bias_may_change_after_the_forward_pass(middle: str) -> None:
 
 @pytest.mark.parametrize("middle", MIDDLES)
 def test_an_output_that_changes_without_autograd_gives_an_error_or_the_right_gradient(middle: str) -> None:
-    net = Net(lambda net, y: (y, y * net.w), MIDDLES[middle]()).train()
+    net = Net(lambda net, y: (y, y * net.w), MIDDLES[middle]())
     x = torch.randn(2, 16, 5, 7)
     expected = gradients(copy.deepcopy(net), x, lambda net, x: net(x)[1])
     lean(net)
@@ -228,19 +228,16 @@ def test_an_output_that_changes_without_autograd_gives_an_error_or_the_right_gra
             y.add_(1)
         return product  # type: ignore[no-any-return]
 
-    found, message = None, ""
-    try:
-        found = gradients(net, x, call)
-    except RuntimeError as error:
-        message = str(error)
-    if found is None:
-        assert "modified by an inplace operation" in message
+    # The output of a norm of constant statistics is kept itself, and that of a layer only where there are no kernels.
+    if middle in ("frozen norm", "norm without bias") or (middle == "none" and not operators.AVAILABLE):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            gradients(net, x, call)
     else:
-        check_equal(found, expected)
+        check_equal(gradients(net, x, call), expected)
 
 
 def test_two_losses_have_a_backward_pass_each() -> None:
-    net = Net(lambda net, y: (y.sin().sum(), (y.detach() * net.w).sum())).train()
+    net = Net(lambda net, y: (y.sin().sum(), (y.detach() * net.w).sum()))
     plain, x = copy.deepcopy(net), torch.randn(2, 16, 5, 7)
     lean(net)
     for model in (net, plain):
