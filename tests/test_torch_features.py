@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import bonn_qat
 from bonn_qat.binarization.binarize import binary_layers
+from bonn_qat.bonn import BONN
 from bonn_qat.engine import operators
 from bonn_qat.layers import binary_form
 
@@ -153,12 +154,11 @@ def test_a_binary_layer_under_autocast_errs_by_its_rounding_alone(net, dtype, tr
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "no kernels"])
-@pytest.mark.parametrize("scheme", ["bonn", "irnet"])  # irnet's estimator is none of the kernels'
 @pytest.mark.parametrize("kind", ["convolution", "linear"])
-def test_a_binary_layer_in_bfloat16_rounds_its_scaled_sums_once(kind, scheme, kernels, training, monkeypatch):
+def test_a_binary_layer_in_bfloat16_rounds_its_scaled_sums_once(kind, kernels, training, monkeypatch):
     monkeypatch.setattr(operators, "AVAILABLE", kernels and operators.AVAILABLE)
     float_layer = nn.Conv2d(512, 8, 3, padding=1) if kind == "convolution" else nn.Linear(4001, 8)
-    layer = binary_form(float_layer, bonn_qat.plugins.find_scheme(scheme), normalize=False).train(training)
+    layer = binary_form(float_layer, BONN, normalize=False).train(training)
     with torch.no_grad():
         layer.bias.zero_()
     value, scale = layer.weight_quant.quantize(layer.latent().detach())

@@ -54,6 +54,15 @@ def scheme_of(variant: str, pm) -> Scheme:
     return plugins.find_scheme(recipe.scheme, pm).configure(recipe.scheme_options)
 
 
+def test_a_nonlinearity_keeps_the_dtype_of_a_map(pm):
+    # As under autocast: parameters in float32, which must not make the next layers' maps twice as large.
+    makes = {name: plugins.find_scheme(name, pm).nonlinearity for name in SCHEMES}
+    maps = [torch.randn(shape).bfloat16() for shape in ((2, 4, 3, 3), (2, 4))]
+    found = {name: {make(4)(x).dtype for x in maps} for name, make in makes.items() if make is not None}
+    assert {"reactnet", "adabin"} <= found.keys()
+    assert found == dict.fromkeys(found, {torch.bfloat16})
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_the_schemes_of_a_file_are_found_by_its_entry_point(pm, file):
     (entry,) = importlib.metadata.entry_points(group="bonn_qat", name=f"baselines.{file}")
