@@ -104,22 +104,6 @@ class BinaryLayer(nn.Module):
         """``weight`` in the shape of kernels."""
         return self.weight
 
-    def as_images(self, input: Tensor) -> Tensor:
-        """The layer's input as images ``(B, I, H, W)``."""
-        raise NotImplementedError
-
-    def from_images(self, y: Tensor, input: Tensor) -> Tensor:
-        """The layer's output for ``input`` from images ``(B, O, H, W)``."""
-        raise NotImplementedError
-
-    def geometry(self, x: Tensor) -> tuple[Geometry, Callable[[Tensor], Tensor]]:
-        """The convolution of images x, and what pads them before it with other values than 0."""
-        raise NotImplementedError
-
-    def product(self, x: Tensor, positions: Tensor | None) -> Tensor:
-        """The product of quantized images with the quantized kernels, times the means of ``positions``."""
-        raise NotImplementedError
-
     @torch.no_grad()
     def adopt(self) -> None:
         """Initialize the quantizer from the float ``weight``, then rescale that to the scheme's ``latent_std``.
