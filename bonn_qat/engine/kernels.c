@@ -143,6 +143,28 @@ typedef struct {
     int32_t half, parabola;
 } Task;
 
+/* Maps of 4 MiB and more do not stay in a cache until the next pass. */
+INLINE int is_large(const Task *k) { return k->pixels * k->channels >= 1 << 20; }
+
+/* Stores to `out`, of a large map past the caches, which saves reading what is overwritten. */
+INLINE void put(const Task *k, int64_t at, F x, int lanes, int half) {
+#if __has_builtin(__builtin_nontemporal_store)
+    F *place = (F *)((float *)k->out + at);
+    if (is_large(k) && !half && lanes == LANES && (uintptr_t)place % sizeof x == 0) {
+        __builtin_nontemporal_store(x, place);
+        return;
+    }
+#endif
+    store(k->out, at, x, lanes, half);
+}
+
+/* After this other threads see what was stored. */
+INLINE void publish(void) {
+#if defined(__x86_64__) && defined(__SSE__)
+    __builtin_ia32_sfence();
+#endif
+}
+
 /* Defines name(task, threads), which calls name_part for every block of pixels and of channels. The number of lanes is
    a constant for multiples of 8 channels, where loads and stores are then single instructions. */
 #define PASS(name)                                                                                        \
@@ -157,6 +179,7 @@ typedef struct {
             else if (c < k->channels)                                                                     \
                 name##_part(k, p, stop, c, (int)(k->channels - c), half, sums);                           \
         }                                                                                                 \
+        publish();                                                                                        \
     }                                                                                                     \
     static void name##_work(const void *task, int thread, int threads) {                                  \
         if (((const Task *)task)->half)                                                                   \
@@ -254,7 +277,7 @@ PART(gradient) {
     for (; p < stop; p++) {
         F gradient = estimated(k, p, alpha, beta, threshold, c, lanes, half);
         if (k->k1) gradient = gradient - k1 - (load(k->a, p * k->channels + c, lanes, half) - mean) * k2;
-        store(k->out, p * k->channels + c, gradient * alpha, lanes, half);
+        put(k, p * k->channels + c, gradient * alpha, lanes, half);
     }
 }
 PASS(gradient)
@@ -266,7 +289,7 @@ PART(prelu) {
     for (; p < stop; p++) {
         int64_t at = p * k->channels + c;
         F x = load(k->a, at, lanes, half);
-        store(k->out, at, pick((I)(x > 0), x, x * slope), lanes, half);
+        put(k, at, pick((I)(x > 0), x, x * slope), lanes, half);
     }
 }
 PASS(prelu)
@@ -278,7 +301,7 @@ PART(prelu_gradient) {
         int64_t at = p * k->channels + c;
         F x = load(k->a, at, lanes, half), gradient = load(k->c, at, lanes, half);
         I above = (I)(x > 0);
-        store(k->out, at, pick(above, gradient, gradient * slope), lanes, half);
+        put(k, at, pick(above, gradient, gradient * slope), lanes, half);
         sum += pick(above, fill(0), gradient * x);
     }
     add_up(sums + c, sum, lanes);
