@@ -104,22 +104,6 @@ class BinaryLayer(nn.Module):
         """``weight`` in the shape of kernels."""
         return self.weight
 
-    def as_images(self, input: Tensor) -> Tensor:
-        """The layer's input as images ``(B, I, H, W)``."""
-        raise NotImplementedError
-
-    def from_images(self, y: Tensor, input: Tensor) -> Tensor:
-        """The layer's output for ``input`` from images ``(B, O, H, W)``."""
-        raise NotImplementedError
-
-    def geometry(self, x: Tensor) -> tuple[Geometry, Callable[[Tensor], Tensor]]:
-        """The convolution of images x, and what pads them before it with other values than 0."""
-        raise NotImplementedError
-
-    def product(self, x: Tensor, positions: Tensor | None) -> Tensor:
-        """The product of quantized images with the quantized kernels, times the means of ``positions``."""
-        raise NotImplementedError
-
     @torch.no_grad()
     def adopt(self) -> None:
         """Initialize the quantizer from the float ``weight``, then rescale that to the scheme's ``latent_std``.
@@ -270,8 +254,8 @@ class BinaryLayer(nn.Module):
             if addend is not None:  # a compiler adds it to what follows, and takes no tensor twice
                 is_finished = is_finished and addend.dtype == dtype and not torch.compiler.is_compiling()
                 addend = addend.contiguous(memory_format=torch.channels_last) if is_finished else None
-            bias = self.bias if is_finished else None
-            return sign_product(x, statistics, estimator, value, scale, bias, addend, geometry, dtype), is_finished
+            last = (self.bias, addend) if is_finished else (None, None)
+            return sign_product(x, statistics, estimator, value, scale, *last, geometry, dtype), is_finished
         quantize = self.stand_in or (_unchanged if quantizer is None else quantizer.value)
         call = Replay(quantizer, quantize, pad, geometry, dtype)
         return replayed_product(x, statistics, call, value, scale if scaled else None), False

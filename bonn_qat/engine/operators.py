@@ -5,8 +5,8 @@ channel is float32 ``(C,)``. Signs are ``(B, H, W, ceil(C / 32))`` words, int32.
 are there. Sizes that do not fit raise RuntimeError.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from bonn_qat.engine import library
 _LANES = 16
 _PARALLEL = 2**15  # elements of a map from which a second thread pays
 AVAILABLE = library.load() is not None
-_LIBRARY: Any = torch.library.Library("bonn_qat_engine", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY = torch.library.Library("bonn_qat_engine", "DEF")
 
 
 def takes(x: Tensor) -> bool:
@@ -58,9 +58,7 @@ def _threads(elements: int) -> int:
     return torch.get_num_threads() if elements >= _PARALLEL else 1
 
 
-def _run(
-    name: str, like: Tensor, tensors: Mapping[str, Tensor | None], *, sums: int = 0, **values: Any
-) -> list[Tensor]:
+def _run(name: str, like: Tensor, tensors: dict[str, Tensor | None], *, sums: int = 0, **values: Any) -> list[Tensor]:
     """Run a pass over maps of the shape of ``like``; returns ``sums`` of its sums over pixels, in double."""
     batch, channels, height, width = like.shape
     threads = _threads(like.numel())
@@ -180,15 +178,14 @@ def kernel_words(value: Tensor) -> Tensor:
     """The signs of kernels ``(O, I, kh, kw)`` as :func:`convolve` reads them: ``(ceil(O / 16), kh, kw, words, 16)``."""
     value = value.float().contiguous(memory_format=torch.channels_last)
     one, zero = value.new_ones(value.shape[1]), value.new_zeros(value.shape[1])
-    words: Tensor = signs(value, one, zero, zero)
+    words = signs(value, one, zero, zero)
     words = torch.nn.functional.pad(words, (0, 0, 0, 0, 0, 0, 0, -len(words) % _LANES))
-    return words.reshape(-1, _LANES, *words.shape[1:]).permute(0, 2, 3, 4, 1).contiguous()
+    return words.unflatten(0, (-1, _LANES)).permute(0, 2, 3, 4, 1).contiguous()
 
 
 def kernel_signs(words: Tensor, outputs: int, channels: int, dtype: torch.dtype) -> Tensor:
     """The inverse of :func:`kernel_words`: signs ``(O, I, kh, kw)``."""
-    words = words.permute(0, 4, 1, 2, 3).flatten(0, 1)[:outputs].contiguous()
-    return cast(Tensor, spread(words, channels, dtype))
+    return spread(words.permute(0, 4, 1, 2, 3).flatten(0, 1)[:outputs].contiguous(), channels, dtype)
 
 
 @_operator(
@@ -207,7 +204,7 @@ def gradient(
     what the estimator passes, and of its product with ``x - mean``.
     """
     tensors = {"a": x, "c": grad, "alpha": alpha, "beta": beta, "threshold": threshold, "mean": mean}
-    constants: dict[str, Any] = {"clip": clip, "parabola": parabola}
+    constants = {"clip": clip, "parabola": parabola}
     total, product = (sums.float() for sums in _run("gradient_sums", x, tensors, sums=2, **constants))
     out, count = torch.empty_like(x), x.numel() // x.shape[1]
     factors = {"k1": total / count, "k2": product / count * invstd.square()} if statistics else {}
