@@ -201,9 +201,9 @@ INLINE F normed(const Task *k, int64_t p, F alpha, F beta, int64_t c, int lanes,
     return load(k->a, p * k->channels + c, lanes, half) * alpha + beta;
 }
 
-/* The sums of x - x[0] and of its square; a difference, because the mean may be large. */
+/* The sums of a - mean and of its square, for a mean that need not be exact: squares of differences stay small. */
 PART(moments) {
-    F origin = load(k->a, c, lanes, half), sum = {0}, square = {0};
+    F origin = load(k->mean, c, lanes, 0), sum = {0}, square = {0};
     for (; p < stop; p++) {
         F x = load(k->a, p * k->channels + c, lanes, half) - origin;
         sum += x;

@@ -98,11 +98,12 @@ def _no_words(x: Tensor, *_: Any) -> Tensor:
 @_operator("moments(Tensor x) -> (Tensor, Tensor)", lambda x: _vectors(x, 2))
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """The mean and the biased variance of each channel."""
-    first, second = _run("moments", x, {"a": x}, sums=2)
+    origin = x[:1].mean((0, 2, 3), dtype=torch.float32)  # of the first image
+    first, second = _run("moments", x, {"a": x, "mean": origin}, sums=2)
     count = x.numel() // x.shape[1]
     first /= count
     variance = (second / count - first.square()).clamp_(min=0)
-    return (first + x[0, :, 0, 0]).float(), variance.float()
+    return (first + origin).float(), variance.float()
 
 
 @_operator("signs(Tensor x, Tensor alpha, Tensor beta, Tensor threshold) -> Tensor", _no_words)
