@@ -403,7 +403,7 @@ class _PReLU(torch.autograd.Function):
         return dx, sums.reshape(slope.shape), None
 
 
-def _prelu(x: Tensor, slope: Tensor, by_kernels: bool) -> Tensor:
+def _prelu(x: Any, slope: Tensor, by_kernels: bool) -> Tensor:
     if by_kernels:
         return cast(Tensor, operators.prelu(x, slope.float().expand(x.shape[1]).contiguous()))
     if not isinstance(x, Tensor):  # torch.fx traces with proxies
@@ -413,7 +413,8 @@ def _prelu(x: Tensor, slope: Tensor, by_kernels: bool) -> Tensor:
 
 
 def _prelu_again(ctx: Any) -> Tensor:
-    return _prelu(*ctx.saved_tensors, ctx.by_kernels)
+    x, slope = ctx.saved_tensors
+    return _prelu(x, slope, ctx.by_kernels)
 
 
 def prelu(x: Tensor, slope: Tensor) -> Tensor:
