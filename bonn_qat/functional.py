@@ -406,10 +406,11 @@ class _PReLU(torch.autograd.Function):
 def _prelu(x: Any, slope: Tensor, by_kernels: bool) -> Tensor:
     if by_kernels:
         return cast(Tensor, operators.prelu(x, slope.float().expand(x.shape[1]).contiguous()))
-    if not isinstance(x, Tensor):  # torch.fx traces with proxies
-        return torch.prelu(x, slope)
-    with torch.autocast(x.device.type, enabled=False):
-        return torch.prelu(x, slope.to(x.dtype))
+    # Exports show each step, so none is made without need; torch.fx traces with proxies.
+    if isinstance(x, Tensor) and (slope.dtype != x.dtype or torch.is_autocast_enabled(x.device.type)):
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.prelu(x, slope.to(x.dtype))
+    return torch.prelu(x, slope)
 
 
 def _prelu_again(ctx: Any) -> Tensor:
@@ -452,8 +453,8 @@ class _KernelLoss(torch.autograd.Function):
         nu: float,
         per_element: bool,
     ) -> Tensor:
-        # The gradient to X is as large as X, so the backward pass computes it.
-        ctx.save_for_backward(latent, modulation, scale, mu, sigma)
+        # The gradient to X is as large as X, so the backward pass computes it. The others may be clamped until then.
+        ctx.save_for_backward(latent, *(small.clone() for small in (modulation, scale, mu, sigma)))
         ctx.nu, ctx.per_element = nu, per_element
         _, error, _, _, mahalanobis = _KernelLoss._parts(latent, modulation, scale, mu, sigma)
         prior = latent.numel() // mu.numel() * (mahalanobis + 2 * sigma.log()).sum()

@@ -185,6 +185,8 @@ class KernelLoss(Regularizer):
         kernels = zip(self._layers, *(torch.split(x, self._kernels) for x in (self.mu, self.sigma)), strict=True)
         for layer, mu, sigma in kernels:
             latent = latent_weights(layer)
+            if not hasattr(layer, "latent"):  # Brevitas' quantizers may clamp it before the backward pass
+                latent = latent.clone()
             modulation, magnitude = _modulation(tensor_quant(layer), latent)
             key = latent.shape, modulation.shape, magnitude
             stacks.setdefault(key, []).append((latent, modulation, mu, sigma))

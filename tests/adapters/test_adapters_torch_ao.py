@@ -64,7 +64,9 @@ def test_inputs_and_weights_are_binary_and_learn(model: nn.Module, images: Tenso
     prepared = adapter.prepare_qat(model)
     layer = prepared.layer2[0].conv1
     seen: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(layer.quantize_input(args[0])[0]))
+    handle = layer.register_forward_pre_hook(
+        lambda _, args: seen.append(layer.input_quant.quantize(layer.norm(args[0]))[0])
+    )
     prepared(images).square().sum().backward()
     handle.remove()
     assert set(seen[0].unique().tolist()) == {-1, 1}

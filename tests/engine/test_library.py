@@ -300,7 +300,8 @@ class Sums:
 
     def __getitem__(self, index):
         a, sums = torch.arange(16 * 256.0), torch.zeros(2, 2, 16, dtype=torch.float64)
-        task = library.Task(a=a.data_ptr(), sums=sums.data_ptr(), pixels=256, channels=16)
+        mean = torch.zeros(16)
+        task = library.Task(a=a.data_ptr(), mean=mean.data_ptr(), sums=sums.data_ptr(), pixels=256, channels=16)
         library.load().moments(task, 2)
         return sums.sum(0)
 

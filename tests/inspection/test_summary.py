@@ -220,10 +220,11 @@ def test_the_model_is_left_as_it_was():
     model[1].eval()
     flags = [module.training for module in model.modules()]
     state = {key: value.clone() for key, value in model.state_dict().items()}
+    hooks = [len(module._forward_hooks) for module in model.modules()]
     summary(model, (3, 9, 9))
     assert [module.training for module in model.modules()] == flags
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert not any(module._forward_hooks for module in model.modules())
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
 
 
 def test_a_model_without_a_known_size_asks_for_it():
