@@ -218,8 +218,8 @@ def sign_product(
 ) -> Tensor:  # fmt: skip
     """``conv2d(sign(norm(x) - threshold), value) + bias + addend`` by bits.
 
-    The value ``(O, C, kh, kw)`` is ``scale * {-1, +1}``. The sums are exact; times ``|scale|`` they are rounded, and
-    after each addition. x ``(B, C, H, W)`` as :func:`~bonn_qat.engine.operators.takes` it, in ``channels_last``; the
+    The value ``(O, C, kh, kw)`` is ``scale * {-1, +1}``. The sums are exact; the rest is computed in float32 and
+    rounded to ``dtype`` at the end. x ``(B, C, H, W)`` as :func:`~bonn_qat.engine.operators.takes` it, in ``channels_last``; the
     addend is None or has the shape, dtype and layout of the output, which is in ``dtype``. The gradients are those of
     the product to value and to the signs, of the estimator and of the norm; scale has none.
     """
