@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from bonn_qat import functional
-from bonn_qat.engine.functions import Estimator
+from bonn_qat.engine.functions import Estimator as Estimator  # a name for plugins
 from bonn_qat.errors import InvalidRecipe
 
 

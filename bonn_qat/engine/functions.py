@@ -219,9 +219,9 @@ def sign_product(
     """``conv2d(sign(norm(x) - threshold), value) + bias + addend`` by bits.
 
     The value ``(O, C, kh, kw)`` is ``scale * {-1, +1}``. The sums are exact; the rest is computed in float32 and
-    rounded to ``dtype`` at the end. x ``(B, C, H, W)`` as :func:`~bonn_qat.engine.operators.takes` it, in ``channels_last``; the
-    addend is None or has the shape, dtype and layout of the output, which is in ``dtype``. The gradients are those of
-    the product to value and to the signs, of the estimator and of the norm; scale has none.
+    rounded to ``dtype`` at the end. x ``(B, C, H, W)`` is one that :func:`~bonn_qat.engine.operators.takes` accepts, in
+    ``channels_last``; the addend is None or has the shape, dtype and layout of the output, which is in ``dtype``. The
+    gradients are those of the product to value and to the signs, of the estimator and of the norm; scale has none.
     """
     threshold = x.new_zeros((), dtype=torch.float32) if estimator.threshold is None else estimator.threshold
     kind = _above(estimator.clip), estimator.parabola
@@ -249,10 +249,10 @@ def wide(x: Tensor) -> Tensor:
 
 
 class Replay(NamedTuple):
-    """A layer's way from the norm's output to the product, for :func:`replayed_product`.
+    """A layer's way from the norm's output to the product, for :func:`replayed_product`: ``pad(quantize(output))``.
 
-    ``quantize`` is a module's method that is called with the values that the module's parameters and buffers had in the
-    forward pass; None leaves the norm's output as it is. ``pad`` follows it.
+    ``quantize`` is a method of ``module``, and is called with the values that the module's parameters and buffers had
+    in the forward pass; without a module it is a pure function.
     """
 
     module: nn.Module | None
@@ -322,17 +322,9 @@ class _ReplayedProduct(torch.autograd.Function):
             dstate = [next(found) if leaf.requires_grad else None for leaf in leaves]
             dnormed = torch.zeros_like(normed) if dnormed is None else dnormed
             if ctx.statistics:
+                dtype = dnormed.dtype
                 dx, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
-                    dnormed,
-                    x.to(dnormed.dtype),
-                    gamma.to(dnormed.dtype),
-                    None,
-                    None,
-                    mean,
-                    invstd,
-                    True,
-                    0.0,
-                    [True] * 3,
+                    dnormed, x.to(dtype), gamma.to(dtype), None, None, mean, invstd, True, 0.0, [True] * 3
                 )
             else:
                 sums, distance = (0, 2, 3), x.to(mean.dtype) - mean.reshape(-1, 1, 1)

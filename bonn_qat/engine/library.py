@@ -81,6 +81,14 @@ def load() -> Library | None:
     return bind(shared, found[0]) if found else None
 
 
+def keep_freed_memory() -> None:
+    """Have the GNU allocator keep what a step or a call frees for the next one, instead of returning it page by page.
+
+    It does so once it was asked for a block of this size, which is never touched. Others are not affected.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
+
+
 def sources() -> int:
     """The checksum of the C sources, which a library compiled from them has too."""
     return zlib.crc32(b"".join(path.read_bytes() for path in sorted(_FOLDER.glob("*.c"))))

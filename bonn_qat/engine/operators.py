@@ -14,8 +14,7 @@ from torch import Tensor
 from bonn_qat.engine import library
 
 _LANES = 16
-# Once asked for a block of this size, which is never touched, the GNU allocator keeps what a step frees for the next.
-torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
+library.keep_freed_memory()
 _PARALLEL = 2**15  # elements of a map from which a second thread pays
 AVAILABLE = library.load() is not None
 _LIBRARY: Any = torch.library.Library("bonn_qat_engine", "DEF")  # type: ignore[no-untyped-call]
@@ -151,7 +150,8 @@ def convolve(
     blocks, rows, columns, weight_words, _ = weight.shape
     outputs = scale.shape[0]
     out = _no_products(words, weight, scale, bias, addend, channels, stride, padding, dilation, size, dtype)
-    fits = count == weight_words == -(-channels // 32) and blocks == -(-outputs // _LANES) and scale.is_contiguous()
+    fits = count == weight_words == -(-channels // 32) and blocks == -(-outputs // _LANES)
+    fits = fits and scale.is_contiguous() and scale.dtype == torch.float32
     fits = fits and words.is_contiguous() and weight.is_contiguous() and words.dtype == weight.dtype == torch.int32
     fits = fits and (
         bias is None or (bias.shape == scale.shape and bias.dtype == torch.float32 and bias.is_contiguous())

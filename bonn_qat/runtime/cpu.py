@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bonn_qat.engine.library import keep_freed_memory
 from bonn_qat.runtime import kernels
 from bonn_qat.runtime.layout import PADDING, TILE, Geometry, blocks, read_offsets
 
@@ -15,9 +16,7 @@ _PARALLEL = 4_000_000  # products from which a second thread pays
 _LANES = 32
 _NOTHING = np.empty(0, np.float32)
 _NO_CODES = np.empty(0, np.uint8)
-# The GNU allocator returns memory to the system after each call of a network and takes it back page by page, unless
-# it was once asked for a block of this size. The block is never touched.
-torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
+keep_freed_memory()
 
 
 def _threads(products: int) -> int:

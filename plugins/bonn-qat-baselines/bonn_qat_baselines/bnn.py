@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from bonn_qat import BonnQatError, Scheme, hookimpl
-from bonn_qat.engine.functions import Estimator
 from bonn_qat.functional import ste_sign
-from bonn_qat.quantizers import ActivationQuantizer, WeightQuantizer
+from bonn_qat.quantizers import ActivationQuantizer, Estimator, WeightQuantizer
 
 
 @final

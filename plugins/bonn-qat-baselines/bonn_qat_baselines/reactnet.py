@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from bonn_qat import Scheme, hookimpl
-from bonn_qat.engine.functions import Estimator
 from bonn_qat.functional import approx_sign, prelu
-from bonn_qat.quantizers import ActivationQuantizer
+from bonn_qat.quantizers import ActivationQuantizer, Estimator
 from bonn_qat_baselines.bireal import BiRealWeight
 
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from bonn_qat import BonnQatError, Scheme, hookimpl
-from bonn_qat.engine.functions import Estimator
 from bonn_qat.functional import sign, ste_sign
-from bonn_qat.quantizers import ActivationQuantizer, WeightQuantizer, sign_activation
+from bonn_qat.quantizers import ActivationQuantizer, Estimator, WeightQuantizer, sign_activation
 
 
 def _check_bool(option: str, value: bool) -> None:
