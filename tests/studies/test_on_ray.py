@@ -33,6 +33,10 @@ from bonn_qat.training.results import RUNS
 NO_RAY = not on_ray._is_installed()
 TINY = Recipe(model="wrn10_16", epochs=8, batch_size=16, latents="0.01")
 RECIPES = comparing.plan(TINY, schemes=["float", "xnor", "bonn"], seeds=range(2))
+# Those that are killed or interrupted after two epochs train for longer: the order comes back over some processes, and
+# they must not be done when it arrives.
+for _index in (0, 2):
+    RECIPES[_index] = dataclasses.replace(RECIPES[_index], epochs=40)
 
 
 class Observer:
@@ -155,13 +159,13 @@ def test_six_runs_on_two_nodes_are_the_sequential_ones_although_a_worker_is_kill
         assert end == "a result"
         assert isinstance(observer.models[recipe.name], torch.nn.Module)
         if recipe != killed:
-            assert [epoch for epoch, _ in epochs] == list(range(1, 9))
+            assert [epoch for epoch, _ in epochs] == list(range(1, recipe.epochs + 1))
     # The killed run was resumed: it has its number and the epochs from before.
     run_id, *seen, _ = observer.seen[killed.name]
     again = seen.index(run_id)
     assert again >= 2
     assert seen[again + 1 :][:again] == seen[:again]
-    assert [epoch for epoch, _ in seen[again + 1 :]] == list(range(1, 9))
+    assert [epoch for epoch, _ in seen[again + 1 :]] == list(range(1, killed.epochs + 1))
 
 
 @pytest.mark.slow
