@@ -303,22 +303,23 @@ def section(text: str, script: str, content: str) -> str:
 class Child:
     """A process that runs a script with the package and the plugins of a checkout, and does one call at a time.
 
-    The script calls :func:`serve` where its arguments are ``--serve``. ``package`` is the package's environment there.
-    Raises RuntimeError if the process uses another package, or ends.
+    The script calls :func:`serve` where its arguments are ``--serve``. ``package`` is the package's environment there;
+    ``variables`` are added to those of this process. Raises RuntimeError if it uses another package, or ends.
     """
 
-    def __init__(self, script: str, checkout: Path) -> None:
+    def __init__(self, script: str, checkout: Path, variables: Mapping[str, str] | None = None) -> None:
         paths = [checkout, *sorted(checkout.glob("plugins/*"))]
-        variables = os.environ | {"PYTHONPATH": os.pathsep.join(str(path.absolute()) for path in paths)}
+        path = {"PYTHONPATH": os.pathsep.join(str(path.absolute()) for path in paths)}
         self._checkout = checkout
         self._process = subprocess.Popen(
-            [sys.executable, script, "--serve"], env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+            [sys.executable, script, "--serve"], env=os.environ | path | dict(variables or {}), stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
         self.package: dict[str, str] = self._receive()
-        path = Path(self.package.pop("path"))
-        if path.parent.resolve() != checkout.resolve():
+        used = Path(self.package.pop("path"))
+        if used.parent.resolve() != checkout.resolve():
             self.close()
-            raise RuntimeError(f"the package of {checkout} was not used, but {path}")
+            raise RuntimeError(f"the package of {checkout} was not used, but {used}")
 
     def call(self, function: str, *arguments: Any) -> Any:
         """The result of ``function`` there; arguments and result are JSON."""

@@ -3,7 +3,9 @@
 Each arm runs in a fresh process. ``kept`` is what the forward pass allocates and does not free, by torch's allocator:
 whatever autograd, its hooks or a module keep is in it; parameters and images, which were there before, are not.
 ``peak`` is the largest resident memory of some steps (VmHWM; on a GPU that of torch's allocator), less what there was
-before the first step. The largest batch that fits into ``--limit`` GiB is searched by the peak of the whole process.
+before the first step. ``tight`` is the same peak in a process whose C library returns freed maps of a MiB and more to
+the system (``TIGHT``), and so has no gaps between them. The largest batch that fits into ``--limit`` GiB is searched by
+the peak of the whole process, in both kinds of process.
 ``--against`` adds every arm with the package of another checkout. Examples::
 
     python benchmarks/training_memory.py --limit 4 --output memory.json --page
@@ -13,9 +15,9 @@ before the first step. The largest batch that fits into ``--limit`` GiB is searc
 
 The file of ``--output`` is JSON: ``options`` of the command line, ``environment``, ``machine``, ``before`` (the
 environment of the other checkout, or null), and ``results``, one for each case: ``case``, ``rows`` (one for each
-variant of an arm: its fields, ``kept_bytes``, ``peak_bytes``, null if compiled, and ``storage_bytes``, which is
-``kept_bytes`` by another method, null if compiled or on a GPU), and ``largest_batch`` (by variant, empty without
-``--limit``).
+variant of an arm: its fields, ``kept_bytes``, ``peak_bytes`` and ``tight_bytes``, null if compiled, and
+``storage_bytes``, which is ``kept_bytes`` by another method, null if compiled or on a GPU), and ``largest_batch`` (by
+variant, for ``default`` and ``tight``, empty without ``--limit``).
 """
 
 import argparse
@@ -56,6 +58,7 @@ from bonn_qat import plugins
 MIB, GIB = 2**20, 2**30
 CLASSES = 10
 STEPS = 3  # from the second one on, the optimizer has its state
+TIGHT = {"MALLOC_MMAP_THRESHOLD_": str(MIB)}
 
 
 class Case(NamedTuple):
@@ -72,7 +75,7 @@ class Case(NamedTuple):
         return cls(model, int(size), int(batch))
 
 
-CASES = (Case("wrn22_16", 32, 128), Case("resnet18", 224, 8), Case("vit_tiny_patch16_224", 224, 8))
+CASES = (Case("wrn22_16", 32, 128), Case("resnet18", 224, 32), Case("vit_tiny_patch16_224", 224, 32))
 
 
 def measure_all(args: Namespace) -> dict[str, Any]:
@@ -84,18 +87,23 @@ def measure_all(args: Namespace) -> dict[str, Any]:
         rows, largest = [], {}
         for variant in variants(args):
 
-            def ask(function: str, batch: int, case: Case = case, variant: Variant = variant) -> Any:
+            def ask(function: str, tight: bool, batch: int, case: Case = case, variant: Variant = variant) -> Any:
                 nonlocal before
-                child = Child(__file__, args.against if variant.checkout == BEFORE else ROOT)
+                checkout = args.against if variant.checkout == BEFORE else ROOT
+                child = Child(__file__, checkout, TIGHT if tight else None)
                 before = child.package if variant.checkout == BEFORE else before
                 found = child.call(function, variant, plain(args), case._replace(batch=batch))
                 child.close()
-                print(f"{case.model}, {variant.name}, batch {batch}: {found}", file=sys.stderr)
+                print(f"{case.model}, {variant.name}, batch {batch}, tight {tight}: {found}", file=sys.stderr)
                 return found
 
-            rows.append({"name": variant.name, **variant._asdict(), **ask("measure", case.batch)})
+            measured, tight = ask("measure", False, case.batch), ask("measure", True, case.batch)
+            rows.append({"name": variant.name, **variant._asdict(), **measured, "tight_bytes": tight["peak_bytes"]})
             if args.limit and variant.arm in args.fit:
-                largest[variant.name] = largest_batch(functools.partial(ask, "process_peak"), args.limit * GIB)
+                largest[variant.name] = {
+                    kind: largest_batch(functools.partial(ask, "process_peak", kind == "tight"), args.limit * GIB)
+                    for kind in ("default", "tight")
+                }
         results.append({"case": case._asdict(), "rows": rows, "largest_batch": largest})
     return document | {"before": before, "results": results}
 
@@ -216,20 +224,25 @@ def tables(document: dict[str, Any]) -> str:
         by_name = {row["name"]: row for row in result["rows"]}
         for name, row in by_name.items():
             base = by_name[Variant(FLOAT, row["mode"], row["precision"]).name]
-            rows.setdefault(name, []).extend(_cell(row[key], base[key]) for key in ("kept_bytes", "peak_bytes"))
+            rows.setdefault(name, []).extend(
+                _cell(row[key], base[key]) for key in ("kept_bytes", "peak_bytes", "tight_bytes")
+            )
     lines = [
         f"{subtitle(document)} MiB, in brackets relative to the float network.",
         "",
-        "| arm | " + " | ".join(f"{case}: kept | peak" for case in cases) + " |",
-        "|---" * (1 + 2 * len(cases)) + "|",
+        "| arm | " + " | ".join(f"{case}: kept | peak | tight" for case in cases) + " |",
+        "|---" * (1 + 3 * len(cases)) + "|",
         *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()),
     ]
     if names := list(dict.fromkeys(name for result in results for name in result["largest_batch"])):
         lines += ["", f"The largest batch in a process of at most {document['options']['limit']:g} GiB:", ""]
-        lines += ["| network | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+        lines += ["| network, process | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
         for result in results:
-            sizes = (str(result["largest_batch"][name]) for name in names)
-            lines.append("| {model}, {size}x{size} | ".format(**result["case"]) + " | ".join(sizes) + " |")
+            for kind in ("default", "tight"):
+                sizes = (str(result["largest_batch"][name][kind]) for name in names)
+                lines.append(
+                    "| {model}, {size}x{size}".format(**result["case"]) + f", {kind} | " + " | ".join(sizes) + " |"
+                )
     return "\n".join(lines) + "\n"
 
 
