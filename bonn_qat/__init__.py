@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bonn_qat.bop import Bop, binary_parameters
     from bonn_qat.errors import BonnQatError
     from bonn_qat.exporting.export import export
-    from bonn_qat.hookspecs import hookimpl
+    from bonn_qat.hookspecs import Pretrained, hookimpl
     from bonn_qat.inspection.diagnose import diagnose
     from bonn_qat.inspection.flips import FlipRatio
     from bonn_qat.inspection.summary import summary
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from bonn_qat.runtime.packed import PackedModel
     from bonn_qat.scheme import Scheme, Stage
     from bonn_qat.training.data import load as load_data
+    from bonn_qat.training.evaluate import evaluate
     from bonn_qat.training.network import load, save
+    from bonn_qat.training.pretrained import create_model, list_models
     from bonn_qat.training.recipe import Recipe
     from bonn_qat.training.train import train
 
@@ -39,6 +41,7 @@ __all__ = [
     "KernelLoss",
     "Objective",
     "PackedModel",
+    "Pretrained",
     "Recipe",
     "Regularizer",
     "Scheme",
@@ -49,9 +52,12 @@ __all__ = [
     "binary_layers",
     "binary_parameters",
     "constrain_",
+    "create_model",
     "diagnose",
+    "evaluate",
     "export",
     "hookimpl",
+    "list_models",
     "load",
     "load_data",
     "pack",
@@ -67,7 +73,7 @@ _NAMES = {
     "bop": ("Bop", "binary_parameters"),
     "errors": ("BonnQatError",),
     "exporting.export": ("export",),
-    "hookspecs": ("hookimpl",),
+    "hookspecs": ("Pretrained", "hookimpl"),
     "inspection.diagnose": ("diagnose",),
     "inspection.flips": ("FlipRatio",),
     "inspection.summary": ("summary",),
@@ -77,7 +83,9 @@ _NAMES = {
     "runtime.packed": ("PackedModel",),
     "scheme": ("Scheme", "Stage"),
     "training.data": ("load as load_data",),
+    "training.evaluate": ("evaluate",),
     "training.network": ("load", "save"),
+    "training.pretrained": ("create_model", "list_models"),
     "training.recipe": ("Recipe",),
     "training.train": ("train",),
 }

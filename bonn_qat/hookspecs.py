@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,6 +38,26 @@ def bonn_qat_schemes() -> Iterable[Scheme]:  # type: ignore[empty-body]
 @hookspec
 def bonn_qat_regularizers() -> Iterable[type[Regularizer]]:  # type: ignore[empty-body]
     """Offer regularizer classes; each is chosen by its ``name``."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A trained network: ``weights`` is its file from :func:`bonn_qat.save`, ``packed`` the same network packed.
+
+    ``name`` is timm's: the architecture, a dot, and a tag that says how and on what data it was trained.
+
+    >>> Pretrained("wrn22_16.bonn_cifar10", Path("wrn22_16.bonn_cifar10.safetensors")).name
+    'wrn22_16.bonn_cifar10'
+    """
+
+    name: str
+    weights: Path
+    packed: Path | None = None
+
+
+@hookspec
+def bonn_qat_pretrained() -> Iterable[Pretrained]:  # type: ignore[empty-body]
+    """Offer trained networks; each is chosen by its ``name``."""
 
 
 @hookspec(firstresult=True)

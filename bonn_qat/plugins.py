@@ -40,6 +40,7 @@ from bonn_qat.errors import (
     is_out_of_memory,
 )
 from bonn_qat.files.plain import one_line
+from bonn_qat.hookspecs import Pretrained
 from bonn_qat.regularizers import Regularizer
 from bonn_qat.scheme import Scheme
 
@@ -257,6 +258,11 @@ def regularizers(pm: pluggy.PluginManager | None = None) -> dict[str, type[Regul
     return _unique("regularizer", pm)
 
 
+def pretrained(pm: pluggy.PluginManager | None = None) -> dict[str, Pretrained]:
+    """All trained networks by name, without those that several plugins offer under one name."""
+    return _unique("pretrained network", pm)
+
+
 def find_scheme(scheme: str | Scheme, pm: pluggy.PluginManager | None = None) -> Scheme:
     """The scheme of that name; a Scheme is returned as it is.
 
@@ -276,6 +282,11 @@ def find_scheme(scheme: str | Scheme, pm: pluggy.PluginManager | None = None) ->
 def find_regularizer(name: str, pm: pluggy.PluginManager | None = None) -> type[Regularizer]:
     """The regularizer class of that name. Raises UnknownName, and PluginConflict if several plugins offer it."""
     return _find("regularizer", name, pm)  # type: ignore[no-any-return]
+
+
+def find_pretrained(name: str, pm: pluggy.PluginManager | None = None) -> Pretrained:
+    """The trained network of that name. Raises UnknownName, and PluginConflict if several plugins offer it."""
+    return _find("pretrained network", name, pm)  # type: ignore[no-any-return]
 
 
 def _offers(kind: str, pm: Manager) -> dict[str, dict[str, Any]]:
@@ -322,6 +333,7 @@ def _check(kind: str, item: Any, base: type) -> None:
 _KINDS: Mapping[str, tuple[str, type]] = {
     "scheme": ("bonn_qat_schemes", Scheme),
     "regularizer": ("bonn_qat_regularizers", Regularizer),
+    "pretrained network": ("bonn_qat_pretrained", Pretrained),
 }
 
 

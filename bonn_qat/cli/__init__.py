@@ -49,6 +49,8 @@ for function in (
     networks.summary,
     networks.bench,
     networks.export,
+    networks.evaluate,
+    networks.predict,
     networks.schemes,
 ):
     app.add_command(command(function))

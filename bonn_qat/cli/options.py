@@ -40,7 +40,7 @@ class Option:
         if get_origin(kind) is UnionType:  # X | None
             kind = get_args(kind)[0]
         if get_origin(kind) is tuple:
-            keywords["multiple"] = True
+            keywords |= {"nargs": -1} if self.parameter is click.Argument else {"multiple": True}
         elif kind is bool:
             keywords["is_flag"] = True
         elif kind is Path:

@@ -1,14 +1,18 @@
 """The base class of this package's networks, with timm's interface, and their common entry point."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from timm.layers import create_classifier
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
+from bonn_qat import plugins
+from bonn_qat.errors import InvalidRecipe
 from bonn_qat.scheme import Scheme
+
+_OF_TIMM = {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 
 
 class Backbone(nn.Module, ABC):
@@ -61,15 +65,26 @@ def build(
     model: Callable[..., nn.Module],
     variant: str,
     pretrained: bool,
+    architecture: Mapping[str, Any],
     *,
     scheme: str | Scheme | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """The timm model ``variant``, float, or binarized by ``scheme``. Raises what :func:`bonn_qat.binarize` raises."""
-    built: nn.Module = build_model_with_cfg(model, variant, pretrained, **kwargs)
+    """The timm model ``variant``, float, or binarized by ``scheme``; with the tag of a plugin's network, that network.
+
+    ``architecture`` are the arguments of ``model`` that make it ``variant``, ``kwargs`` those of the caller. Raises
+    what :func:`bonn_qat.binarize` raises.
+    """
+    tag = kwargs.get("pretrained_cfg")
+    if isinstance(tag, str) and (name := f"{variant}.{tag}") in plugins.pretrained():
+        if scheme is not None:
+            raise InvalidRecipe(f"{name} has its scheme already; leave out scheme={scheme!r}")
+        from bonn_qat.training.pretrained import create_model  # which ranks above the models
+
+        return create_model(name, pretrained, **{key: kwargs[key] for key in kwargs.keys() - _OF_TIMM})
+    built: nn.Module = build_model_with_cfg(model, variant, pretrained, **{**architecture, **kwargs})
     if scheme is None:
         return built
-    # Here, because binarization ranks above the models.
     from bonn_qat.binarization.binarize import binarize
 
     return binarize(built, scheme, inplace=True)

@@ -148,10 +148,10 @@ def birealnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     >>> birealnet18(num_classes=10, scheme="bonn").binarization.binary[0]
     'layer1.0.conv'
     """
-    return build(BiRealNet, "birealnet18", pretrained, blocks=(4, 4, 4, 4), **kwargs)
+    return build(BiRealNet, "birealnet18", pretrained, {"blocks": (4, 4, 4, 4)}, **kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def birealnet34(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-34 with a shortcut around each of its 32 convolutions; float, or binarized by ``scheme``."""
-    return build(BiRealNet, "birealnet34", pretrained, blocks=(6, 8, 12, 6), **kwargs)
+    return build(BiRealNet, "birealnet34", pretrained, {"blocks": (6, 8, 12, 6)}, **kwargs)

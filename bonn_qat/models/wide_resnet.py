@@ -3,7 +3,7 @@
 Images are ``(B, in_chans, H, W)`` with H and W at least 8, activations ``(B, C, H, W)``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
@@ -261,46 +261,45 @@ default_cfgs = generate_default_cfgs(
 
 
 def _wide_resnet(
-    variant: str, pretrained: bool, depth: int, widths: tuple[int, ...], /, drop_rate: float = 0.0, **kwargs: Any
+    variant: str, pretrained: bool, depth: int, widths: tuple[int, ...], kwargs: Mapping[str, Any], drop_rate: float = 0
 ) -> nn.Module:
-    features = {"out_indices": (0, 1, 2)}
-    return build(
-        WideResNet, variant, pretrained, feature_cfg=features,
-        depth=depth, widths=widths, drop_rate=drop_rate, **kwargs,
-    )  # fmt: skip
+    architecture = {
+        "depth": depth, "widths": widths, "drop_rate": drop_rate, "feature_cfg": {"out_indices": (0, 1, 2)}
+    }  # fmt: skip
+    return build(WideResNet, variant, pretrained, architecture, **kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def wrn10_16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """WRN-10, channels 16-16-32-64; float, or binarized by ``scheme``."""
-    return _wide_resnet("wrn10_16", pretrained, 10, _NARROW, **kwargs)
+    return _wide_resnet("wrn10_16", pretrained, 10, _NARROW, kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def wrn16_16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """WRN-16, channels 16-16-32-64; float, or binarized by ``scheme``."""
-    return _wide_resnet("wrn16_16", pretrained, 16, _NARROW, **kwargs)
+    return _wide_resnet("wrn16_16", pretrained, 16, _NARROW, kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def wrn22_16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """WRN-22, channels 16-16-32-64 (0.27 M parameters); float, or binarized by ``scheme``."""
-    return _wide_resnet("wrn22_16", pretrained, 22, _NARROW, **kwargs)
+    return _wide_resnet("wrn22_16", pretrained, 22, _NARROW, kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def wrn22_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """WRN-22, channels 64-64-128-256 (4.33 M parameters), dropout 0.3; float, or binarized by ``scheme``."""
-    return _wide_resnet("wrn22_64", pretrained, 22, _WIDE, **{"drop_rate": 0.3, **kwargs})
+    return _wide_resnet("wrn22_64", pretrained, 22, _WIDE, kwargs, drop_rate=0.3)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def wrn40_16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """WRN-40, channels 16-16-32-64; float, or binarized by ``scheme``."""
-    return _wide_resnet("wrn40_16", pretrained, 40, _NARROW, **kwargs)
+    return _wide_resnet("wrn40_16", pretrained, 40, _NARROW, kwargs)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def wrn40_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """WRN-40, channels 64-64-128-256, dropout 0.3; float, or binarized by ``scheme``."""
-    return _wide_resnet("wrn40_64", pretrained, 40, _WIDE, **{"drop_rate": 0.3, **kwargs})
+    return _wide_resnet("wrn40_64", pretrained, 40, _WIDE, kwargs, drop_rate=0.3)

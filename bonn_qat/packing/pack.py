@@ -10,6 +10,7 @@ from torch import nn
 from bonn_qat.binarization.binarize import Binarization, binary_layers
 from bonn_qat.binarization.copies import unwrapped
 from bonn_qat.errors import InvalidModel
+from bonn_qat.files.preprocessing import preprocessing_of
 from bonn_qat.inspection.summary import input_size_of
 from bonn_qat.modes import neutral
 from bonn_qat.packing.compare import compare
@@ -52,6 +53,7 @@ def pack(model: nn.Module, input_size: Sequence[int] | None = None) -> PackedMod
         made = PackedModel(
             network.graph, network.tensors, network.weights, name=type(model).__name__, input_size=size,
             batch=network.batch, scheme=record.scheme.name if isinstance(record, Binarization) else "", layers=layers,
+            preprocessing=preprocessing_of(model),
         )  # fmt: skip
         # A product of floats may be rounded to the other side of a threshold in every layer.
         is_exact = all(layer.kind == "bits" for layer in layers)

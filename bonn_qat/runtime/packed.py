@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from bonn_qat.errors import InvalidData, InvalidModel, first_line, within_memory
 from bonn_qat.files import plain
 from bonn_qat.files.atomic import write_bytes
+from bonn_qat.files.preprocessing import Preprocessing
 from bonn_qat.files.tensors import digest, dump_tensors, load_tensors, read_tensors
 from bonn_qat.files.validate import Allowed, Line, read_own
 from bonn_qat.modes import neutral
@@ -62,14 +63,16 @@ class _Header:
     batch: _Batch
     layers: list[PackedLayer]
     nodes: Any
+    preprocessing: Preprocessing | None = None
 
 
 @final
 class PackedModel(nn.Module):
     """A packed network: images ``(B, C, H, W)``, float32 of ``input_size`` -> the model's outputs. For inference only.
 
-    ``layers`` says how each binary layer was packed. Made by :func:`pack` or :meth:`load`. The outputs do not depend on
-    what the caller has set in torch, such as ``torch.autocast`` (:func:`bonn_qat.modes.neutral`), and they are the
+    ``layers`` says how each binary layer was packed, ``preprocessing`` how the images of the training were standardised
+    and what the classes are called, if that is known. Made by :func:`pack` or :meth:`load`. The outputs do not depend
+    on what the caller has set in torch, such as ``torch.autocast`` (:func:`bonn_qat.modes.neutral`), and they are the
     caller's own: changing them in place changes neither the network nor the images.
     """
 
@@ -84,8 +87,10 @@ class PackedModel(nn.Module):
         input_size: tuple[int, ...],
         batch: int | None,
         layers: Sequence[PackedLayer],
+        preprocessing: Preprocessing | None = None,
     ) -> None:
         super().__init__()
+        self.preprocessing = preprocessing
         self.name, self.scheme, self.input_size, self.batch = name, scheme, input_size, batch
         self.layers = tuple(layers)
         self._nodes, self._weights = graph, dict(weights)
@@ -209,6 +214,8 @@ class PackedModel(nn.Module):
             "layers": [asdict(layer) for layer in self.layers],
             "nodes": graphs.describe(self._nodes, self._weights),
         }  # fmt: skip
+        if self.preprocessing:
+            header["preprocessing"] = asdict(self.preprocessing)
         return tensors, header | {"sha256": digest(tensors, header)}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -223,7 +230,7 @@ class PackedModel(nn.Module):
             held = {name: self.network.get_buffer(buffer).clone() for name, buffer in self.names.items()}
             return PackedModel(
                 self._nodes, held, self._weights, name=self.name, scheme=self.scheme, input_size=self.input_size,
-                batch=self.batch, layers=self.layers,
+                batch=self.batch, layers=self.layers, preprocessing=self.preprocessing,
             )  # fmt: skip
 
     @classmethod

@@ -8,7 +8,7 @@ import math
 import os
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from bonn_qat.errors import InvalidData, UnknownName
-from bonn_qat.files.plain import one_line
+from bonn_qat.files.plain import one_line, printable
+from bonn_qat.files.preprocessing import Preprocessing
 from bonn_qat.regularizers import class_indices, described
 
 Batch = tuple[Tensor, Tensor]
@@ -33,6 +34,7 @@ class Data(ABC):
 
     ``shard`` is (rank, world size). Each process gets an equal part of every training batch, so that up to
     ``world - 1`` images of the last batch are left out, and every ``world``-th batch of the other sets.
+    ``preprocessing`` says how its images were standardised and what its classes are called; None if it is not known.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Data(ABC):
     image: tuple[int, int, int]
     train_size: int
     test_size: int
+    preprocessing: Preprocessing | None = None
 
     def describe(self) -> dict[str, Any]:
         """What identifies the data: ``name``, ``classes``, ``image`` ``[C, H, W]``, ``train`` and ``test`` (sizes)."""
@@ -95,12 +98,14 @@ class TensorData(Data):
     """Images in memory as uint8 ``(N, C, H, W)``, augmented in whole batches: pad, random crop, random flip.
 
     :meth:`to` moves them into a GPU's memory; then only the random numbers of an epoch are copied there. ``train`` and
-    ``test`` are images and class indices ``(N,)`` of any integer type or bool.
+    ``test`` are images and class indices ``(N,)`` of any integer type or bool, ``labels`` the names of the classes.
 
     Raises InvalidData for empty sets, images of another shape, that are not numbers or hold NaN, and for other labels.
     """
 
-    def __init__(self, name: str, train: Batch, test: Batch, *, classes: int, pad: int, flip: bool) -> None:
+    def __init__(
+        self, name: str, train: Batch, test: Batch, *, classes: int, pad: int, flip: bool, labels: Sequence[str] = ()
+    ) -> None:
         train = _checked(f"training set of {name!r}", *train, classes)
         test = _checked(f"test set of {name!r}", *test, classes)
         if test[0].shape[1:] != train[0].shape[1:]:
@@ -115,6 +120,8 @@ class TensorData(Data):
         pixels = train[0].transpose(0, 1).flatten(1).float()
         self._mean = pixels.mean(1).view(1, -1, 1, 1)
         self._std = pixels.std(1).clamp(min=1e-3).view(1, -1, 1, 1)
+        mean, std = ((statistic.flatten() / 255).tolist() for statistic in (self._mean, self._std))
+        self.preprocessing = Preprocessing(mean=tuple(mean), std=tuple(std), labels=tuple(labels))
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -262,13 +269,18 @@ class FolderData(Data):
         validation_images: int = 0,
         workers: int = 0,
     ) -> None:
-        from timm.data import create_transform
+        from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 
         from bonn_qat.training.image_folder import Images, read_layout
 
         layout = read_layout(Path(root))
         self.name, self.image, self._workers = Path(root).name, (3, size, size), workers
         self.classes = len(layout.classes)
+        self.preprocessing = Preprocessing(
+            mean=IMAGENET_DEFAULT_MEAN,
+            std=IMAGENET_DEFAULT_STD,
+            labels=tuple(one_line(printable(name)) for name in layout.classes),
+        )
         train, test = layout.train, layout.held_out
         if test is None:
             if len(train) < 2:
@@ -453,7 +465,7 @@ def _digits(parts: tuple[int, int, int]) -> Data:
     held_out = len(images) // 5
     test, train = order[:held_out], order[held_out:]
     chosen = _chosen_tensors((images[train], targets[train]), (images[test], targets[test]), parts)
-    return TensorData("digits", *chosen, classes=10, pad=1, flip=False)
+    return TensorData("digits", *chosen, classes=10, pad=1, flip=False, labels=[str(digit) for digit in range(10)])
 
 
 def _torchvision(name: str, root: Path, parts: tuple[int, int, int]) -> Data:
@@ -467,7 +479,7 @@ def _torchvision(name: str, root: Path, parts: tuple[int, int, int]) -> Data:
         images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
         tensors.append((images, torch.as_tensor(dataset.targets)))
     chosen = _chosen_tensors(tensors[0], tensors[1], parts)
-    return TensorData(name, *chosen, classes=len(dataset.classes), pad=4, flip=True)
+    return TensorData(name, *chosen, classes=len(dataset.classes), pad=4, flip=True, labels=dataset.classes)
 
 
 def _open_or_download(maker: Any, name: str, root: Path, train: bool) -> Any:

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -31,9 +31,10 @@ from bonn_qat.errors import (
     within_memory,
 )
 from bonn_qat.files.plain import one_line, shown
+from bonn_qat.files.preprocessing import Preprocessing, preprocessing_of
 from bonn_qat.files.tensors import read_tensors, write_tensors
 from bonn_qat.files.validate import Allowed, read_own
-from bonn_qat.heads import classifier
+from bonn_qat.heads import classifier, metadata
 from bonn_qat.objective import non_finite
 from bonn_qat.scheme import NONLINEARITIES, Scheme
 from bonn_qat.training.data import Data
@@ -79,7 +80,9 @@ def build(recipe: Recipe, data: Data, pm: pluggy.PluginManager | None = None) ->
         raise
     except InvalidRecipe:
         pass  # it may be that only its description fails
-    return _build(recipe, data.classes, data.image, pm)
+    model = _build(recipe, data.classes, data.image, pm)
+    model.preprocessing = data.preprocessing  # type: ignore[assignment]
+    return model
 
 
 def _build(recipe: Recipe, classes: int, image: tuple[int, ...], pm: pluggy.PluginManager | None) -> nn.Module:
@@ -145,41 +148,85 @@ def _load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: str | P
 
 def weights_header(recipe: Recipe, data: Data) -> dict[str, Any]:
     """The header of a weights file, from which :func:`load` makes the network before it loads the tensors."""
-    return {
-        "format": WEIGHTS_FORMAT,
-        "recipe": recipe.to_dict(),
-        "classes": data.classes,
-        "image": list(data.image),
-    }
+    return _header(recipe, data.classes, data.image, data.preprocessing)
 
 
-def load(path: str | Path, *, pm: pluggy.PluginManager | None = None) -> nn.Module:
+def _header(
+    recipe: Recipe,
+    classes: int,
+    image: tuple[int, ...],
+    preprocessing: Preprocessing | None,
+    card: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    header = {"format": WEIGHTS_FORMAT, "recipe": recipe.to_dict(), "classes": classes, "image": list(image)}
+    known = {"preprocessing": preprocessing and asdict(preprocessing), "card": card and dict(card)}
+    return header | {key: value for key, value in known.items() if value}
+
+
+def load(
+    path: str | Path,
+    *,
+    trained: bool = True,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    model_options: Mapping[str, Any] | None = None,
+    pm: pluggy.PluginManager | None = None,
+) -> nn.Module:
     """The trained network of a weights file, ``runs/NAME.safetensors`` of a comparison or from :func:`save`.
 
-    It is in evaluation mode; ``model.binarization.input_size`` is the size ``(C, H, W)`` of its images. The plugin of
-    its scheme must be installed; the data are not needed. Nothing is downloaded, and no code in the file is run.
+    It is in evaluation mode; ``model.binarization.input_size`` is the size ``(C, H, W)`` of its images,
+    ``model.preprocessing`` their mean and standard deviation and the names of the classes, and ``model.card`` what its
+    maker wrote about it. The plugin of its scheme must be installed; the data are not needed. Nothing is downloaded,
+    and no code in the file is run.
+
+    To train it further on other data, ``num_classes`` gives it a new classifier if it had another number of classes,
+    ``in_chans`` fits its first convolution to another number of channels, as timm does for pretrained weights, and
+    ``model_options`` are further arguments of the network, such as ``{"drop_rate": 0.1}``. If not ``trained``, the
+    network is as its training began.
 
     >>> model = bonn_qat.load("runs/bonn-0.01-seed0.safetensors")  # doctest: +SKIP
 
     Raises InvalidData naming the file: if it cannot be read, does not describe its network, is of another format, holds
     an unfinished run or tensors of another network, has a recipe with names that this installation does not know, or
-    does not fit into memory.
+    does not fit into memory. Raises InvalidRecipe for an impossible number of classes or channels.
     """
+    for name, count in (("num_classes", num_classes), ("in_chans", in_chans)):
+        if count is not None and not 1 <= count <= _LARGEST:
+            raise InvalidRecipe(f"{name} is {count}; allowed: 1 to {_LARGEST:,}")
     with within_memory(str(path)):
         tensors, content = read_tensors(path)
         header = _read_header(content, path)
+        channels = header.image[0]
+        header = replace(header, image=(in_chans or channels, *header.image[1:]))
         try:
-            model = _rebuilt(header, tensors, pm)
+            model = _rebuilt(header, tensors, model_options, pm)
         except BonnQatError as error:
             raise InvalidData(f"{path} cannot be restored: {error}") from error
-        _load_tensors(model, tensors, path)
+        if trained and header.image[0] != channels:
+            from timm.models import adapt_input_conv
+
+            for name in (f"{layer}.weight" for layer in metadata(model, "first_conv")):
+                tensors[name] = adapt_input_conv(header.image[0], tensors[name], channels)
+        if trained:
+            _load_tensors(model, tensors, path)
+        if num_classes is not None and num_classes != header.classes:
+            model.reset_classifier(num_classes)  # type: ignore[operator]
+            header = replace(header, preprocessing=header.preprocessing and replace(header.preprocessing, labels=()))
+        model.preprocessing = header.preprocessing if header.image[0] == channels else None  # type: ignore[assignment]
+        model.card = header.card  # type: ignore[assignment]
     return model
 
 
-def _rebuilt(header: "_Header", tensors: Mapping[str, Tensor], pm: pluggy.PluginManager | None) -> nn.Module:
+def _rebuilt(
+    header: "_Header",
+    tensors: Mapping[str, Tensor],
+    model_options: Mapping[str, Any] | None,
+    pm: pluggy.PluginManager | None,
+) -> nn.Module:
     """The network that a weights file describes, in evaluation mode, its tensors not loaded yet."""
     recipe = Recipe.from_dict(header.recipe)
-    options = {**recipe.model_options, "pretrained": False, "checkpoint_path": ""}  # the weights are here
+    # The weights are here.
+    options = {**recipe.model_options, **(model_options or {}), "pretrained": False, "checkpoint_path": ""}
     recipe = replace(recipe, model_options=options, checkpoint="")
     check(recipe, pm)
     held = sum(tensor.numel() for tensor in tensors.values())
@@ -197,12 +244,15 @@ def save(
     path: str | Path,
     *,
     model_options: Mapping[str, Any] | None = None,
+    card: Mapping[str, Any] | None = None,
     pm: pluggy.PluginManager | None = None,
 ) -> Path:
     """Write a trained timm model, binarized by :func:`bonn_qat.binarize`, so that :func:`load` can read it.
 
     The file holds the tensors, the names of the network and the scheme, and their options. ``model_options`` are the
     arguments that ``timm.create_model`` was called with besides ``num_classes`` and ``in_chans``, such as ``img_size``.
+    ``card`` is what a reader should know, such as ``{"top1": 83.2, "data": "cifar10"}``: strings, numbers, lists and
+    tables of these.
     Before anything is written the network is rebuilt from this data, and must give the same outputs.
 
     >>> bonn_qat.save(model, "trained.safetensors")  # doctest: +SKIP
@@ -218,8 +268,8 @@ def save(
     tensors = copied.state_dict()
     try:
         for recipe, classes, image in _descriptions(model, model_options, pm):
-            header = {"format": WEIGHTS_FORMAT, "recipe": recipe.to_dict(), "classes": classes, "image": list(image)}
-            rebuilt = _rebuilt(_read_header(header, path), tensors, pm)
+            header = _header(recipe, classes, image, preprocessing_of(model), card)
+            rebuilt = _rebuilt(_read_header(header, path), tensors, None, pm)
             if _are_same(copied, rebuilt, image):
                 return write_tensors(path, tensors, header)
         raise InvalidModel(
@@ -392,6 +442,8 @@ class _Header:
     recipe: Mapping[str, Any]
     classes: _Size
     image: Annotated[tuple[int, ...], _IMAGE]
+    preprocessing: Preprocessing | None = None
+    card: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _read_header(header: Mapping[str, Any], path: str | Path) -> _Header:

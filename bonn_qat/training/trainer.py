@@ -25,6 +25,7 @@ from bonn_qat.regularizers import latent_weights
 from bonn_qat.scheme import Stage, reweighed
 from bonn_qat.training.checkpoint import Checkpointer
 from bonn_qat.training.data import Batch, Data
+from bonn_qat.training.evaluate import TOP, tally
 from bonn_qat.training.network import to_memory_format
 from bonn_qat.training.precision import autocast
 from bonn_qat.training.recipe import Recipe
@@ -34,7 +35,6 @@ from bonn_qat.training.sync_norms import SynchronisedNorms, average_statistics
 
 _BINS = 61
 _CHECK_EVERY = 50  # steps between checks for NaN on a GPU, each of which synchronises
-_TOP = 5
 
 
 class Trainer:
@@ -191,12 +191,8 @@ class Trainer:
     @torch.no_grad()
     def _test(self) -> dict[str, float]:
         self.objective.eval()
-        sums = torch.zeros(4, device=self.device)  # hits, hits among the first five, loss, batches with NaN
-        for images, targets in self._on_device(self.data.test_batches(shard=self.shard), resumable=True):
-            logits = self.model(images)
-            order = logits.topk(min(_TOP, logits.shape[1])).indices == targets[:, None]
-            loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-            sums += torch.stack([order[:, 0].sum(), order.sum(), loss, ~images.sum().isfinite()])
+        batches = self._on_device(self.data.test_batches(shard=self.shard), resumable=True)
+        sums = tally(self.model, batches)
         top1, top5, loss, spoilt = (distributed.all_reduce(sums) / self.data.test_size).tolist()
         if spoilt:  # the signs hide it
             raise InvalidData(f"epoch {len(self.epochs) + 1}: {self._spoilt()}; remove such images")
@@ -206,7 +202,7 @@ class Trainer:
                 f"{self.recipe.lr:g}"
             )
         metrics = {"test/loss": loss, "test/top1": 100 * top1}
-        return metrics | ({"test/top5": 100 * top5} if self.data.classes > _TOP else {})
+        return metrics | ({"test/top5": 100 * top5} if self.data.classes > TOP else {})
 
     def _spoilt(self) -> str:
         """The first image of the test set that is not finite, in words."""

@@ -1,0 +1,157 @@
+"""Evaluate: the accuracy of a trained network on labelled images, and its answers for image files."""
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bonn_qat.errors import InvalidData, InvalidModel, check_model
+from bonn_qat.files.plain import shown
+from bonn_qat.files.preprocessing import Preprocessing, preprocessing_of
+from bonn_qat.modes import modes
+from bonn_qat.training.data import Batch, Data
+
+TOP = 5
+
+
+class Accuracy(NamedTuple):
+    """``top1`` and ``top5`` in percent, the latter None for up to five classes; the mean cross entropy ``loss``."""
+
+    top1: float
+    top5: float | None
+    loss: float
+    images: int
+
+
+class Guess(NamedTuple):
+    """A class, by its name or else its number, and its probability."""
+
+    label: str
+    probability: float
+
+
+def evaluate(model: nn.Module, data: Data) -> Accuracy:
+    """The accuracy of a network, trained or packed, on the test set of ``data``, computed in evaluation mode.
+
+    Images are standardised as in the network's training, ``model.preprocessing``, where that is known. The model and
+    its mode stay as they are.
+
+    >>> data = bonn_qat.load_data("digits")  # doctest: +SKIP
+    >>> bonn_qat.evaluate(bonn_qat.load("runs/bonn-0.01-seed0.safetensors"), data).top1  # doctest: +SKIP
+    93.59
+
+    Raises InvalidData for images or classes that the network was not made for, and for images with NaN. Warns if the
+    network and the data have other names for their classes.
+    """
+    check_model(model)
+    _check_image(model, data.image[0])
+    with modes(model), torch.no_grad():
+        sums = tally(
+            model, _restandardised(data.test_batches(), data.preprocessing, preprocessing_of(model)), data.classes
+        )
+    top1, top5, loss, spoilt = (sums / data.test_size).tolist()
+    if spoilt:
+        raise InvalidData(f"images of the test set of {data.name} hold NaN or infinity; remove them")
+    _check_labels(preprocessing_of(model), data)
+    return Accuracy(100 * top1, 100 * top5 if data.classes > TOP else None, loss, data.test_size)
+
+
+def tally(model: nn.Module, batches: Iterable[Batch], classes: int | None = None) -> Tensor:
+    """Sums over the images: right answers, right ones among the first five, cross entropy, batches with NaN: ``(4,)``.
+
+    Raises InvalidData for logits that are not ``(B, classes)``, if ``classes`` are given.
+    """
+    device = _device(model)
+    sums = torch.zeros(4, device=device)
+    for images, targets in batches:
+        logits = model(images.to(device))
+        if classes is not None and logits.shape != (len(targets), classes):
+            raise InvalidData(
+                f"the data have {classes} classes; the network returns {tuple(logits.shape)} for {len(targets)} images"
+            )
+        targets = targets.to(device)
+        right = logits.topk(min(TOP, logits.shape[1])).indices == targets[:, None]
+        loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        sums += torch.stack([right[:, 0].sum(), right.sum(), loss, ~images.sum().isfinite().to(device)])
+    return sums
+
+
+def predict(model: nn.Module, paths: Sequence[str | Path], *, top: int = TOP) -> Iterator[list[Guess]]:
+    """For each image file the ``top`` classes that a network, trained or packed, gives the highest probability.
+
+    An image is scaled so that it covers the network's image size, and what juts out is cut off on both sides.
+
+    Raises InvalidModel for a network that does not know its images' size and standardisation, InvalidData naming a file
+    that cannot be read as an image.
+    """
+    from PIL import Image, ImageOps
+
+    from bonn_qat.training.image_folder import read_image
+
+    check_model(model)
+    size, known = _input_size(model), preprocessing_of(model)
+    if size is None or len(size) != 3 or size[0] not in (1, 3) or known is None or len(known.mean) != size[0]:
+        raise InvalidModel(
+            f"{type(model).__name__} does not say which images it takes; predict needs model.preprocessing, which "
+            "weights files of training runs have"
+        )
+    for path in paths:
+        image = read_image(Path(path)).convert("L" if size[0] == 1 else "RGB")
+        image = ImageOps.fit(image, (size[2], size[1]), Image.Resampling.BICUBIC)
+        pixels = torch.tensor(list(image.tobytes()), dtype=torch.float32).view(size[1], size[2], size[0])
+        batch = _standardised(pixels.permute(2, 0, 1)[None] / 255, known)
+        with modes(model), torch.no_grad():
+            chances = model(batch.to(_device(model)))[0].float().softmax(0)
+        found = chances.topk(min(top, len(chances)))
+        names = known.labels if len(known.labels) == len(chances) else [f"class {i}" for i in range(len(chances))]
+        yield [Guess(names[i], p) for i, p in zip(found.indices.tolist(), found.values.tolist(), strict=True)]
+
+
+def _input_size(model: nn.Module) -> tuple[int, ...] | None:
+    size: tuple[int, ...] | None = getattr(getattr(model, "binarization", model), "input_size", None)
+    return size
+
+
+def _check_image(model: nn.Module, channels: int) -> None:
+    size = _input_size(model)
+    if size is not None and len(size) == 3 and size[0] != channels:
+        raise InvalidData(f"the network takes images with {size[0]} channel(s); those of the data have {channels}")
+
+
+def _check_labels(known: Preprocessing | None, data: Data) -> None:
+    own, given = (of.labels if of else () for of in (known, data.preprocessing))
+    if own and given and own != given:
+        place = next((i for i, (a, b) in enumerate(zip(own, given, strict=False)) if a != b), 0)
+        warnings.warn(
+            f"class {place} is {shown(own[place])} for the network and {shown(given[place])} in {data.name}; "
+            "the accuracy counts the numbers of classes, not their names",
+            stacklevel=3,
+        )
+
+
+def _restandardised(
+    batches: Iterable[Batch], given: Preprocessing | None, wanted: Preprocessing | None
+) -> Iterator[Batch]:
+    """The batches, standardised as the network's images were instead of as the data's."""
+    is_same = given is None or wanted is None or (given.mean, given.std) == (wanted.mean, wanted.std)
+    for images, targets in batches:
+        if not is_same:
+            assert given
+            assert wanted
+            mean, std = (torch.tensor(x, device=images.device).view(-1, 1, 1) for x in (given.mean, given.std))
+            images = _standardised(images * std + mean, wanted)
+        yield images, targets
+
+
+def _standardised(images: Tensor, by: Preprocessing) -> Tensor:
+    mean, std = (torch.tensor(x, device=images.device).view(-1, 1, 1) for x in (by.mean, by.std))
+    return (images - mean) / std
+
+
+def _device(model: nn.Module) -> torch.device:
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
