@@ -5,7 +5,6 @@ The network knows CIFAR-10 (colour, 32x32); the new data are scikit-learn's digi
 """
 
 import argparse
-from dataclasses import replace
 
 import torch
 
@@ -29,6 +28,7 @@ def enlarged_digits(train_images: int) -> TensorData:
 
 
 def main() -> None:
+    """Print the accuracy of both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", default="wrn22_16.bonn_cifar10", help="one of bonn_qat.list_models(pretrained=True)")
     parser.add_argument("--epochs", type=int, default=5)
@@ -37,7 +37,7 @@ def main() -> None:
     data = enlarged_digits(args.train_images)
     for pretrained in (True, False):
         model = bonn_qat.create_model(args.name, pretrained, num_classes=data.classes, in_chans=1)
-        recipe = replace(model.recipe, data="digits32", epochs=args.epochs, batch_size=64, lr=0.05, compile="")  # type: ignore[arg-type]
+        recipe = bonn_qat.Recipe(data="digits32", epochs=args.epochs, batch_size=64, lr=0.05)
         result = bonn_qat.train(model, recipe, data)
         print(f"{'from CIFAR-10' if pretrained else 'from scratch'}: {result.top1:.2f} % after {args.epochs} epochs")
 
