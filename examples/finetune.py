@@ -39,7 +39,7 @@ def main() -> None:
         model = bonn_qat.create_model(args.name, pretrained, num_classes=data.classes, in_chans=1)
         recipe = bonn_qat.Recipe(data="digits32", epochs=args.epochs, batch_size=64, lr=0.05)
         result = bonn_qat.train(model, recipe, data)
-        print(f"{'from CIFAR-10' if pretrained else 'from scratch'}: {result.top1:.2f} % after {args.epochs} epochs")
+        print(f"{'pretrained' if pretrained else 'from scratch'}: {result.top1:.2f} % after {args.epochs} epochs")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 _installed = (entry.name for entry in importlib.metadata.entry_points(group="bonn_qat"))
-os.environ["BONN_QAT_PLUGINS"] = ",".join(name for name in _installed if name.startswith("baselines."))
+os.environ["BONN_QAT_PLUGINS"] = ",".join(name for name in _installed if name.startswith(("baselines.", "weights")))
 for variable in ("BONN_QAT_DATA", "MLFLOW_TRACKING_URI"):
     os.environ.pop(variable, None)
 # Shells start background jobs with Ctrl-C ignored, which would break the tests that interrupt.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import bonn_qat
-from bonn_qat import Regularizer, Step, binarize, hookimpl, hookspecs, plugins
+from bonn_qat import Pretrained, Regularizer, Step, binarize, hookimpl, hookspecs, plugins
 from bonn_qat.bonn import BONN
 from bonn_qat.cli import runs
 from bonn_qat.errors import InvalidModel, PluginError, UnknownName
@@ -90,6 +90,22 @@ def test_bonn_qat_regularizers(pm):
     objective = Objective(model, regularizers={"size": 0.5}, pm=pm)
     (term,) = (module for module in objective.modules() if isinstance(module, Size))
     assert term().item() == pytest.approx(0.5 * model[0].weight.square().sum().item())
+
+
+def test_bonn_qat_pretrained(pm, tmp_path):
+    one, other = (Pretrained(f"net.{tag}", tmp_path / tag) for tag in ("one", "other"))
+
+    class Plugin:
+        @hookimpl
+        def bonn_qat_pretrained(self):
+            return [one, other]
+
+    assert plugins.pretrained(pm) == {}
+    pm.register(Plugin())
+    assert plugins.pretrained(pm) == {"net.one": one, "net.other": other}
+    assert plugins.find_pretrained("net.other", pm) is other
+    with pytest.raises(UnknownName, match=r"unknown pretrained network 'net.on'; did you mean 'net.one'"):
+        plugins.find_pretrained("net.on", pm)
 
 
 def test_bonn_qat_binarize_layer(pm):

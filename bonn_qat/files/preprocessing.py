@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
-from bonn_qat.files.validate import Allowed, Line
+from bonn_qat.files.validate import Allowed
 
 _MOST_LABELS = 2**16
 _Numbers = Annotated[
@@ -30,7 +30,11 @@ class Preprocessing:
     mean: _Numbers
     std: Annotated[_Numbers, Allowed("numbers above 0", lambda x: _all(lambda n: n > 0, x))]
     labels: Annotated[
-        tuple[Line, ...], Allowed(f"at most {_MOST_LABELS:,} names", lambda names: len(names) <= _MOST_LABELS)
+        tuple[str, ...],
+        Allowed(
+            f"at most {_MOST_LABELS:,} names of characters that can be printed",
+            lambda names: len(names) <= _MOST_LABELS and all(map(str.isprintable, names)),
+        ),
     ] = ()
 
 

@@ -12,7 +12,8 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SEARCH = EXAMPLES / "search_optuna.py"  # trains many times, and writes its results
-TRAININGS = sorted(set(EXAMPLES.rglob("*.py")) - {SEARCH})
+FINETUNE = EXAMPLES / "finetune.py"  # trains two networks of other data
+TRAININGS = sorted(set(EXAMPLES.rglob("*.py")) - {SEARCH, FINETUNE})
 EPOCHS = 2
 
 
@@ -79,3 +80,13 @@ def test_a_search_reports_each_epoch_to_optuna_and_its_trials_are_children_of_on
     rates = rows("mlflow.db", "SELECT run_uuid, value FROM params WHERE key = 'lr'")
     assert len(rates) == 4
     assert len({rate for _, rate in rates}) == 2
+
+
+def test_a_pretrained_network_is_trained_further(run_scripts, tmp_path):
+    arguments = ["--name", "wrn10_16.bonn_digits", "--epochs", "1", "--train-images", "64"]
+    (done,) = run_scripts([str(FINETUNE), *arguments], cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert [re.sub(r"\d+\.\d\d", "N", line) for line in lines] == [
+        "pretrained: N % after 1 epochs", "from scratch: N % after 1 epochs"
+    ]  # fmt: skip

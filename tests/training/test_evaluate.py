@@ -1,0 +1,123 @@
+"""Accuracy on labelled images, and the answers for image files, of trained and packed networks."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import bonn_qat
+from bonn_qat.errors import InvalidData, InvalidModel
+from bonn_qat.files.preprocessing import Preprocessing
+from bonn_qat.training.data import TensorData
+from bonn_qat.training.evaluate import evaluate, predict
+from bonn_qat.training.network import build
+
+
+@pytest.fixture(scope="module")
+def data():
+    return bonn_qat.load_data("digits", train_images=200, test_images=100)
+
+
+@pytest.fixture(scope="module")
+def run(data):
+    """A network, after an epoch, and the result of its training."""
+    recipe = bonn_qat.Recipe.default("digits")
+    recipe = replace(recipe, epochs=1, train_images=200, test_images=100)
+    model = build(recipe, data)
+    return model, bonn_qat.train(model, recipe, data)
+
+
+def test_the_accuracy_is_that_of_the_training_run(run, data):
+    model, result = run
+    model.train()
+    found = evaluate(model, data)
+    assert model.training
+    last = result.epochs[-1]
+    assert (found.top1, found.top5, found.loss) == (last["test/top1"], last["test/top5"], last["test/loss"])
+    assert found.images == 100
+
+
+def test_a_packed_network_has_the_accuracy_of_the_trained_one(run, data):
+    model, _ = run
+    assert evaluate(bonn_qat.pack(model), data).top1 == evaluate(model, data).top1
+
+
+def test_images_are_standardised_as_in_the_networks_training(run, data):
+    model, _ = run
+    known = data.preprocessing
+    other = TensorData("other", data._train, data._test, classes=10, pad=1, flip=False)
+    other._mean, other._std = data._mean + 20, data._std * 3  # as if it had other training images
+    mean, std = (tuple((x.flatten() / 255).tolist()) for x in (other._mean, other._std))
+    other.preprocessing = Preprocessing(mean=mean, std=std, labels=known.labels)
+    expected, found = evaluate(model, data), evaluate(model, other)
+    assert found.top1 == expected.top1
+    assert found.loss == pytest.approx(expected.loss, rel=1e-4)
+    other.preprocessing = None  # nobody knows
+    assert evaluate(model, other).loss != pytest.approx(expected.loss, rel=1e-2)
+
+
+def test_up_to_five_classes_have_no_top5(data):
+    model = bonn_qat.binarize(timm.create_model("wrn10_16", num_classes=2, in_chans=1), input_size=(1, 8, 8))
+    batch = data._test[0][:8], torch.arange(8) % 2
+    assert evaluate(model, TensorData("two", batch, batch, classes=2, pad=0, flip=False)).top5 is None
+
+
+def test_other_names_of_the_classes_are_told(run, data):
+    model, _ = run
+    names = [*"0123456798"]
+    other = TensorData("swapped", data._train, data._test, classes=10, pad=1, flip=False, labels=names)
+    with pytest.warns(UserWarning, match="class 8 is '8' for the network and '9' in swapped"):
+        evaluate(model, other)
+
+
+def test_data_of_another_kind_are_refused(run, data):
+    model, _ = run
+    images, targets = data._test
+    wide = images.expand(-1, 3, -1, -1), targets
+    with pytest.raises(InvalidData, match=r"takes images with 1 channel\(s\); those of the data have 3"):
+        evaluate(model, TensorData("colour", wide, wide, classes=10, pad=0, flip=False))
+    with pytest.raises(InvalidData, match=r"the data have 12 classes; the network returns \(100, 10\) for 100 images"):
+        evaluate(model, TensorData("more", data._test, data._test, classes=12, pad=0, flip=False))
+    with pytest.raises(InvalidModel, match=r"this takes a model; got 'wrn10_16'"):
+        evaluate("wrn10_16", data)
+
+
+def test_a_file_is_answered_as_its_pixels(run, data, tmp_path):
+    model, _ = run
+    images, _ = data._test
+    paths = [tmp_path / f"{index}.png" for index in range(3)]
+    for path, image in zip(paths, images, strict=False):
+        Image.fromarray(image[0].numpy()).save(path)
+    batch, _ = next(data.test_batches(3))
+    with torch.no_grad():
+        chances = model.eval()(batch).softmax(1)
+    for network in (model, bonn_qat.pack(model)):
+        for guesses, chance in zip(predict(network, paths, top=10), chances, strict=True):
+            order = chance.argsort(descending=True).tolist()
+            assert [guess.label for guess in guesses] == [str(index) for index in order]
+            found = torch.tensor([guess.probability for guess in guesses])
+            torch.testing.assert_close(found, chance[order], rtol=1e-3, atol=1e-5)
+
+
+def test_an_image_of_another_shape_is_scaled_and_cut(run, tmp_path):
+    model, _ = run
+    square = np.repeat(np.arange(32, dtype=np.uint8)[:, None] * 8, 32, axis=1)
+    # Black at a distance that the filter does not reach.
+    beside = np.pad(np.pad(square, ((0, 0), (8, 8)), mode="edge"), ((0, 0), (16, 16)))
+    for name, pixels in (("square", square), ("wide", beside)):
+        Image.fromarray(pixels).convert("RGB").save(tmp_path / f"{name}.png")
+    one, other = predict(model, [tmp_path / "square.png", tmp_path / "wide.png"])
+    assert one == other
+
+
+def test_what_cannot_be_answered(run, tmp_path):
+    model, _ = run
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(InvalidData, match=r"text.png cannot be read as an image"):
+        list(predict(model, [tmp_path / "text.png"]))
+    stranger = bonn_qat.binarize(timm.create_model("wrn10_16"), input_size=(3, 8, 8))
+    with pytest.raises(InvalidModel, match="does not say which images it takes"):
+        list(predict(stranger, []))
