@@ -78,7 +78,7 @@ def make(directory: Path, data_dir: Path | None, machine: str) -> Iterator[Path]
         card = Card(
             title=run.title, bits=run.bits, epochs=recipe.epochs, lr=recipe.lr, seed=recipe.seed,
             hours=round(run.seconds / 3600, 2), commit=run.environment["commit"], torch=run.environment["torch"],
-            trained_on=f"{machine}, {run.environment['threads']} threads", **measured(target, data),
+            trained_on=f"{machine}, threads: {run.environment['threads']}", **measured(target, data),
         )  # fmt: skip
         tensors, header = read_tensors(target)
         yield write_tensors(target, tensors, header | {"card": asdict(card)})
@@ -102,12 +102,12 @@ def measured(path: Path, data: Data) -> dict[str, Any]:
     packed_top1, times = None, dict[str, float]()
     if list(binary_layers(model)):
         file = bonn_qat.pack(model).save(path.with_suffix(".packed.safetensors"))
-        packed_top1 = bonn_qat.evaluate(PackedModel.load(file), data).top1
+        packed_top1 = round(bonn_qat.evaluate(PackedModel.load(file), data).top1, 2)
         float_form = float_network(model.recipe, data.classes, data.image[0])  # type: ignore[arg-type]
         latencies = bench(float_form, model, data.image, batches=(1,), threads=(1,), rounds=20).latencies
         times = {latency.backend: round(latency.median_milliseconds, 3) for latency in latencies}
     return {
-        "data": data.name, "test_images": data.test_size, "top1": found.top1, "packed_top1": packed_top1,
+        "data": data.name, "test_images": data.test_size, "top1": round(found.top1, 2), "packed_top1": packed_top1,
         "measured_on": processor(), "parameters": report.parameters, "megabits": round(report.mbit, 3),
         "milliseconds": times.get("packed"), "float_milliseconds": times.get("onnxruntime float"),
     }  # fmt: skip
