@@ -118,7 +118,8 @@ class ConvShortcutBlock(_BinaryBlock):
 
     Twice ``act(conv(sign(BN(x))) + shortcut(x))``, or ``act(conv(...)) + shortcut(x)`` for the position
     ``before_add``; ``act(BN(conv(sign(x))) + shortcut(x))`` for the norm position ``after_conv``. If the shape changes,
-    the first shortcut is 2x2 average pooling and the 1x1 convolution with stride 1, of the block's input before the BN.
+    the first shortcut is 2x2 average pooling and the 1x1 convolution with stride 1, of the block's input before the BN;
+    for the projection ``conv_norm_pool`` it is the convolution, a BN and the pooling.
     """
 
     def __init__(self, block: BasicBlock, scheme: Scheme) -> None:
@@ -128,8 +129,12 @@ class ConvShortcutBlock(_BinaryBlock):
         stride = block.conv1.stride[0]
         # ceil_mode, so that an odd size becomes as long as after the strided convolution.
         self.pool = nn.Identity() if stride == 1 else nn.AvgPool2d(stride, ceil_mode=True)
+        self.shortcut_bn: nn.Module = nn.Identity()
         if self.shortcut is not None:
             self.shortcut.stride = (1, 1)
+        self.pools_last = self.shortcut is not None and scheme.projection == "conv_norm_pool"
+        if self.pools_last:
+            self.shortcut_bn = nn.BatchNorm2d(channels)
         self.bn1_after: nn.Module = nn.Identity()
         if self.norm_position == "after_conv":
             self.bn2 = nn.Identity()
@@ -140,8 +145,11 @@ class ConvShortcutBlock(_BinaryBlock):
         x = self.bn1(x) if self.shares_norm else x
         # In this order, because a compiler that finds a convolution between two uses of x keeps the mask of the sign
         # in memory, which it could recompute.
-        pooled = self.pool(x)
-        shortcut = x if self.shortcut is None else self.shortcut(pooled)
+        if self.pools_last:
+            shortcut = self.pool(self.shortcut_bn(self.shortcut(x)))  # type: ignore[misc]
+        else:
+            pooled = self.pool(x)
+            shortcut = x if self.shortcut is None else self.shortcut(pooled)
         x = self._unit(
             None if self.shares_norm else self.bn1, self.conv1, (self.bn1_after, self.dropout), x, shortcut, self.act1
         )
