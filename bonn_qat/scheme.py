@@ -131,10 +131,10 @@ class Scheme:
     convolution and the addition (``"after_conv"``: Bi-Real Net, ReActNet, IR-Net, ReCU, AdaBin), or at both places.
     Other networks keep their own norms where they are, in addition to ``norm``.
 
-    ``projection`` shapes the first of one shortcut for each convolution where the number of channels changes: average
-    pooling and a 1x1 convolution (``"pool_conv"``), or that convolution, a BN and the pooling, as in the ResNet-18 of
-    BONN's authors (``"conv_norm_pool"``); without the BN both orders compute the same. The float blocks of
-    ``birealnet18`` already have the latter, and keep it.
+    ``projection`` is the first shortcut of a rebuilt block with one for each convolution, where the shape changes:
+    average pooling and a 1x1 convolution (``"pool_conv"``), or that convolution, a BN and the pooling, as in the
+    ResNet-18 of BONN's authors (``"conv_norm_pool"``). Without the BN both orders compute the same, the latter with
+    four times the multiplications. The float blocks of ``birealnet18`` already have the latter, and keep it.
 
     ``latent_std`` rescales the latent weights of each binary layer to this standard deviation, which keeps their signs;
     ``None`` keeps their scale. The quantizers start from the float weights: a scheme with a scale of its own, such as

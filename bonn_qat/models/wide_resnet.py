@@ -127,14 +127,12 @@ class ConvShortcutBlock(_BinaryBlock):
         channels = block.conv1.out_channels
         self.act1, self.act2 = _nonlinearity(scheme, channels), _nonlinearity(scheme, channels)
         stride = block.conv1.stride[0]
+        self.pools_last = self.shortcut is not None and scheme.projection == "conv_norm_pool"
+        self.shortcut_bn = nn.BatchNorm2d(channels) if self.pools_last else nn.Identity()
         # ceil_mode, so that an odd size becomes as long as after the strided convolution.
         self.pool = nn.Identity() if stride == 1 else nn.AvgPool2d(stride, ceil_mode=True)
-        self.shortcut_bn: nn.Module = nn.Identity()
         if self.shortcut is not None:
             self.shortcut.stride = (1, 1)
-        self.pools_last = self.shortcut is not None and scheme.projection == "conv_norm_pool"
-        if self.pools_last:
-            self.shortcut_bn = nn.BatchNorm2d(channels)
         self.bn1_after: nn.Module = nn.Identity()
         if self.norm_position == "after_conv":
             self.bn2 = nn.Identity()
