@@ -197,11 +197,11 @@ class BonnWeight(WeightQuantizer):
 
     ``start`` is the initial scale: the mean of ``|weight|`` over the elements that share it (``"mean_magnitude"``; of
     the float weights, before ``latent_std`` rescales them), or the standard deviation of the MSRA initialization, with
-    the inputs, ``sqrt(2 / (I kh kw))`` (``"msra"``), or the outputs, ``sqrt(2 / (O kh kw))`` (``"msra_fan_out"``). The
-    paper's networks, which are initialized with the outputs, have a mean magnitude of 0.8 times the last. The paper
-    does not say; its Fig. 5 begins at about 0.062, 0.046 and 0.032 in the layers 2, 8 and 14 of WRN-22, the first of
-    64, 128 and 256 outputs, where the last is 0.059, 0.042 and 0.029. Every element of w starts at that scale, or at
-    its inverse, which is bounded where the weights are 0. Raises InvalidRecipe for any other value of an option.
+    the inputs, ``sqrt(2 / (I kh kw))`` (``"msra"``), or the outputs, ``sqrt(2 / (O kh kw))`` (``"msra_fan_out"``). Our
+    ``wrn`` and ``birealnet`` networks are initialized with the outputs, so that their mean magnitude is 0.8 times the
+    last. The paper does not say; its Fig. 5 begins at about 0.062, 0.046 and 0.032 in the layers 2, 8 and 14 of WRN-22,
+    with 64, 128 and 256 outputs, where the last is 0.059, 0.042 and 0.029. Every element of w starts at that scale, or
+    at its inverse, which is bounded where the weights are 0. Raises InvalidRecipe for any other value of an option.
 
     >>> quantizer = BonnWeight(torch.tensor([[[[0.5, -0.3]]], [[[0.1, 0.3]]]]))
     >>> quantizer.modulation.shape, quantizer(torch.randn(2, 1, 1, 2)).scale
