@@ -11,7 +11,7 @@ and estimator.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -504,12 +504,20 @@ def kernel_loss(
     return cast(Tensor, _KernelLoss.apply(latent, modulation, scale, mu, sigma, nu, per_element))
 
 
-def feature_loss(features: Tensor, targets: Tensor, centres: Tensor, sigma: Tensor) -> Tensor:
+def feature_loss(
+    features: Tensor,
+    targets: Tensor,
+    centres: Tensor,
+    sigma: Tensor,
+    *,
+    reduction: Literal["mean", "sum"] = "mean",
+) -> Tensor:
     """The Bayesian feature loss: the second sum of (9) without its factor theta, averaged over the batch; a scalar.
 
     ``1/(2B) sum_b { ||f_b - c_m||^2 + sum_k [ (f_bk - c_mk)^2 / sigma_mk^2 + log sigma_mk^2 ] }``, where m is the
     class of sample b. Features ``(B, D)``, targets ``(B,)`` of class indices, centres and sigma ``(M, D)``. A sample
-    with a negative target belongs to no class: it is left out, also of B.
+    with a negative target belongs to no class: it is left out, also of B. ``reduction="sum"`` leaves out the division
+    by B, as (9) is printed.
 
     >>> features, centres = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 0.0], [1.0, 1.0]])
     >>> feature_loss(features, torch.tensor([1]), centres, torch.ones(2, 2))  # distance 1, twice, halved
@@ -518,7 +526,17 @@ def feature_loss(features: Tensor, targets: Tensor, centres: Tensor, sigma: Tens
     own = targets.clamp(min=0)
     spread = sigma[own]
     squared = (features - centres[own]).square()
-    return 0.5 * mean_of_known((squared * (1 + spread.reciprocal().square()) + 2 * spread.log()).sum(1), targets)
+    values = (squared * (1 + spread.reciprocal().square()) + 2 * spread.log()).sum(1)
+    return 0.5 * (sum_of_known if reduction == "sum" else mean_of_known)(values, targets)
+
+
+def sum_of_known(values: Tensor, targets: Tensor) -> Tensor:
+    """The sum of ``values`` ``(B,)`` over the samples whose target is not negative; 0 if there is none.
+
+    >>> sum_of_known(torch.tensor([1.0, 5.0, 3.0]), torch.tensor([0, -100, 2]))
+    tensor(4.)
+    """
+    return torch.where(targets >= 0, values, 0).sum()
 
 
 def mean_of_known(values: Tensor, targets: Tensor) -> Tensor:
@@ -527,8 +545,7 @@ def mean_of_known(values: Tensor, targets: Tensor) -> Tensor:
     >>> mean_of_known(torch.tensor([1.0, 5.0, 3.0]), torch.tensor([0, -100, 2]))
     tensor(2.)
     """
-    known = targets >= 0
-    return torch.where(known, values, 0).sum() / known.sum().clamp(min=1)
+    return sum_of_known(values, targets) / (targets >= 0).sum().clamp(min=1)
 
 
 def centre_update(features: Tensor, targets: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:

@@ -307,6 +307,10 @@ class FeatureLoss(_ClassCentres):
     ``start(batches)`` first, which measures both on the training set: the spread of each class or, with
     ``spread="all"``, the same of all images for every class.
 
+    (9) is a sum, and the paper does not say that it is divided by the batch size, as the first author's center loss is.
+    ``reduction="sum"`` adds up the images of the batch, in a process group those of all processes, so that theta counts
+    as many times as there are images.
+
     Call it as ``feature(targets)`` after the forward pass, and create it before ``torch.compile`` first runs the model,
     because compiled code does not see later hooks. Targets are class indices ``(B,)`` of any integer type or bool; an
     image with a negative one, such as the ``ignore_index`` of cross entropy, belongs to no class and is left out.
@@ -329,11 +333,13 @@ class FeatureLoss(_ClassCentres):
         alpha: float = 0.5,
         min_sigma: float = 1e-2,
         spread: Literal["class", "all"] = "class",
+        reduction: Literal["mean", "sum"] = "mean",
     ) -> None:
         super().__init__(model, weight=weight, classifier=classifier, num_classes=num_classes, alpha=alpha)
         _check_sigma("feature", min_sigma)
         _check(spread in ("class", "all"), "spread of the feature loss", spread, "'class' or 'all'")
-        self.min_sigma, self.spread = min_sigma, spread
+        _check(reduction in ("mean", "sum"), "reduction of the feature loss", reduction, "'mean' or 'sum'")
+        self.min_sigma, self.spread, self.reduction = min_sigma, spread, reduction
         self.sigma = nn.Parameter(torch.ones_like(self.centres))
 
     def start(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -352,7 +358,9 @@ class FeatureLoss(_ClassCentres):
         features, targets = self._inputs(step)
         with torch.no_grad():
             self.sigma.clamp_(min=self.min_sigma)
-        loss = functional.feature_loss(features, targets, self.centres, self.sigma)
+        loss = functional.feature_loss(features, targets, self.centres, self.sigma, reduction=self.reduction)
+        if self.reduction == "sum":
+            loss = loss * distributed.world()  # because data-parallel training averages the gradients of the processes
         if self.training:
             self._move_centres(features.detach(), targets)
         return loss

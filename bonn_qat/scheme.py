@@ -48,6 +48,7 @@ WEIGHTS = ("binary", "float")
 SHORTCUTS = ("conv", "block")
 POSITIONS = ("after_add", "before_add")
 NORM_POSITIONS = ("before_sign", "after_conv", "both")
+PROJECTIONS = ("pool_conv", "conv_norm_pool")
 EQUAL_OUTPUT: Literal["equal-output"] = "equal-output"
 Start = float | Literal["equal-output"] | None
 NONLINEARITIES: Mapping[str, Callable[[int], nn.Module]] = {
@@ -130,6 +131,11 @@ class Scheme:
     convolution and the addition (``"after_conv"``: Bi-Real Net, ReActNet, IR-Net, ReCU, AdaBin), or at both places.
     Other networks keep their own norms where they are, in addition to ``norm``.
 
+    ``projection`` is the first shortcut of a rebuilt block with one for each convolution, where the shape changes:
+    average pooling and a 1x1 convolution (``"pool_conv"``), or that convolution, a BN and the pooling, as in the
+    ResNet-18 of BONN's authors (``"conv_norm_pool"``). Without the BN both orders compute the same, the latter with
+    four times the multiplications. The float blocks of ``birealnet18`` already have the latter, and keep it.
+
     ``latent_std`` rescales the latent weights of each binary layer to this standard deviation, which keeps their signs;
     ``None`` keeps their scale. The quantizers start from the float weights: a scheme with a scale of its own, such as
     BONN's, keeps that scale, where one that computes it from the latents, such as XNOR-Net's, shrinks with them. With
@@ -140,8 +146,8 @@ class Scheme:
     more. Read from a scheme, ``regularizers`` are the weights of its last stage. ``given`` is set by :meth:`configure`:
     the options that differ from the scheme's own.
 
-    Raises UnknownName for another ``shortcut``, ``nonlinearity_position`` or ``norm_position``, and InvalidRecipe for
-    an impossible ``latent_std`` or weight, or for both ``regularizers`` and ``stages``.
+    Raises UnknownName for another ``shortcut``, ``nonlinearity_position``, ``norm_position`` or ``projection``, and
+    InvalidRecipe for an impossible ``latent_std`` or weight, or for both ``regularizers`` and ``stages``.
 
     >>> from bonn_qat.quantizers import BonnWeight, SteSign
     >>> mine = Scheme(name="mine", title="Mine", reference="ours", weight=BonnWeight, activation=SteSign,
@@ -161,6 +167,7 @@ class Scheme:
     shortcut: Literal["conv", "block"] = "conv"
     nonlinearity_position: Literal["after_add", "before_add"] = "after_add"
     norm_position: Literal["before_sign", "after_conv", "both"] = "before_sign"
+    projection: Literal["pool_conv", "conv_norm_pool"] = "pool_conv"
     latent_std: Start = None
     if TYPE_CHECKING:
         regularizers: dict[str, float] = field(default_factory=dict)
@@ -171,7 +178,8 @@ class Scheme:
 
     def __post_init__(self, regularizers: Mapping[str, float] | None) -> None:  # type: ignore[override]
         for name, allowed in (
-            ("shortcut", SHORTCUTS), ("nonlinearity_position", POSITIONS), ("norm_position", NORM_POSITIONS)
+            ("shortcut", SHORTCUTS), ("nonlinearity_position", POSITIONS), ("norm_position", NORM_POSITIONS),
+            ("projection", PROJECTIONS),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise UnknownName(f"{name} of the scheme {self.name!r}", str(getattr(self, name)), allowed)

@@ -554,6 +554,17 @@ def test_feature_loss_is_the_second_sum_of_9_averaged_over_the_batch():
     assert not problem["sigma"].grad[3].any()  # a class without a sample learns nothing
 
 
+@pytest.mark.parametrize(("ignored", "known"), [([], 7), ([0, 3], 5), (range(7), 0)])
+def test_the_summed_feature_loss_is_the_averaged_one_times_the_samples_with_a_class(ignored, known):
+    problem, found = feature_problem(), []
+    problem["targets"][list(ignored)] = -100
+    for reduction in ("sum", "mean"):
+        loss = functional.feature_loss(**problem, reduction=reduction)
+        found.append([loss, *torch.autograd.grad(loss, [problem["features"], problem["sigma"]])])
+    for summed, averaged in zip(*found, strict=True):
+        torch.testing.assert_close(summed, known * averaged)
+
+
 def test_centre_update_is_the_center_loss_rule():
     problem = feature_problem()
     numerator, counts = functional.centre_update(problem["features"].detach(), problem["targets"], problem["centres"])

@@ -1,6 +1,9 @@
 """Quantizers: the contract that all of them keep, and what BONN's adds."""
 
+import math
+
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -75,7 +78,7 @@ def test_a_modulation_of_filters_starts_at_the_mean_magnitude_of_each():
     assert BonnWeight(WEIGHT, granularity="plane").constants(WEIGHT) == 1
 
 
-@pytest.mark.parametrize("start", ["mean_magnitude", "msra"])
+@pytest.mark.parametrize("start", ["mean_magnitude", "msra", "msra_fan_out"])
 @pytest.mark.parametrize("granularity", ["kernel", "plane", "filter"])
 def test_both_readings_start_at_the_same_values(granularity, start):
     one, other = (BonnWeight(WEIGHT, granularity=granularity, reading=r, start=start) for r in READINGS)
@@ -84,8 +87,17 @@ def test_both_readings_start_at_the_same_values(granularity, start):
     torch.testing.assert_close(scale, inverse_scale)
     assert scale.shape == inverse_scale.shape
     torch.testing.assert_close(other.modulation, 1 / one.modulation)
-    if start == "msra":
-        torch.testing.assert_close(scale, torch.full_like(scale, (2 / (4 * 3 * 3)) ** 0.5))
+    if start != "mean_magnitude":
+        channels = {"msra": 4, "msra_fan_out": 6}[start]
+        torch.testing.assert_close(scale, torch.full_like(scale, (2 / (channels * 3 * 3)) ** 0.5))
+
+
+def test_the_papers_networks_start_at_the_mean_magnitude_of_the_msra_initialization():
+    torch.manual_seed(0)
+    model = timm.create_model("wrn10_16", scheme="bonn")
+    for layer in (model.layer2[0].conv1, model.layer3[0].conv1, model.layer3[0].conv2):
+        std = BonnWeight(layer.weight, start="msra_fan_out").modulation.mean().item()
+        assert layer.weight_quant.modulation.mean().item() == pytest.approx((2 / math.pi) ** 0.5 * std, rel=0.03)
 
 
 @pytest.mark.parametrize("granularity", ["kernel", "plane", "filter"])
@@ -134,7 +146,7 @@ def test_the_inverse_modulation_stays_above_zero_and_no_other_is_touched():
         ("granularity", "granularity of BONN's modulation must be 'kernel', 'plane' or 'filter'; got 'none'"),
         ("reading", "reading of BONN's modulation must be 'algorithm1' or 'inverse'; got 'none'"),
         ("gradient", "gradient of BONN's weights must be 'printed' or 'derivative'; got 'none'"),
-        ("start", "start of BONN's modulation must be 'mean_magnitude' or 'msra'; got 'none'"),
+        ("start", "start of BONN's modulation must be 'mean_magnitude', 'msra' or 'msra_fan_out'; got 'none'"),
     ],
 )
 def test_an_unknown_value_of_an_option_is_an_error(option, words):

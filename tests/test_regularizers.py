@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bonn_qat import CenterLoss, FeatureLoss, KernelLoss, binarize, functional
+from bonn_qat import CenterLoss, FeatureLoss, KernelLoss, binarize, distributed, functional
 from bonn_qat.bonn import BONN
 from bonn_qat.errors import InvalidData, InvalidModel, InvalidRecipe
 from bonn_qat.layers import BinaryConv2d
@@ -100,6 +100,7 @@ def test_an_impossible_option_of_the_kernel_loss_is_told(options, words):
         ({"alpha": float("nan")}, "alpha of the feature loss must be a number of at least 0; got nan"),
         ({"min_sigma": 0.0}, r"min_sigma of the feature loss must be a number of at least 1e-15; got 0\.0"),
         ({"spread": "weights"}, "spread of the feature loss must be 'class' or 'all'; got 'weights'"),
+        ({"reduction": "none"}, "reduction of the feature loss must be 'mean' or 'sum'; got 'none'"),
     ],
 )
 def test_an_impossible_option_of_the_feature_loss_is_told(options, words):
@@ -267,6 +268,22 @@ def test_the_feature_loss_is_taken_at_the_input_of_the_classifier():
     model(images)
     expected = functional.feature_loss(features, targets, feature.centres, feature.sigma)
     torch.testing.assert_close(feature(targets), 0.3 * expected)
+
+
+def test_a_summed_feature_loss_is_that_of_the_whole_batch_also_where_processes_average_their_gradients(monkeypatch):
+    model = dense().eval()
+    ((images, targets),) = batches([6])
+
+    def gradient(part: slice, reduction: str) -> Tensor:
+        feature = FeatureLoss(model, reduction=reduction).eval()
+        model(images[part])
+        return torch.autograd.grad(feature(targets[part]), model[1].weight)[0]
+
+    whole = gradient(slice(6), "sum")
+    torch.testing.assert_close(whole, 6 * gradient(slice(6), "mean"))
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    halves = [gradient(part, "sum") for part in (slice(3), slice(3, 6))]
+    torch.testing.assert_close(whole, sum(halves) / 2)
 
 
 @pytest.mark.parametrize("loss", [FeatureLoss, CenterLoss])

@@ -112,6 +112,7 @@ def test_a_nonlinearity_can_be_named(name, function):
             UnknownName,
             "norm_position of the scheme 'bonn' 'before'; did you mean 'before_",
         ),
+        ({"projection": "conv_pool"}, UnknownName, "projection of the scheme 'bonn' 'conv_pool'; did you mean 'conv_"),
         ({"nonlinearity_position": "after"}, UnknownName, "nonlinearity_position of the scheme 'bonn' 'after'"),
         ({"latent_std": 0}, InvalidRecipe, "latent_std of .* must be a number above 0, or 'equal-output'; got 0"),
         ({"norm": "batch"}, InvalidRecipe, "norm of the scheme 'bonn' must be a class or function .*; got 'batch'"),

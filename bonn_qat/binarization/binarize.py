@@ -224,6 +224,7 @@ _EFFECTS = {
     "shortcut": "it has no block whose shortcut can be changed",
     "nonlinearity_position": "it has no block whose nonlinearity can be moved",
     "norm_position": "it has no block whose norms can be moved; its own norms stay where they are",
+    "projection": "it has no block whose shortcut is a projection that the scheme makes",
 }
 
 

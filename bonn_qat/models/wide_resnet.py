@@ -118,7 +118,8 @@ class ConvShortcutBlock(_BinaryBlock):
 
     Twice ``act(conv(sign(BN(x))) + shortcut(x))``, or ``act(conv(...)) + shortcut(x)`` for the position
     ``before_add``; ``act(BN(conv(sign(x))) + shortcut(x))`` for the norm position ``after_conv``. If the shape changes,
-    the first shortcut is 2x2 average pooling and the 1x1 convolution with stride 1, of the block's input before the BN.
+    the first shortcut is 2x2 average pooling and the 1x1 convolution with stride 1, of the block's input before the BN;
+    for the projection ``conv_norm_pool`` it is the convolution, a BN and the pooling.
     """
 
     def __init__(self, block: BasicBlock, scheme: Scheme) -> None:
@@ -126,6 +127,8 @@ class ConvShortcutBlock(_BinaryBlock):
         channels = block.conv1.out_channels
         self.act1, self.act2 = _nonlinearity(scheme, channels), _nonlinearity(scheme, channels)
         stride = block.conv1.stride[0]
+        self.pools_last = self.shortcut is not None and scheme.projection == "conv_norm_pool"
+        self.shortcut_bn = nn.BatchNorm2d(channels) if self.pools_last else nn.Identity()
         # ceil_mode, so that an odd size becomes as long as after the strided convolution.
         self.pool = nn.Identity() if stride == 1 else nn.AvgPool2d(stride, ceil_mode=True)
         if self.shortcut is not None:
@@ -140,8 +143,11 @@ class ConvShortcutBlock(_BinaryBlock):
         x = self.bn1(x) if self.shares_norm else x
         # In this order, because a compiler that finds a convolution between two uses of x keeps the mask of the sign
         # in memory, which it could recompute.
-        pooled = self.pool(x)
-        shortcut = x if self.shortcut is None else self.shortcut(pooled)
+        if self.pools_last:
+            shortcut = self.pool(self.shortcut_bn(self.shortcut(x)))  # type: ignore[misc]
+        else:
+            pooled = self.pool(x)
+            shortcut = x if self.shortcut is None else self.shortcut(pooled)
         x = self._unit(
             None if self.shares_norm else self.bn1, self.conv1, (self.bn1_after, self.dropout), x, shortcut, self.act1
         )

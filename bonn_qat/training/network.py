@@ -5,6 +5,7 @@ import copy
 import os
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -95,12 +96,24 @@ def _build(recipe: Recipe, classes: int, image: tuple[int, ...], pm: pluggy.Plug
     model = binarize(model, start, skip=recipe.skip, include=recipe.include, inplace=True, pm=pm)
     if recipe.checkpoint:
         load_file(model, recipe.checkpoint)
+    elif recipe.norm_start == "uniform" and not recipe.model_options.get("pretrained"):
+        _draw_norms(model, recipe.seed)
     for _, layer in binary_layers(model):
         layer.scheme = scheme
     record = cast(Binarization, model.binarization)
     model.binarization = replace(record, scheme=scheme, input_size=image)  # type: ignore[assignment]
     model.recipe = recipe  # type: ignore[assignment]
     return model
+
+
+@torch.no_grad()
+def _draw_norms(model: nn.Module, seed: int) -> None:
+    """Draw gamma of each batch norm from U(0, 1), from random numbers of its name alone."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+            # Schemes differ in which norms they have, and the global generator must give all of them the same numbers.
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            module.weight.uniform_(generator=generator)
 
 
 def float_network(recipe: Recipe, classes: int, channels: int) -> nn.Module:

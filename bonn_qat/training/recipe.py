@@ -19,6 +19,7 @@ SCHEDULES = ("constant", "cosine", "one_cycle", "step")
 OPTIMIZERS = ("sgd", "adam")
 AUGMENTATIONS = ("crop", "resized_crop")
 COMPILE = ("", "default", "reduce-overhead", "max-autotune")
+NORM_STARTS = ("one", "uniform")
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
 _LONGEST_NAME = 200  # bytes; a file's name has 255, and others are made of it
 # Arguments of timm.create_model that name files, or where to find them.
@@ -41,6 +42,9 @@ class Recipe:
     start: ``"scheme"`` as the scheme says, ``"float"`` as in the float network, scaled to a standard deviation such as
     ``"0.01"``, or ``"equal-output"`` (:class:`bonn_qat.Scheme`). Equal latents are not equal outputs: with ``"0.01"``
     BONN's first layer in WRN-22 has a scale of 0.093, from the float weights, and XNOR-Net's 0.008, from its latents.
+    ``norm_start`` is where the scales (gamma) of all batch norms start: at ``"one"``, or ``"uniform"``, each drawn from
+    U(0, 1), as in the code of wide residual networks and in PyTorch up to 1.1; not in a network that starts from a
+    ``checkpoint`` or from pretrained weights. A norm of the same name starts alike in every scheme.
 
     ``nesterov`` is Nesterov's form of ``momentum``; without momentum and with Adam it has no effect. ``norm_decay``
     extends the weight decay to norms, biases, PReLU slopes and the scales that schemes learn, as the training code of
@@ -108,6 +112,7 @@ class Recipe:
     test_images: Count = 0
     validation_images: Count = 0
     latents: str = "scheme"
+    norm_start: Annotated[str, OneOf(NORM_STARTS)] = "one"
     skip: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     model_options: Mapping[str, Any] = field(default_factory=dict)

@@ -434,6 +434,7 @@ RELU_FREE = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Conv2d(4, 8, 3), nn.
         (lambda: RELU_FREE, "shortcut", "block", "no block whose shortcut can be changed"),
         (lambda: RELU_FREE, "nonlinearity_position", "before_add", "no block whose nonlinearity can be moved"),
         (MODELS["birealnet18"], "shortcut", "block", "no block whose shortcut"),
+        (MODELS["birealnet18"], "projection", "conv_norm_pool", "no block whose shortcut is a projection"),
         (MODELS["birealnet18"], "norm", nn.InstanceNorm2d, "no binary layer takes a norm"),
         (MODELS["wrn10_16"], "norm", None, "no binary layer takes a norm"),
     ],

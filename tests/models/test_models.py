@@ -111,15 +111,25 @@ def test_float_wide_block_is_its_formula(stride, channels):
 
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("norm_position", NORMS)
-@pytest.mark.parametrize(("stride", "channels", "size"), [(1, 8, 6), (2, 16, 6), (2, 16, 7)])
-def test_block_with_one_shortcut_per_convolution_is_its_formula(position, norm_position, stride, channels, size):
-    options = {"shortcut": "conv", "nonlinearity_position": position, "norm_position": norm_position}
-    block = binarized(BasicBlock(8, channels, stride, 0.3), **options)
+@pytest.mark.parametrize("projection", ["pool_conv", "conv_norm_pool"])
+@pytest.mark.parametrize(("stride", "channels", "size"), [(1, 8, 6), (1, 16, 6), (2, 16, 6), (2, 16, 7)])
+def test_block_with_one_shortcut_per_convolution_is_its_formula(
+    position, norm_position, projection, stride, channels, size
+):
+    options = {"nonlinearity_position": position, "norm_position": norm_position, "projection": projection}
+    block = binarized(BasicBlock(8, channels, stride, 0.3), shortcut="conv", **options)
     x = torch.randn(2, 8, size, size, dtype=torch.float64)
-    shortcut = x
-    if stride == 2:
-        even = F.pad(x, (0, size % 2, 0, size % 2), mode="replicate")  # a pool at the edge averages what is there
-        shortcut = F.conv2d(F.avg_pool2d(even, 2), block.shortcut.weight)
+
+    def pool(x: Tensor) -> Tensor:  # at an edge it averages what is there
+        return x if stride == 1 else F.avg_pool2d(F.pad(x, (0, size % 2, 0, size % 2), mode="replicate"), 2)
+
+    if channels == 8:
+        shortcut = x
+    elif projection == "pool_conv":
+        shortcut = F.conv2d(pool(x), block.shortcut.weight)
+    else:
+        shortcut = pool(norm(F.conv2d(x, block.shortcut.weight), block.shortcut_bn))
+    assert isinstance(block.shortcut_bn, nn.Identity) == (channels == 8 or projection == "pool_conv")
     first, second, third, fourth = norms(norm_position, block.bn1, block.bn2, block.bn1_after, block.bn2_after)
     y = join(third(binary_conv(first(x), block.conv1)), shortcut, block.act1.weight, position)
     y = join(fourth(binary_conv(second(y), block.conv2)), y, block.act2.weight, position)
@@ -172,17 +182,18 @@ def test_the_first_wide_block_normalizes_its_input_once_where_the_norms_come_aft
 
 
 NETWORKS = [
-    ("wrn10_16", {}, (3, 16, 16), "conv"),
-    ("wrn10_16", {}, (3, 16, 16), "block"),
-    ("birealnet18", {"stem": "cifar"}, (3, 16, 16), "conv"),
+    ("wrn10_16", {}, (3, 16, 16), {"shortcut": "conv"}),
+    ("wrn10_16", {}, (3, 18, 18), {"shortcut": "conv", "projection": "conv_norm_pool"}),
+    ("wrn10_16", {}, (3, 16, 16), {"shortcut": "block"}),
+    ("birealnet18", {"stem": "cifar"}, (3, 16, 16), {"shortcut": "conv"}),
 ]
 
 
 @pytest.mark.parametrize("norm_position", NORMS)
-@pytest.mark.parametrize(("name", "options", "size", "shortcut"), NETWORKS, ids=lambda x: str(x) if x else "")
-def test_networks_of_every_norm_position_load_pack_and_are_measured(name, options, size, shortcut, norm_position):
+@pytest.mark.parametrize(("name", "options", "size", "form"), NETWORKS, ids=lambda x: str(x) if x else "")
+def test_networks_of_every_norm_position_load_pack_and_are_measured(name, options, size, form, norm_position):
     torch.manual_seed(0)
-    scheme = replace(BONN, norm_position=norm_position, shortcut=shortcut)
+    scheme = replace(BONN, norm_position=norm_position, **form)
     network = timm.create_model(name, num_classes=4, **options)
     model = bonn_qat.binarize(network, scheme, input_size=size)
     loaded = timm.create_model(name, num_classes=4, scheme=scheme, **options)

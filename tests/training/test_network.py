@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from bonn_qat_baselines.xnor import XnorWeight
+from safetensors.torch import save_file
 from torch import nn
 
 import bonn_qat
@@ -60,7 +61,7 @@ OWN: dict[str, tuple[Callable[[], nn.Module], dict[str, object]]] = {
     ),
     "of the paper, with norms at both places and equal outputs": (
         lambda: bonn_qat.binarize(timm.create_model("wrn10_16", num_classes=5), find_scheme("bireal").configure(
-            {"norm_position": "both", "latent_std": "equal-output"})), {}
+            {"norm_position": "both", "projection": "conv_norm_pool", "latent_std": "equal-output"})), {}
     ),
     "of the paper": (
         lambda: bonn_qat.binarize(timm.create_model("wrn10_16", num_classes=5), "adabin", input_size=SIZE), {}
@@ -85,6 +86,46 @@ def test_a_network_of_ones_own_loop_comes_back_to_the_bit(name: str, tmp_path: P
     images = torch.randn(8, *size)  # type: ignore[misc]
     with torch.no_grad():
         assert torch.equal(found(images), model.to(memory_format=torch.contiguous_format).eval()(images))
+
+
+def gammas(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: m.weight.detach() for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+
+
+def test_gammas_start_from_a_uniform_distribution_alike_in_every_scheme_and_nothing_else_changes() -> None:
+    digits = data.load("digits", train_images=16, test_images=8)
+    models = {}
+    for scheme in ("float", "bonn", "bireal"):
+        recipe = Recipe(model="wrn22_16", scheme=scheme, seed=3)
+        plain = build(recipe, digits)
+        random = torch.rand(2)
+        models[scheme] = build(dataclasses.replace(recipe, norm_start="uniform"), digits)
+        assert torch.equal(torch.rand(2), random)
+        names = {f"{name}.weight" for name in gammas(plain)}
+        assert all((gamma == 1).all() for gamma in gammas(plain).values())
+        for key, value in models[scheme].state_dict().items():
+            assert torch.equal(value, plain.state_dict()[key]) == (key not in names), key
+        drawn = torch.cat(list(gammas(models[scheme]).values())).sort().values
+        distance = (drawn - torch.linspace(0, 1, len(drawn))).abs().max()
+        assert distance < 1.63 / len(drawn) ** 0.5  # Kolmogorov's, which 1% of samples exceed
+    one, two, three = map(gammas, models.values())
+    assert len({gamma[0].item() for gamma in three.values()}) == len(three)
+    for other in (two, three):
+        assert all(torch.equal(one[name], other[name]) for name in one.keys() & other.keys())
+    assert one.keys() == two.keys() != three.keys()
+    other_seed = build(Recipe(model="wrn22_16", scheme="float", seed=4, norm_start="uniform"), digits)
+    assert not torch.equal(gammas(other_seed)["bn"], one["bn"])
+
+
+def test_a_checkpoint_keeps_its_gammas(tmp_path: Path) -> None:
+    digits = data.load("digits", train_images=16, test_images=8)
+    recipe = Recipe(scheme="float")
+    path = tmp_path / "float.safetensors"
+    save_file({key: value + 1 for key, value in build(recipe, digits).state_dict().items()}, path)
+    for scheme in ("float", "bireal"):
+        started = dataclasses.replace(recipe, scheme=scheme, checkpoint=str(path))
+        one, other = (build(dataclasses.replace(started, norm_start=start), digits) for start in ("one", "uniform"))
+        assert all(torch.equal(gamma, gammas(one)[name]) for name, gamma in gammas(other).items())
 
 
 def test_a_network_of_a_recipe_comes_back_and_can_be_trained_on_and_saved_again(tmp_path: Path) -> None:
