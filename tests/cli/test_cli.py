@@ -512,6 +512,55 @@ def test_export_writes_what_a_comparison_left_and_compares_the_two(
     assert 0 < size < 2
 
 
+def test_a_trained_network_is_evaluated_and_asked_by_name_and_as_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "wrn10_16.xnor_digits"
+    found = plugins.find_pretrained(name)
+    Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(tmp_path / "black.png")
+
+    def printed(*arguments: str) -> str:
+        assert cli.main(list(arguments)) == 0
+        return capsys.readouterr().out
+
+    accuracies = [
+        printed("evaluate", *source, "--data", "digits")
+        for source in ([name], [name, "--packed"], [str(found.weights)], [str(found.packed)])
+    ]
+    assert len({line.partition(": ")[2] for line in accuracies}) == 1
+    assert re.fullmatch(rf"{name}: top-1 \d\d.\d\d %, top-5 .* on 359 images of digits\n", accuracies[0])
+    guesses = [
+        printed("predict", source, str(tmp_path / "black.png"), "--top", "2").strip()
+        for source in (name, str(found.packed))
+    ]
+    assert re.fullmatch(r".*black.png: \d \d+\.\d%, \d \d+\.\d%", guesses[0])
+    assert guesses[0] == guesses[1]
+    assert printed("summary", name) == printed("summary", str(found.weights))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["evaluate", "wrn10_16", "--data", "digits"],
+            "unknown pretrained network 'wrn10_16'; known: wrn10_16.bonn_digits",
+        ),
+        (["predict", "wrn10_16.xnor_digits"], "Missing argument 'IMAGE...'"),
+        (["predict", "wrn10_16.xnor_digits", "nothing.png"], "nothing.png cannot be read as an image"),
+        (["predict", "none.safetensors", "nothing.png"], "cannot read none.safetensors"),
+        (["summary", "wrn10_16.xnor_digits", "--scheme", "bonn"], "holds its scheme and classes; leave out --scheme"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bonn-qat: ")
+    assert words in error
+    assert error.count("\n") == 1
+
+
 def test_export_of_a_timm_model_without_a_runtime_says_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
