@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
+from bonn_qat.errors import InvalidData
 from bonn_qat.files.validate import Allowed
 
 _MOST_LABELS = 2**16
@@ -24,7 +25,8 @@ def _all(holds: Callable[[float], bool], numbers: tuple[float, ...]) -> bool:
 class Preprocessing:
     """The data that a network was trained on: ``(x - mean) / std`` of each channel of images with values from 0 to 1.
 
-    ``labels`` are the names of the classes in the order of the logits, empty where they are not known.
+    ``labels`` are the names of the classes in the order of the logits, empty where they are not known. Raises
+    InvalidData for another number of means than of standard deviations.
     """
 
     mean: _Numbers
@@ -36,6 +38,10 @@ class Preprocessing:
             lambda names: len(names) <= _MOST_LABELS and all(map(str.isprintable, names)),
         ),
     ] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std):
+            raise InvalidData(f"mean has {len(self.mean)} channels and std {len(self.std)}; give both as many")
 
 
 def preprocessing_of(model: object) -> Preprocessing | None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -47,15 +48,18 @@ def evaluate(model: nn.Module, data: Data) -> Accuracy:
     network and the data have other names for their classes.
     """
     check_model(model)
-    _check_image(model, data.image[0])
-    with modes(model), torch.no_grad():
-        sums = tally(
-            model, _restandardised(data.test_batches(), data.preprocessing, preprocessing_of(model)), data.classes
+    known, size = preprocessing_of(model), _input_size(model)
+    channels = len(known.mean) if known else size[0] if size and len(size) == 3 else data.image[0]
+    if channels != data.image[0]:
+        raise InvalidData(
+            f"the network takes images with {channels} channel(s); those of the data have {data.image[0]}"
         )
+    with modes(model), torch.no_grad():
+        sums = tally(model, _restandardised(data.test_batches(), data.preprocessing, known), data.classes)
     top1, top5, loss, spoilt = (sums / data.test_size).tolist()
     if spoilt:
         raise InvalidData(f"images of the test set of {data.name} hold NaN or infinity; remove them")
-    _check_labels(preprocessing_of(model), data)
+    _check_labels(known, data)
     return Accuracy(100 * top1, 100 * top5 if data.classes > TOP else None, loss, data.test_size)
 
 
@@ -101,7 +105,7 @@ def predict(model: nn.Module, paths: Sequence[str | Path], *, top: int = TOP) ->
     for path in paths:
         image = read_image(Path(path)).convert("L" if size[0] == 1 else "RGB")
         image = ImageOps.fit(image, (size[2], size[1]), Image.Resampling.BICUBIC)
-        pixels = torch.tensor(list(image.tobytes()), dtype=torch.float32).view(size[1], size[2], size[0])
+        pixels = torch.tensor(np.asarray(image), dtype=torch.float32).view(size[1], size[2], size[0])
         batch = _standardised(pixels.permute(2, 0, 1)[None] / 255, known)
         with modes(model), torch.no_grad():
             chances = model(batch.to(_device(model)))[0].float().softmax(0)
@@ -113,12 +117,6 @@ def predict(model: nn.Module, paths: Sequence[str | Path], *, top: int = TOP) ->
 def _input_size(model: nn.Module) -> tuple[int, ...] | None:
     size: tuple[int, ...] | None = getattr(getattr(model, "binarization", model), "input_size", None)
     return size
-
-
-def _check_image(model: nn.Module, channels: int) -> None:
-    size = _input_size(model)
-    if size is not None and len(size) == 3 and size[0] != channels:
-        raise InvalidData(f"the network takes images with {size[0]} channel(s); those of the data have {channels}")
 
 
 def _check_labels(known: Preprocessing | None, data: Data) -> None:

@@ -154,10 +154,11 @@ def test_an_impossible_number(pm, option, count):
     ("preprocessing", "words"),
     [
         ({"mean": [0.5], "std": [0.0]}, "std is"),
-        ({"mean": [], "std": [1.0]}, "mean is"),
+        ({"mean": [], "std": []}, "mean is"),
         ({"mean": [0.5], "std": [1.0], "labels": ["a\nb"]}, "labels"),
         ({"mean": 0.5, "std": [1.0]}, "mean"),
         ({"std": [1.0]}, "mean"),
+        ({"mean": [0.5], "std": [1.0, 1.0]}, "mean has 1 channels and std 2"),
     ],
 )
 def test_a_file_with_an_impossible_preprocessing_is_named(pm, tmp_path, preprocessing, words):
