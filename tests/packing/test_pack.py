@@ -547,7 +547,8 @@ def test_images_may_be_changed_in_place_but_no_buffer():
     model = bonn_qat.binarize(Of(_normalised), include=["net.1"], input_size=(3, 8, 8)).eval()
     x = torch.randn(4, 3, 8, 8)
     with torch.no_grad():
-        assert torch.equal(pack(model)(x), model(x.clone()))
+        # Its float convolutions add in the order of channels_last, which not every CPU's kernels share.
+        torch.testing.assert_close(pack(model)(x), model(x.clone()))
 
     class Counts(Of):
         def forward(self, x):
