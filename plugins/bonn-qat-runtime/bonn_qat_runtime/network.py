@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bonn_qat_runtime import library
-from bonn_qat_runtime.errors import InvalidFile, UnsupportedOperator
+from bonn_qat_runtime.errors import InvalidFile, InvalidPlan, UnsupportedOperator
 from bonn_qat_runtime.files import Preprocessing, read_packed
 from bonn_qat_runtime.fuse import fuse
 from bonn_qat_runtime.lower import lower
@@ -41,9 +41,9 @@ class Network:
         self.preprocessing, self.cpu = file.preprocessing, library.chosen_cpu()
         try:
             made = plan(fuse(lower(file)), file.input_size, library.layout(self.cpu))
-        except (InvalidFile, UnsupportedOperator) as error:
+            self._program = library.Program(made, self.cpu)
+        except (InvalidFile, InvalidPlan, UnsupportedOperator) as error:
             raise type(error)(f"{path}: {error}") from error
-        self._program = library.Program(made, self.cpu)
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Raises InvalidFile for images of another size or type: they are neither converted nor scaled here."""

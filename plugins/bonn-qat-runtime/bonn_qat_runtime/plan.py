@@ -68,7 +68,7 @@ def plan(lowered: Lowered, input_size: tuple[int, int, int], layout: int) -> Pla
     arena_bytes = _allocate(planner.buffers)
     rows = np.array([[_number(row[name]) for name in FIELDS] for row in planner.rows], np.int64)
     constants = aligned(sum(len(part) for part in planner.constants))
-    np.concatenate([*planner.constants, np.zeros(0, np.uint8)], out=constants)
+    np.concatenate(planner.constants, out=constants)
     return Plan(
         rows=rows, constants=constants, arena_bytes=arena_bytes, inputs=math.prod(input_size), layout=layout,
         result=(math.prod(y.shape),) if y.is_flat else y.shape,
@@ -80,8 +80,8 @@ class _Planner:
         self.layout = layout
         self.rows: list[dict[str, Any]] = []
         self.buffers: list[_Buffer] = []
-        self.constants: list[NDArray[np.uint8]] = []
-        self.end = 0  # of the constants
+        self.constants = [np.zeros(_ALIGNMENT, np.uint8)]  # never none at all
+        self.end = _ALIGNMENT
         self.maps: dict[Operation | None, _Buffer] = {}
         self.signs: dict[Signs, _Buffer] = {}
 
