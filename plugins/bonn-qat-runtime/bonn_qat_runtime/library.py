@@ -45,11 +45,13 @@ def load() -> Any:
         library = ctypes.CDLL(str(_FILE))
         library.bonn_qat_sources.restype = ctypes.c_uint32
         library.bonn_qat_row_size.restype = library.bonn_qat_layout.restype = ctypes.c_int64
-        library.bonn_qat_layout.argtypes = (ctypes.c_char_p,)
+        library.bonn_qat_layout.argtypes = (ctypes.c_void_p,)
+        library.bonn_qat_find_cpu.argtypes = (ctypes.c_char_p,)
+        library.bonn_qat_find_cpu.restype = ctypes.c_void_p
         library.bonn_qat_cpus.restype = ctypes.c_char_p
         library.bonn_qat_verify.argtypes = (ctypes.POINTER(_Plan), ctypes.POINTER(ctypes.c_int64))
         library.bonn_qat_run.argtypes = (
-            ctypes.POINTER(_Plan), ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p,
+            ctypes.POINTER(_Plan), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p,
         )  # fmt: skip
     except (OSError, AttributeError) as error:
         raise LibraryMissing(f"{_FILE} cannot be loaded ({error}); {_TODO}") from error
@@ -81,14 +83,21 @@ def chosen_cpu() -> str:
 
 def layout(cpu: str) -> int:
     """The layout of binary weights of an instruction set."""
-    return int(load().bonn_qat_layout(cpu.encode()))
+    return int(load().bonn_qat_layout(_handle(cpu)))
+
+
+@functools.cache
+def _handle(cpu: str) -> int:
+    found: int | None = load().bonn_qat_find_cpu(cpu.encode())
+    assert found is not None
+    return found
 
 
 class Program:
     """A verified plan, and its runs. Raises InvalidPlan for one that reads or writes what is not its own."""
 
     def __init__(self, plan: Plan, cpu: str) -> None:
-        self._library, self._cpu, self._plan = load(), cpu.encode(), plan
+        self._library, self._cpu, self._plan = load(), _handle(cpu), plan
         self._outputs = int(np.prod(plan.result))
         # What the library verified must not change.
         self._rows = np.ascontiguousarray(plan.rows, np.int64).copy()

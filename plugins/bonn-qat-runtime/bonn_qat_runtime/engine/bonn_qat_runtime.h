@@ -49,7 +49,7 @@ enum { /* what a function returns */
     BONN_QAT_BAD_ROW,      /* an unknown operation, or a number outside its range */
     BONN_QAT_BAD_ARENA,    /* something that does not lie in the arena */
     BONN_QAT_BAD_CONSTANT, /* something that does not lie in the constants, or a table with a wrong number */
-    BONN_QAT_BAD_CPU,      /* an instruction set that this machine or this library lacks */
+    BONN_QAT_BAD_CPU,      /* an instruction set that the plan was not made for */
     BONN_QAT_BAD_POINTER,  /* an arena or constants that do not begin at a multiple of 64 */
 };
 
@@ -82,17 +82,23 @@ typedef struct {
     int64_t layout;
 } bonn_qat_plan;
 
+/* An instruction set, with the functions that are compiled for it. */
+typedef struct bonn_qat_cpu bonn_qat_cpu;
+
 /* The instruction sets that this machine runs, the fastest first, with a space between them. */
 BONN_QAT_API const char *bonn_qat_cpus(void);
 
-/* The layout of binary weights that an instruction set, one of bonn_qat_cpus(), takes; -1 for an unknown one. */
-BONN_QAT_API int64_t bonn_qat_layout(const char *cpu);
+/* One of bonn_qat_cpus(); NULL for another. In a virtual machine this may take as long as a small network. */
+BONN_QAT_API const bonn_qat_cpu *bonn_qat_find_cpu(const char *name);
+
+/* The layout of binary weights that an instruction set takes. */
+BONN_QAT_API int64_t bonn_qat_layout(const bonn_qat_cpu *cpu);
 
 /* Whether every row reads and writes only what is there. `row` becomes the number of the first that does not. */
 BONN_QAT_API int bonn_qat_verify(const bonn_qat_plan *plan, int64_t *row);
 
 /* images (count, inputs) -> results (count, outputs), for a plan that was verified and has not changed since. */
-BONN_QAT_API int bonn_qat_run(const bonn_qat_plan *plan, const char *cpu, const float *images, int64_t count,
+BONN_QAT_API int bonn_qat_run(const bonn_qat_plan *plan, const bonn_qat_cpu *cpu, const float *images, int64_t count,
                               float *results, void *arena);
 
 /* A checksum of the sources that this library was compiled from, and the size of a row. */

@@ -34,41 +34,51 @@ const char *bonn_qat_cpus(void) {
 }
 #elif defined(__aarch64__)
 Run run_neon;
+static int level(void) { return 0; }
 const char *bonn_qat_cpus(void) { return "neon"; }
 #else
 Run run_plain;
+static int level(void) { return 0; }
 const char *bonn_qat_cpus(void) { return "plain"; }
 #endif
+
+struct bonn_qat_cpu {
+    const char *name;
+    Run *run;
+    int64_t layout;
+};
+
+/* In the order of bonn_qat_cpus(), the fastest last. */
+static const bonn_qat_cpu all[] = {
+#if defined(__aarch64__)
+    {"neon", run_neon, BONN_QAT_WORDS},
+#else
+    {"plain", run_plain, BONN_QAT_WORDS},
+#endif
+#if defined(__x86_64__)
+    {"v3", run_v3, BONN_QAT_NIBBLES},
+    {"v4", run_v4, BONN_QAT_WORDS},
+#endif
+};
 
 static int is_name(const char *given, const char *name) {
     while (*given && *given == *name) given++, name++;
     return *given == *name;
 }
 
-static Run *run_of(const char *cpu) {
-#if defined(__aarch64__)
-    if (is_name(cpu, "neon")) return run_neon;
-#else
-    if (is_name(cpu, "plain")) return run_plain;
-#endif
-#if defined(__x86_64__)
-    if (is_name(cpu, "v3") && level() >= 1) return run_v3;
-    if (is_name(cpu, "v4") && level() >= 2) return run_v4;
-#endif
+const bonn_qat_cpu *bonn_qat_find_cpu(const char *name) {
+    for (int i = 0; i <= level(); i++)
+        if (is_name(name, all[i].name)) return all + i;
     return NULL;
 }
 
-int64_t bonn_qat_layout(const char *cpu) {
-    if (!run_of(cpu)) return -1;
-    return is_name(cpu, "v3") ? BONN_QAT_NIBBLES : BONN_QAT_WORDS;
-}
+int64_t bonn_qat_layout(const bonn_qat_cpu *cpu) { return cpu->layout; }
 
-int bonn_qat_run(const bonn_qat_plan *plan, const char *cpu, const float *images, int64_t count, float *results,
+int bonn_qat_run(const bonn_qat_plan *plan, const bonn_qat_cpu *cpu, const float *images, int64_t count, float *results,
                  void *arena) {
-    Run *run = run_of(cpu);
-    if (!run || bonn_qat_layout(cpu) != plan->layout) return BONN_QAT_BAD_CPU;
+    if (!cpu || cpu->layout != plan->layout) return BONN_QAT_BAD_CPU;
     if ((uintptr_t)arena % 64 || (uintptr_t)plan->constants % 64) return BONN_QAT_BAD_POINTER;
-    for (int64_t i = 0; i < count; i++) run(plan, images + i * plan->inputs, results + i * plan->outputs, arena);
+    for (int64_t i = 0; i < count; i++) cpu->run(plan, images + i * plan->inputs, results + i * plan->outputs, arena);
     return BONN_QAT_OK;
 }
 

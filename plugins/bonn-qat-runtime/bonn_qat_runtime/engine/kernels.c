@@ -38,29 +38,54 @@ INLINE Finish finish_of(const Task *t) {
                     active(t, r->residual),  active(t, r->y),         active(t, r->signs), r->steps, r->out_pitch};
 }
 
-/* The epilogue of channels o to o + 15 of a pixel, and what is written of them. */
-INLINE void finish(const Finish *f, F value, int64_t pixel, int64_t o) {
-    for (int64_t s = 0; s < f->steps; s++) {
-        const float *row = f->vectors + f->program[2 * s + 1] * f->pitch + o;
-        switch (f->program[2 * s]) {
-        case BONN_QAT_SCALE: value *= load(row); break;
-        case BONN_QAT_ADD: value += load(row); break;
-        case BONN_QAT_FMA: value = fused(value, load(row), load(row + f->pitch)); break;
-        case BONN_QAT_RESIDUAL: value += load(f->residual + pixel * f->pitch + o); break;
-        case BONN_QAT_PRELU: value = pick((I)(value > 0), value, value * load(row)); break;
+/* With `count` pixels, a constant: the loops disappear, and the values stay in registers. */
+#define EACH_PIXEL _Pragma("GCC unroll 8") for (int p = 0; p < count; p++)
+
+/* The epilogue of channels o to o + 15 of the pixels from `pixel` on, and what is written of them. */
+INLINE void finish(const Finish *all, F *values, int count, int64_t pixel, int64_t o) {
+    const Finish f = *all;
+    const int64_t at = pixel * f.pitch + o;
+    for (int64_t s = 0; s < f.steps; s++) {
+        const float *row = f.vectors + f.program[2 * s + 1] * f.pitch + o;
+        switch (f.program[2 * s]) {
+        case BONN_QAT_SCALE: {
+            F factor = load(row);
+            EACH_PIXEL values[p] *= factor;
+            break;
+        }
+        case BONN_QAT_ADD: {
+            F addend = load(row);
+            EACH_PIXEL values[p] += addend;
+            break;
+        }
+        case BONN_QAT_FMA: {
+            F factor = load(row), addend = load(row + f.pitch);
+            EACH_PIXEL values[p] = fused(values[p], factor, addend);
+            break;
+        }
+        case BONN_QAT_RESIDUAL: EACH_PIXEL values[p] += load(f.residual + at + p * f.pitch); break;
+        case BONN_QAT_PRELU: {
+            F slope = load(row);
+            EACH_PIXEL values[p] = pick((I)(values[p] > 0), values[p], values[p] * slope);
+            break;
+        }
         default: { /* CLAMP; comparisons with NaN are false, and it stays */
-            F low = load(row), high = load(row + f->pitch);
-            value = pick((I)(value < low), low, value);
-            value = pick((I)(value > high), high, value);
+            F low = load(row), high = load(row + f.pitch);
+            EACH_PIXEL {
+                F raised = pick((I)(values[p] < low), low, values[p]);
+                values[p] = pick((I)(raised > high), high, raised);
+            }
         }
         }
     }
-    if (f->y) store(f->y + pixel * f->pitch + o, value);
-    if (f->signs) {
-        I within = (I)(value >= load(f->low + o)) & (I)(value <= load(f->high + o));
-        f->signs[pixel * (f->pitch / LANES) + o / LANES] = bits_of(within);
+    if (f.y) EACH_PIXEL store(f.y + at + p * f.pitch, values[p]);
+    if (f.signs) {
+        F low = load(f.low + o), high = load(f.high + o);
+        EACH_PIXEL f.signs[(at + p * f.pitch) / LANES] = bits_of((I)(values[p] >= low) & (I)(values[p] <= high));
     }
 }
+
+INLINE void finish_one(const Finish *f, F value, int64_t pixel, int64_t o) { finish(f, &value, 1, pixel, o); }
 
 /* ---- copies ---- */
 
@@ -97,7 +122,7 @@ static void pointwise(const Task *t) {
     const Row *r = t->row;
     const float *x = active(t, r->x);
     for (int64_t p = 0; p < r->height * r->width; p++)
-        for (int64_t o = 0; o < r->pitch; o += LANES) finish(&t->finish, load(x + p * r->pitch + o), p, o);
+        for (int64_t o = 0; o < r->pitch; o += LANES) finish_one(&t->finish, load(x + p * r->pitch + o), p, o);
 }
 
 /* ---- pools ---- */
@@ -122,7 +147,7 @@ static void pool(const Task *t) {
             for (int64_t o = 0; o < r->pitch; o += LANES) {
                 F value = r->is_mean ? pooled(r, x + o, rows + 3 * i, columns + 3 * j, 1)
                                      : pooled(r, x + o, rows + 3 * i, columns + 3 * j, 0);
-                finish(&t->finish, value, i * r->out_width + j, o);
+                finish_one(&t->finish, value, i * r->out_width + j, o);
             }
 }
 
@@ -130,7 +155,7 @@ static void pool(const Task *t) {
 
 /* Where the window of each of `count` pixels from `pixel` on begins, in pixels of an input of `columns`. */
 INLINE void window_starts(const Row *r, int64_t pixel, int count, int64_t columns, int64_t *starts) {
-    int64_t i = pixel / r->out_width, j = pixel % r->out_width;
+    int32_t i = (int32_t)pixel / (int32_t)r->out_width, j = (int32_t)pixel % (int32_t)r->out_width;
     for (int p = 0; p < count; p++) {
         starts[p] = i * r->stride[0] * columns + j * r->stride[1];
         if (++j == r->out_width) j = 0, i++;
@@ -138,13 +163,14 @@ INLINE void window_starts(const Row *r, int64_t pixel, int count, int64_t column
 }
 
 /* Filters of a group that are not a multiple of 16 are written one by one; what follows is a row of its own. */
-INLINE void put(const Task *t, F value, int64_t pixel, int64_t group, int64_t filters, int64_t f) {
+INLINE void put(const Task *t, F *values, int count, int64_t pixel, int64_t group, int64_t filters, int64_t f) {
     if (t->row->groups == 1 || filters % LANES == 0) {
-        finish(&t->finish, value, pixel, group * filters + f);
+        finish(&t->finish, values, count, pixel, group * filters + f);
         return;
     }
     float *y = t->finish.y + pixel * t->finish.pitch + group * filters + f;
-    for (int64_t l = 0; l < LANES && f + l < filters; l++) y[l] = value[l];
+    for (int p = 0; p < count; p++, y += t->finish.pitch)
+        for (int64_t l = 0; l < LANES && f + l < filters; l++) y[l] = values[p][l];
 }
 
 /* Accumulators: TILE pixels by SETS vectors of filters, as many as fit into the registers. */
@@ -179,8 +205,12 @@ INLINE void float_tile(const Task *t, const float *x, const float *w, int64_t pi
                     for (int s = 0; s < sets; s++) sums[p][s] = fused(fill(from[p][c]), weights[s], sums[p][s]);
             }
         }
-    for (int p = 0; p < count; p++)
-        for (int s = 0; s < sets; s++) put(t, sums[p][s], pixel + p, group, filters, f + s * LANES);
+#pragma GCC unroll 2
+    for (int s = 0; s < sets; s++) {
+        F values[FLOAT_TILE];
+        EACH_PIXEL values[p] = sums[p][s];
+        put(t, values, count, pixel, group, filters, f + s * LANES);
+    }
 }
 
 INLINE void float_pixels(const Task *t, const float *x, const float *w, int64_t from, int64_t to, int64_t group,
@@ -257,25 +287,35 @@ INLINE void binary_tile(const Task *t, const Unit *x, const Weight *w, int64_t p
     const Row *r = t->row;
     int64_t filters = r->outputs / r->groups, padded = (filters + LANES - 1) / LANES * LANES;
     int64_t columns = r->width + r->padding[2] + r->padding[3], starts[TILE];
-    const int32_t *rows = constant(t, r->tables), *class_sums = constant(t, r->sums);
+    const int32_t *rows = constant(t, r->tables), *class_sums = constant(t, r->sums), *most[TILE];
     window_starts(r, pixel, count, columns, starts);
     for (int p = count; p < TILE; p++) starts[p] = starts[0];
     uint16_t counts[TILE * BLOCK];
     count_differing(r, x, w, starts, group, columns, block, counts);
-    int64_t i = pixel / r->out_width, j = pixel % r->out_width;
+    int32_t i = (int32_t)pixel / (int32_t)r->out_width, j = (int32_t)pixel % (int32_t)r->out_width;
     for (int p = 0; p < count; p++) {
         int64_t class = rows[i] + rows[r->out_height + j];
-        const int32_t *sums = class_sums + (class * r->groups + group) * padded + f;
-        for (int64_t l = 0; l < block && f + l < filters; l += LANES) {
-            H differing;
-            I most;
-            memcpy(&differing, counts + p * block + l, sizeof differing);
-            memcpy(&most, sums + l, sizeof most);
-            I value = most - 2 * __builtin_convertvector(differing, I);
-            put(t, __builtin_convertvector(value, F), pixel + p, group, filters, f + l);
-        }
+        most[p] = class_sums + (class * r->groups + group) * padded + f;
         if (++j == r->out_width) j = 0, i++;
     }
+    for (int64_t l = 0; l < block && f + l < filters; l += LANES) {
+        F values[TILE];
+        EACH_PIXEL {
+            H differing;
+            I sum;
+            memcpy(&differing, counts + p * block + l, sizeof differing);
+            memcpy(&sum, most[p] + l, sizeof sum);
+            values[p] = __builtin_convertvector(sum - 2 * __builtin_convertvector(differing, I), F);
+        }
+        put(t, values, count, pixel, group, filters, f + l);
+    }
+}
+
+INLINE void binary_pixels(const Task *t, const Unit *x, const Weight *w, int64_t from, int64_t to, int64_t group,
+                          int64_t f, int block) {
+    int64_t p = from;
+    for (; p + TILE <= to; p += TILE) binary_tile(t, x, w, p, group, f, TILE, block);
+    for (; p < to; p++) binary_tile(t, x, w, p, group, f, 1, block);
 }
 
 static void convolve_signs(const Task *t) {
@@ -289,13 +329,10 @@ static void convolve_signs(const Task *t) {
         for (int64_t group = 0; group < r->groups; group++)
             for (int64_t f = 0; f < filters; f += BLOCK) {
                 int block = filters - f > BLOCK / 2 ? BLOCK : SMALLEST_BLOCK;
-                for (int64_t p = from; p < to; p += TILE) {
-                    int count = to - p < TILE ? (int)(to - p) : TILE;
-                    if (block == BLOCK)
-                        binary_tile(t, x, w, p, group, f, count, BLOCK);
-                    else
-                        binary_tile(t, x, w, p, group, f, count, SMALLEST_BLOCK);
-                }
+                if (block == BLOCK)
+                    binary_pixels(t, x, w, from, to, group, f, BLOCK);
+                else
+                    binary_pixels(t, x, w, from, to, group, f, SMALLEST_BLOCK);
                 w += r->kernel[0] * r->kernel[1] * weights_of(r->channels / r->groups) * block;
             }
     }

@@ -93,6 +93,8 @@ static int verify_pool(const Plan *p, const Row *r) {
 
 /* The windows of a convolution, on an input with padding. */
 static int verify_windows(const Row *r, int64_t height, int64_t width) {
+    /* Pixels are counted in 32 bits. */
+    if (times(r->out_height, r->out_width) > INT32_MAX) return BONN_QAT_BAD_ROW;
     int64_t sizes[2] = {height, width}, outs[2] = {r->out_height, r->out_width};
     if (!EACH(r->groups, 1, LARGEST) || r->channels % r->groups || r->outputs % r->groups) return BONN_QAT_BAD_ROW;
     for (int i = 0; i < 2; i++) {
