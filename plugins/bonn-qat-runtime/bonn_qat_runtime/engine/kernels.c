@@ -11,6 +11,10 @@
 #define SUFFIXED(name, suffix) JOINED(name, suffix)
 #define NAME(name) SUFFIXED(name, VARIANT)
 
+/* Operations of a row are functions of their own, whose frames are small: larger ones than a page need help from the
+   system's library on Windows. */
+#define OPERATION static __attribute__((noinline)) void
+
 typedef bonn_qat_row Row;
 
 typedef struct {
@@ -89,7 +93,7 @@ INLINE void finish_one(const Finish *f, F value, int64_t pixel, int64_t o) { fin
 
 /* ---- copies ---- */
 
-static void copy(const Task *t, const float *images) {
+OPERATION copy(const Task *t, const float *images) {
     const Row *r = t->row;
     int64_t columns = r->width + r->padding[2] + r->padding[3], pitch = r->out_pitch;
     float *y = active(t, r->y);
@@ -110,7 +114,7 @@ static void copy(const Task *t, const float *images) {
     memset(y, 0, sizeof(float) * (size_t)(r->padding[1] * around));
 }
 
-static void give_result(const Task *t, float *results) {
+OPERATION give_result(const Task *t, float *results) {
     const Row *r = t->row;
     const float *x = active(t, r->x);
     int64_t plane = r->height * r->width;
@@ -118,7 +122,7 @@ static void give_result(const Task *t, float *results) {
         for (int64_t c = 0; c < r->channels; c++) results[c * plane + p] = x[p * r->pitch + c];
 }
 
-static void pointwise(const Task *t) {
+OPERATION pointwise(const Task *t) {
     const Row *r = t->row;
     const float *x = active(t, r->x);
     for (int64_t p = 0; p < r->height * r->width; p++)
@@ -138,7 +142,7 @@ INLINE F pooled(const Row *r, const float *x, const int32_t *rows, const int32_t
     return is_mean ? value / fill((float)rows[2] * (float)columns[2]) : value;
 }
 
-static void pool(const Task *t) {
+OPERATION pool(const Task *t) {
     const Row *r = t->row;
     const float *x = active(t, r->x);
     const int32_t *rows = constant(t, r->windows), *columns = rows + 3 * r->out_height;
@@ -173,11 +177,15 @@ INLINE void put(const Task *t, F *values, int count, int64_t pixel, int64_t grou
         for (int64_t l = 0; l < LANES && f + l < filters; l++) y[l] = values[p][l];
 }
 
-/* Accumulators: TILE pixels by SETS vectors of filters, as many as fit into the registers. */
-#define FLOAT_TILE 6
+/* Accumulators: FLOAT_TILE pixels by FLOAT_SETS vectors of filters, as many as fit into the registers. */
 #if defined(__AVX512F__)
+#define FLOAT_TILE 6
 #define FLOAT_SETS 2
+#elif defined(__FMA__) || defined(__aarch64__)
+#define FLOAT_TILE 6
+#define FLOAT_SETS 1
 #else
+#define FLOAT_TILE 2
 #define FLOAT_SETS 1
 #endif
 
@@ -220,7 +228,7 @@ INLINE void float_pixels(const Task *t, const float *x, const float *w, int64_t 
     for (; p < to; p++) float_tile(t, x, w, p, group, f, 1, sets);
 }
 
-static void convolve_floats(const Task *t) {
+OPERATION convolve_floats(const Task *t) {
     const Row *r = t->row;
     const float *x = active(t, r->x), *weights = constant(t, r->weight);
     int64_t filters = r->outputs / r->groups, pixels = r->out_height * r->out_width;
@@ -318,7 +326,7 @@ INLINE void binary_pixels(const Task *t, const Unit *x, const Weight *w, int64_t
     for (; p < to; p++) binary_tile(t, x, w, p, group, f, 1, block);
 }
 
-static void convolve_signs(const Task *t) {
+OPERATION convolve_signs(const Task *t) {
     const Row *r = t->row;
     Unit *x = active(t, r->scratch);
     int64_t filters = r->outputs / r->groups, pixels = r->out_height * r->out_width;
