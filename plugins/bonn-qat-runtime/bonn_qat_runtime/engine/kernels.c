@@ -1,0 +1,365 @@
+/* The rows of a plan, computed. Compiled once for each instruction set; VARIANT names it and is a suffix of `run`.
+
+   A plan that reaches this file was verified: nothing is checked here. The values of every operation but COPY pass
+   through `finish`, 16 channels of a pixel at a time: an epilogue, then the map, its signs, or both are written. */
+
+#include "bonn_qat_runtime.h"
+#include "vectors.h"
+
+#define STRIP 96 /* pixels of a convolution that are computed for one block of filters after another */
+#define JOINED(name, suffix) name##_##suffix
+#define SUFFIXED(name, suffix) JOINED(name, suffix)
+#define NAME(name) SUFFIXED(name, VARIANT)
+
+/* Operations of a row are functions of their own, whose frames are small: larger ones than a page need help from the
+   system's library on Windows. */
+#define OPERATION static __attribute__((noinline)) void
+
+typedef bonn_qat_row Row;
+
+typedef struct {
+    const int64_t *program;
+    const float *vectors, *low, *high, *residual;
+    float *y;
+    uint16_t *signs;
+    int64_t steps, pitch;
+} Finish;
+
+typedef struct {
+    const Row *row;
+    const char *constants;
+    char *arena;
+    Finish finish;
+} Task;
+
+INLINE const void *constant(const Task *t, int64_t at) { return at < 0 ? 0 : t->constants + at; }
+INLINE void *active(const Task *t, int64_t at) { return at < 0 ? 0 : t->arena + at; }
+
+INLINE Finish finish_of(const Task *t) {
+    const Row *r = t->row;
+    const float *low = constant(t, r->thresholds);
+    return (Finish){constant(t, r->program), constant(t, r->vectors), low, low ? low + r->out_pitch : 0,
+                    active(t, r->residual),  active(t, r->y),         active(t, r->signs), r->steps, r->out_pitch};
+}
+
+/* With `count` pixels, a constant: the loops disappear, and the values stay in registers. */
+#define EACH_PIXEL _Pragma("GCC unroll 8") for (int p = 0; p < count; p++)
+
+/* The epilogue of channels o to o + 15 of the pixels from `pixel` on, and what is written of them. */
+INLINE void finish(const Finish *all, F *values, int count, int64_t pixel, int64_t o) {
+    const Finish f = *all;
+    const int64_t at = pixel * f.pitch + o;
+    for (int64_t s = 0; s < f.steps; s++) {
+        const float *row = f.vectors + f.program[2 * s + 1] * f.pitch + o;
+        switch (f.program[2 * s]) {
+        case BONN_QAT_SCALE: {
+            F factor = load(row);
+            EACH_PIXEL values[p] *= factor;
+            break;
+        }
+        case BONN_QAT_ADD: {
+            F addend = load(row);
+            EACH_PIXEL values[p] += addend;
+            break;
+        }
+        case BONN_QAT_FMA: {
+            F factor = load(row), addend = load(row + f.pitch);
+            EACH_PIXEL values[p] = fused(values[p], factor, addend);
+            break;
+        }
+        case BONN_QAT_RESIDUAL: EACH_PIXEL values[p] += load(f.residual + at + p * f.pitch); break;
+        case BONN_QAT_PRELU: {
+            F slope = load(row);
+            EACH_PIXEL values[p] = pick((I)(values[p] > 0), values[p], values[p] * slope);
+            break;
+        }
+        default: { /* CLAMP; comparisons with NaN are false, and it stays */
+            F low = load(row), high = load(row + f.pitch);
+            EACH_PIXEL {
+                F raised = pick((I)(values[p] < low), low, values[p]);
+                values[p] = pick((I)(raised > high), high, raised);
+            }
+        }
+        }
+    }
+    if (f.y) EACH_PIXEL store(f.y + at + p * f.pitch, values[p]);
+    if (f.signs) {
+        F low = load(f.low + o), high = load(f.high + o);
+        EACH_PIXEL f.signs[(at + p * f.pitch) / LANES] = bits_of((I)(values[p] >= low) & (I)(values[p] <= high));
+    }
+}
+
+INLINE void finish_one(const Finish *f, F value, int64_t pixel, int64_t o) { finish(f, &value, 1, pixel, o); }
+
+/* ---- copies ---- */
+
+OPERATION copy(const Task *t, const float *images) {
+    const Row *r = t->row;
+    int64_t columns = r->width + r->padding[2] + r->padding[3], pitch = r->out_pitch;
+    float *y = active(t, r->y);
+    const float *x = r->x < 0 ? images : active(t, r->x);
+    int64_t plane = r->height * r->width, around = columns * pitch;
+    memset(y, 0, sizeof(float) * (size_t)(r->padding[0] * around));
+    y += r->padding[0] * around;
+    for (int64_t i = 0; i < r->height; i++, y += around) {
+        memset(y, 0, sizeof(float) * (size_t)around);
+        float *line = y + r->padding[2] * pitch;
+        if (r->x >= 0) {
+            memcpy(line, x + i * r->width * pitch, sizeof(float) * (size_t)(r->width * pitch));
+            continue;
+        }
+        for (int64_t c = 0; c < r->channels; c++)
+            for (int64_t j = 0; j < r->width; j++) line[j * pitch + c] = x[c * plane + i * r->width + j];
+    }
+    memset(y, 0, sizeof(float) * (size_t)(r->padding[1] * around));
+}
+
+OPERATION give_result(const Task *t, float *results) {
+    const Row *r = t->row;
+    const float *x = active(t, r->x);
+    int64_t plane = r->height * r->width;
+    for (int64_t p = 0; p < plane; p++)
+        for (int64_t c = 0; c < r->channels; c++) results[c * plane + p] = x[p * r->pitch + c];
+}
+
+OPERATION pointwise(const Task *t) {
+    const Row *r = t->row;
+    const float *x = active(t, r->x);
+    for (int64_t p = 0; p < r->height * r->width; p++)
+        for (int64_t o = 0; o < r->pitch; o += LANES) finish_one(&t->finish, load(x + p * r->pitch + o), p, o);
+}
+
+/* ---- pools ---- */
+
+/* Maxima start at -inf, and a NaN stays. */
+INLINE F pooled(const Row *r, const float *x, const int32_t *rows, const int32_t *columns, int is_mean) {
+    F value = is_mean ? (F){0} : fill(-__builtin_inff());
+    for (int64_t i = rows[0]; i < rows[1]; i += r->dilation[0])
+        for (int64_t j = columns[0]; j < columns[1]; j += r->dilation[1]) {
+            F next = load(x + (i * r->width + j) * r->pitch);
+            value = is_mean ? value + next : pick((I)(next > value) | (I)(next != next), next, value);
+        }
+    return is_mean ? value / fill((float)rows[2] * (float)columns[2]) : value;
+}
+
+OPERATION pool(const Task *t) {
+    const Row *r = t->row;
+    const float *x = active(t, r->x);
+    const int32_t *rows = constant(t, r->windows), *columns = rows + 3 * r->out_height;
+    for (int64_t i = 0; i < r->out_height; i++)
+        for (int64_t j = 0; j < r->out_width; j++)
+            for (int64_t o = 0; o < r->pitch; o += LANES) {
+                F value = r->is_mean ? pooled(r, x + o, rows + 3 * i, columns + 3 * j, 1)
+                                     : pooled(r, x + o, rows + 3 * i, columns + 3 * j, 0);
+                finish_one(&t->finish, value, i * r->out_width + j, o);
+            }
+}
+
+/* ---- convolutions ---- */
+
+/* Where the window of each of `count` pixels from `pixel` on begins, in pixels of an input of `columns`. */
+INLINE void window_starts(const Row *r, int64_t pixel, int count, int64_t columns, int64_t *starts) {
+    int32_t i = (int32_t)pixel / (int32_t)r->out_width, j = (int32_t)pixel % (int32_t)r->out_width;
+    for (int p = 0; p < count; p++) {
+        starts[p] = i * r->stride[0] * columns + j * r->stride[1];
+        if (++j == r->out_width) j = 0, i++;
+    }
+}
+
+/* Filters of a group that are not a multiple of 16 are written one by one; what follows is a row of its own. */
+INLINE void put(const Task *t, F *values, int count, int64_t pixel, int64_t group, int64_t filters, int64_t f) {
+    if (t->row->groups == 1 || filters % LANES == 0) {
+        finish(&t->finish, values, count, pixel, group * filters + f);
+        return;
+    }
+    float *y = t->finish.y + pixel * t->finish.pitch + group * filters + f;
+    for (int p = 0; p < count; p++, y += t->finish.pitch)
+        for (int64_t l = 0; l < LANES && f + l < filters; l++) y[l] = values[p][l];
+}
+
+/* Accumulators: FLOAT_TILE pixels by FLOAT_SETS vectors of filters, as many as fit into the registers. */
+#if defined(__AVX512F__)
+#define FLOAT_TILE 6
+#define FLOAT_SETS 2
+#elif defined(__FMA__) || defined(__aarch64__)
+#define FLOAT_TILE 6
+#define FLOAT_SETS 1
+#else
+#define FLOAT_TILE 2
+#define FLOAT_SETS 1
+#endif
+
+INLINE void float_tile(const Task *t, const float *x, const float *w, int64_t pixel, int64_t group, int64_t f,
+                       int count, int sets) {
+    const Row *r = t->row;
+    int64_t inputs = r->channels / r->groups, filters = r->outputs / r->groups;
+    int64_t length = inputs, taps = r->kernel[1], set = r->kernel[0] * r->kernel[1] * inputs * LANES;
+    if (r->pitch == inputs && r->dilation[1] == 1) length *= taps, taps = 1; /* a row of a window in one run */
+    int64_t starts[FLOAT_TILE];
+    window_starts(r, pixel, count, r->width, starts);
+    F sums[FLOAT_TILE][FLOAT_SETS] = {0};
+    for (int64_t i = 0; i < r->kernel[0]; i++)
+        for (int64_t j = 0; j < taps; j++) {
+            const float *from[FLOAT_TILE];
+            for (int p = 0; p < count; p++)
+                from[p] = x + (starts[p] + i * r->dilation[0] * r->width + j * r->dilation[1]) * r->pitch + group * inputs;
+            for (int64_t c = 0; c < length; c++, w += LANES) {
+                F weights[FLOAT_SETS];
+#pragma GCC unroll 2
+                for (int s = 0; s < sets; s++) weights[s] = load(w + s * set);
+#pragma GCC unroll 8
+                for (int p = 0; p < count; p++)
+#pragma GCC unroll 2
+                    for (int s = 0; s < sets; s++) sums[p][s] = fused(fill(from[p][c]), weights[s], sums[p][s]);
+            }
+        }
+#pragma GCC unroll 2
+    for (int s = 0; s < sets; s++) {
+        F values[FLOAT_TILE];
+        EACH_PIXEL values[p] = sums[p][s];
+        put(t, values, count, pixel, group, filters, f + s * LANES);
+    }
+}
+
+INLINE void float_pixels(const Task *t, const float *x, const float *w, int64_t from, int64_t to, int64_t group,
+                         int64_t f, int sets) {
+    int64_t p = from;
+    for (; p + FLOAT_TILE <= to; p += FLOAT_TILE) float_tile(t, x, w, p, group, f, FLOAT_TILE, sets);
+    for (; p < to; p++) float_tile(t, x, w, p, group, f, 1, sets);
+}
+
+OPERATION convolve_floats(const Task *t) {
+    const Row *r = t->row;
+    const float *x = active(t, r->x), *weights = constant(t, r->weight);
+    int64_t filters = r->outputs / r->groups, pixels = r->out_height * r->out_width;
+    int64_t set = r->kernel[0] * r->kernel[1] * (r->channels / r->groups) * LANES;
+    for (int64_t from = 0; from < pixels; from += STRIP) {
+        int64_t to = from + STRIP < pixels ? from + STRIP : pixels;
+        const float *w = weights;
+        for (int64_t group = 0; group < r->groups; group++)
+            for (int64_t f = 0; f < filters;) {
+                int sets = f + LANES * (FLOAT_SETS - 1) < filters ? FLOAT_SETS : 1;
+                if (sets == FLOAT_SETS)
+                    float_pixels(t, x, w, from, to, group, f, FLOAT_SETS);
+                else
+                    float_pixels(t, x, w, from, to, group, f, 1);
+                f += sets * LANES, w += sets * set;
+            }
+    }
+}
+
+#if defined(__AVX2__) && !defined(__AVX512VPOPCNTDQ__)
+#include "nibbles.h"
+#else
+#include "words.h"
+#endif
+
+/* Bits first to first + 15 of the signs of a pixel, at most `count` of them. */
+INLINE uint32_t sixteen(const uint16_t *signs, int64_t first, int64_t count) {
+    uint32_t bits = signs[first / 16];
+    if (first % 16) {
+        bits >>= first % 16;
+        if (count > 16 - first % 16) bits |= (uint32_t)signs[first / 16 + 1] << (16 - first % 16);
+    }
+    return count < 16 ? bits & ((1u << count) - 1) : bits & 0xffff;
+}
+
+/* The signs with zeros around them, each group of channels for itself, in units of the layout. */
+static void spread(const Task *t, Unit *to) {
+    const Row *r = t->row;
+    const uint16_t *signs = active(t, r->x);
+    int64_t own = r->channels / r->groups, pixel = r->groups * units_of(own);
+    int64_t left = r->padding[2] * pixel, right = r->padding[3] * pixel, around = left + right + r->width * pixel;
+    memset(to, 0, sizeof(Unit) * (size_t)(r->padding[0] * around));
+    to += r->padding[0] * around;
+    for (int64_t i = 0; i < r->height; i++) {
+        memset(to, 0, sizeof(Unit) * (size_t)left);
+        to += left;
+        for (int64_t j = 0; j < r->width; j++, signs += r->pitch / LANES)
+            for (int64_t group = 0; group < r->groups; group++, to += units_of(own)) {
+                if (own % LANES == 0)
+                    spread_pixel(signs + group * own / LANES, own / LANES, to);
+                else
+                    for (int64_t c = 0; c < own; c += LANES)
+                        spread_half(sixteen(signs, group * own + c, own - c), c / LANES, to);
+            }
+        memset(to, 0, sizeof(Unit) * (size_t)right);
+        to += right;
+    }
+    memset(to, 0, sizeof(Unit) * (size_t)(r->padding[1] * around));
+}
+
+/* The sums of TILE pixels, the last ones `count`, from their counts of signs that differ. */
+INLINE void binary_tile(const Task *t, const Unit *x, const Weight *w, int64_t pixel, int64_t group, int64_t f,
+                        int count, int block) {
+    const Row *r = t->row;
+    int64_t filters = r->outputs / r->groups, padded = (filters + LANES - 1) / LANES * LANES;
+    int64_t columns = r->width + r->padding[2] + r->padding[3], starts[TILE];
+    const int32_t *rows = constant(t, r->tables), *class_sums = constant(t, r->sums), *most[TILE];
+    window_starts(r, pixel, count, columns, starts);
+    for (int p = count; p < TILE; p++) starts[p] = starts[0];
+    uint16_t counts[TILE * BLOCK];
+    count_differing(r, x, w, starts, group, columns, block, counts);
+    int32_t i = (int32_t)pixel / (int32_t)r->out_width, j = (int32_t)pixel % (int32_t)r->out_width;
+    for (int p = 0; p < count; p++) {
+        int64_t class = rows[i] + rows[r->out_height + j];
+        most[p] = class_sums + (class * r->groups + group) * padded + f;
+        if (++j == r->out_width) j = 0, i++;
+    }
+    for (int64_t l = 0; l < block && f + l < filters; l += LANES) {
+        F values[TILE];
+        EACH_PIXEL {
+            H differing;
+            I sum;
+            memcpy(&differing, counts + p * block + l, sizeof differing);
+            memcpy(&sum, most[p] + l, sizeof sum);
+            values[p] = __builtin_convertvector(sum - 2 * __builtin_convertvector(differing, I), F);
+        }
+        put(t, values, count, pixel, group, filters, f + l);
+    }
+}
+
+INLINE void binary_pixels(const Task *t, const Unit *x, const Weight *w, int64_t from, int64_t to, int64_t group,
+                          int64_t f, int block) {
+    int64_t p = from;
+    for (; p + TILE <= to; p += TILE) binary_tile(t, x, w, p, group, f, TILE, block);
+    for (; p < to; p++) binary_tile(t, x, w, p, group, f, 1, block);
+}
+
+OPERATION convolve_signs(const Task *t) {
+    const Row *r = t->row;
+    Unit *x = active(t, r->scratch);
+    int64_t filters = r->outputs / r->groups, pixels = r->out_height * r->out_width;
+    spread(t, x);
+    for (int64_t from = 0; from < pixels; from += STRIP) {
+        int64_t to = from + STRIP < pixels ? from + STRIP : pixels;
+        const Weight *w = constant(t, r->weight);
+        for (int64_t group = 0; group < r->groups; group++)
+            for (int64_t f = 0; f < filters; f += BLOCK) {
+                int block = filters - f > BLOCK / 2 ? BLOCK : SMALLEST_BLOCK;
+                if (block == BLOCK)
+                    binary_pixels(t, x, w, from, to, group, f, BLOCK);
+                else
+                    binary_pixels(t, x, w, from, to, group, f, SMALLEST_BLOCK);
+                w += r->kernel[0] * r->kernel[1] * weights_of(r->channels / r->groups) * block;
+            }
+    }
+}
+
+/* ---- plans ---- */
+
+void NAME(run)(const bonn_qat_plan *plan, const float *images, float *results, void *arena);
+void NAME(run)(const bonn_qat_plan *plan, const float *images, float *results, void *arena) {
+    for (int64_t i = 0; i < plan->row_count; i++) {
+        Task task = {plan->rows + i, plan->constants, arena, {0}};
+        task.finish = finish_of(&task);
+        switch (task.row->operation) {
+        case BONN_QAT_COPY: copy(&task, images); break;
+        case BONN_QAT_POINTWISE: pointwise(&task); break;
+        case BONN_QAT_POOL: pool(&task); break;
+        case BONN_QAT_FLOAT: convolve_floats(&task); break;
+        case BONN_QAT_BINARY: convolve_signs(&task); break;
+        default: give_result(&task, results);
+        }
+    }
+}

@@ -1,0 +1,57 @@
+/* Vectors of 16 numbers, which the compiler spreads over the registers of the machine. */
+
+#ifndef VECTORS_H
+#define VECTORS_H
+
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 16
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float F __attribute__((vector_size(4 * LANES)));
+typedef int32_t I __attribute__((vector_size(4 * LANES)));
+typedef uint32_t U __attribute__((vector_size(4 * LANES)));
+typedef uint16_t H __attribute__((vector_size(2 * LANES)));
+
+INLINE F load(const float *from) {
+    F x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+INLINE void store(float *to, F x) { memcpy(to, &x, sizeof x); }
+
+INLINE F fill(float x) { return x - (F){0}; }
+
+INLINE F pick(I mask, F yes, F no) { return (F)((mask & (I)yes) | (~mask & (I)no)); }
+
+/* Bit l is that of lane l of a mask. */
+INLINE uint16_t bits_of(I mask) {
+    typedef _Bool Lanes __attribute__((ext_vector_type(LANES)));
+    return __builtin_bit_cast(uint16_t, __builtin_convertvector(mask, Lanes));
+}
+
+/* a b + c, rounded once on every machine. */
+#if defined(__FMA__) || defined(__aarch64__)
+INLINE F fused(F a, F b, F c) { return __builtin_elementwise_fma(a, b, c); }
+#else
+INLINE float fused_one(float a, float b, float c) {
+    /* The product is exact in double. A sum that is not is rounded to an odd last bit, so that rounding it once more
+       gives what a single rounding would. */
+    double product = (double)a * (double)b, sum = product + (double)c, back = sum - product;
+    double error = (product - (sum - back)) + ((double)c - back);
+    int64_t bits = __builtin_bit_cast(int64_t, sum);
+    int is_finite = (bits >> 52 & 0x7ff) != 0x7ff;
+    if (is_finite && error != 0 && !(bits & 1)) bits += (error > 0) == (sum > 0) ? 1 : -1;
+    return (float)__builtin_bit_cast(double, bits);
+}
+
+INLINE F fused(F a, F b, F c) {
+    F result;
+    for (int l = 0; l < LANES; l++) result[l] = fused_one(a[l], b[l], c[l]);
+    return result;
+}
+#endif
+
+#endif

@@ -1,0 +1,235 @@
+"""Plan: a network as rows of numbers for the C library, with its constants; the fields are those of
+``engine/bonn_qat_runtime.h``."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bonn_qat_runtime.errors import UnsupportedOperator
+from bonn_qat_runtime.lower import Lowered
+from bonn_qat_runtime.operations import Convolution, Floats, Map, Operation, Pool, Signs
+from bonn_qat_runtime.weights import LANES, bit_weight, float_weight, start_sums, up
+
+COPY, POINTWISE, POOL, FLOAT, BINARY, RESULT = range(1, 7)
+FIELDS = (
+    "operation", "x", "height", "width", "channels", "pitch", "out_height", "out_width", "outputs", "out_pitch",
+    "y", "signs", "residual", "program", "steps", "vectors", "rows", "thresholds",
+    "kernel_height", "kernel_width", "stride_y", "stride_x", "dilation_y", "dilation_x", "groups",
+    "top", "bottom", "left", "right", "weight", "scratch", "windows", "is_mean", "classes", "tables", "sums",
+)  # fmt: skip
+_ALIGNMENT = 64
+_PLACES = ("x", "y", "signs", "residual", "program", "vectors", "thresholds", "weight", "scratch", "windows", "tables",
+           "sums")  # fmt: skip
+_MOST_SUMS = 2**26
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """``rows`` ``(n, len(FIELDS))``, over ``constants``, bytes at a multiple of 64, and an arena of ``arena_bytes``.
+
+    ``result`` is the shape of the result for an image: ``(classes,)`` or ``(C, H, W)``.
+    """
+
+    rows: NDArray[np.int64]
+    constants: NDArray[np.uint8]
+    arena_bytes: int
+    inputs: int
+    result: tuple[int, ...]
+    layout: int
+
+
+@dataclass(eq=False)
+class _Buffer:
+    """Bytes of the arena that are needed from row ``first`` to row ``last``."""
+
+    size: int
+    first: int
+    last: int
+    place: int = -1
+
+
+def aligned(size: int) -> NDArray[np.uint8]:
+    """Zeros, at a multiple of 64."""
+    memory = np.zeros(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size]
+
+
+def plan(lowered: Lowered, input_size: tuple[int, int, int], layout: int) -> Plan:
+    """The plan of a network's operations, for an instruction set with this layout of binary weights."""
+    planner = _Planner(layout)
+    for operation in lowered.operations:
+        planner.add(operation)
+    y = lowered.result
+    planner.row(RESULT, planner.map_of(y), y, {})
+    arena_bytes = _allocate(planner.buffers)
+    rows = np.array([[_number(row[name]) for name in FIELDS] for row in planner.rows], np.int64)
+    constants = aligned(sum(len(part) for part in planner.constants))
+    np.concatenate(planner.constants, out=constants)
+    return Plan(
+        rows=rows, constants=constants, arena_bytes=arena_bytes, inputs=math.prod(input_size), layout=layout,
+        result=(math.prod(y.shape),) if y.is_flat else y.shape,
+    )  # fmt: skip
+
+
+class _Planner:
+    def __init__(self, layout: int) -> None:
+        self.layout = layout
+        self.rows: list[dict[str, Any]] = []
+        self.buffers: list[_Buffer] = []
+        self.constants = [np.zeros(_ALIGNMENT, np.uint8)]  # never none at all
+        self.end = _ALIGNMENT
+        self.maps: dict[Operation | None, _Buffer] = {}
+        self.signs: dict[Signs, _Buffer] = {}
+
+    # Rows are numbered in the order in which they are added; a buffer lives until the last row that names it.
+
+    def buffer(self, size: int) -> _Buffer:
+        made = _Buffer(up(size, _ALIGNMENT), len(self.rows), len(self.rows))
+        self.buffers.append(made)
+        return made
+
+    def constant(self, values: NDArray[Any]) -> int:
+        octets = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        at = self.end
+        self.constants += [octets, np.zeros(-len(octets) % _ALIGNMENT, np.uint8)]
+        self.end += up(len(octets), _ALIGNMENT)
+        return at
+
+    def row(self, operation: int, x: _Buffer | None, size: Map, fields: dict[str, Any], pitch: int = 0) -> None:
+        row = dict.fromkeys(FIELDS, 0) | dict.fromkeys(_PLACES, -1)
+        row |= {"operation": operation, "height": size.height, "width": size.width, "channels": size.channels}
+        row |= {"x": -1 if x is None else x, "pitch": pitch or up(size.channels, LANES)} | fields
+        for value in row.values():
+            if isinstance(value, _Buffer):
+                value.last = len(self.rows)
+        self.rows.append(row)
+
+    def map_of(self, x: Map) -> _Buffer:
+        """Where a map lies; the image is copied from what the caller gives."""
+        if x.source not in self.maps:
+            assert x.source is None
+            y = self.maps[None] = self.buffer(_map_bytes(x, up(x.channels, LANES)))
+            self.row(COPY, None, x, {"y": y, "out_pitch": up(x.channels, LANES)})
+        return self.maps[x.source]
+
+    def add(self, operation: Operation) -> None:
+        """The row of an operation, and before it one that makes room for padding."""
+        source = operation.x
+        x = self.signs[source] if isinstance(source, Signs) else None
+        beside = None if operation.residual is None else self.map_of(operation.residual)
+        size, pitch = source.map if isinstance(source, Signs) else source, 0
+        if isinstance(operation, Convolution) and not isinstance(source, Signs):
+            x, size, pitch = self.padded(operation, source)
+        elif isinstance(source, Map):
+            x = self.map_of(source)
+        fields = {"residual": -1 if beside is None else beside} | self.finish(operation)
+        if isinstance(operation, Pool):
+            self.row(POOL, x, size, fields | self.pool(operation))
+        elif not isinstance(operation, Convolution):
+            self.row(POINTWISE, x, size, fields)
+        elif isinstance(source, Signs):
+            self.row(BINARY, x, size, fields | self.convolution(operation) | self.binary(operation, size))
+        else:
+            fields |= {"weight": self.constant(float_weight(operation.weight, operation.groups))}
+            self.row(FLOAT, x, size, fields | self.convolution(operation), pitch)
+
+    def padded(self, convolution: Convolution, source: Map) -> tuple[_Buffer, Map, int]:
+        """The map with zeros around it. An image keeps its few channels, which a kernel then reads in one run."""
+        top, bottom, left, right = convolution.padding
+        if source.source is not None and not any(convolution.padding):
+            return self.map_of(source), source, up(source.channels, LANES)
+        size = Map(source.channels, source.height + top + bottom, source.width + left + right)
+        pitch = source.channels if source.source is None else up(source.channels, LANES)
+        x = None if source.source is None else self.map_of(source)
+        y = self.buffer(_map_bytes(size, pitch))
+        sides = {"top": top, "bottom": bottom, "left": left, "right": right}
+        self.row(COPY, x, source, {"y": y, "out_pitch": pitch} | sides)
+        return y, size, pitch
+
+    def finish(self, operation: Operation) -> dict[str, Any]:
+        """The epilogue, and what is written."""
+        y = operation.result
+        pitch = up(y.channels, LANES)
+        fields: dict[str, Any] = {"out_height": y.height, "out_width": y.width, "outputs": y.channels}
+        fields["out_pitch"] = pitch
+        program, vectors = [], list[Floats]()
+        for step in operation.steps:
+            program.append((step.code, len(vectors)))
+            vectors += [_filled(row, pitch, 0) for row in step.rows]
+        if program:
+            fields |= {"program": self.constant(np.array(program, np.int64)), "steps": len(program)}
+            fields |= {"vectors": self.constant(np.array(vectors, np.float32)), "rows": len(vectors)}
+        if operation.signs is not None:
+            low, high = operation.signs.thresholds
+            # Channels beyond the last have no sign that differs from the weights' zeros.
+            rows = np.stack((_filled(low, pitch, math.inf), _filled(high, pitch, -math.inf)))
+            fields["thresholds"] = self.constant(rows)
+            fields["signs"] = self.signs[operation.signs] = self.buffer(y.height * y.width * pitch // 8)
+        if operation.wants_floats:
+            fields["y"] = self.maps[operation] = self.buffer(_map_bytes(y, pitch))
+        return fields
+
+    def pool(self, pool: Pool) -> dict[str, Any]:
+        windows = self.constant(np.concatenate((pool.rows, pool.columns)).astype(np.int32))
+        dilation_y, dilation_x = pool.dilation
+        return {"windows": windows, "dilation_y": dilation_y, "dilation_x": dilation_x, "is_mean": int(pool.is_mean)}
+
+    def convolution(self, convolution: Convolution) -> dict[str, Any]:
+        names = ("kernel_height", "kernel_width", "stride_y", "stride_x", "dilation_y", "dilation_x")
+        numbers = (*convolution.weight.shape[2:], *convolution.stride, *convolution.dilation)
+        return dict(zip(names, numbers, strict=True)) | {"groups": convolution.groups}
+
+    def binary(self, convolution: Convolution, x: Map) -> dict[str, Any]:
+        top, bottom, left, right = convolution.padding
+        kernel, outputs = convolution.weight.shape[2:], len(convolution.weight)
+        kinds = [min(2 * taps, n) for taps, n in zip(kernel, convolution.result.shape[1:], strict=True)]
+        if math.prod(kinds) * outputs > _MOST_SUMS:
+            raise UnsupportedOperator(
+                f"a binary convolution with a kernel of {kernel} and padding {convolution.padding} needs too many "
+                "tables; use bonn_qat.PackedModel"
+            )
+        sums = start_sums(convolution, x.height, x.width)
+        per_group = x.channels // convolution.groups
+        bytes_of_group = up(per_group, 16) // 4 if self.layout else up(per_group, 32) // 8
+        pixels = (x.height + top + bottom) * (x.width + left + right)
+        return {
+            "top": top, "bottom": bottom, "left": left, "right": right,
+            "weight": self.constant(bit_weight(convolution.weight, convolution.groups, self.layout)),
+            "scratch": self.buffer(pixels * convolution.groups * bytes_of_group),
+            "classes": len(sums.values), "tables": self.constant(sums.tables), "sums": self.constant(sums.values),
+        }  # fmt: skip
+
+
+def _map_bytes(x: Map, pitch: int) -> int:
+    return 4 * x.height * x.width * pitch
+
+
+def _filled(row: Floats, pitch: int, rest: float) -> Floats:
+    """A number for each channel, and ``rest`` up to the pitch."""
+    filled = np.full(pitch, rest, np.float32)
+    filled[: len(row)] = row
+    return filled
+
+
+def _number(value: Any) -> int:
+    return value.place if isinstance(value, _Buffer) else int(value)
+
+
+def _allocate(buffers: list[_Buffer]) -> int:
+    """Give each buffer the first place that is free while it lives; the bytes of all."""
+    active, most = list[_Buffer](), 0
+    for buffer in sorted(buffers, key=lambda each: each.first):
+        active = sorted((each for each in active if each.last >= buffer.first), key=lambda each: each.place)
+        place = 0
+        for other in active:
+            if other.place - place >= buffer.size:
+                break
+            place = max(place, other.place + other.size)
+        buffer.place = place
+        active.append(buffer)
+        most = max(most, place + buffer.size)
+    return most
