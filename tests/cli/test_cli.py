@@ -473,14 +473,18 @@ def _told_before(arguments: list[str], output: Path, capsys: pytest.CaptureFixtu
 def test_plugins_and_what_they_observe_are_told_before_a_run(
     begun: list[str], tmp_path: Path, other_plugins: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    baselines, *others = (
-        f"bonn-qat-{name} {version(f'bonn-qat-{name}')}" for name in ("baselines", "csv", "mlflow", "tensorboard")
+    baselines, *observers, weights = (
+        f"bonn-qat-{name} {version(f'bonn-qat-{name}')}"
+        for name in ("baselines", "csv", "mlflow", "tensorboard", "weights")
     )
-    assert _told_before(begun, tmp_path, capsys) == [f"plugins: {baselines}"]
+    assert _told_before(begun, tmp_path, capsys) == [f"plugins: {baselines}, {weights}"]
     other_plugins.delenv("BONN_QAT_PLUGINS")
     plugins.manager.cache_clear()
     store = f"MLflow: sqlite:///{tmp_path / 'mlflow.db'}, experiment {tmp_path.name}"
-    assert _told_before(begun, tmp_path, capsys) == [f"plugins: {', '.join([baselines, *others])}", store]
+    assert _told_before(begun, tmp_path, capsys) == [
+        f"plugins: {', '.join([baselines, *observers, weights])}",
+        store,
+    ]
     assert _told_before([*begun, "--no-plugins"], tmp_path, capsys) == ["plugins: none"]
     assert not list(tmp_path.iterdir())
 

@@ -11,7 +11,7 @@ import bonn_qat
 from bonn_qat import plugins
 from bonn_qat.files.tensors import read_tensors
 
-PLUGIN = Path(bonn_qat_weights.__file__).parents[1]
+PLUGIN = Path(__file__).parents[1]
 NETWORKS = {network.name: network for network in bonn_qat_weights.bonn_qat_pretrained()}
 
 
