@@ -16,8 +16,8 @@ def list_models(filter: str = "*", *, pretrained: bool = False, pm: pluggy.Plugi
 
     With ``pretrained`` they are those whose trained weights a plugin has brought.
 
-    >>> list_models("wrn22*")
-    ['wrn22_16', 'wrn22_64']
+    >>> list_models("birealnet*")
+    ['birealnet18', 'birealnet34']
     """
     import timm
 

@@ -250,6 +250,7 @@ def main(found: Path) -> None:
     torch.set_default_dtype(torch.float64)
     warnings.simplefilter("ignore")
     warnings.filterwarnings("error", module=r"bonn_qat\.")
+    warnings.filterwarnings("ignore", "this CPU has no instructions for")
     digits, names = images(), sorted(plugins.schemes())
     with tempfile.TemporaryDirectory() as temporary, distributed.process_group():
         folder = Path(distributed.broadcast(temporary))

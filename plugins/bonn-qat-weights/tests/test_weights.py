@@ -12,6 +12,8 @@ from bonn_qat import plugins
 from bonn_qat.files.tensors import read_tensors
 
 PLUGIN = Path(__file__).parents[1]
+# Whatever the tests before have left in BONN_QAT_PLUGINS.
+PM = plugins.create_manager(entry_points=["baselines.float", "baselines.xnor", "weights"])
 NETWORKS = {network.name: network for network in bonn_qat_weights.bonn_qat_pretrained()}
 
 
@@ -38,7 +40,7 @@ def test_every_network_has_a_card_and_a_row():
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_is_what_its_packed_file_and_its_card_say(name):
     network, generator = NETWORKS[name], torch.Generator().manual_seed(0)
-    model = bonn_qat.create_model(name, pretrained=True).eval()
+    model = bonn_qat.create_model(name, pretrained=True, pm=PM).eval()
     images = torch.randn(3, *model.binarization.input_size, generator=generator)
     networks = [model]
     if network.packed:
