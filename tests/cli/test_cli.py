@@ -516,6 +516,13 @@ def test_export_writes_what_a_comparison_left_and_compares_the_two(
     assert 0 < size < 2
 
 
+@pytest.fixture
+def with_weights(other_plugins: pytest.MonkeyPatch) -> None:
+    other_plugins.setenv("BONN_QAT_PLUGINS", "baselines.xnor,weights")
+    plugins.manager.cache_clear()
+
+
+@pytest.mark.usefixtures("with_weights")
 def test_a_trained_network_is_evaluated_and_asked_by_name_and_as_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -555,6 +562,7 @@ def test_a_trained_network_is_evaluated_and_asked_by_name_and_as_files(
         (["summary", "wrn10_16.xnor_digits", "--scheme", "bonn"], "holds its scheme and classes; leave out --scheme"),
     ],
 )
+@pytest.mark.usefixtures("with_weights")
 def test_what_cannot_be_evaluated_is_one_line(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
