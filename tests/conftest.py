@@ -28,6 +28,18 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _same_plugins() -> Iterator[None]:
+    """The plugins of a test are those of all, also after one that ran a command with ``--no-plugins``."""
+    from bonn_qat import plugins
+
+    manager, before = plugins.manager, os.environ["BONN_QAT_PLUGINS"]
+    yield
+    if os.environ.get("BONN_QAT_PLUGINS") != before:
+        os.environ["BONN_QAT_PLUGINS"] = before
+        manager.cache_clear()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Slow tests first, so that no worker is left with one at the end.
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
