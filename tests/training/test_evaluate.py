@@ -36,7 +36,8 @@ def test_the_accuracy_is_that_of_the_training_run(run, data):
     found = evaluate(model, data)
     assert model.training
     last = result.epochs[-1]
-    assert (found.top1, found.top5, found.loss) == (last["test/top1"], last["test/top5"], last["test/loss"])
+    assert (found.top1, found.top5) == (last["test/top1"], last["test/top5"])
+    assert found.loss == pytest.approx(last["test/loss"], rel=1e-6)  # the layout of memory decides the order of sums
     assert found.images == 100
 
 
