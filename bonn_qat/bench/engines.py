@@ -39,10 +39,14 @@ def feed(session: Any, images: Any) -> Run:
 
 
 def forward(model: Any, images: Any) -> Run:
-    """A call of a PyTorch ``model`` with ``images``, a tensor ``(B, C, H, W)``, in inference mode and channels_last."""
+    """A call of a PyTorch ``model`` with ``images``, a tensor ``(B, C, H, W)``, in inference mode and channels_last.
+
+    A packed network that runs in C gets them as they are.
+    """
     import torch
 
-    images = images.contiguous(memory_format=torch.channels_last)
+    if getattr(model, "runtime", "") != "C":
+        images = images.contiguous(memory_format=torch.channels_last)
 
     def run() -> object:
         with torch.inference_mode():

@@ -20,6 +20,7 @@ from bonn_qat.modes import neutral
 from bonn_qat.runtime import graph as graphs
 from bonn_qat.runtime.dry_run import dry_run
 from bonn_qat.runtime.layout import Geometry
+from bonn_qat.runtime.planned import Planned, takes
 
 FORMAT = 2  # 2: thresholds are intervals
 
@@ -74,6 +75,10 @@ class PackedModel(nn.Module):
     and what the classes are called, if that is known. Made by :func:`pack` or :meth:`load`. The outputs do not depend
     on what the caller has set in torch, such as ``torch.autocast`` (:func:`bonn_qat.modes.neutral`), and they are the
     caller's own: changing them in place changes neither the network nor the images.
+
+    On a CPU the whole network runs in C if ``plugins/bonn-qat-runtime`` is installed and has its operators, else node
+    by node in torch: :attr:`runtime`. A change of its tensors is seen in the next call if torch counts it, as it does
+    for all that is done to the tensors themselves; not one through ``tensor.data`` or a numpy array of their memory.
     """
 
     def __init__(
@@ -102,6 +107,7 @@ class PackedModel(nn.Module):
         # no submodule: its buffers are those of `network`.
         self._direct: fx.GraphModule
         object.__setattr__(self, "_direct", graphs.without_dispatcher(self.network))
+        self._planned: Planned | None = None
         self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> Any:
@@ -128,6 +134,8 @@ class PackedModel(nn.Module):
                 "torch.jit.trace would record a packed network for one number of images; use torch.export or "
                 "torch.compile, or save it with packed.save(path)"
             )
+        if takes(images) and (run := self._in_c().run):
+            return torch.from_numpy(run(images.numpy(force=True)))
         with neutral():
             if len(images) == 0:
                 return self._nothing(images)
@@ -136,6 +144,17 @@ class PackedModel(nn.Module):
                 self.check(size)
             with self.computing():
                 return self._run(self._direct, images)
+
+    @property
+    def runtime(self) -> str:
+        """What computes images on a CPU: ``"C"``, or why the network runs node by node in torch."""
+        return self._in_c().reason or "C"
+
+    def _in_c(self) -> Planned:
+        tensors: Any = self.network._buffers
+        if self._planned is None or not self._planned.is_of(tensors):
+            self._planned = Planned(tensors, self.dump)
+        return self._planned
 
     def _run(self, network: fx.GraphModule, images: Tensor) -> Any:
         images = images.contiguous(memory_format=self.layout)

@@ -10,10 +10,12 @@ import pytest
 import torch
 from generated import SCHEMES, SIZE, network, odd_images, same
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bonn_qat
 from bonn_qat import PackedModel, pack
 from bonn_qat.errors import InvalidData, InvalidModel
+from bonn_qat.runtime import planned
 
 ROUNDING = 1e-5
 
@@ -35,10 +37,8 @@ def replace(packed: PackedModel, name: str, new: Tensor) -> None:
 
 CHANGES: dict[str, Callable[[PackedModel, str, Tensor], object]] = {
     "copy_": lambda packed, name, new: packed.network.get_buffer(name).copy_(new),
-    "data": lambda packed, name, new: packed.network.get_buffer(name).data.copy_(new),
     "other data": lambda packed, name, new: setattr(packed.network.get_buffer(name), "data", new),
     "set_": lambda packed, name, new: packed.network.get_buffer(name).set_(new),
-    "numpy": lambda packed, name, new: packed.network.get_buffer(name).numpy().__setitem__(..., new.numpy()),
     "load_state_dict": lambda packed, name, new: packed.load_state_dict(
         {**packed.state_dict(), f"network.{name}": new}
     ),
@@ -49,10 +49,10 @@ CHANGES: dict[str, Callable[[PackedModel, str, Tensor], object]] = {
 }
 
 
-@pytest.mark.parametrize("scheme", ["bonn", "reactnet", "bwn"])
-def test_any_change_of_any_tensor_is_seen(scheme):
+@pytest.mark.parametrize(("seed", "scheme"), [(8, "bonn"), (8, "reactnet"), (8, "bwn"), (11, "bonn")])
+def test_any_change_of_any_tensor_is_seen(seed, scheme):
     """Random values into random tensors, in every way, of a network that was called before."""
-    model, _ = network(8, scheme)  # 40 channels, which kernels fill up to 64
+    model, _ = network(seed, scheme)
     packed, x, draw = pack(model), odd_images(2, 0), random.Random(0)
     source, changed = torch.Generator().manual_seed(0), 0
     names = list(packed.network._buffers)
@@ -63,6 +63,41 @@ def test_any_change_of_any_tensor_is_seen(scheme):
         assert same(after, fresh(packed)(x)), (name, way)
         changed += not torch.equal(before.nan_to_num(), after.nan_to_num())
     assert changed > 5
+
+
+class Watching(TorchDispatchMode):
+    """Sees torch's operations, and so has a packed network run node by node."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("seed", [7, 11, 19])
+def test_in_c_the_whole_network_gives_what_it_gives_node_by_node(seed, monkeypatch):
+    packed, x = pack(network(seed, "bonn")[0]), odd_images(5, seed)
+    assert packed.runtime == "C"
+    with Watching() as watching:
+        expected = packed(x)
+    assert watching.seen
+    for images in (x, x.contiguous(memory_format=torch.channels_last), x.clone().requires_grad_()):
+        assert same(packed(images), expected, ROUNDING)
+        assert not packed(images).requires_grad
+    monkeypatch.setattr(planned, "_package", lambda: None)
+    other = fresh(packed)
+    assert "bonn-qat-runtime is not installed" in other.runtime
+    assert same(other(x), expected)
+
+
+def test_what_the_c_runtime_lacks_is_named_and_runs_node_by_node():
+    model = bonn_qat.binarize(Kinds(), include=["conv", "positions", "image"], input_size=SIZE).eval()
+    packed = pack(model.requires_grad_(False))
+    assert packed.runtime.startswith("bonn-qat-runtime cannot run the node")
+    assert len(packed(odd_images(2, 0))) == 6
 
 
 def test_a_state_that_is_loaded_is_the_one_that_is_used_also_by_other_threads():

@@ -59,24 +59,28 @@ class PackedFile:
     preprocessing: Preprocessing | None
 
 
-def read_packed(path: str | Path) -> PackedFile:
-    """Read a file that ``bonn_qat.pack(model).save(path)`` wrote.
+def read_packed(path: str | Path | bytes) -> PackedFile:
+    """Read a file that ``bonn_qat.pack(model).save(path)`` wrote, or its bytes, which ``dump()`` gives.
 
     Raises InvalidFile naming it if it is missing, truncated, altered, of another version or kind; UnsupportedOperator
     for a network that takes something else than images.
     """
     try:
-        content = _content(path)
-        tensors, header = _parse(content)
+        tensors, header = _parse(path if isinstance(path, bytes) else _content(path))
         return _checked(tensors, header)
     except OSError as error:
-        raise InvalidFile(f"cannot read {path}: {error.strerror or error}") from error
+        raise InvalidFile(f"cannot read {name_of(path)}: {error.strerror or error}") from error
     except UnsupportedOperator as error:
-        raise UnsupportedOperator(f"{path}: {error}") from error
+        raise UnsupportedOperator(f"{name_of(path)}: {error}") from error
     except RecursionError as error:
-        raise InvalidFile(f"{path}: its tables and lists are nested too deeply") from error
+        raise InvalidFile(f"{name_of(path)}: its tables and lists are nested too deeply") from error
     except ValueError as error:
-        raise InvalidFile(f"{path}: {' '.join(str(error).split())[:500]}") from error
+        raise InvalidFile(f"{name_of(path)}: {' '.join(str(error).split())[:500]}") from error
+
+
+def name_of(path: str | Path | bytes) -> str:
+    """How messages call a file."""
+    return "the bytes" if isinstance(path, bytes) else str(path)
 
 
 def digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:

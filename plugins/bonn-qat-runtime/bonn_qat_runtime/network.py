@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from bonn_qat_runtime import library
 from bonn_qat_runtime.errors import InvalidFile, InvalidPlan, UnsupportedOperator
-from bonn_qat_runtime.files import Preprocessing, read_packed
+from bonn_qat_runtime.files import Preprocessing, name_of, read_packed
 from bonn_qat_runtime.fuse import fuse
 from bonn_qat_runtime.lower import lower
 from bonn_qat_runtime.plan import plan
@@ -17,6 +17,8 @@ from bonn_qat_runtime.plan import plan
 @final
 class Network:
     """A network that ``bonn_qat.pack(model).save(path)`` wrote: images ``(B, C, H, W)`` -> logits ``(B, classes)``.
+
+    It is made from the path of the file, or from its bytes.
 
     It computes what ``bonn_qat.PackedModel`` does, one image after another in one thread, without torch. Binary layers
     are equal to the last bit, float layers up to the order of their sums, and on all CPUs alike.
@@ -35,7 +37,7 @@ class Network:
     preprocessing: Preprocessing | None
     cpu: str  # the instruction set
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path | bytes) -> None:
         file = read_packed(path)
         self.name, self.scheme, self.input_size = file.name, file.scheme, file.input_size
         self.preprocessing, self.cpu = file.preprocessing, library.chosen_cpu()
@@ -43,7 +45,7 @@ class Network:
             made = plan(fuse(lower(file)), file.input_size, library.layout(self.cpu))
             self._program = library.Program(made, self.cpu)
         except (InvalidFile, InvalidPlan, UnsupportedOperator) as error:
-            raise type(error)(f"{path}: {error}") from error
+            raise type(error)(f"{name_of(path)}: {error}") from error
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Raises InvalidFile for images of another size or type: they are neither converted nor scaled here."""

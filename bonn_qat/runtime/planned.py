@@ -1,0 +1,67 @@
+"""Planned: a packed network in the C runtime of ``plugins/bonn-qat-runtime``, where that is installed and takes it."""
+
+import functools
+import operator
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HALF = 0.5  # of the least normal number is a denormal one
+
+
+class Planned:
+    """The network of a ``dump()`` in C, for tensors in one state: ``run(images)``, or None with the ``reason``.
+
+    The C runtime has the weights a second time, laid out for this CPU.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], dump: Callable[[], bytes]) -> None:
+        self.run: Any = None
+        self.reason = ""
+        self._tensors = tuple(tensors.values())
+        self._counts = not any(tensor.is_inference() for tensor in self._tensors)
+        self._state = _state(self._tensors) if self._counts else []
+        runtime = _package()
+        if runtime is None:
+            self.reason = "bonn-qat-runtime is not installed (in a clone: pip install ./plugins/bonn-qat-runtime)"
+        elif not self._counts:
+            self.reason = "its tensors were made in torch.inference_mode, and so do not tell when they change"
+        else:
+            try:
+                self.run = runtime.Network(dump())
+            except runtime.RuntimeFailure as error:
+                self.reason = str(error).removeprefix("the bytes: ").partition("; use bonn_qat.PackedModel")[0]
+
+    def is_of(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether ``tensors`` are those that it was made of, and have not changed since."""
+        found = tensors.values()
+        if len(found) != len(self._tensors) or not all(map(operator.is_, found, self._tensors)):
+            return False
+        return not self._counts or _state(found) == self._state
+
+
+def takes(images: Tensor) -> bool:
+    """Whether ``images`` are an ordinary tensor on a CPU, in surroundings in which C computes what torch would.
+
+    Not if a mode watches torch's operations, nor if denormal numbers are flushed.
+    """
+    if type(images) is not Tensor or images.device.type != "cpu" or sys.float_info.min * _HALF == 0:
+        return False
+    return not (torch._C._len_torch_dispatch_stack() or torch._C._functorch.is_functorch_wrapped_tensor(images))
+
+
+def _state(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """Where tensors lie, and torch's count of their changes."""
+    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+
+
+@functools.cache
+def _package() -> Any:
+    try:
+        import bonn_qat_runtime
+    except ImportError:
+        return None
+    return bonn_qat_runtime
