@@ -74,8 +74,8 @@ def tensors(side: int) -> dict[str, Tensor]:
         "bounds": torch.tensor([0.0, torch.inf]).repeat(4, 1).T.contiguous(),
         "kernel1": torch.ones(4, 4, 3), "places": torch.tensor([0, 3, 1]), "truth": image > 0,
         "whole": (image * 9).to(torch.int64), "spots": torch.zeros(1, 4, side, side, dtype=torch.int64),
-        "slice": image[:, 0], "codes": torch.full((1, side + 2, side + 2, 2), 2, dtype=torch.uint8),
-        "bits": torch.zeros(9 * 32, dtype=torch.uint8), "vectors": torch.ones(1, 4),
+        "slice": image[:, 0], "codes": torch.full((1, side, side, 1), 2, dtype=torch.int32),
+        "bits": torch.zeros(1, 9, 16, dtype=torch.int32), "vectors": torch.ones(1, 4),
         "words": torch.zeros(side * side // 16, dtype=torch.int64),
     }  # fmt: skip
 

@@ -1,7 +1,7 @@
 """How fast packed networks are, and how equal to their models: four questions, one command each.
 
-``layers``: 3x3 binary convolutions against torch's float ones, alternating. ``parts``: where the time of a network is
-spent, and the most that this processor can do. ``equality``: logits, predictions and features against those of the
+``layers``: 3x3 binary convolutions against torch's float ones, alternating. ``parts``: where the time of a network that
+runs node by node is spent. ``equality``: logits, predictions and features against those of the
 binarized model in evaluation mode, on CIFAR-10's test images. ``families``: the same for one network of each of twenty
 families of timm, on random images. Each prints a table and, with ``--output``, writes JSON. Examples::
 
@@ -19,8 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import numba
-import numpy as np
 import timm
 import torch
 from torch import Tensor, fx, nn
@@ -28,7 +26,7 @@ from torch import Tensor, fx, nn
 import bonn_qat
 from bonn_qat.environment import environment, processor
 from bonn_qat.files.tensors import read_tensors
-from bonn_qat.runtime import kernels, layout
+from bonn_qat.runtime import layout
 from bonn_qat.runtime.epilogue import SCALE
 from bonn_qat.runtime.layout import Geometry
 from bonn_qat.training.data import load
@@ -160,7 +158,7 @@ class Timed(fx.Interpreter):
 
 
 def parts(args: argparse.Namespace) -> dict[str, Any]:
-    """Where the time of a network goes, and how close its binary convolutions come to the processor's limit."""
+    """Where the time of a network goes that runs node by node."""
     model = made(args.model, args.scheme, args.size)
     packed = bonn_qat.pack(model, (3, args.size, args.size))
     x = torch.randn(args.batch, 3, args.size, args.size).contiguous(memory_format=packed.layout)
@@ -179,37 +177,9 @@ def parts(args: argparse.Namespace) -> dict[str, Any]:
     print(f"{args.model}, {args.size} px, batch {args.batch}: {total:.2f} ms (the parts are timed one by one)")
     for group, values in sorted(by_group.items(), key=lambda item: -statistics.median(item[1])):
         print(f"  {group:32}{statistics.median(values):>9.2f} ms")
-    best = peak()
     rate = args.batch * report.binary_macs / statistics.median(by_group["binary convolutions"]) / 1e6
-    print(f"  binary products: {rate:,.0f} of {best:,.0f} G/s at most ({rate / best:.0%})")
-    return {"total": whole, "parts": by_group, "binary_macs": report.binary_macs, "rate": rate, "peak": best}
-
-
-@numba.njit(nogil=True)
-def repeat_tile(codes, base, weight, starts, lengths, ends, sums, repeats):  # type: ignore[no-untyped-def]
-    """The inner loop alone, repeated."""
-    for _ in range(repeats):
-        kernels._wide_tile(codes, base, weight, 0, starts, lengths, ends, sums)
-
-
-def peak() -> float:
-    """Binary products per second, in 10^9, of the inner loop alone, with its operands in the first-level cache."""
-    length, repeats = 60, 20_000
-    codes, weight = np.zeros(1024, np.uint8), np.zeros(64 * length, np.uint8)
-    base, sums = np.arange(4, dtype=np.int64), np.zeros(256, np.uint16)
-    starts, lengths = np.zeros(1, np.int64), np.full(1, length, np.int64)
-    ends = np.ones(1, np.bool_)
-    arrays = (codes, base, weight, starts, lengths, ends, sums)
-    repeat_tile(*arrays, 1)
-    fastest = min(timed(lambda: repeat_tile(*arrays, repeats)) for _ in range(10))
-    return repeats * 4 * 64 * 4 * length / fastest / 1e9
-
-
-def timed(function: Callable[[], object]) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+    print(f"  binary products: {rate:,.0f} G/s")
+    return {"total": whole, "parts": by_group, "binary_macs": report.binary_macs, "rate": rate}
 
 
 def made(name: str, scheme: str, size: int, weights: Path | None = None, **options: Any) -> nn.Module:

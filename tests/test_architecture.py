@@ -35,8 +35,8 @@ RANKS = (
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 HOSTS = {
-    "accelerate", "brevitas", "lightning", "llvmlite", "matplotlib", "mlflow", "numba", "onnx", "onnxruntime", "qonnx",
-    "ray", "sklearn", "timm", "torchao", "torchvision",
+    "accelerate", "brevitas", "lightning", "matplotlib", "mlflow", "onnx", "onnxruntime", "qonnx", "ray", "sklearn",
+    "timm", "torchao", "torchvision",
 }  # fmt: skip
 
 
@@ -91,8 +91,6 @@ def test_imports_point_inwards(path):
 def test_a_host_is_imported_where_it_is_adapted(path):
     hosts = {name.split(".")[0] for name in imported(path)} & HOSTS
     allowed = {"models": {"timm"}, "adapters": {path.stem}, "plotting": {"matplotlib"}}
-    if path.name == "kernels.py":  # which is imported where numba is there
-        hosts -= {"numba", "llvmlite"}
     if path.name == "image_folder.py":  # which is imported where a folder is read
         hosts -= {"torchvision"}
     assert hosts <= allowed.get(room(path), set())

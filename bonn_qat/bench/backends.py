@@ -120,15 +120,12 @@ def packed(networks: Networks) -> Backend:
     path = pack(networks.binary_model, networks.size).save(networks.directory / "packed.safetensors")
     model = PackedModel.load(path)
     bits = sum(layer.kind == "bits" for layer in model.layers)
-    compiled = importlib.util.find_spec("numba") is not None
-    loops = "kernels compiled by numba" if compiled else "plain torch, because numba is missing"
-    how = "all of it in C" if model.runtime == "C" else f"node by node, {loops}: {model.runtime}"
-    modules = ("bonn_qat.runtime.kernels",) if compiled and model.runtime != "C" else ()  # else the first call does
+    how = "all of it in C" if model.runtime == "C" else f"node by node in torch: {model.runtime}"
     return Backend(
         make=lambda threads, images: engines.forward(model, images),
         size_bytes=path.stat().st_size,
         note=f"{bits} of {len(model.layers)} binary layers compute with bits; {how}",
-        launch=lambda: Launch(engine="packed", path=path, modules=modules),
+        launch=lambda: Launch(engine="packed", path=path),
     )
 
 

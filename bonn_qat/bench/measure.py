@@ -212,7 +212,7 @@ def _environment(threads: Sequence[int]) -> dict[str, str]:
     """Processor, threads, and the versions of the packages."""
     found = {"processor": processor(), "cores": str(_cores())}
     found |= {**environment(torch.device("cpu")), "threads": " and ".join(map(str, threads))}
-    for package in ("onnxruntime", "onnx", "numba"):
+    for package in ("onnxruntime", "onnx", "bonn-qat-runtime"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found

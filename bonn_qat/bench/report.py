@@ -60,16 +60,15 @@ class Latency:
 class Startup:
     """The start-up of a backend in new processes, with an entry for each round.
 
-    ``cold_seconds`` (without compiled kernels) and ``warm_seconds`` (with them) reach from the start of the process to
-    its first result. ``process_kib`` is the peak memory of the warm process, ``added_kib`` the part beyond Python and
-    the libraries; both are empty where the system does not report them.
+    ``seconds`` reach from the start of the process to its first result. ``process_kib`` is the peak memory of the
+    process, ``added_kib`` the part beyond Python and the libraries; both are empty where the system does not report
+    them.
     """
 
     backend: str
     batch: int
     threads: int
-    cold_seconds: tuple[float, ...]
-    warm_seconds: tuple[float, ...]
+    seconds: tuple[float, ...]
     process_kib: tuple[int, ...] = ()
     added_kib: tuple[int, ...] = ()
 
@@ -161,10 +160,9 @@ def _sizes(report: BenchReport) -> Table:
 
 
 def _startups(report: BenchReport) -> Table:
-    columns = [Column("backend", text=True), *map(Column, ("cold s", "warm s", "process MiB", "added MiB"))]
+    columns = [Column("backend", text=True), *map(Column, ("seconds", "process MiB", "added MiB"))]
     rows = [
-        (x.backend, f"{statistics.median(x.cold_seconds):.2f}", f"{statistics.median(x.warm_seconds):.2f}",
-         _mib(x.process_kib), _mib(x.added_kib))
+        (x.backend, f"{statistics.median(x.seconds):.2f}", _mib(x.process_kib), _mib(x.added_kib))
         for x in report.startups
     ]  # fmt: skip
     title = ""
@@ -172,8 +170,8 @@ def _startups(report: BenchReport) -> Table:
         first = report.startups[0]
         title = (
             f"seconds from the start of a process to its first result, batch {first.batch}, {first.threads} "
-            f"thread{'s' * (first.threads > 1)}, medians of {len(first.cold_seconds)} rounds, without (cold) and with "
-            "(warm) compiled kernels; peak memory of the warm process, and the part beyond Python and the libraries"
+            f"thread{'s' * (first.threads > 1)}, medians of {len(first.seconds)} rounds; peak memory of the process, "
+            "and the part beyond Python and the libraries"
         )
     return Table(columns, rows, title=title)
 

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -32,9 +31,8 @@ def startup(
 ) -> tuple[tuple[Startup, ...], dict[str, str]]:
     """Start each of ``backends`` in fresh processes, ``rounds`` times in turns; images of ``size`` ``(C, H, W)``.
 
-    In each round a backend starts twice: first without compiled kernels (numba's cache is an empty directory), then
-    with those that the first start left. Backends without ``launch`` are left out. The second result holds, for each
-    backend that did not start, the last line that its process wrote to stderr.
+    Backends without ``launch`` are left out. The second result holds, for each backend that did not start, the last
+    line that its process wrote to stderr.
     """
     launches = {
         name: functools.cache(backend.launch) for name, backend in backends.items() if backend.launch is not None
@@ -48,7 +46,7 @@ def startup(
             if watch is not None:
                 watch(f"start {number + 1} of {rounds}: {name}")
             try:
-                found[name].append(_start_twice(launches[name](), (batch, *size), threads))
+                found[name].append(_start(launches[name](), (batch, *size), threads))
             except Exception as error:  # whatever saving a foreign module raises
                 failures[name] = first_line(error)
     done = {name: starts for name, starts in found.items() if name not in failures}
@@ -60,17 +58,10 @@ def first_line(error: Exception) -> str:
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
-_Start = tuple[float, float, dict[str, int | None]]  # cold and warm seconds, the second start's memory
+_Start = tuple[float, dict[str, int | None]]  # seconds and memory
 
 
-def _start_twice(launch: Launch, shape: Sequence[int], threads: int) -> _Start:
-    with tempfile.TemporaryDirectory() as cache:
-        cold, _ = _start(launch, shape, threads, cache)
-        warm, memory = _start(launch, shape, threads, cache)
-    return cold, warm, memory
-
-
-def _start(launch: Launch, shape: Sequence[int], threads: int, cache: str) -> tuple[float, dict[str, int | None]]:
+def _start(launch: Launch, shape: Sequence[int], threads: int) -> _Start:
     # -P, because the directory of the file would hide packages of the same names as the modules beside it.
     command = [
         sys.executable, "-P", str(Path(engines.__file__)), launch.engine, str(launch.path), str(threads),
@@ -78,9 +69,7 @@ def _start(launch: Launch, shape: Sequence[int], threads: int, cache: str) -> tu
     ]  # fmt: skip
     with tempfile.TemporaryFile("w+") as errors:
         begin = time.perf_counter()
-        with subprocess.Popen(
-            command, env={**os.environ, "NUMBA_CACHE_DIR": cache}, stdout=subprocess.PIPE, stderr=errors, text=True
-        ) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
             assert process.stdout is not None
             # Modules may print while they are imported.
             any(line.strip() == engines.FIRST_RESULT for line in iter(process.stdout.readline, ""))
@@ -94,13 +83,12 @@ def _start(launch: Launch, shape: Sequence[int], threads: int, cache: str) -> tu
 
 
 def _startup(name: str, starts: Sequence[_Start], batch: int, threads: int) -> Startup:
-    cold, warm, memory = zip(*starts, strict=True)
+    seconds, memory = zip(*starts, strict=True)
     return Startup(
         backend=name,
         batch=batch,
         threads=threads,
-        cold_seconds=cold,
-        warm_seconds=warm,
+        seconds=seconds,
         process_kib=_known(memory, "process_kib"),
         added_kib=_known(memory, "added_kib"),
     )

@@ -1,5 +1,5 @@
-"""Runtime: packed networks on bit operations. It needs torch alone, and is fast where numba is installed.
+"""Runtime: packed networks on bit operations. It needs torch alone; ``plugins/bonn-qat-runtime`` makes it fast.
 
-``layout`` defines how bits lie in memory, ``kernels`` are the loops for a CPU, ``fallback`` is the same in plain torch,
-``operators`` registers both as ``torch.ops.bonn_qat``, and ``graph`` describes a network of operators as data.
+``layout`` defines how bits lie in memory, ``products`` computes with them, ``operators`` registers that as
+``torch.ops.bonn_qat``, and ``graph`` describes a network of operators as data. ``planned`` runs a whole network in C.
 """

@@ -12,7 +12,7 @@ from bonn_qat.errors import InvalidData, first_line
 from bonn_qat.files.plain import shown
 from bonn_qat.runtime import allowed, shapes
 from bonn_qat.runtime import graph as graphs
-from bonn_qat.runtime.scratch import kept, scratch
+from bonn_qat.runtime.scratch import scratch
 
 MEMORY = 2**32  # bytes that one image may need at once, in addition to the file's tensors
 _PIECES = 2**18  # tensors in lists over all calls
@@ -35,7 +35,7 @@ class _DryRun:
     def __init__(self, graph: fx.Graph, tensors: Mapping[str, Tensor], images: Tensor) -> None:
         self.graph, self.tensors, self.images = graph, tensors, images
         self.values: dict[fx.Node, Any] = {}
-        self.done: dict[Any, tuple[Any, int, int]] = {}  # calls, because blocks repeat them
+        self.done: dict[Any, tuple[Any, int]] = {}  # calls, because blocks repeat them
         self.beside = 0  # bytes that the call of a node needs only while it runs
         self.held, self.most, self.limit = 0, 0, MEMORY * max(1, len(images))  # bytes
         self.pieces = 0
@@ -71,9 +71,8 @@ class _DryRun:
         call = function, _signature(args), _signature(kwargs)
         if call not in self.done:
             result = _called(function, args, kwargs)
-            self.done[call] = result, scratch(function, args, kwargs, result), kept(function, args)
-        result, self.beside, tables = self.done[call]
-        self.held += tables
+            self.done[call] = result, scratch(function, args, kwargs, result)
+        result, self.beside = self.done[call]
         return result
 
     def _ready(self, argument: Any) -> Any:

@@ -219,15 +219,15 @@ def _geometry(numbers: object) -> Geometry:
         raise InvalidData(str(error)) from error
 
 
-def to_words(octets: Tensor, geometry: Geometry) -> Tensor:
+def to_words(held: Tensor, geometry: Geometry) -> Tensor:
     """Weights in the layout of the kernels -> words."""
-    return pack_words(decode_weight(octets, geometry))
+    return pack_words(decode_weight(held, geometry))
 
 
 def check_words(words: Mapping[str, Tensor], weights: Mapping[str, Geometry]) -> None:
     """Raise InvalidData for words that are not the bits of ``weights``, by name, or that need far more memory.
 
-    A group's channels are padded to eight and its filters to 32, so that a file could ask for 256 times its size.
+    A group's channels are padded to 32 and its filters to 16, so that a file could ask for 512 times its size.
     """
     for name, geometry in weights.items():
         expected = -(-math.prod(geometry.weight_shape) // 64)
@@ -235,7 +235,7 @@ def check_words(words: Mapping[str, Tensor], weights: Mapping[str, Geometry]) ->
             raise InvalidData(
                 f"the bits of {geometry} are {expected} words; got {tuple(words[name].shape)} of {words[name].dtype}"
             )
-    needed = sum(geometry.weight_bytes for geometry in weights.values())
+    needed = sum(4 * math.prod(geometry.words_shape) for geometry in weights.values())
     if needed > _ROOM + _GROWTH * sum(8 * len(words[name]) for name in weights):
         raise InvalidData(f"its bits would need {needed:,} bytes in memory: too many small groups")
     if (groups := sum(geometry.groups for geometry in weights.values())) > _GROUPS:
@@ -245,19 +245,6 @@ def check_words(words: Mapping[str, Tensor], weights: Mapping[str, Geometry]) ->
 def from_words(words: Tensor, geometry: Geometry) -> Tensor:
     """The inverse of :func:`to_words`, for words that passed :func:`check_words`."""
     return encode_words(words, geometry)
-
-
-def without_dispatcher(network: fx.GraphModule) -> fx.GraphModule:
-    """The same network, with the same buffers, with calls of our operators that bypass torch's dispatcher."""
-    graph = fx.Graph()
-    values: dict[fx.Node, fx.Node] = {}
-    for node in network.graph.nodes:
-        values[node] = graph.node_copy(node, values.__getitem__)
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "bonn_qat":
-            values[node].target = getattr(operators, node.target._opname)
-    direct = fx.GraphModule(network, graph, "DirectGraph")
-    direct.__dict__["_buffers"] = network._buffers  # the table itself, so that a buffer put in its place is seen
-    return _forgotten(direct)
 
 
 _NEW = {

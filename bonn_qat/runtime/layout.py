@@ -1,29 +1,22 @@
 """Layout: how the bits of weights and activations lie in memory, and the geometry of a binary convolution.
 
-A *nibble* holds the signs of four channels of one pixel, the first in the lowest bit, 1 for +1. Each group's channels
-are padded with zeros to a multiple of eight, in weights and in activations, so that the padding never differs.
+Signs lie in words of 32 bits, int32, the first channel in the lowest bit, 1 for +1. Each group's channels are padded
+with zeros to whole words, in weights and in activations, so that the padding never differs.
 
-Activations are *codes*, one byte for each nibble: twice its value, or ``PADDING`` outside the image,
-``(B, H, W, groups * width)`` with ``width`` bytes for a group. Weights have one bit each: bytes of two nibbles, for
-each group and for each block of 64 filters (32 at the end, if that is enough) an array ``(taps * width / 2, filters)``.
-On disk they are 64-bit words in the order of torch's weight.
+Activations are ``(B, H, W, groups * words)`` with ``words`` for a group. Weights are
+``(groups * blocks, kh * kw * words, 16)`` with a block for 16 filters of a group, as the kernels of
+:mod:`bonn_qat.engine` read them. On disk they are 64-bit words in the order of torch's weight.
 """
 
-import functools
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-PADDING = 32  # twice 16, and no nibble is 16
-TILE = 4  # pixels that a kernel computes at once
-BLOCK = 64  # filters that a kernel computes at once; the last block may have half as many
+BLOCK = 16  # filters of a group that lie side by side
+_BITS = 32
 _PIECE = 2**22  # weights that are laid out at once
-LOOKUPS = 62  # counts of at most 4 that fit into a byte; even, because they come in pairs
 
 
 @dataclass(frozen=True)
@@ -60,9 +53,9 @@ class Geometry:
         return self.kernel[0] * self.kernel[1]
 
     @property
-    def width(self) -> int:
-        """Bytes of codes for one group of a pixel."""
-        return width(self.in_channels, self.groups)
+    def words(self) -> int:
+        """Words of one group of a pixel."""
+        return math.ceil(self.in_channels // self.groups / _BITS)
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
@@ -70,31 +63,17 @@ class Geometry:
         return self.out_channels, self.in_channels // self.groups, *self.kernel
 
     @property
-    def weight_bytes(self) -> int:
-        """The length of what :func:`encode_weight` returns."""
-        return self.groups * self.taps * self.width // 2 * sum(blocks(self.out_channels // self.groups))
-
-    def codes_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the codes for an image, padding included."""
-        top, bottom, left, right = self.padding
-        return height + top + bottom, width + left + right
+    def words_shape(self) -> tuple[int, int, int]:
+        """The shape of what :func:`encode_weight` returns."""
+        return self.groups * math.ceil(self.out_channels // self.groups / BLOCK), self.taps * self.words, BLOCK
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the result for *codes* of this size, padding included."""
-        sizes = zip((height, width), self.kernel, self.stride, self.dilation, strict=True)
+        """Height and width of the result for an image of this size."""
+        top, bottom, left, right = self.padding
+        padded = height + top + bottom, width + left + right
+        sizes = zip(padded, self.kernel, self.stride, self.dilation, strict=True)
         out_height, out_width = ((n - d * (k - 1) - 1) // s + 1 for n, k, s, d in sizes)
         return out_height, out_width
-
-
-def width(channels: int, groups: int) -> int:
-    """Bytes of codes for one group of a pixel."""
-    return 2 * math.ceil(channels // groups / 8)
-
-
-def blocks(filters: int) -> list[int]:
-    """The number of filters in each block of a group, padding included."""
-    whole, rest = divmod(filters, BLOCK)
-    return [BLOCK] * whole + ([BLOCK if rest > BLOCK // 2 else BLOCK // 2] if rest else [])
 
 
 def pack_words(bits: Tensor) -> Tensor:
@@ -119,28 +98,35 @@ def _bits(octets: Tensor) -> Tensor:
     return (octets[:, None].bitwise_and(places) != 0).flatten()
 
 
-def _nibbles(bits: Tensor, groups: int) -> Tensor:
-    """Bool ``(..., groups * channels)`` -> uint8 nibbles ``(..., groups * width)``."""
-    channels = bits.shape[-1] // groups
-    filled = torch.nn.functional.pad(bits.reshape(*bits.shape[:-1], groups, channels), (0, -channels % 8))
-    quads = filled.reshape(*bits.shape[:-1], groups * width(channels, 1), 4).to(torch.uint8)
-    return (quads << torch.arange(4, dtype=torch.uint8, device=bits.device)).sum(-1, dtype=torch.uint8)
+def encode_signs(bits: Tensor, groups: int = 1) -> Tensor:
+    """Bool ``(..., C)``, true for +1 -> words ``(..., groups * words)``.
+
+    >>> encode_signs(torch.tensor([[True, False, True]]))
+    tensor([[5]], dtype=torch.int32)
+    """
+    *shape, channels = bits.shape
+    own = channels // groups
+    filled = torch.nn.functional.pad(bits.reshape(*shape, groups, own), (0, -own % _BITS))
+    split = filled.reshape(*shape, groups * math.ceil(own / _BITS), _BITS).to(torch.int32)
+    return (split << torch.arange(_BITS, dtype=torch.int32, device=bits.device)).sum(-1, dtype=torch.int32)
+
+
+def decode_signs(words: Tensor, channels: int, groups: int = 1) -> Tensor:
+    """The inverse of :func:`encode_signs`."""
+    *shape, count = words.shape
+    bits = (words[..., None] >> torch.arange(_BITS, dtype=torch.int32, device=words.device)).bitwise_and_(1) != 0
+    return bits.reshape(*shape, groups, count // groups * _BITS)[..., : channels // groups].reshape(*shape, channels)
 
 
 def encode_weight(bits: Tensor, groups: int = 1) -> Tensor:
-    """Bool ``(O, I / groups, kh, kw)``, true for +1 -> uint8 in the layout of the kernels, one axis."""
-    nibbles = _nibbles(bits.permute(0, 2, 3, 1), 1).flatten(1)  # (O, taps * width)
-    octets = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
-    parts = []
-    for group in octets.chunk(groups):
-        sizes = blocks(len(group))
-        filled = torch.nn.functional.pad(group, (0, 0, 0, sum(sizes) - len(group)))
-        parts += [block.T.flatten() for block in torch.split(filled, sizes)]
-    return torch.cat(parts)
+    """Bool ``(O, I / groups, kh, kw)``, true for +1 -> words in the layout of the kernels."""
+    words = encode_signs(bits.permute(0, 2, 3, 1)).view(groups, len(bits) // groups, -1)
+    filled = torch.nn.functional.pad(words, (0, 0, 0, -words.shape[1] % BLOCK))
+    return filled.view(-1, BLOCK, words.shape[2]).movedim(1, -1).contiguous()
 
 
 def encode_words(words: Tensor, geometry: Geometry) -> Tensor:
-    """:func:`encode_weight` of :func:`unpack_words`, in pieces: the bits as bools would take 64 times the memory."""
+    """:func:`encode_weight` of :func:`unpack_words`, in pieces: the bits as bools would take 32 times the memory."""
     octets, inputs = words.contiguous().view(torch.uint8), math.prod(geometry.weight_shape[1:])
     filters = geometry.out_channels // geometry.groups
     if filters * inputs > _PIECE:  # some blocks of a group at a time, else some groups
@@ -163,95 +149,9 @@ def encode_words(words: Tensor, geometry: Geometry) -> Tensor:
     return torch.cat(parts)
 
 
-def decode_weight(octets: Tensor, geometry: Geometry) -> Tensor:
+def decode_weight(words: Tensor, geometry: Geometry) -> Tensor:
     """The inverse of :func:`encode_weight`."""
-    filters = geometry.out_channels // geometry.groups
-    rows = geometry.taps * geometry.width // 2
-    sizes = blocks(filters)
-    kernels = []
-    for group in torch.split(octets, sum(sizes) * rows):
-        parts = [part.view(rows, -1).T for part in torch.split(group, [size * rows for size in sizes])]
-        kernels.append(torch.cat(parts)[:filters])
-    pairs = torch.cat(kernels)
-    nibbles = torch.stack((pairs & 15, pairs >> 4), -1).view(-1, *geometry.kernel, geometry.width)
-    return _signs(nibbles, geometry.in_channels // geometry.groups, 1).permute(0, 3, 1, 2)
-
-
-def _signs(nibbles: Tensor, channels: int, groups: int) -> Tensor:
-    """Nibbles ``(..., groups * width)`` -> bool ``(..., channels)``."""
-    bits = (nibbles[..., None] >> torch.arange(4, dtype=torch.uint8, device=nibbles.device)) & 1
-    own = channels // groups
-    return bits.reshape(*nibbles.shape[:-1], groups, 4 * width(own, 1))[..., :own].flatten(-2) != 0
-
-
-def encode_signs(bits: Tensor, groups: int = 1, padding: tuple[int, int, int, int] = (0, 0, 0, 0)) -> Tensor:
-    """Bool ``(B, H, W, C)``, true for +1 -> codes; ``padding`` is (top, bottom, left, right)."""
-    top, bottom, left, right = padding
-    codes = 2 * _nibbles(bits, groups)
-    return torch.nn.functional.pad(codes, (0, 0, left, right, top, bottom), value=PADDING)
-
-
-def decode_signs(codes: Tensor, channels: int, groups: int = 1) -> Tensor:
-    """Codes -> int8 ``(B, H, W, C)`` of {-1, 0, +1}, 0 outside the image."""
-    signs = _signs((codes >> 1) & 15, channels, groups).to(torch.int8) * 2 - 1
-    return signs * (codes[..., :1] != PADDING)
-
-
-class ReadOffsets(NamedTuple):
-    """Where a kernel finds what it reads, for codes of one size.
-
-    ``bases``, one for each output pixel, padded to whole tiles, is the position of its first tap in the codes of an
-    image, ``valid`` the number of its inputs inside the image. A *run* is a contiguous part of a window: ``starts`` are
-    relative to the pixel's base, ``lengths`` in codes; after a run with ``ends`` the byte counters are emptied.
-    """
-
-    bases: NDArray[np.int64]
-    valid: NDArray[np.int32]
-    starts: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    ends: NDArray[np.bool_]
-
-
-@functools.lru_cache(maxsize=32)
-def read_offsets(geometry: Geometry, height: int, width: int) -> ReadOffsets:
-    """The offsets for codes ``(height, width)``, padding included."""
-    out_height, out_width = geometry.output_size(height, width)
-    pixel = geometry.groups * geometry.width
-    top, bottom, left, right = geometry.padding
-    rows, row_taps = _axis(out_height, height, geometry, 0, top, bottom)
-    columns, column_taps = _axis(out_width, width, geometry, 1, left, right)
-    bases = ((rows[:, None] * width + columns) * pixel).ravel()
-    valid = (row_taps[:, None] * column_taps * (geometry.in_channels // geometry.groups)).ravel()
-    fill = (0, -len(bases) % TILE)
-    starts, lengths, ends = _runs(geometry, width * pixel, pixel)
-    return ReadOffsets(np.pad(bases, fill, "edge"), np.pad(valid, fill, "edge").astype(np.int32), starts, lengths, ends)
-
-
-def _axis(count: int, size: int, geometry: Geometry, axis: int, before: int, after: int) -> tuple[Any, Any]:
-    """Where the windows begin, and how many of their taps lie inside the image."""
-    begin = np.arange(count, dtype=np.int64) * geometry.stride[axis]
-    # Of the taps 0 to k - 1, those from `first` on are not before the image, and those from `last` on are after it.
-    gap, taps = geometry.dilation[axis], geometry.kernel[axis]
-    first, last = (np.clip(-((begin - edge) // gap), 0, taps) for edge in (before, size - after))
-    return begin, np.maximum(last - first, 0)
-
-
-def _runs(geometry: Geometry, row: int, pixel: int) -> tuple[Any, Any, Any]:
-    (kh, kw), (dh, dw) = geometry.kernel, geometry.dilation
-    if geometry.groups == 1 and dw == 1:
-        whole = [(y * dh * row, kw * geometry.width) for y in range(kh)]
-    else:
-        whole = [(y * dh * row + x * dw * pixel, geometry.width) for y in range(kh) for x in range(kw)]
-    starts, lengths = [], []
-    for start, length in whole:
-        parts = math.ceil(length / LOOKUPS)
-        step = 2 * math.ceil(length / 2 / parts)
-        for begin in range(0, length, step):
-            starts.append(start + begin)
-            lengths.append(min(step, length - begin))
-    ends, held = [], 0
-    for length, following in zip(lengths, [*lengths[1:], LOOKUPS], strict=True):
-        held += length
-        ends.append(held + following > LOOKUPS)
-        held *= not ends[-1]
-    return np.array(starts, np.int64), np.array(lengths, np.int64), np.array(ends, np.bool_)
+    filters, inputs, *kernel = geometry.weight_shape
+    rows = words.movedim(-1, 1).reshape(geometry.groups, -1, geometry.taps * geometry.words)
+    rows = rows[:, : filters // geometry.groups].reshape(filters, *kernel, geometry.words)
+    return decode_signs(rows, inputs).permute(0, 3, 1, 2)

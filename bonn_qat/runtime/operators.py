@@ -1,9 +1,8 @@
 """Operators: ``torch.ops.bonn_qat``, the parts of packed networks; for eager torch, torch.compile and torch.export.
 
-On a CPU with numba they run :mod:`~bonn_qat.runtime.cpu`, else :mod:`~bonn_qat.runtime.fallback`, with equal results.
-Images ``(B, C, H, W)`` are in ``torch.channels_last``; :mod:`~bonn_qat.runtime.layout` defines codes and geometry,
-:mod:`~bonn_qat.runtime.epilogue` programs. Sizes that do not fit raise RuntimeError here, because the kernels check
-nothing.
+Images ``(B, C, H, W)`` are in ``torch.channels_last``; :mod:`~bonn_qat.runtime.layout` defines geometry and codes,
+which are words of signs, :mod:`~bonn_qat.runtime.epilogue` programs. Sizes that do not fit raise RuntimeError here,
+because kernels check little.
 
 - ``sign_codes(x, thresholds, geometry) -> codes``: +1 where ``low <= x <= high``, else -1, also for NaN; for the
   convolution with that geometry. ``thresholds`` ``(2, C)`` are low and high of each channel.
@@ -19,19 +18,16 @@ nothing.
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from bonn_qat.runtime import epilogue, fallback
+from bonn_qat.runtime import epilogue, products
 from bonn_qat.runtime.layout import Geometry, unpack_words
 
-_KEPT = 1024  # prepared calls, of all layers and all sizes of batches
-_PREPARED: dict[Any, Any] = {}
 _LARGEST = 2**20  # allowed in a geometry or a window
-MOST_INPUTS = 2**16 - 1  # of a filter: kernels count in 16 bits how many differ
+MOST_INPUTS = 2**16 - 1  # of a filter: the C runtime counts in 16 bits how many differ
 _LIBRARY = torch.library.Library("bonn_qat", "DEF")
 _CONVOLUTION = "Tensor codes, Tensor weight, int[] geometry, int[] program, Tensor vectors, Tensor? residual"
 _SIGN = f"{_CONVOLUTION}, Tensor thresholds, int[] following"
@@ -42,16 +38,6 @@ _LIBRARY.define(f"binary_conv2d_and_sign({_SIGN}) -> (Tensor, Tensor)")
 _LIBRARY.define("elementwise(Tensor x, int[] program, Tensor vectors, Tensor? residual) -> Tensor")
 _LIBRARY.define("max_pool2d(Tensor x, int[] kernel, int[] stride, int[] padding) -> Tensor")
 _LIBRARY.define("unpack_signs(Tensor words, int[] shape) -> Tensor")
-
-
-@functools.cache
-def compiled() -> Any:
-    """:mod:`bonn_qat.runtime.cpu`; None without numba."""
-    try:
-        from bonn_qat.runtime import cpu
-    except ImportError:
-        return None
-    return cpu
 
 
 def geometry_of(numbers: Sequence[int]) -> Geometry:
@@ -67,12 +53,6 @@ def _geometry(numbers: tuple[int, ...]) -> Geometry:
     if (inputs := math.prod(geometry.weight_shape[1:])) > MOST_INPUTS:
         raise ValueError(f"a filter of {inputs:,} inputs; binary kernels take at most {MOST_INPUTS:,}")
     return geometry
-
-
-@functools.lru_cache(maxsize=4096)
-def _program(numbers: tuple[int, ...], rows: int, has_residual: bool) -> Any:
-    epilogue.check(list(numbers), rows, has_residual)
-    return np.array(numbers, np.int64).reshape(-1, 2)
 
 
 def _expect(what: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -102,11 +82,11 @@ def _codes_shape(x_shape: tuple[int, ...], geometry: Geometry) -> tuple[int, int
     batch, channels, height, columns = x_shape
     if channels != geometry.in_channels:
         raise RuntimeError(f"expected {geometry.in_channels} channels, got {channels}")
-    return batch, *geometry.codes_size(height, columns), geometry.groups * geometry.width
+    return batch, height, columns, geometry.groups * geometry.words
 
 
 def _result_shape(codes: Tensor, geometry: Geometry) -> tuple[int, int, int, int]:
-    if codes.dtype != torch.uint8 or codes.ndim != 4 or codes.shape[3] != geometry.groups * geometry.width:
+    if codes.dtype != torch.int32 or codes.ndim != 4 or codes.shape[3] != geometry.groups * geometry.words:
         raise RuntimeError(f"these are not codes for {geometry}: {codes.dtype} {tuple(codes.shape)}")
     return codes.shape[0], geometry.out_channels, *geometry.output_size(*codes.shape[1:3])
 
@@ -118,13 +98,13 @@ def _check(
     shape = _result_shape(codes, geometry)
     if min(shape[2:]) < 1:
         raise RuntimeError(
-            f"an image of {tuple(codes.shape[1:3])}, padding included, is smaller than the kernel of {geometry}"
+            f"an image of {tuple(codes.shape[1:3])} with its padding is smaller than the kernel of {geometry}"
         )
-    _expect("the weights", weight, (geometry.weight_bytes,), torch.uint8)
+    _expect("the weights", weight, geometry.words_shape, torch.int32)
     _check_vectors(vectors, geometry.out_channels)
     if residual is not None:
         _expect("the residual", residual, shape, torch.float32)
-    _program(tuple(program), vectors.shape[0], residual is not None)
+    epilogue.check(program, vectors.shape[0], residual is not None)
     return shape
 
 
@@ -139,7 +119,7 @@ def _check_elementwise(x: Tensor, program: list[int], vectors: Tensor, residual:
     _check_vectors(vectors, x.shape[1])
     if residual is not None:
         _expect("the residual", residual, tuple(x.shape), torch.float32)
-    _program(tuple(program), vectors.shape[0], residual is not None)
+    epilogue.check(program, vectors.shape[0], residual is not None)
 
 
 def _check_words(words: Tensor, shape: Sequence[int]) -> None:
@@ -149,7 +129,7 @@ def _check_words(words: Tensor, shape: Sequence[int]) -> None:
 
 
 def can_follow(geometry: Geometry, following: Geometry) -> bool:
-    """Whether a convolution can write the codes of the next one: groups must not share a byte in either."""
+    """Whether a convolution can write the codes of the next one in one pass: groups must not share a byte in either."""
     whole = (g.out_channels // g.groups if g is geometry else g.in_channels // g.groups for g in (geometry, following)
              if g.groups > 1)  # fmt: skip
     return all(channels % 8 == 0 for channels in whole)
@@ -159,86 +139,35 @@ def sign_codes(x: Tensor, thresholds: Tensor, geometry: list[int]) -> Tensor:
     """Float32 ``(B, C, H, W)``, thresholds ``(2, C)`` -> codes."""
     shape_of = _geometry(tuple(geometry))
     _check_sign(x, thresholds, shape_of)
-    cpu = compiled() if x.device.type == "cpu" else None
-    return (cpu or fallback).sign_codes(x, thresholds, shape_of)  # type: ignore[no-any-return]
-
-
-def _convolve(
-    codes: Tensor,
-    weight: Tensor,
-    geometry: list[int],
-    program: list[int],
-    vectors: Tensor,
-    residual: Tensor | None,
-    thresholds: Tensor | None = None,
-    following: list[int] | None = None,
-    *,
-    wants_values: bool = True,
-) -> tuple[Tensor | None, Tensor | None]:
-    cpu = compiled() if codes.device.type == "cpu" else None
-    if cpu is None:
-        own, after, _ = _checked(codes, weight, geometry, program, vectors, residual, thresholds, following)
-        y = fallback.binary_conv2d(codes, weight, own, program, vectors, residual)
-        return y, y if after is None or thresholds is None else fallback.sign_codes(y, thresholds, after)
-    # By shapes and numbers alone: whatever changes a tensor, in place or by another one, is seen in the next call.
-    key = (
-        codes.shape, codes.dtype, weight.shape, weight.dtype, vectors.shape, vectors.dtype, tuple(geometry),
-        tuple(program), None if residual is None else (residual.shape, residual.dtype),
-        None if thresholds is None else (thresholds.shape, thresholds.dtype), tuple(following or ()), wants_values,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    call = _PREPARED.get(key)
-    if call is None:
-        own, after, steps = _checked(codes, weight, geometry, program, vectors, residual, thresholds, following)
-        if len(_PREPARED) >= _KEPT:
-            _PREPARED.clear()
-        call = _PREPARED[key] = cpu.prepare(tuple(codes.shape), own, steps, after, wants_values)
-    return call(codes, weight, vectors, thresholds, residual)  # type: ignore[no-any-return]
-
-
-def _checked(
-    codes: Tensor,
-    weight: Tensor,
-    geometry: list[int],
-    program: list[int],
-    vectors: Tensor,
-    residual: Tensor | None,
-    thresholds: Tensor | None,
-    following: list[int] | None,
-) -> tuple[Geometry, Geometry | None, Any]:
-    own, after = _geometry(tuple(geometry)), None if following is None else _geometry(tuple(following))
-    _check(codes, weight, own, program, vectors, residual)
-    if after is not None:
-        if thresholds is None:
-            raise RuntimeError("codes of a result need its thresholds")
-        _check_following(own, after, thresholds)
-    return own, after, _program(tuple(program), vectors.shape[0], residual is not None)
+    return products.sign_words(x, thresholds, shape_of.groups)
 
 
 def binary_conv2d(
     codes: Tensor, weight: Tensor, geometry: list[int], program: list[int], vectors: Tensor, residual: Tensor | None
 ) -> Tensor:
     """Codes -> float32 ``(B, O, H, W)``."""
-    return cast(Tensor, _convolve(codes, weight, geometry, program, vectors, residual)[0])
+    own = _geometry(tuple(geometry))
+    _check(codes, weight, own, program, vectors, residual)
+    return products.binary_conv2d(codes, weight, own, program, vectors, residual)
 
 
 def binary_conv2d_sign(*args: Any) -> Tensor:
-    """As :func:`binary_conv2d`, and then :func:`sign_codes` with the last two arguments, in one pass."""
-    return cast(Tensor, _convolve(*args, wants_values=False)[1])
+    """As :func:`binary_conv2d`, and then :func:`sign_codes` with the last two arguments."""
+    return binary_conv2d_and_sign(*args)[1]
 
 
 def binary_conv2d_and_sign(*args: Any) -> tuple[Tensor, Tensor]:
     """The results of :func:`binary_conv2d` and :func:`binary_conv2d_sign`."""
-    return cast(tuple[Tensor, Tensor], _convolve(*args))
+    *convolution, thresholds, following = args
+    after = _geometry(tuple(following))
+    _check_following(_geometry(tuple(args[2])), after, thresholds)
+    y = binary_conv2d(*convolution)
+    return y, products.sign_words(y, thresholds, after.groups)
 
 
 def elementwise(x: Tensor, program: list[int], vectors: Tensor, residual: Tensor | None) -> Tensor:
     """Apply an epilogue to float32 ``(B, C, H, W)``; the shape stays the same."""
     _check_elementwise(x, program, vectors, residual)
-    steps = _program(tuple(program), vectors.shape[0], residual is not None)
-    cpu = compiled() if x.device.type == "cpu" else None
-    if cpu is not None:
-        return cast(Tensor, cpu.elementwise(x, steps, vectors, residual))
     return epilogue.run(x, program, vectors, residual).contiguous(memory_format=torch.channels_last)
 
 
@@ -258,10 +187,7 @@ def _pooled_size(x: Tensor, kernel: list[int], stride: list[int], padding: list[
 
 def max_pool2d(x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
     """Float32 ``(B, C, H, W)`` -> ``(B, C, H', W')``; the padding is never a maximum."""
-    sizes = _pooled_size(x, kernel, stride, padding)
-    cpu = compiled() if x.device.type == "cpu" else None
-    if cpu is not None:
-        return cast(Tensor, cpu.max_pool2d(x, sizes, kernel, stride, padding))
+    _pooled_size(x, kernel, stride, padding)
     y = torch.nn.functional.max_pool2d(x, kernel, stride, padding)
     return y.contiguous(memory_format=torch.channels_last)
 
@@ -281,7 +207,7 @@ def _register() -> None:
 
     @fake("bonn_qat::sign_codes")
     def _(x: Tensor, thresholds: Tensor, geometry: list[int]) -> Tensor:
-        return x.new_empty(_check_sign(x, thresholds, geometry_of(geometry)), dtype=torch.uint8)
+        return x.new_empty(_check_sign(x, thresholds, geometry_of(geometry)), dtype=torch.int32)
 
     def values(codes: Tensor, weight: Tensor, geometry: list[int], *rest: Any) -> Tensor:
         batch, channels, height, columns = _check(codes, weight, geometry_of(geometry), *rest)
@@ -290,7 +216,7 @@ def _register() -> None:
     def signs(y: Tensor, geometry: list[int], thresholds: Tensor, following: list[int]) -> Tensor:
         own, after = geometry_of(geometry), geometry_of(following)
         _check_following(own, after, thresholds)
-        return y.new_empty(_codes_shape(tuple(y.shape), after), dtype=torch.uint8)
+        return y.new_empty(_codes_shape(tuple(y.shape), after), dtype=torch.int32)
 
     @fake("bonn_qat::binary_conv2d")
     def _(*args: Any) -> Tensor:

@@ -103,10 +103,6 @@ class PackedModel(nn.Module):
         self.layout = graphs.image_layout(graph) if len(input_size) == 3 else torch.contiguous_format
         self._owns = graphs.gives_new_tensors(graph)
         self._checked: set[int] = set()  # batch sizes that the network is known to take
-        # The same graph and buffers for eager calls, because torch's dispatcher takes longer than a small layer. It is
-        # no submodule: its buffers are those of `network`.
-        self._direct: fx.GraphModule
-        object.__setattr__(self, "_direct", graphs.without_dispatcher(self.network))
         self._planned: Planned | None = None
         self.requires_grad_(False).eval()
 
@@ -128,14 +124,15 @@ class PackedModel(nn.Module):
         if torch.compiler.is_compiling():
             kind = images.device.type
             with torch.no_grad(), torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING:
-                return self._run(self.network, images)
+                return self._run(images)
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise InvalidModel(
                 "torch.jit.trace would record a packed network for one number of images; use torch.export or "
                 "torch.compile, or save it with packed.save(path)"
             )
         if takes(images) and (run := self._in_c().run):
-            return torch.from_numpy(run(images.numpy(force=True)))
+            with self.computing():
+                return torch.from_numpy(run(images.numpy(force=True)))
         with neutral():
             if len(images) == 0:
                 return self._nothing(images)
@@ -143,7 +140,7 @@ class PackedModel(nn.Module):
             for size in {count, len(images) % count or count} - self._checked:
                 self.check(size)
             with self.computing():
-                return self._run(self._direct, images)
+                return self._run(images)
 
     @property
     def runtime(self) -> str:
@@ -156,10 +153,10 @@ class PackedModel(nn.Module):
             self._planned = Planned(tensors, self.dump)
         return self._planned
 
-    def _run(self, network: fx.GraphModule, images: Tensor) -> Any:
+    def _run(self, images: Tensor) -> Any:
         images = images.contiguous(memory_format=self.layout)
         parts = [images] if self.batch is None else list(torch.split(images, self.batch))
-        result = _joined([network(part) for part in parts])
+        result = _joined([self.network(part) for part in parts])
         return result if self._owns else _mapped(Tensor.clone, result)
 
     def _nothing(self, images: Tensor) -> Any:
@@ -295,7 +292,7 @@ class PackedModel(nn.Module):
         if missing := sorted(set(used) ^ set(tensors)):
             raise InvalidData(f"its tensors do not match its nodes: {plain.shown(missing[0])} is missing or unused")
         graphs.check_words(tensors, weights)
-        shapes = {name: torch.empty(weights[name].weight_bytes, dtype=torch.uint8, device="meta")
+        shapes = {name: torch.empty(weights[name].words_shape, dtype=torch.int32, device="meta")
                   if name in weights else tensor.to("meta") for name, tensor in tensors.items()}  # fmt: skip
         count = given["batch"] or 1
         dry_run(graph, shapes, given["input_size"], count)

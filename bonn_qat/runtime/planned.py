@@ -32,6 +32,8 @@ class Planned:
         else:
             try:
                 self.run = runtime.Network(dump())
+            except MemoryError:
+                self.reason = "its plan does not fit into memory"
             except runtime.RuntimeFailure as error:
                 self.reason = str(error).removeprefix("the bytes: ").partition("; use bonn_qat.PackedModel")[0]
 

@@ -4,7 +4,6 @@ Torch does not say them, so they are declared here, by the groups of :mod:`~bonn
 ``tests/runtime/test_memory.py`` measures every operator.
 """
 
-import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,9 +12,6 @@ import torch
 from torch import Tensor
 
 from bonn_qat.runtime import allowed
-from bonn_qat.runtime.layout import Geometry, blocks
-
-_HAS_KERNELS = importlib.util.find_spec("numba") is not None
 
 
 def scratch(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:
@@ -34,20 +30,6 @@ def scratch(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], resul
         return 0
     special = _SPECIAL.get(group)
     return _copies(taken, made) + (special(made, **allowed.bound(function, args, kwargs)) if special else 0)
-
-
-def kept(function: Any, args: Sequence[Any]) -> int:
-    """Bytes that a binary convolution keeps for further calls with images of this size: tables of positions.
-
-    Also its vectors, filled up to whole blocks of filters.
-    """
-    if not str(function).startswith("bonn_qat.binary_conv2d"):
-        return 0
-    codes, _, numbers, _, vectors = args[:5]
-    geometry = Geometry.of(numbers)
-    height, width = geometry.output_size(*codes.shape[1:3])
-    filled = geometry.groups * sum(blocks(geometry.out_channels // geometry.groups))
-    return 64 * height * width + 256 * geometry.taps * geometry.width + 4 * filled * (len(vectors) + 1)
 
 
 def _bytes(found: Sequence[Tensor], width: int = 0) -> int:
@@ -83,10 +65,10 @@ def _of_ours(name: str, given: Mapping[str, Any], result: Any) -> int:
     taken, made = allowed.tensors(dict(given)), allowed.tensors(result)
     if name.startswith("bonn_qat.unpack_signs"):
         return 3 * _bytes(made)
-    if _HAS_KERNELS:
-        return _copies(taken, made)
-    # Plain torch: bits as bytes, signs and kernels as floats, and a sum that is rounded once in float64.
-    return 16 * _bytes(taken, 4) + 16 * _bytes(made, 4)
+    signs = 32 * sum(tensor.numel() for tensor in (*taken, *made) if tensor.dtype == torch.int32)
+    # In plain torch a bit becomes a word of its own on its way from and to words, and a float; an epilogue adds in
+    # float64, with a correction, where torch would round once.
+    return _copies(taken, made) + 24 * signs + 80 * sum(tensor.numel() for tensor in made if tensor.is_floating_point())
 
 
 _SPECIAL: Mapping[str, Callable[..., int]] = {"convolutions": _of_convolution, "attention": _of_attention}

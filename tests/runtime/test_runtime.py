@@ -1,23 +1,18 @@
-"""The packed runtime: kernels and the plain-torch fallback equal torch's convolution of +-1 exactly."""
+"""The packed runtime: products by kernels and in plain torch equal torch's convolution of +-1 exactly."""
 
-import itertools
 import math
-import platform
 from fractions import Fraction
 from typing import Any
 
-import llvmlite.binding as llvm
-import numba
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llvmlite import ir
 from torch import Tensor, nn
 
-from bonn_qat.runtime import epilogue, fallback, kernels, layout, operators, shapes
+from bonn_qat.engine import operators as engine
+from bonn_qat.runtime import layout, operators, shapes
 from bonn_qat.runtime.epilogue import ADD, CLAMP, FMA, PRELU, RESIDUAL, SCALE
 from bonn_qat.runtime.layout import Geometry
 
@@ -69,13 +64,19 @@ def test_binary_convolutions_are_exact(geometry, batch, extra):
     x, thresholds, bits = problem(geometry, batch, extra)
     weight = layout.encode_weight(bits, geometry.groups)
     assert torch.equal(layout.decode_weight(weight, geometry), bits)
+    assert weight.shape == geometry.words_shape
     codes = ops.sign_codes(x, thresholds, geometry.numbers)
-    assert torch.equal(codes, fallback.sign_codes(x, thresholds, geometry))
+    signs = layout.decode_signs(codes, geometry.in_channels, geometry.groups)
+    low, high = thresholds[..., None, None]
+    assert torch.equal(signs.permute(0, 3, 1, 2), (x >= low) & (x <= high))
     ones = torch.ones(1, geometry.out_channels)
     y = ops.binary_conv2d(codes, weight, geometry.numbers, [SCALE, 0], ones, None)
     assert torch.equal(y, expected(x, thresholds, bits, geometry))
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(fallback.binary_conv2d(codes, weight, geometry, [SCALE, 0], ones, None), y)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "AVAILABLE", False)
+        assert torch.equal(ops.sign_codes(x, thresholds, geometry.numbers), codes)
+        assert torch.equal(ops.binary_conv2d(codes, weight, geometry.numbers, [SCALE, 0], ones, None), y)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -122,9 +123,7 @@ def test_an_epilogue_rounds_as_torch_does(channels):
     codes, weight = ops.sign_codes(x, thresholds, geometry.numbers), layout.encode_weight(bits)
     arguments = (codes, weight, geometry.numbers, program, vectors, residual)
     assert torch.equal(ops.binary_conv2d(*arguments), F.hardtanh(reference))
-    assert torch.equal(fallback.binary_conv2d(codes, weight, geometry, *arguments[3:]), F.hardtanh(reference))
     assert torch.equal(ops.elementwise(sums, program, vectors, residual), F.hardtanh(reference))
-    assert torch.equal(epilogue.run(sums, program, vectors, residual), F.hardtanh(reference))
 
 
 def test_a_fused_multiplication_and_addition_is_rounded_once():
@@ -137,10 +136,10 @@ def test_a_fused_multiplication_and_addition_is_rounded_once():
         Fraction(float(p)) * Fraction(float(q)) + Fraction(float(r))
         for p, q, r in zip(x.flatten(), *vectors, strict=True)
     ]
-    for result in (ops.elementwise(x, [FMA, 0], vectors, None), epilogue.run(x, [FMA, 0], vectors, None)):
-        for value, sum_ in zip(result.flatten(), exact, strict=True):
-            above, below = (torch.nextafter(value, torch.tensor(bound)) for bound in (math.inf, -math.inf))
-            assert all(abs(Fraction(float(value)) - sum_) <= abs(Fraction(float(o)) - sum_) for o in (above, below))
+    result = ops.elementwise(x, [FMA, 0], vectors, None)
+    for value, sum_ in zip(result.flatten(), exact, strict=True):
+        above, below = (torch.nextafter(value, torch.tensor(bound)) for bound in (math.inf, -math.inf))
+        assert all(abs(Fraction(float(value)) - sum_) <= abs(Fraction(float(o)) - sum_) for o in (above, below))
 
 
 @pytest.mark.parametrize("channels", [1, 32, 40, 64])
@@ -202,28 +201,9 @@ def test_words_are_laid_out_in_pieces_as_in_one(geometry, piece):
     assert torch.equal(laid, layout.encode_weight(bits, geometry.groups))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(geometry=geometries(), extra=st.integers(0, 9))
-def test_taps_inside_an_image_are_those_that_a_convolution_of_ones_counts(geometry, extra):
-    height, width = image_size(geometry, extra)
-    ones, (top, bottom, left, right) = torch.ones(1, 1, height, width), geometry.padding
-    kernel = torch.ones(1, 1, *geometry.kernel)
-    taps = F.conv2d(F.pad(ones, (left, right, top, bottom)), kernel, None, geometry.stride, 0, geometry.dilation)
-    valid = layout.read_offsets(geometry, *geometry.codes_size(height, width)).valid[: taps.numel()]
-    assert valid.tolist() == (taps.flatten() * (geometry.in_channels // geometry.groups)).to(torch.int32).tolist()
-
-
 def test_signs_come_back_from_words():
     signs = torch.randn(5, 3, 3, 7).sign()
     assert torch.equal(ops.unpack_signs(layout.pack_words(signs > 0), list(signs.shape)), signs)
-
-
-def test_codes_say_where_there_is_no_pixel():
-    bits = torch.randn(2, 3, 4, 9) >= 0
-    signs = layout.decode_signs(layout.encode_signs(bits, 1, (1, 0, 0, 2)), 9)
-    assert torch.equal(signs[:, 1:, :4], (bits * 2 - 1).to(torch.int8))
-    assert not signs[:, 0].any()
-    assert not signs[:, :, 4:].any()
 
 
 GOOD = Geometry(8, 8, (3, 3))
@@ -232,9 +212,9 @@ GOOD = Geometry(8, 8, (3, 3))
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"codes": torch.zeros(1, 5, 5, 4, dtype=torch.uint8)}, "are not codes"),
-        ({"codes": torch.zeros(1, 2, 5, 2, dtype=torch.uint8)}, "smaller than the kernel"),
-        ({"weight": torch.zeros(3, dtype=torch.uint8)}, "the weights"),
+        ({"codes": torch.zeros(1, 5, 5, 2, dtype=torch.int32)}, "are not codes"),
+        ({"codes": torch.zeros(1, 2, 5, 1, dtype=torch.int32)}, "smaller than the kernel"),
+        ({"weight": torch.zeros(3, dtype=torch.int32)}, "the weights"),
         ({"vectors": torch.zeros(1, 9)}, "the vectors"),
         ({"program": [SCALE, 1]}, "no operation 0 with row 1"),
         ({"program": [FMA, 0]}, "no operation 2 with row 0"),
@@ -248,8 +228,8 @@ GOOD = Geometry(8, 8, (3, 3))
 )
 def test_what_does_not_fit_is_refused_before_it_is_read(changes, message):
     arguments: dict[str, Any] = {
-        "codes": torch.zeros(1, 5, 5, 2, dtype=torch.uint8),
-        "weight": torch.zeros(GOOD.weight_bytes, dtype=torch.uint8),
+        "codes": torch.zeros(1, 5, 5, 1, dtype=torch.int32),
+        "weight": torch.zeros(GOOD.words_shape, dtype=torch.int32),
         "geometry": GOOD.numbers,
         "program": [SCALE, 0],
         "vectors": torch.ones(1, 8),
@@ -261,8 +241,8 @@ def test_what_does_not_fit_is_refused_before_it_is_read(changes, message):
 
 
 def test_codes_that_are_none_are_read_without_harm():
-    codes = torch.randint(0, 256, (1, 5, 5, 2), dtype=torch.uint8)
-    weight = torch.zeros(GOOD.weight_bytes, dtype=torch.uint8)
+    codes = torch.randint(-(2**31), 2**31, (1, 5, 5, 1), dtype=torch.int32)
+    weight = torch.zeros(GOOD.words_shape, dtype=torch.int32)
     assert ops.binary_conv2d(codes, weight, GOOD.numbers, [SCALE, 0], torch.ones(1, 8), None).isfinite().all()
 
 
@@ -272,7 +252,7 @@ REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError)  # torch gives 
 
 def whole_calls() -> dict[Any, list[Any]]:
     """Each operator with arguments that it takes."""
-    codes, weight = torch.zeros(2, 5, 5, 2, dtype=torch.uint8), torch.zeros(GOOD.weight_bytes, dtype=torch.uint8)
+    codes, weight = torch.zeros(2, 5, 5, 1, dtype=torch.int32), torch.zeros(GOOD.words_shape, dtype=torch.int32)
     plain = [codes, weight, GOOD.numbers, [SCALE, 0, RESIDUAL, 0], torch.ones(1, 8), torch.ones(2, 8, 3, 3)]
     images = torch.randn(2, 8, 5, 5)
     return {
@@ -305,7 +285,7 @@ def oddities(argument: Any) -> list[Any]:
 def test_hostile_arguments_are_refused_and_never_read(operator, compiled, monkeypatch):
     """Whatever an argument is: an exception, or what tensors without memory say that it gives, of the same call."""
     if not compiled:
-        monkeypatch.setattr(operators, "compiled", lambda: None)
+        monkeypatch.setattr(engine, "AVAILABLE", False)
     whole = whole_calls()[operator]
     refused = 0
     for place, argument in enumerate(whole):
@@ -351,9 +331,8 @@ def test_operators_take_tensors_of_any_strides():
             assert all(torch.equal(one, other) for one, other in pairs)
 
 
-def test_a_call_that_is_kept_is_not_one_for_a_residual_of_another_type():
+def test_a_residual_of_another_type_is_refused():
     arguments = whole_calls()[ops.binary_conv2d]
-    ops.binary_conv2d(*arguments)
     for dtype in (torch.float64, torch.float16, torch.uint8):
         with pytest.raises(RuntimeError, match="the residual: expected"):
             ops.binary_conv2d(*arguments[:5], arguments[5].to(dtype))
@@ -368,7 +347,7 @@ def test_there_is_no_maximum_of_nothing(shape, window):
 
 
 def test_a_filter_has_no_more_inputs_than_its_count_has_room_for():
-    """Kernels count in 16 bits."""
+    """The C runtime counts in 16 bits."""
     for inputs in (65_535, 65_536):
         geometry = Geometry(1, inputs, (1, 1))
         weight = layout.encode_weight(torch.zeros(geometry.weight_shape, dtype=torch.bool))
@@ -399,61 +378,6 @@ def test_torch_finds_nothing_wrong_with_the_operators():
     }
     for operator, arguments in calls.items():
         torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
-
-
-def emitted(shuffle: str) -> ir.Module:
-    """A function of three pointers that looks 32 nibbles up."""
-    module = ir.Module()
-    pointer = ir.VectorType(ir.IntType(8), 32).as_pointer()
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [pointer] * 3), "look_up")
-    builder = ir.IRBuilder(function.append_basic_block())
-    row, nibbles, out = function.args
-    result = kernels.look_up(builder, shuffle, *(builder.load(p, align=1) for p in (row, nibbles)))
-    builder.store(result, out, align=1)
-    builder.ret_void()
-    return module
-
-
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="runs what it compiles for x86")
-@pytest.mark.parametrize("shuffle", ["", "llvm.x86.ssse3.pshuf.b.128", "llvm.x86.avx2.pshuf.b"])
-def test_every_way_to_look_up_finds_the_same(shuffle):
-    import ctypes
-
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    features = llvm.get_host_cpu_features()
-    if any(name in shuffle and not features.get(name) for name in ("avx2", "ssse3")):
-        pytest.skip("not a shuffle of this machine")
-    machine = llvm.Target.from_default_triple().create_target_machine(features=features.flatten())
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(emitted(shuffle))), machine)
-    engine.finalize_object()
-    call = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3)(engine.get_function_address("look_up"))
-    half = np.random.default_rng(0).integers(0, 256, 16, dtype=np.uint8)
-    row, nibbles, out = np.tile(half, 2), np.arange(32, dtype=np.uint8)[::-1] % 16, np.zeros(32, np.uint8)
-    call(*(array.ctypes.data for array in (row, np.ascontiguousarray(nibbles), out)))
-    assert (out == half[nibbles]).all()
-
-
-def test_arm_looks_up_with_one_instruction():
-    llvm.initialize_all_targets()
-    llvm.initialize_all_asmprinters()
-    machine = llvm.Target.from_triple("aarch64-linux-gnu").create_target_machine(features="+neon")
-    assembly = machine.emit_assembly(llvm.parse_assembly(str(emitted("llvm.aarch64.neon.tbl1.v16i8"))))
-    assert sum("tbl" in line for line in assembly.splitlines()) == 2  # of 16 bytes each
-
-
-def test_no_geometry_overflows_a_byte_of_counts():
-    shapes = itertools.product([1, 3, 8, 64, 512, 1000], [(1, 1), (3, 3), (7, 7), (1, 9)], [1, 2], [(1, 1), (2, 2)])
-    for channels, kernel, groups, dilation in shapes:
-        geometry = Geometry(2, groups * channels, kernel, dilation=dilation, groups=groups)
-        offsets = layout.read_offsets(geometry, 20, 20)
-        held = 0
-        for length, ends in zip(offsets.lengths, offsets.ends, strict=True):
-            held += int(length)
-            assert 4 * held <= 255
-            held *= not ends
-        assert offsets.ends[-1]
-        assert offsets.lengths.sum() == geometry.taps * geometry.width
 
 
 aten = torch.ops.aten
@@ -521,25 +445,3 @@ def test_what_does_not_fit_is_told_by_torch():
                 else:
                     told = shapes.own(function, changed, {})
                     assert told is None or (told.shape, told.dtype) == (expected.shape, expected.dtype)
-
-
-@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
-def test_a_damaged_cache_of_kernels_is_written_again(suffix, tmp_path, monkeypatch):
-    """Cut off at many places, emptied, or replaced by something else."""
-    source = tmp_path / "twice.py"
-    source.write_text("def twice(x):\n    return 2 * x\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
-    function = __import__("twice").twice
-
-    def hits() -> int:
-        made = kernels._compiled()(function)
-        assert made(3) == 6
-        return sum(made.stats.cache_hits.values())
-
-    assert [hits(), hits()] == [0, 1]
-    (path,) = (tmp_path / "cache").rglob(f"*{suffix}")
-    whole = path.read_bytes()
-    for content in (*(whole[: len(whole) * k // 8] for k in range(8)), b"\x80" * 99, b"cos\nno_such_name\n."):
-        path.write_bytes(content)
-        assert [hits(), hits()] == [0, 1]
