@@ -4,7 +4,6 @@ A program is a flat list of pairs of integers: an operation, and the row of ``ve
 the first of two. It starts from the value of the convolution, ``(B, O, H, W)``.
 """
 
-import math
 from typing import Final
 
 import torch
@@ -53,12 +52,8 @@ def run(values: Tensor, program: list[int], vectors: Tensor, residual: Tensor | 
 def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     if a.is_cuda:
         return torch.addcmul(c, a, b)
-    # The product of two float32 is exact in float64. An inexact sum is rounded to an odd last bit, so that the second
-    # rounding, to float32, gives what a single rounding would.
-    product, addend = a.double() * b.double(), c.double().expand_as(a)
-    total = product + addend
-    back = total - product
-    error = (product - (total - back)) + (addend - back)
-    is_even = (total.view(torch.int64) & 1) == 0
-    odd = torch.nextafter(total, torch.copysign(torch.full_like(total, math.inf), error))
-    return torch.where((error != 0) & is_even & total.isfinite(), odd, total).float()
+    # A CPU's batch norm is one multiplication and addition, with this mean and variance of these factors and addends.
+    factor, addend = b.flatten(), c.flatten()
+    return torch.batch_norm(
+        a, factor, addend, torch.zeros_like(factor), torch.ones_like(factor), False, 0.0, 0.0, False
+    )
