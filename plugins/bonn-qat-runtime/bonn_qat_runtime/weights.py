@@ -37,11 +37,11 @@ def bit_weight(weight: NDArray[np.bool_], groups: int, layout: int) -> NDArray[n
     taps[:, :, :inputs] = weight.reshape(outputs, inputs, kh * kw).transpose(0, 2, 1)
     octets = np.packbits(taps, axis=2, bitorder="little").reshape(groups, filters, -1)
     units = octets.view("<u4") if layout == WORDS else octets
-    parts = []
+    parts, whole = [], 64 if layout == NIBBLES else 32
     for group in units:
         begin = 0
         while begin < filters:
-            size = 64 if layout == NIBBLES and filters - begin > 32 else 32
+            size = whole if filters - begin > whole // 2 else whole // 2
             block = group[begin : begin + size]
             filled = np.zeros((units.shape[2], size), units.dtype)
             filled[:, : len(block)] = block.T

@@ -38,7 +38,8 @@ enum { /* steps of an epilogue, with the row of `vectors` that they take, or the
 };
 
 enum { /* layouts of binary weights, and of the signs that a convolution has spread into its scratch */
-    BONN_QAT_WORDS = 0, /* 32 channels are a word; blocks of 32 filters, (taps, words, 32) words each */
+    BONN_QAT_WORDS = 0, /* 32 channels are a word; blocks of 32 filters, and of 16 at the end if that is enough,
+                           (taps, words, filters) words each */
     BONN_QAT_NIBBLES,   /* 4 channels are a byte, twice their bits; blocks of 64 filters, and of 32 at the end if that
                            is enough, (taps, channels / 8, filters) bytes each, of two nibbles */
 };

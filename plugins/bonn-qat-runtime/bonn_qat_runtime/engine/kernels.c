@@ -275,10 +275,14 @@ static void spread(const Task *t, Unit *to) {
     for (int64_t i = 0; i < r->height; i++) {
         memset(to, 0, sizeof(Unit) * (size_t)left);
         to += left;
-        for (int64_t j = 0; j < r->width; j++, signs += r->pitch / LANES)
+        if (r->groups == 1) {
+            spread_pixels(signs, r->width, r->pitch / LANES, to);
+            signs += r->width * r->pitch / LANES, to += r->width * pixel;
+        }
+        for (int64_t j = 0; r->groups > 1 && j < r->width; j++, signs += r->pitch / LANES)
             for (int64_t group = 0; group < r->groups; group++, to += units_of(own)) {
                 if (own % LANES == 0)
-                    spread_pixel(signs + group * own / LANES, own / LANES, to);
+                    spread_pixels(signs + group * own / LANES, 1, own / LANES, to);
                 else
                     for (int64_t c = 0; c < own; c += LANES)
                         spread_half(sixteen(signs, group * own + c, own - c), c / LANES, to);
@@ -289,7 +293,7 @@ static void spread(const Task *t, Unit *to) {
     memset(to, 0, sizeof(Unit) * (size_t)(r->padding[1] * around));
 }
 
-/* The sums of TILE pixels, the last ones `count`, from their counts of signs that differ. */
+/* The sums of `count` pixels, from their counts of signs that differ. */
 INLINE void binary_tile(const Task *t, const Unit *x, const Weight *w, int64_t pixel, int64_t group, int64_t f,
                         int count, int block) {
     const Row *r = t->row;
@@ -297,23 +301,22 @@ INLINE void binary_tile(const Task *t, const Unit *x, const Weight *w, int64_t p
     int64_t columns = r->width + r->padding[2] + r->padding[3], starts[TILE];
     const int32_t *rows = constant(t, r->tables), *class_sums = constant(t, r->sums), *most[TILE];
     window_starts(r, pixel, count, columns, starts);
-    for (int p = count; p < TILE; p++) starts[p] = starts[0];
-    uint16_t counts[TILE * BLOCK];
-    count_differing(r, x, w, starts, group, columns, block, counts);
+    Counts counts;
+    count_differing(r, x, w, starts, group, columns, count, block, &counts);
     int32_t i = (int32_t)pixel / (int32_t)r->out_width, j = (int32_t)pixel % (int32_t)r->out_width;
     for (int p = 0; p < count; p++) {
         int64_t class = rows[i] + rows[r->out_height + j];
         most[p] = class_sums + (class * r->groups + group) * padded + f;
         if (++j == r->out_width) j = 0, i++;
     }
-    for (int64_t l = 0; l < block && f + l < filters; l += LANES) {
+#pragma GCC unroll 4
+    for (int64_t l = 0; l < block; l += LANES) {
+        if (f + l >= filters) break;
         F values[TILE];
         EACH_PIXEL {
-            H differing;
             I sum;
-            memcpy(&differing, counts + p * block + l, sizeof differing);
             memcpy(&sum, most[p] + l, sizeof sum);
-            values[p] = __builtin_convertvector(sum - 2 * __builtin_convertvector(differing, I), F);
+            values[p] = __builtin_convertvector(sum - 2 * count_of(&counts, p, block, l), F);
         }
         put(t, values, count, pixel, group, filters, f + l);
     }
@@ -330,17 +333,20 @@ OPERATION convolve_signs(const Task *t) {
     const Row *r = t->row;
     Unit *x = active(t, r->scratch);
     int64_t filters = r->outputs / r->groups, pixels = r->out_height * r->out_width;
-    spread(t, x);
+    if (r->groups == 1 && IS_SPREAD(r->pitch / LANES) && !(r->padding[0] | r->padding[1] | r->padding[2] | r->padding[3]))
+        x = active(t, r->x);
+    else
+        spread(t, x);
     for (int64_t from = 0; from < pixels; from += STRIP) {
         int64_t to = from + STRIP < pixels ? from + STRIP : pixels;
         const Weight *w = constant(t, r->weight);
         for (int64_t group = 0; group < r->groups; group++)
             for (int64_t f = 0; f < filters; f += BLOCK) {
-                int block = filters - f > BLOCK / 2 ? BLOCK : SMALLEST_BLOCK;
+                int block = filters - f > BLOCK / 2 ? BLOCK : BLOCK / 2;
                 if (block == BLOCK)
                     binary_pixels(t, x, w, from, to, group, f, BLOCK);
                 else
-                    binary_pixels(t, x, w, from, to, group, f, SMALLEST_BLOCK);
+                    binary_pixels(t, x, w, from, to, group, f, BLOCK / 2);
                 w += r->kernel[0] * r->kernel[1] * weights_of(r->channels / r->groups) * block;
             }
     }

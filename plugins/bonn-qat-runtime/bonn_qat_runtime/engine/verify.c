@@ -122,12 +122,13 @@ static int verify_binary(const Plan *p, const Row *r) {
     int status = verify_windows(r, height, width);
     if (status) return status;
     int is_nibbles = p->layout == BONN_QAT_NIBBLES;
-    int64_t inputs = r->channels / r->groups, filters = r->outputs / r->groups, rest = filters % 64;
+    int64_t inputs = r->channels / r->groups, filters = r->outputs / r->groups;
     int64_t taps = times(r->kernel[0], r->kernel[1]);
     if (times(taps, inputs) > MOST_INPUTS) return BONN_QAT_BAD_ROW;
     int64_t spread = is_nibbles ? up(inputs, 16) / 4 : up(inputs, 32) / 8;
     if (!in_arena(p, r->scratch, times3(times(height, width), r->groups, spread))) return BONN_QAT_BAD_ARENA;
-    int64_t blocks = is_nibbles ? filters - rest + (rest > 32 ? 64 : rest ? 32 : 0) : up(filters, 32);
+    int64_t whole = is_nibbles ? 64 : 32, rest = filters % whole;
+    int64_t blocks = filters - rest + (rest > whole / 2 ? whole : rest ? whole / 2 : 0);
     int64_t weight = is_nibbles ? up(inputs, 16) / 8 : up(inputs, 32) / 8;
     if (!in_constants(p, r->weight, times3(times(r->groups, blocks), taps, weight))) return BONN_QAT_BAD_CONSTANT;
     if (!EACH(r->classes, 1, LARGEST)) return BONN_QAT_BAD_ROW;
