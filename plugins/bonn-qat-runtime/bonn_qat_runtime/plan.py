@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from bonn_qat_runtime.errors import UnsupportedOperator
 from bonn_qat_runtime.lower import Lowered
 from bonn_qat_runtime.operations import Convolution, Floats, Map, Operation, Pool, Signs
-from bonn_qat_runtime.weights import LANES, bit_weight, float_weight, start_sums, up
+from bonn_qat_runtime.weights import LANES, bit_weight, depthwise_weight, float_weight, start_sums, up
 
 COPY, POINTWISE, POOL, FLOAT, BINARY, RESULT = range(1, 7)
 FIELDS = (
     "operation", "x", "height", "width", "channels", "pitch", "out_height", "out_width", "outputs", "out_pitch",
     "y", "signs", "residual", "program", "steps", "vectors", "rows", "thresholds",
     "kernel_height", "kernel_width", "stride_y", "stride_x", "dilation_y", "dilation_x", "groups",
-    "top", "bottom", "left", "right", "weight", "scratch", "windows", "is_mean", "classes", "tables", "sums",
+    "top", "bottom", "left", "right", "weight", "is_depthwise", "scratch", "windows", "is_mean", "classes", "tables", "sums",
 )  # fmt: skip
 _ALIGNMENT = 64
 _PLACES = ("x", "y", "signs", "residual", "program", "vectors", "thresholds", "weight", "scratch", "windows", "tables",
@@ -122,7 +122,8 @@ class _Planner:
         x = self.signs[source] if isinstance(source, Signs) else None
         beside = None if operation.residual is None else self.map_of(operation.residual)
         size, pitch = source.map if isinstance(source, Signs) else source, 0
-        if isinstance(operation, Convolution) and not isinstance(source, Signs):
+        is_depthwise = isinstance(operation, Convolution) and operation.is_depthwise
+        if isinstance(operation, Convolution) and not isinstance(source, Signs) and not is_depthwise:
             x, size, pitch = self.padded(operation, source)
         elif isinstance(source, Map):
             x = self.map_of(source)
@@ -133,6 +134,10 @@ class _Planner:
             self.row(POINTWISE, x, size, fields)
         elif isinstance(source, Signs):
             self.row(BINARY, x, size, fields | self.convolution(operation) | self.binary(operation, size))
+        elif is_depthwise:
+            weight = self.constant(depthwise_weight(operation.weight))
+            fields |= {"weight": weight, "is_depthwise": 1} | self.convolution(operation) | {"groups": 1}
+            self.row(FLOAT, x, size, fields | _sides(operation))
         else:
             fields |= {"weight": self.constant(float_weight(operation.weight, operation.groups))}
             self.row(FLOAT, x, size, fields | self.convolution(operation), pitch)
@@ -146,8 +151,7 @@ class _Planner:
         pitch = source.channels if source.source is None else up(source.channels, LANES)
         x = None if source.source is None else self.map_of(source)
         y = self.buffer(_map_bytes(size, pitch))
-        sides = {"top": top, "bottom": bottom, "left": left, "right": right}
-        self.row(COPY, x, source, {"y": y, "out_pitch": pitch} | sides)
+        self.row(COPY, x, source, {"y": y, "out_pitch": pitch} | _sides(convolution))
         return y, size, pitch
 
     def finish(self, operation: Operation) -> dict[str, Any]:
@@ -196,12 +200,15 @@ class _Planner:
         per_group = x.channels // convolution.groups
         bytes_of_group = up(per_group, 16) // 4 if self.layout else up(per_group, 32) // 8
         pixels = (x.height + top + bottom) * (x.width + left + right)
-        return {
-            "top": top, "bottom": bottom, "left": left, "right": right,
+        return _sides(convolution) | {
             "weight": self.constant(bit_weight(convolution.weight, convolution.groups, self.layout)),
             "scratch": self.buffer(pixels * convolution.groups * bytes_of_group),
             "classes": len(sums.values), "tables": self.constant(sums.tables), "sums": self.constant(sums.values),
         }  # fmt: skip
+
+
+def _sides(convolution: Convolution) -> dict[str, Any]:
+    return dict(zip(("top", "bottom", "left", "right"), convolution.padding, strict=True))
 
 
 def _map_bytes(x: Map, pitch: int) -> int:

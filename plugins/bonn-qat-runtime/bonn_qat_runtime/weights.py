@@ -26,6 +26,13 @@ def float_weight(weight: Floats, groups: int) -> Floats:
     return np.ascontiguousarray(padded.reshape(groups, blocks, LANES, inputs, kh, kw).transpose(0, 1, 4, 5, 3, 2))
 
 
+def depthwise_weight(weight: Floats) -> Floats:
+    """``(C, 1, kh, kw)`` -> ``(kh, kw, pitch)``, with zeros at the end."""
+    padded = np.zeros((*weight.shape[2:], up(len(weight), LANES)), np.float32)
+    padded[..., : len(weight)] = weight[:, 0].transpose(1, 2, 0)
+    return padded
+
+
 def bit_weight(weight: NDArray[np.bool_], groups: int, layout: int) -> NDArray[np.uint8]:
     """Bools ``(O, I / groups, kh, kw)`` -> bytes in ``layout``, block by block: bits of channels, filters last.
 

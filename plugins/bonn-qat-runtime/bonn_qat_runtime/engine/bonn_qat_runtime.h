@@ -23,7 +23,7 @@ enum { /* operations of rows */
     BONN_QAT_COPY = 1, /* an image (channels, height, width), or a map if x >= 0, into a map with zeros around it */
     BONN_QAT_POINTWISE, /* the epilogue alone, of the map x */
     BONN_QAT_POOL,      /* the maxima or means of windows of the map x */
-    BONN_QAT_FLOAT,     /* a convolution of the map x, which has its padding */
+    BONN_QAT_FLOAT,     /* a convolution of the map x, which has its padding unless is_depthwise */
     BONN_QAT_BINARY,    /* a convolution of the signs x */
     BONN_QAT_RESULT,    /* the map x as (channels, height, width): the outputs for an image */
 };
@@ -64,8 +64,9 @@ typedef struct {
     int64_t vectors, rows;      /* constants: (rows, out_pitch) floats */
     int64_t thresholds;         /* constants: (2, out_pitch) floats, +1 where low <= value <= high */
     int64_t kernel[2], stride[2], dilation[2], groups;
-    int64_t padding[4]; /* top, bottom, left, right: of COPY and BINARY */
+    int64_t padding[4]; /* top, bottom, left, right: of COPY, BINARY, and FLOAT if is_depthwise */
     int64_t weight;     /* constants: for each group and block of filters; of FLOAT (taps, channels, 16) floats */
+    int64_t is_depthwise; /* of FLOAT: each channel has a filter of its own, and the weights are (taps, pitch) floats */
     int64_t scratch;    /* arena: for BINARY, the signs with padding, in the layout of the plan */
     int64_t windows;    /* constants, of POOL: (out_height + out_width, 3) int32: first, last + 1, divisor */
     int64_t is_mean;    /* of POOL, whose windows' elements are dilation apart */

@@ -108,7 +108,17 @@ static int verify_windows(const Row *r, int64_t height, int64_t width) {
     return BONN_QAT_OK;
 }
 
+static int verify_depthwise(const Plan *p, const Row *r) {
+    if (!is_padding(r) || r->channels != r->outputs || r->pitch != r->out_pitch || r->groups != 1)
+        return BONN_QAT_BAD_ROW;
+    int64_t height = r->height + r->padding[0] + r->padding[1], width = r->width + r->padding[2] + r->padding[3];
+    int status = verify_windows(r, height, width);
+    if (status) return status;
+    return in_constants(p, r->weight, map_bytes(r->kernel[0], r->kernel[1], r->pitch)) ? BONN_QAT_OK : BONN_QAT_BAD_CONSTANT;
+}
+
 static int verify_float(const Plan *p, const Row *r) {
+    if (r->is_depthwise) return verify_depthwise(p, r);
     int status = verify_windows(r, r->height, r->width);
     if (status) return status;
     int64_t filters = up(r->outputs / r->groups, LANES), inputs = r->channels / r->groups;
