@@ -5,6 +5,7 @@ import functools
 import os
 import sys
 import zlib
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,35 @@ class Program:
             raise InvalidPlan(f"row {row.value} of the plan is refused: {_STATUS.get(status, status)}")
         self._arenas: list[NDArray[np.uint8]] = []
 
-    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    def __call__(self, images: NDArray[np.float32], threads: int = 1) -> NDArray[np.float32]:
         """Contiguous images ``(B, ...)`` of ``plan.inputs`` numbers each -> ``(B, *plan.result)``."""
         results = np.empty((len(images), *self._plan.result), np.float32)
+        threads = min(threads, len(images))
+        if threads <= 1:
+            self._run(images, results)
+            return results
+        from concurrent.futures import ThreadPoolExecutor  # takes as long to import as a small network to run
+
+        # Small parts, because other processes may hold up a thread. No thread outlives the call, and a fork loses none.
+        size = max(1, len(images) // (4 * threads))
+        parts = deque(slice(start, start + size) for start in range(0, len(images), size))
+
+        def run_parts() -> None:
+            while True:
+                try:
+                    part = parts.popleft()
+                except IndexError:
+                    return
+                self._run(images[part], results[part])
+
+        with ThreadPoolExecutor(threads - 1) as pool:
+            others = [pool.submit(run_parts) for _ in range(threads - 1)]
+            run_parts()
+            for other in others:
+                other.result()
+        return results
+
+    def _run(self, images: NDArray[np.float32], results: NDArray[np.float32]) -> None:
         # Each thread that is in here has an arena of its own.
         try:
             arena = self._arenas.pop()
@@ -127,4 +154,3 @@ class Program:
         self._arenas.append(arena)
         if status:
             raise InvalidPlan(f"the plan cannot run: {_STATUS.get(status, status)}")
-        return results

@@ -6,6 +6,7 @@
 #include "bonn_qat_runtime.h"
 #include "vectors.h"
 
+#define MOST_PIXELS 8 /* of a tile */
 #define STRIP 96 /* pixels of a convolution that are computed for one block of filters after another */
 #define JOINED(name, suffix) name##_##suffix
 #define SUFFIXED(name, suffix) JOINED(name, suffix)
@@ -108,8 +109,14 @@ OPERATION copy(const Task *t, const float *images) {
             memcpy(line, x + i * r->width * pitch, sizeof(float) * (size_t)(r->width * pitch));
             continue;
         }
+        const float *from = x + i * r->width;
+        if (r->channels == 3 && pitch == 3) { /* which compilers do with shuffles of vectors */
+            for (int64_t j = 0; j < r->width; j++)
+                line[3 * j] = from[j], line[3 * j + 1] = from[plane + j], line[3 * j + 2] = from[2 * plane + j];
+            continue;
+        }
         for (int64_t c = 0; c < r->channels; c++)
-            for (int64_t j = 0; j < r->width; j++) line[j * pitch + c] = x[c * plane + i * r->width + j];
+            for (int64_t j = 0; j < r->width; j++) line[j * pitch + c] = from[c * plane + j];
     }
     memset(y, 0, sizeof(float) * (size_t)(r->padding[1] * around));
 }
@@ -177,17 +184,18 @@ INLINE void put(const Task *t, F *values, int count, int64_t pixel, int64_t grou
         for (int64_t l = 0; l < LANES && f + l < filters; l++) y[l] = values[p][l];
 }
 
-/* Accumulators: FLOAT_TILE pixels by FLOAT_SETS vectors of filters, as many as fit into the registers. */
+/* Accumulators: FLOAT_TILE(sets) pixels by `sets` vectors of filters, 4, 2 or 1 of them up to FLOAT_SETS: as many as fit
+   into the registers and need few loads. */
 #if defined(__AVX512F__)
-#define FLOAT_TILE 6
+#define FLOAT_TILE(sets) ((sets) == 4 ? 4 : 8)
 #define FLOAT_SETS 4
 #define DEPTHWISE_TILE 8
 #elif defined(__FMA__) || defined(__aarch64__)
-#define FLOAT_TILE 6
+#define FLOAT_TILE(sets) 6
 #define FLOAT_SETS 1
 #define DEPTHWISE_TILE 4
 #else
-#define FLOAT_TILE 2
+#define FLOAT_TILE(sets) 2
 #define FLOAT_SETS 1
 #define DEPTHWISE_TILE 2
 #endif
@@ -198,12 +206,12 @@ INLINE void float_tile(const Task *t, const float *x, const float *w, int64_t pi
     int64_t inputs = r->channels / r->groups, filters = r->outputs / r->groups;
     int64_t length = inputs, taps = r->kernel[1], set = r->kernel[0] * r->kernel[1] * inputs * LANES;
     if (r->pitch == inputs && r->dilation[1] == 1) length *= taps, taps = 1; /* a row of a window in one run */
-    int64_t starts[FLOAT_TILE];
+    int64_t starts[MOST_PIXELS];
     window_starts(r, pixel, count, r->width, starts);
-    F sums[FLOAT_TILE][FLOAT_SETS] = {0};
+    F sums[MOST_PIXELS][FLOAT_SETS] = {0};
     for (int64_t i = 0; i < r->kernel[0]; i++)
         for (int64_t j = 0; j < taps; j++) {
-            const float *from[FLOAT_TILE];
+            const float *from[MOST_PIXELS];
             for (int p = 0; p < count; p++)
                 from[p] = x + (starts[p] + i * r->dilation[0] * r->width + j * r->dilation[1]) * r->pitch + group * inputs;
             for (int64_t c = 0; c < length; c++, w += LANES) {
@@ -218,7 +226,7 @@ INLINE void float_tile(const Task *t, const float *x, const float *w, int64_t pi
         }
 #pragma GCC unroll 4
     for (int s = 0; s < sets; s++) {
-        F values[FLOAT_TILE];
+        F values[MOST_PIXELS];
         EACH_PIXEL values[p] = sums[p][s];
         put(t, values, count, pixel, group, filters, f + s * LANES);
     }
@@ -227,7 +235,7 @@ INLINE void float_tile(const Task *t, const float *x, const float *w, int64_t pi
 INLINE void float_pixels(const Task *t, const float *x, const float *w, int64_t from, int64_t to, int64_t group,
                          int64_t f, int sets) {
     int64_t p = from;
-    for (; p + FLOAT_TILE <= to; p += FLOAT_TILE) float_tile(t, x, w, p, group, f, FLOAT_TILE, sets);
+    for (; p + FLOAT_TILE(sets) <= to; p += FLOAT_TILE(sets)) float_tile(t, x, w, p, group, f, FLOAT_TILE(sets), sets);
     for (; p < to; p++) float_tile(t, x, w, p, group, f, 1, sets);
 }
 
@@ -241,9 +249,12 @@ OPERATION convolve_floats(const Task *t) {
         const float *w = weights;
         for (int64_t group = 0; group < r->groups; group++)
             for (int64_t f = 0; f < filters;) {
-                int sets = f + LANES * (FLOAT_SETS - 1) < filters ? FLOAT_SETS : 1;
-                if (sets == FLOAT_SETS)
-                    float_pixels(t, x, w, from, to, group, f, FLOAT_SETS);
+                int64_t left = (filters - f + LANES - 1) / LANES;
+                int sets = left >= 4 && FLOAT_SETS >= 4 ? 4 : left >= 2 && FLOAT_SETS >= 2 ? 2 : 1;
+                if (sets == 4)
+                    float_pixels(t, x, w, from, to, group, f, FLOAT_SETS >= 4 ? 4 : 1);
+                else if (sets == 2)
+                    float_pixels(t, x, w, from, to, group, f, FLOAT_SETS >= 2 ? 2 : 1);
                 else
                     float_pixels(t, x, w, from, to, group, f, 1);
                 f += sets * LANES, w += sets * set;
