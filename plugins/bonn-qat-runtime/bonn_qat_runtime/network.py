@@ -18,9 +18,9 @@ from bonn_qat_runtime.plan import plan
 class Network:
     """A network that ``bonn_qat.pack(model).save(path)`` wrote: images ``(B, C, H, W)`` -> logits ``(B, classes)``.
 
-    It computes what ``bonn_qat.PackedModel`` does, one image after another, without torch. Binary layers are equal to
-    the last bit, float layers up to the order of their sums, and on all CPUs alike. Of the images of a call, ``threads``
-    are computed at the same time; several threads may also call a network at once.
+    It computes what ``bonn_qat.PackedModel`` does, without torch. Binary layers are equal to the last bit, float layers
+    up to the order of their sums, and on all CPUs alike. Images are computed one by one, ``threads`` of a call at the
+    same time; several threads may also call a network at once.
 
     >>> net = Network("resnet18.safetensors")  # doctest: +SKIP
     >>> net(np.zeros((1, 3, 224, 224), np.float32)).shape  # doctest: +SKIP

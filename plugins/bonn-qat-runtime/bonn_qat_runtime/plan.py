@@ -18,7 +18,8 @@ FIELDS = (
     "operation", "x", "height", "width", "channels", "pitch", "out_height", "out_width", "outputs", "out_pitch",
     "y", "signs", "residual", "program", "steps", "vectors", "rows", "thresholds",
     "kernel_height", "kernel_width", "stride_y", "stride_x", "dilation_y", "dilation_x", "groups",
-    "top", "bottom", "left", "right", "weight", "is_depthwise", "scratch", "windows", "is_mean", "classes", "tables", "sums",
+    "top", "bottom", "left", "right", "weight", "is_depthwise", "scratch", "windows", "is_mean", "classes", "tables",
+    "sums",
 )  # fmt: skip
 _ALIGNMENT = 64
 _PLACES = ("x", "y", "signs", "residual", "program", "vectors", "thresholds", "weight", "scratch", "windows", "tables",
