@@ -39,7 +39,7 @@ from bonn_qat_runtime import Network, UnsupportedOperator, library
 from bonn_qat_runtime.files import read_packed
 from bonn_qat_runtime.fuse import fuse
 from bonn_qat_runtime.lower import lower
-from bonn_qat_runtime.plan import BINARY, COPY, FIELDS, FLOAT, POINTWISE, POOL, RESULT, plan
+from bonn_qat_runtime.plan import BINARY, COPY, DEPTHWISE, FIELDS, FLOAT, POINTWISE, POOL, RESULT, plan
 from measuring import alternate, heading, quartiles
 from packed_runtime import made
 from torch import Tensor
@@ -51,7 +51,10 @@ from bonn_qat.bench.engines import Run
 
 CPU = "BONN_QAT_RUNTIME_CPU"
 REFERENCE = "onnxruntime float"
-NAMES = {COPY: "copy", POINTWISE: "epilogue", POOL: "pool", FLOAT: "float", BINARY: "binary", RESULT: "result"}
+NAMES = {
+    COPY: "copy", POINTWISE: "epilogue", POOL: "pool", FLOAT: "float", DEPTHWISE: "depthwise", BINARY: "binary",
+    RESULT: "result",
+}  # fmt: skip
 MCPU = {"v3": "x86_64_v3", "v4": "x86_64_v4+avx512vpopcntdq"}
 
 
@@ -284,10 +287,8 @@ def layers(path: Path, cpu: str, rounds: int) -> list[dict[str, Any]]:
 def described(row: Mapping[str, int]) -> dict[str, Any]:
     """What a row computes, in words, and how many products of signs that are."""
     kind = NAMES.get(row["operation"], "other")
-    if row["is_depthwise"]:
-        kind = "depthwise"
     size = f"{row['channels']}, {row['height']}x{row['width']}"
-    if row["operation"] not in (FLOAT, BINARY):
+    if row["operation"] not in (FLOAT, BINARY, DEPTHWISE):
         return {"row": f"{kind} {size}"}
     taps = row["kernel_height"] * row["kernel_width"]
     filters = f"{row['outputs']}, {row['kernel_height']}x{row['kernel_width']}/{row['stride_y']}"

@@ -23,14 +23,16 @@ typedef struct {
     const float *vectors, *low, *high, *residual;
     float *y;
     uint16_t *signs;
-    int64_t steps, pitch;
+    int64_t steps, pitch, gone; /* floats before the first line that is kept of y */
 } Finish;
 
 typedef struct {
     const Row *row;
     const char *constants;
     char *arena;
+    const float *images;
     Finish finish;
+    int64_t from, to; /* lines of the result that are computed now */
 } Task;
 
 INLINE const void *constant(const Task *t, int64_t at) { return at < 0 ? 0 : t->constants + at; }
@@ -40,7 +42,7 @@ INLINE Finish finish_of(const Task *t) {
     const Row *r = t->row;
     const float *low = constant(t, r->thresholds);
     return (Finish){constant(t, r->program), constant(t, r->vectors), low, low ? low + r->out_pitch : 0,
-                    active(t, r->residual),  active(t, r->y),         active(t, r->signs), r->steps, r->out_pitch};
+                    active(t, r->residual),  active(t, r->y),         active(t, r->signs), r->steps, r->out_pitch, 0};
 }
 
 /* With `count` pixels, a constant: the loops disappear, and the values stay in registers. */
@@ -83,7 +85,7 @@ INLINE void finish(const Finish *all, F *values, int count, int64_t pixel, int64
         }
         }
     }
-    if (f.y) EACH_PIXEL store(f.y + at + p * f.pitch, values[p]);
+    if (f.y) EACH_PIXEL store(f.y + at - f.gone + p * f.pitch, values[p]);
     if (f.signs) {
         F low = load(f.low + o), high = load(f.high + o);
         EACH_PIXEL f.signs[(at + p * f.pitch) / LANES] = bits_of((I)(values[p] >= low) & (I)(values[p] <= high));
@@ -94,16 +96,15 @@ INLINE void finish_one(const Finish *f, F value, int64_t pixel, int64_t o) { fin
 
 /* ---- copies ---- */
 
-OPERATION copy(const Task *t, const float *images) {
+OPERATION copy(const Task *t) {
     const Row *r = t->row;
     int64_t columns = r->width + r->padding[2] + r->padding[3], pitch = r->out_pitch;
-    float *y = active(t, r->y);
-    const float *x = r->x < 0 ? images : active(t, r->x);
+    const float *x = r->x < 0 ? t->images : active(t, r->x);
     int64_t plane = r->height * r->width, around = columns * pitch;
-    memset(y, 0, sizeof(float) * (size_t)(r->padding[0] * around));
-    y += r->padding[0] * around;
-    for (int64_t i = 0; i < r->height; i++, y += around) {
+    float *y = (float *)active(t, r->y) + t->from * around;
+    for (int64_t i = t->from - r->padding[0]; i < t->to - r->padding[0]; i++, y += around) {
         memset(y, 0, sizeof(float) * (size_t)around);
+        if (i < 0 || i >= r->height) continue;
         float *line = y + r->padding[2] * pitch;
         if (r->x >= 0) {
             memcpy(line, x + i * r->width * pitch, sizeof(float) * (size_t)(r->width * pitch));
@@ -118,7 +119,6 @@ OPERATION copy(const Task *t, const float *images) {
         for (int64_t c = 0; c < r->channels; c++)
             for (int64_t j = 0; j < r->width; j++) line[j * pitch + c] = from[c * plane + j];
     }
-    memset(y, 0, sizeof(float) * (size_t)(r->padding[1] * around));
 }
 
 OPERATION give_result(const Task *t, float *results) {
@@ -132,18 +132,21 @@ OPERATION give_result(const Task *t, float *results) {
 OPERATION pointwise(const Task *t) {
     const Row *r = t->row;
     const float *x = active(t, r->x);
-    for (int64_t p = 0; p < r->height * r->width; p++)
+    for (int64_t p = t->from * r->width; p < t->to * r->width; p++)
         for (int64_t o = 0; o < r->pitch; o += LANES) finish_one(&t->finish, load(x + p * r->pitch + o), p, o);
 }
 
 /* ---- pools ---- */
+
+/* Where a line of the map x is. */
+INLINE int64_t line_of(const Row *r, int64_t line) { return r->x_ring ? line % r->x_ring : line; }
 
 /* Maxima start at -inf, and a NaN stays. */
 INLINE F pooled(const Row *r, const float *x, const int32_t *rows, const int32_t *columns, int is_mean) {
     F value = is_mean ? (F){0} : fill(-__builtin_inff());
     for (int64_t i = rows[0]; i < rows[1]; i += r->dilation[0])
         for (int64_t j = columns[0]; j < columns[1]; j += r->dilation[1]) {
-            F next = load(x + (i * r->width + j) * r->pitch);
+            F next = load(x + (line_of(r, i) * r->width + j) * r->pitch);
             value = is_mean ? value + next : pick((I)(next > value) | (I)(next != next), next, value);
         }
     return is_mean ? value / fill((float)rows[2] * (float)columns[2]) : value;
@@ -153,7 +156,7 @@ OPERATION pool(const Task *t) {
     const Row *r = t->row;
     const float *x = active(t, r->x);
     const int32_t *rows = constant(t, r->windows), *columns = rows + 3 * r->out_height;
-    for (int64_t i = 0; i < r->out_height; i++)
+    for (int64_t i = t->from; i < t->to; i++)
         for (int64_t j = 0; j < r->out_width; j++)
             for (int64_t o = 0; o < r->pitch; o += LANES) {
                 F value = r->is_mean ? pooled(r, x + o, rows + 3 * i, columns + 3 * j, 1)
@@ -179,7 +182,7 @@ INLINE void put(const Task *t, F *values, int count, int64_t pixel, int64_t grou
         finish(&t->finish, values, count, pixel, group * filters + f);
         return;
     }
-    float *y = t->finish.y + pixel * t->finish.pitch + group * filters + f;
+    float *y = t->finish.y + pixel * t->finish.pitch - t->finish.gone + group * filters + f;
     for (int p = 0; p < count; p++, y += t->finish.pitch)
         for (int64_t l = 0; l < LANES && f + l < filters; l++) y[l] = values[p][l];
 }
@@ -189,15 +192,12 @@ INLINE void put(const Task *t, F *values, int count, int64_t pixel, int64_t grou
 #if defined(__AVX512F__)
 #define FLOAT_TILE(sets) ((sets) == 4 ? 4 : 8)
 #define FLOAT_SETS 4
-#define DEPTHWISE_TILE 8
 #elif defined(__FMA__) || defined(__aarch64__)
 #define FLOAT_TILE(sets) 6
 #define FLOAT_SETS 1
-#define DEPTHWISE_TILE 4
 #else
 #define FLOAT_TILE(sets) 2
 #define FLOAT_SETS 1
-#define DEPTHWISE_TILE 2
 #endif
 
 INLINE void float_tile(const Task *t, const float *x, const float *w, int64_t pixel, int64_t group, int64_t f,
@@ -242,9 +242,9 @@ INLINE void float_pixels(const Task *t, const float *x, const float *w, int64_t 
 OPERATION convolve_floats(const Task *t) {
     const Row *r = t->row;
     const float *x = active(t, r->x), *weights = constant(t, r->weight);
-    int64_t filters = r->outputs / r->groups, pixels = r->out_height * r->out_width;
+    int64_t filters = r->outputs / r->groups, pixels = t->to * r->out_width;
     int64_t set = r->kernel[0] * r->kernel[1] * (r->channels / r->groups) * LANES;
-    for (int64_t from = 0; from < pixels; from += STRIP) {
+    for (int64_t from = t->from * r->out_width; from < pixels; from += STRIP) {
         int64_t to = from + STRIP < pixels ? from + STRIP : pixels;
         const float *w = weights;
         for (int64_t group = 0; group < r->groups; group++)
@@ -262,49 +262,7 @@ OPERATION convolve_floats(const Task *t) {
     }
 }
 
-/* Of `taps` that begin at `begin` and are `gap` apart, the first and the last + 1 that lie in `size` pixels. */
-INLINE void inside(int64_t begin, int64_t taps, int64_t gap, int64_t size, int64_t *first, int64_t *last) {
-    int64_t stop = begin < size ? (size - begin + gap - 1) / gap : 0;
-    *first = begin < 0 ? (gap - 1 - begin) / gap : 0;
-    *last = stop < taps ? stop : taps;
-}
-
-/* A pixel's neighbours share its weights; the taps of all of them are in the image. */
-INLINE void depthwise_tile(const Task *t, int64_t i, int64_t j, const int64_t *rows, int count) {
-    const Row *r = t->row;
-    const float *x = active(t, r->x), *weights = constant(t, r->weight);
-    int64_t top = i * r->stride[0] - r->padding[0], left = j * r->stride[1] - r->padding[2];
-    int64_t step = r->stride[1] * r->pitch, begin, end;
-    inside(left, r->kernel[1], r->dilation[1], r->width, &begin, &end);
-    for (int64_t o = 0; o < r->pitch; o += LANES) {
-        F sums[DEPTHWISE_TILE] = {0};
-        for (int64_t k = rows[0]; k < rows[1]; k++)
-            for (int64_t l = begin; l < end; l++) {
-                F weight = load(weights + (k * r->kernel[1] + l) * r->pitch + o);
-                const float *from = x + ((top + k * r->dilation[0]) * r->width + left + l * r->dilation[1]) * r->pitch + o;
-                EACH_PIXEL sums[p] = fused(load(from + p * step), weight, sums[p]);
-            }
-        finish(&t->finish, sums, count, i * r->out_width + j, o);
-    }
-}
-
-/* Every channel has a filter of its own. */
-OPERATION convolve_depthwise(const Task *t) {
-    const Row *r = t->row;
-    int64_t reach = (r->kernel[1] - 1) * r->dilation[1], rows[2];
-    /* Columns from `begin` to `end` have all their taps in the image. */
-    int64_t begin = (r->padding[2] + r->stride[1] - 1) / r->stride[1];
-    int64_t room = r->width + r->padding[2] - reach, end = room > 0 ? (room - 1) / r->stride[1] + 1 : 0;
-    if (end > r->out_width) end = r->out_width;
-    for (int64_t i = 0; i < r->out_height; i++) {
-        inside(i * r->stride[0] - r->padding[0], r->kernel[0], r->dilation[0], r->height, rows, rows + 1);
-        int64_t j = 0;
-        for (; j < begin && j < r->out_width; j++) depthwise_tile(t, i, j, rows, 1);
-        for (; j + DEPTHWISE_TILE <= end; j += DEPTHWISE_TILE) depthwise_tile(t, i, j, rows, DEPTHWISE_TILE);
-        for (; j + DEPTHWISE_TILE / 2 <= end; j += DEPTHWISE_TILE / 2) depthwise_tile(t, i, j, rows, DEPTHWISE_TILE / 2);
-        for (; j < r->out_width; j++) depthwise_tile(t, i, j, rows, 1);
-    }
-}
+#include "depthwise.h"
 
 #if defined(__AVX2__) && !defined(__AVX512VPOPCNTDQ__)
 #include "nibbles.h"
@@ -390,12 +348,12 @@ INLINE void binary_pixels(const Task *t, const Unit *x, const Weight *w, int64_t
 OPERATION convolve_signs(const Task *t) {
     const Row *r = t->row;
     Unit *x = active(t, r->scratch);
-    int64_t filters = r->outputs / r->groups, pixels = r->out_height * r->out_width;
+    int64_t filters = r->outputs / r->groups, pixels = t->to * r->out_width;
     if (r->groups == 1 && IS_SPREAD(r->pitch / LANES) && !(r->padding[0] | r->padding[1] | r->padding[2] | r->padding[3]))
         x = active(t, r->x);
-    else
+    else if (t->from == 0) /* the signs are complete: in a row of turns, this one is the first */
         spread(t, x);
-    for (int64_t from = 0; from < pixels; from += STRIP) {
+    for (int64_t from = t->from * r->out_width; from < pixels; from += STRIP) {
         int64_t to = from + STRIP < pixels ? from + STRIP : pixels;
         const Weight *w = constant(t, r->weight);
         for (int64_t group = 0; group < r->groups; group++)
@@ -412,18 +370,71 @@ OPERATION convolve_signs(const Task *t) {
 
 /* ---- plans ---- */
 
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+INLINE int64_t lines_of(const Row *r) {
+    return r->operation == BONN_QAT_COPY ? r->height + r->padding[0] + r->padding[1] : r->out_height;
+}
+
+/* How many lines of x the lines before `to` read. */
+static int64_t lines_read(const Task *t, int64_t to) {
+    const Row *r = t->row;
+    int64_t last = to - 1;
+    switch (r->operation) {
+    case BONN_QAT_POOL: return ((const int32_t *)constant(t, r->windows))[3 * last + 1];
+    case BONN_QAT_FLOAT: return last * r->stride[0] + (r->kernel[0] - 1) * r->dilation[0] + 1;
+    case BONN_QAT_DEPTHWISE: return last * r->stride[0] + (r->kernel[0] - 1) * r->dilation[0] + 1 - r->padding[0];
+    default: return to;
+    }
+}
+
+static void compute(Task *t, int64_t from, int64_t to) {
+    const Row *r = t->row;
+    t->from = from, t->to = to;
+    t->finish.gone = r->ring ? (from - from % r->ring) * r->out_width * r->out_pitch : 0;
+    switch (r->operation) {
+    case BONN_QAT_COPY: copy(t); break;
+    case BONN_QAT_POINTWISE: pointwise(t); break;
+    case BONN_QAT_POOL: pool(t); break;
+    case BONN_QAT_FLOAT: convolve_floats(t); break;
+    case BONN_QAT_DEPTHWISE: convolve_depthwise(t); break;
+    case BONN_QAT_BINARY: convolve_signs(t); break;
+    }
+}
+
+/* The lines of a row's result before `to` that are not computed yet; those that a ring holds lie next to each other. */
+static void advance(Task *t, int64_t to) {
+    while (t->to < to) {
+        int64_t ring = t->row->ring, end = ring ? smaller(to, (t->to / ring + 1) * ring) : to;
+        compute(t, t->to, end);
+    }
+}
+
+/* Rows in turns: each band of the last one, and before it what it needs of the others. */
+static void take_turns(Task *tasks, int count, int64_t band) {
+    int64_t height = lines_of(tasks[count - 1].row), needed[BONN_QAT_MOST_TURNS + 1];
+    for (int64_t to = 0; to < height;) {
+        needed[count - 1] = to = smaller(to + band, height);
+        for (int k = count - 1; k > 0; k--)
+            needed[k - 1] = needed[k] > 0 ? smaller(lines_read(tasks + k, needed[k]), lines_of(tasks[k - 1].row)) : 0;
+        for (int k = 0; k < count; k++) advance(tasks + k, needed[k]);
+    }
+}
+
 void NAME(run)(const bonn_qat_plan *plan, const float *images, float *results, void *arena);
 void NAME(run)(const bonn_qat_plan *plan, const float *images, float *results, void *arena) {
-    for (int64_t i = 0; i < plan->row_count; i++) {
-        Task task = {plan->rows + i, plan->constants, arena, {0}};
-        task.finish = finish_of(&task);
-        switch (task.row->operation) {
-        case BONN_QAT_COPY: copy(&task, images); break;
-        case BONN_QAT_POINTWISE: pointwise(&task); break;
-        case BONN_QAT_POOL: pool(&task); break;
-        case BONN_QAT_FLOAT: task.row->is_depthwise ? convolve_depthwise(&task) : convolve_floats(&task); break;
-        case BONN_QAT_BINARY: convolve_signs(&task); break;
-        default: give_result(&task, results);
+    for (int64_t i = 0; i < plan->row_count;) {
+        const Row *first = plan->rows + i;
+        Task tasks[BONN_QAT_MOST_TURNS + 1];
+        int count = (int)first->turns + 1;
+        for (int k = 0; k < count; k++) {
+            tasks[k] = (Task){first + k, plan->constants, arena, images, {0}, 0, 0};
+            tasks[k].finish = finish_of(tasks + k);
         }
+        if (first->operation == BONN_QAT_RESULT)
+            give_result(tasks, results);
+        else
+            take_turns(tasks, count, first->turns ? first->band : lines_of(first));
+        i += count;
     }
 }
