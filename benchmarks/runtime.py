@@ -7,8 +7,8 @@ One thread unless said, whose CPU time is measured: on a shared machine it means
 
 - ``threads``: images per second with two threads, as a ratio to one, by the time of day;
 - ``starts``: CPU seconds of a new process that ends with its first result, and its largest memory;
-- ``layers``: each row of the plans for itself, and its share of what ``limit.c`` measures of the processor: as many
-  products of signs in a cycle as its instructions allow, without loads.
+- ``layers``: each row of the plans for itself, or those that take turns together, and the share of binary ones of what
+  ``limit.c`` measures of the processor: as many products of signs in a cycle as its instructions allow, without loads.
 
 Example, some 15 minutes::
 
@@ -268,7 +268,13 @@ def layers(path: Path, cpu: str, rounds: int) -> list[dict[str, Any]]:
     """Each row of the plan as a call of its own, in the order of the plan: microseconds and products of signs."""
     file, layout = read_packed(path), library.layout(cpu)
     whole = plan(fuse(lower(file)), file.input_size, layout)
-    programs = [library.Program(replace(whole, rows=row[None]), cpu) for row in whole.rows]
+    parts, turns = [], FIELDS.index("turns")
+    rest = whole.rows
+    while len(rest):
+        count = 1 + rest[0, turns]
+        parts.append(rest[:count])
+        rest = rest[count:]
+    programs = [library.Program(replace(whole, rows=rows), cpu) for rows in parts]
     # One arena for all of them, so that each row finds in the caches what the one before left there.
     arenas = programs[0]._arenas
     images = np.random.default_rng(0).standard_normal((1, whole.inputs), np.float32)
@@ -279,9 +285,13 @@ def layers(path: Path, cpu: str, rounds: int) -> list[dict[str, Any]]:
             start = time.thread_time_ns()
             program(images)
             of.append((time.thread_time_ns() - start) / 1e3)
-    rows = [dict(zip(FIELDS, row, strict=True)) for row in whole.rows.tolist()]
     call = min(min(of) for of in times)  # of the smallest row: what a call itself takes
-    return [described(row) | {"us": statistics.median(of) - call} for row, of in zip(rows, times, strict=True)]
+    found = []
+    for rows, of in zip(parts, times, strict=True):
+        names = [described(dict(zip(FIELDS, row, strict=True))) for row in rows.tolist()]
+        part = names[0] if len(names) == 1 else {"row": "; ".join(name["row"] for name in names)}
+        found.append(part | {"us": statistics.median(of) - call})
+    return found
 
 
 def described(row: Mapping[str, int]) -> dict[str, Any]:

@@ -21,12 +21,12 @@ INLINE void depthwise_tile(const Task *t, int64_t i, int64_t j, const int64_t *r
     const Row *r = t->row;
     const float *x = active(t, r->x), *weights = constant(t, r->weight);
     int64_t top = i * r->stride[0] - r->padding[0], left = j * r->stride[1] - r->padding[2];
-    int64_t step = r->stride[1] * r->pitch, begin, end;
+    int64_t step = r->stride[1] * r->pitch, first = line_of(r, top + rows[0] * r->dilation[0]), begin, end;
     inside(left, r->kernel[1], r->dilation[1], r->width, &begin, &end);
     for (int64_t o = 0; o < r->pitch; o += LANES) {
         F sums[DEPTHWISE_TILE] = {0};
-        for (int64_t k = rows[0]; k < rows[1]; k++) {
-            int64_t line = line_of(r, top + k * r->dilation[0]);
+        int64_t line = first;
+        for (int64_t k = rows[0]; k < rows[1]; k++, line = line_of(r, line + r->dilation[0])) {
             for (int64_t l = begin; l < end; l++) {
                 F weight = load(weights + (k * r->kernel[1] + l) * r->pitch + o);
                 const float *from = x + (line * r->width + left + l * r->dilation[1]) * r->pitch + o;

@@ -138,31 +138,49 @@ OPERATION pointwise(const Task *t) {
 
 /* ---- pools ---- */
 
-/* Where a line of the map x is. */
-INLINE int64_t line_of(const Row *r, int64_t line) { return r->x_ring ? line % r->x_ring : line; }
+/* Where a line of the map x is, and, for the next one that is read, from there on. */
+INLINE int64_t line_of(const Row *r, int64_t line) { return r->x_ring && line >= r->x_ring ? line % r->x_ring : line; }
 
-/* Maxima start at -inf, and a NaN stays. */
-INLINE F pooled(const Row *r, const float *x, const int32_t *rows, const int32_t *columns, int is_mean) {
-    F value = is_mean ? (F){0} : fill(-__builtin_inff());
-    for (int64_t i = rows[0]; i < rows[1]; i += r->dilation[0])
-        for (int64_t j = columns[0]; j < columns[1]; j += r->dilation[1]) {
-            F next = load(x + (line_of(r, i) * r->width + j) * r->pitch);
-            value = is_mean ? value + next : pick((I)(next > value) | (I)(next != next), next, value);
+#define EACH_SET _Pragma("GCC unroll 4") for (int s = 0; s < sets; s++)
+
+/* Maxima start at -inf, and a NaN stays. Several vectors of channels at once, because each waits for its last maximum. */
+INLINE void pooled(const Task *t, const float *x, int64_t line, const int32_t *rows, const int32_t *columns,
+                   int64_t pixel, int64_t o, int sets, int is_mean) {
+    const Row *r = t->row;
+    int64_t step = r->dilation[1] * r->pitch;
+    F values[4];
+    EACH_SET values[s] = is_mean ? (F){0} : fill(-__builtin_inff());
+    for (int64_t i = rows[0]; i < rows[1]; i += r->dilation[0], line = line_of(r, line + r->dilation[0])) {
+        const float *from = x + (line * r->width + columns[0]) * r->pitch + o;
+        for (int64_t j = columns[0]; j < columns[1]; j += r->dilation[1], from += step)
+            EACH_SET {
+                F next = load(from + s * LANES);
+                values[s] = is_mean ? values[s] + next : pick((I)(next > values[s]) | (I)(next != next), next, values[s]);
+            }
+    }
+    F divisor = fill((float)rows[2] * (float)columns[2]);
+    EACH_SET finish_one(&t->finish, is_mean ? values[s] / divisor : values[s], pixel, o + s * LANES);
+}
+
+INLINE void pool_lines(const Task *t, int is_mean) {
+    const Row *r = t->row;
+    const float *x = active(t, r->x);
+    const int32_t *rows = (const int32_t *)constant(t, r->windows) + 3 * t->from;
+    for (int64_t i = t->from; i < t->to; i++, rows += 3) {
+        const int32_t *columns = (const int32_t *)constant(t, r->windows) + 3 * r->out_height;
+        int64_t line = line_of(r, rows[0]), o;
+        for (int64_t pixel = i * r->out_width; pixel < (i + 1) * r->out_width; pixel++, columns += 3) {
+            for (o = 0; o + 4 * LANES <= r->pitch; o += 4 * LANES) pooled(t, x, line, rows, columns, pixel, o, 4, is_mean);
+            for (; o < r->pitch; o += LANES) pooled(t, x, line, rows, columns, pixel, o, 1, is_mean);
         }
-    return is_mean ? value / fill((float)rows[2] * (float)columns[2]) : value;
+    }
 }
 
 OPERATION pool(const Task *t) {
-    const Row *r = t->row;
-    const float *x = active(t, r->x);
-    const int32_t *rows = constant(t, r->windows), *columns = rows + 3 * r->out_height;
-    for (int64_t i = t->from; i < t->to; i++)
-        for (int64_t j = 0; j < r->out_width; j++)
-            for (int64_t o = 0; o < r->pitch; o += LANES) {
-                F value = r->is_mean ? pooled(r, x + o, rows + 3 * i, columns + 3 * j, 1)
-                                     : pooled(r, x + o, rows + 3 * i, columns + 3 * j, 0);
-                finish_one(&t->finish, value, i * r->out_width + j, o);
-            }
+    if (t->row->is_mean)
+        pool_lines(t, 1);
+    else
+        pool_lines(t, 0);
 }
 
 /* ---- convolutions ---- */
