@@ -2,17 +2,19 @@
 
 The forms of a network take turns in one process (``bonn_qat.bench``): onnxruntime with the float network and with its
 static int8 quantization, OpenVINO with the float network if it is installed, today's ``PackedModel``, and the runtime
-with each instruction set that the machine runs. Ratios are to onnxruntime with the float network in the same round.
-One thread unless said, whose CPU time is measured: on a shared machine it means more than the time of day. Then:
+with each instruction set that the machine runs but ``plain``, which takes a hundred times as long. Ratios are to
+onnxruntime with the float network in the same round. One thread unless said, whose CPU time is measured: on a shared
+machine it means more than the time of day. Then:
 
-- ``threads``: images per second with two threads, as a ratio to one, by the time of day;
+- ``threads``: images per second with two threads, as a ratio to one, by the time of day, in the fastest calls;
 - ``starts``: CPU seconds of a new process that ends with its first result, and its largest memory;
 - ``layers``: each row of the plans for itself, or those that take turns together, and the share of binary ones of what
   ``limit.c`` measures of the processor: as many products of signs in a cycle as its instructions allow, without loads.
 
-Example, some 15 minutes::
+Example, for the table of the README::
 
     python benchmarks/runtime.py --output FILE.json
+    python benchmarks/runtime.py --networks resnet18 wrn10_16 --rounds 5
 """
 
 import argparse
@@ -40,7 +42,7 @@ from bonn_qat_runtime.files import read_packed
 from bonn_qat_runtime.fuse import fuse
 from bonn_qat_runtime.lower import lower
 from bonn_qat_runtime.plan import BINARY, COPY, DEPTHWISE, FIELDS, FLOAT, POINTWISE, POOL, RESULT, plan
-from measuring import alternate, heading, quartiles
+from measuring import alternate, heading
 from packed_runtime import made
 from torch import Tensor
 
@@ -78,7 +80,7 @@ CASES: Mapping[str, Case] = {
     "vit_tiny_patch16_224": Case(224, {1: (1, 1)}),
 }
 
-# What a new process runs, and then ends without tidying up.
+# What a new process runs, and how it ends.
 STARTS = {
     "runtime": "import sys, numpy; from bonn_qat_runtime import Network; net = Network(sys.argv[1]); "
     "net(numpy.zeros((1, *net.input_size), numpy.float32))",
@@ -88,6 +90,10 @@ STARTS = {
     "net = o.InferenceSession(sys.argv[2], s); "
     "net.run(None, {'images': numpy.zeros([1, *net.get_inputs()[0].shape[1:]], numpy.float32)})",
 }
+END = (
+    "import os, re, time; print(time.process_time(), re.search('VmHWM: *\\t* *([0-9]+)', "
+    "open('/proc/self/status').read())[1], flush=True); os._exit(0)"
+)
 
 
 def main() -> None:
@@ -124,7 +130,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
             return {"lacks": str(error).replace(f"{packed}: ", "")}
         backends = {key: BACKENDS[key] for key in (REFERENCE, "onnxruntime int8", "packed")}
         backends |= {"openvino float": openvino(onnx)}
-        backends |= {f"runtime {cpu}": runtime(packed, cpu) for cpu in library.cpus()}
+        backends |= {f"runtime {cpu}": runtime(packed, cpu) for cpu in library.cpus() if cpu in MCPU}
         backends[REFERENCE] = kept(onnx)
         report = bench(
             model_float, model_binary, size, name=name, batches=list(case.aims), threads=[1], rounds=args.rounds,
@@ -196,39 +202,35 @@ def openvino(path: Path) -> Callable[[Networks], Backend]:
     return make
 
 
-def threads(path: Path, rounds: int) -> list[float]:
-    """Quartiles of how much faster two threads are than one, for 32 images and by the time of day."""
+def threads(path: Path, rounds: int) -> float:
+    """How much faster two threads are than one, for 32 images and by the time of day: the fastest calls of each.
+
+    On a shared machine only those had both cores for themselves.
+    """
     images = np.random.default_rng(0).standard_normal((32, *Network(path).input_size), np.float32)
 
     def timer(network: Network) -> Callable[[], float]:
-        network(images)
-
         def turn() -> float:
-            times: list[float] = []
-            end = time.perf_counter() + 0.05
-            while not times or time.perf_counter() < end:
-                start = time.perf_counter()
-                network(images)
-                times.append(time.perf_counter() - start)
-            return statistics.median(times)
+            start = time.perf_counter()
+            network(images)
+            return time.perf_counter() - start
 
+        turn()
         return turn
 
-    times = alternate({"one": timer(Network(path)), "two": timer(Network(path, threads=2))}, rounds)
-    return quartiles(one / two for one, two in zip(times["one"], times["two"], strict=True))
+    times = alternate({"one": timer(Network(path)), "two": timer(Network(path, threads=2))}, 10 * rounds)
+    return min(times["one"]) / min(times["two"])
 
 
 def starts(packed: Path, onnx: Path, rounds: int) -> dict[str, dict[str, float]]:
     """CPU seconds from the start of a process to its first result, and its largest memory in KiB: medians."""
     found: dict[str, list[tuple[float, int]]] = {name: [] for name in STARTS}
     for _, (name, script) in itertools.product(range(rounds + 1), STARTS.items()):
-        command = [sys.executable, "-c", f"{script}; import os; os._exit(0)", str(packed), str(onnx)]
-        with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise RuntimeError(f"the process of {name} failed")
-        found[name].append((usage.ru_utime + usage.ru_stime, usage.ru_maxrss))
+        command = [sys.executable, "-c", f"{script}; {END}", str(packed), str(onnx)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+        cpu_seconds, kib = done.stdout.split()
+        found[name].append((float(cpu_seconds), int(kib)))
     names = ("cpu_seconds", "kib")
     return {
         # The first one fills caches.
@@ -324,8 +326,7 @@ def tables(name: str, found: Mapping[str, Any], most: Mapping[str, Mapping[str, 
                     f" ({low:.2f} to {high:.2f}){wanted}"
                 )
     yield "  left out: " + "; ".join(f"{k}: {v}" for k, v in (report["missing"] | report["failures"]).items())
-    low, middle, high = found["threads"]
-    yield f"  two threads: {middle:.2f} ({low:.2f} to {high:.2f})"
+    yield f"  two threads: {found['threads']:.2f}"
     for arm, start in found["starts"].items():
         yield f"  start of {arm}: {start['cpu_seconds']:.2f} s of CPU, {start['kib'] / 1024:.0f} MiB"
     for cpu, rows in found["layers"].items():

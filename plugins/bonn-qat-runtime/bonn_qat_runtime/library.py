@@ -7,13 +7,16 @@ import sys
 import zlib
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bonn_qat_runtime.errors import InvalidPlan, LibraryMissing
 from bonn_qat_runtime.plan import FIELDS, Plan, aligned
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor  # takes longer to import than a small network to run
 
 _ENGINE = Path(__file__).parent / "engine"
 _FILE = _ENGINE / "lib" / f"runtime.{ {'darwin': 'dylib', 'win32': 'dll'}.get(sys.platform, 'so') }"
@@ -113,6 +116,7 @@ class Program:
         if status:
             raise InvalidPlan(f"row {row.value} of the plan is refused: {_STATUS.get(status, status)}")
         self._arenas: list[NDArray[np.uint8]] = []
+        self._pool: tuple[tuple[int, int], ThreadPoolExecutor] | None = None
 
     def __call__(self, images: NDArray[np.float32], threads: int = 1) -> NDArray[np.float32]:
         """Contiguous images ``(B, ...)`` of ``plan.inputs`` numbers each -> ``(B, *plan.result)``."""
@@ -121,9 +125,7 @@ class Program:
         if threads <= 1:
             self._run(images, results)
             return results
-        from concurrent.futures import ThreadPoolExecutor  # takes as long to import as a small network to run
-
-        # Small parts, because other processes may hold up a thread. No thread outlives the call, and a fork loses none.
+        # Small parts, because other processes may hold up a thread.
         size = max(1, len(images) // (4 * threads))
         parts = deque(slice(start, start + size) for start in range(0, len(images), size))
 
@@ -135,12 +137,19 @@ class Program:
                     return
                 self._run(images[part], results[part])
 
-        with ThreadPoolExecutor(threads - 1) as pool:
-            others = [pool.submit(run_parts) for _ in range(threads - 1)]
-            run_parts()
-            for other in others:
-                other.result()
+        others = [self._helpers(threads - 1).submit(run_parts) for _ in range(threads - 1)]
+        run_parts()
+        for other in others:
+            other.result()
         return results
+
+    def _helpers(self, count: int) -> "ThreadPoolExecutor":
+        # A process that was forked has the object of its parent, without the threads.
+        if self._pool is None or self._pool[0] != (os.getpid(), count):
+            from concurrent.futures import ThreadPoolExecutor
+
+            self._pool = (os.getpid(), count), ThreadPoolExecutor(count)
+        return self._pool[1]
 
     def _run(self, images: NDArray[np.float32], results: NDArray[np.float32]) -> None:
         # Each thread that is in here has an arena of its own.

@@ -238,9 +238,9 @@ class _Planner:
         if following["residual"] is y or following["y"] is y:
             return False
         if own == COPY:
-            return following["operation"] == FLOAT
+            return bool(following["operation"] == FLOAT)
         makes = own in (FLOAT, DEPTHWISE, POOL, POINTWISE) or (own == BINARY and is_first)
-        return makes and following["operation"] in (DEPTHWISE, POOL)
+        return bool(makes and following["operation"] in (DEPTHWISE, POOL))
 
     def join(self, begin: int, end: int) -> None:
         """Make rows ``begin`` to ``end`` take turns."""
