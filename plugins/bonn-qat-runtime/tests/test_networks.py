@@ -5,7 +5,7 @@ import bonn_qat_runtime
 import numpy as np
 import pytest
 import torch
-from bonn_qat_runtime import library
+from bonn_qat_runtime import library, plan
 
 import bonn_qat
 
@@ -50,6 +50,21 @@ def test_every_instruction_set_gives_the_same_bits(packed, monkeypatch, name, sc
         found.append(network(images_for(network, 2)))
     for logits in found:
         np.testing.assert_array_equal(logits, found[0])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100"])
+def test_turns_change_no_result(packed, monkeypatch, name):
+    path, found, arenas = packed(name, "bonn", 64), [], []
+    for cpu in library.cpus():
+        monkeypatch.setenv("BONN_QAT_RUNTIME_CPU", cpu)
+        for large in (1, 2**40):  # bytes of the maps that take turns: all that can, or none
+            monkeypatch.setattr(plan, "_LARGE", large)
+            network = bonn_qat_runtime.Network(path)
+            found.append(network(images_for(network, 2)))
+            arenas.append(network._program._plan.arena_bytes)
+    for logits in found:
+        np.testing.assert_array_equal(logits, found[0])
+    assert arenas[0] < arenas[1]
 
 
 def test_the_result_for_an_image_depends_on_no_other(packed):
