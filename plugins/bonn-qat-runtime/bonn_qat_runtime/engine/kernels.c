@@ -363,6 +363,15 @@ INLINE void binary_pixels(const Task *t, const Unit *x, const Weight *w, int64_t
     for (; p < to; p++) binary_tile(t, x, w, p, group, f, 1, block);
 }
 
+/* Functions of their own, for the same reason as operations. */
+OPERATION whole_block(const Task *t, const Unit *x, const Weight *w, int64_t from, int64_t to, int64_t group, int64_t f) {
+    binary_pixels(t, x, w, from, to, group, f, BLOCK);
+}
+
+OPERATION half_block(const Task *t, const Unit *x, const Weight *w, int64_t from, int64_t to, int64_t group, int64_t f) {
+    binary_pixels(t, x, w, from, to, group, f, BLOCK / 2);
+}
+
 OPERATION convolve_signs(const Task *t) {
     const Row *r = t->row;
     Unit *x = active(t, r->scratch);
@@ -378,9 +387,9 @@ OPERATION convolve_signs(const Task *t) {
             for (int64_t f = 0; f < filters; f += BLOCK) {
                 int block = filters - f > BLOCK / 2 ? BLOCK : BLOCK / 2;
                 if (block == BLOCK)
-                    binary_pixels(t, x, w, from, to, group, f, BLOCK);
+                    whole_block(t, x, w, from, to, group, f);
                 else
-                    binary_pixels(t, x, w, from, to, group, f, BLOCK / 2);
+                    half_block(t, x, w, from, to, group, f);
                 w += r->kernel[0] * r->kernel[1] * weights_of(r->channels / r->groups) * block;
             }
     }

@@ -3,8 +3,10 @@
 /* Accumulators: TILE pixels by a block of filters, as many as fit into the registers. */
 #if defined(__AVX512VPOPCNTDQ__)
 #define TILE 8
-#else
+#elif defined(__aarch64__)
 #define TILE 4
+#else
+#define TILE 2
 #endif
 #define BLOCK 32
 /* Where bits are counted by byte, counts are widened after this many words, before a byte overflows. */
