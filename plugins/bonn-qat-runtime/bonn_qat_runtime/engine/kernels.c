@@ -85,7 +85,7 @@ INLINE void finish(const Finish *all, F *values, int count, int64_t pixel, int64
         }
         }
     }
-    if (f.y) EACH_PIXEL store(f.y + at - f.gone + p * f.pitch, values[p]);
+    if (f.y) EACH_PIXEL store(f.y + (at - f.gone + p * f.pitch), values[p]);
     if (f.signs) {
         F low = load(f.low + o), high = load(f.high + o);
         EACH_PIXEL f.signs[(at + p * f.pitch) / LANES] = bits_of((I)(values[p] >= low) & (I)(values[p] <= high));
@@ -200,7 +200,7 @@ INLINE void put(const Task *t, F *values, int count, int64_t pixel, int64_t grou
         finish(&t->finish, values, count, pixel, group * filters + f);
         return;
     }
-    float *y = t->finish.y + pixel * t->finish.pitch - t->finish.gone + group * filters + f;
+    float *y = t->finish.y + (pixel * t->finish.pitch - t->finish.gone + group * filters + f);
     for (int p = 0; p < count; p++, y += t->finish.pitch)
         for (int64_t l = 0; l < LANES && f + l < filters; l++) y[l] = values[p][l];
 }
