@@ -130,9 +130,9 @@ class PackedModel(nn.Module):
                 "torch.jit.trace would record a packed network for one number of images; use torch.export or "
                 "torch.compile, or save it with packed.save(path)"
             )
-        if takes(images) and (run := self._in_c().run):
+        if takes(images) and (planned := self._in_c()).network:
             with self.computing():
-                return torch.from_numpy(run(images.numpy(force=True)))
+                return planned.run(images)
         with neutral():
             if len(images) == 0:
                 return self._nothing(images)

@@ -13,13 +13,13 @@ _HALF = 0.5  # of the least normal number is a denormal one
 
 
 class Planned:
-    """The network of a ``dump()`` in C, for tensors in one state: ``run(images)``, or None with the ``reason``.
+    """The network of a ``dump()`` in C, for tensors in one state; its ``network`` is None for a ``reason``.
 
     The C runtime has the weights a second time, laid out for this CPU.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], dump: Callable[[], bytes]) -> None:
-        self.run: Any = None
+        self.network: Any = None
         self.reason = ""
         self._tensors = tuple(tensors.values())
         self._counts = not any(tensor.is_inference() for tensor in self._tensors)
@@ -31,11 +31,16 @@ class Planned:
             self.reason = "its tensors were made in torch.inference_mode, and so do not tell when they change"
         else:
             try:
-                self.run = runtime.Network(dump())
+                self.network = runtime.Network(dump())
             except MemoryError:
                 self.reason = "its plan does not fit into memory"
             except runtime.RuntimeFailure as error:
                 self.reason = str(error).removeprefix("the bytes: ").partition("; use bonn_qat.PackedModel")[0]
+
+    def run(self, images: Tensor) -> Tensor:
+        """The network's outputs, computed by as many threads as torch has."""
+        self.network.threads = torch.get_num_threads()
+        return torch.from_numpy(self.network(images.numpy(force=True)))
 
     def is_of(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether ``tensors`` are those that it was made of, and have not changed since."""

@@ -66,8 +66,8 @@ def _of_ours(name: str, given: Mapping[str, Any], result: Any) -> int:
     if name.startswith("bonn_qat.unpack_signs"):
         return 3 * _bytes(made)
     signs = 32 * sum(tensor.numel() for tensor in (*taken, *made) if tensor.dtype == torch.int32)
-    # In plain torch a bit becomes a word of its own on its way from and to words, and a float; an epilogue makes a map in
-    # each step, while it holds the one before.
+    # In plain torch a bit becomes a word of its own on its way from and to words, and a float; an epilogue makes a map
+    # in each step, while it holds the one before.
     return _copies(taken, made) + 24 * signs + 16 * sum(tensor.numel() for tensor in made if tensor.is_floating_point())
 
 

@@ -9,6 +9,10 @@ class InvalidFile(RuntimeFailure, ValueError):
     """A file that is missing, truncated, altered or no packed network; or images of another size or type."""
 
 
+class InvalidThreads(RuntimeFailure, ValueError):
+    """A number of threads below 1, or no number."""
+
+
 class UnsupportedOperator(RuntimeFailure, NotImplementedError):
     """A packed network with an operator that this runtime does not have; ``bonn_qat.PackedModel`` runs it."""
 

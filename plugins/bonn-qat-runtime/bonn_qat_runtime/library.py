@@ -5,14 +5,18 @@ import functools
 import os
 import sys
 import zlib
+from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bonn_qat_runtime.errors import InvalidPlan, LibraryMissing
 from bonn_qat_runtime.plan import FIELDS, Plan, aligned
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor  # takes longer to import than a small network to run
 
 _ENGINE = Path(__file__).parent / "engine"
 _FILE = _ENGINE / "lib" / f"runtime.{ {'darwin': 'dylib', 'win32': 'dll'}.get(sys.platform, 'so') }"
@@ -112,10 +116,42 @@ class Program:
         if status:
             raise InvalidPlan(f"row {row.value} of the plan is refused: {_STATUS.get(status, status)}")
         self._arenas: list[NDArray[np.uint8]] = []
+        self._pool: tuple[tuple[int, int], ThreadPoolExecutor] | None = None
 
-    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    def __call__(self, images: NDArray[np.float32], threads: int = 1) -> NDArray[np.float32]:
         """Contiguous images ``(B, ...)`` of ``plan.inputs`` numbers each -> ``(B, *plan.result)``."""
         results = np.empty((len(images), *self._plan.result), np.float32)
+        threads = min(threads, len(images))
+        if threads <= 1:
+            self._run(images, results)
+            return results
+        # Small parts, because other processes may hold up a thread.
+        size = max(1, len(images) // (4 * threads))
+        parts = deque(slice(start, start + size) for start in range(0, len(images), size))
+
+        def run_parts() -> None:
+            while True:
+                try:
+                    part = parts.popleft()
+                except IndexError:
+                    return
+                self._run(images[part], results[part])
+
+        others = [self._helpers(threads - 1).submit(run_parts) for _ in range(threads - 1)]
+        run_parts()
+        for other in others:
+            other.result()
+        return results
+
+    def _helpers(self, count: int) -> "ThreadPoolExecutor":
+        # A process that was forked has the object of its parent, without the threads.
+        if self._pool is None or self._pool[0] != (os.getpid(), count):
+            from concurrent.futures import ThreadPoolExecutor
+
+            self._pool = (os.getpid(), count), ThreadPoolExecutor(count)
+        return self._pool[1]
+
+    def _run(self, images: NDArray[np.float32], results: NDArray[np.float32]) -> None:
         # Each thread that is in here has an arena of its own.
         try:
             arena = self._arenas.pop()
@@ -127,4 +163,3 @@ class Program:
         self._arenas.append(arena)
         if status:
             raise InvalidPlan(f"the plan cannot run: {_STATUS.get(status, status)}")
-        return results

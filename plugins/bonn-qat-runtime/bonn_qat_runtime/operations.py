@@ -88,9 +88,14 @@ class Convolution(Operation):
     groups: int = 1
 
     @property
+    def is_depthwise(self) -> bool:
+        """Whether each channel of floats has one filter of its own."""
+        return isinstance(self.x, Map) and self.groups == len(self.weight) == self.x.channels > 1
+
+    @property
     def is_ragged(self) -> bool:
         """Whether its groups do not begin at whole vectors, so that it can have no epilogue."""
-        return self.groups > 1 and len(self.weight) // self.groups % 16 != 0
+        return self.groups > 1 and not self.is_depthwise and len(self.weight) // self.groups % 16 != 0
 
 
 def convolved_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:

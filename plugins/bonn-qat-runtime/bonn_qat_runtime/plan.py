@@ -11,19 +11,24 @@ from numpy.typing import NDArray
 from bonn_qat_runtime.errors import UnsupportedOperator
 from bonn_qat_runtime.lower import Lowered
 from bonn_qat_runtime.operations import Convolution, Floats, Map, Operation, Pool, Signs
-from bonn_qat_runtime.weights import LANES, bit_weight, float_weight, start_sums, up
+from bonn_qat_runtime.weights import LANES, bit_weight, depthwise_weight, float_weight, start_sums, up
 
 COPY, POINTWISE, POOL, FLOAT, BINARY, RESULT = range(1, 7)
+DEPTHWISE = 8
 FIELDS = (
     "operation", "x", "height", "width", "channels", "pitch", "out_height", "out_width", "outputs", "out_pitch",
     "y", "signs", "residual", "program", "steps", "vectors", "rows", "thresholds",
     "kernel_height", "kernel_width", "stride_y", "stride_x", "dilation_y", "dilation_x", "groups",
-    "top", "bottom", "left", "right", "weight", "scratch", "windows", "is_mean", "classes", "tables", "sums",
+    "top", "bottom", "left", "right", "weight", "scratch", "windows", "is_mean",
+    "turns", "band", "ring", "x_ring", "classes", "tables", "sums",
 )  # fmt: skip
 _ALIGNMENT = 64
 _PLACES = ("x", "y", "signs", "residual", "program", "vectors", "thresholds", "weight", "scratch", "windows", "tables",
            "sums")  # fmt: skip
 _MOST_SUMS = 2**26
+_MOST_TURNS = 7
+_LARGE = 2**18  # bytes of a map that would not stay in the caches beside what is computed from it
+_BAND = 96  # pixels that make whole tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +70,7 @@ def plan(lowered: Lowered, input_size: tuple[int, int, int], layout: int) -> Pla
         planner.add(operation)
     y = lowered.result
     planner.row(RESULT, planner.map_of(y), y, {})
+    planner.take_turns()
     arena_bytes = _allocate(planner.buffers)
     rows = np.array([[_number(row[name]) for name in FIELDS] for row in planner.rows], np.int64)
     constants = aligned(sum(len(part) for part in planner.constants))
@@ -84,6 +90,9 @@ class _Planner:
         self.end = _ALIGNMENT
         self.maps: dict[Operation | None, _Buffer] = {}
         self.signs: dict[Signs, _Buffer] = {}
+        self.lines: dict[
+            int, NDArray[np.int32]
+        ] = {}  # of pools, by their row: first and last + 1 of each line's window
 
     # Rows are numbered in the order in which they are added; a buffer lives until the last row that names it.
 
@@ -122,7 +131,8 @@ class _Planner:
         x = self.signs[source] if isinstance(source, Signs) else None
         beside = None if operation.residual is None else self.map_of(operation.residual)
         size, pitch = source.map if isinstance(source, Signs) else source, 0
-        if isinstance(operation, Convolution) and not isinstance(source, Signs):
+        is_depthwise = isinstance(operation, Convolution) and operation.is_depthwise
+        if isinstance(operation, Convolution) and not isinstance(source, Signs) and not is_depthwise:
             x, size, pitch = self.padded(operation, source)
         elif isinstance(source, Map):
             x = self.map_of(source)
@@ -133,6 +143,9 @@ class _Planner:
             self.row(POINTWISE, x, size, fields)
         elif isinstance(source, Signs):
             self.row(BINARY, x, size, fields | self.convolution(operation) | self.binary(operation, size))
+        elif is_depthwise:
+            fields |= {"weight": self.constant(depthwise_weight(operation.weight))}
+            self.row(DEPTHWISE, x, size, fields | self.convolution(operation) | _sides(operation))
         else:
             fields |= {"weight": self.constant(float_weight(operation.weight, operation.groups))}
             self.row(FLOAT, x, size, fields | self.convolution(operation), pitch)
@@ -146,8 +159,7 @@ class _Planner:
         pitch = source.channels if source.source is None else up(source.channels, LANES)
         x = None if source.source is None else self.map_of(source)
         y = self.buffer(_map_bytes(size, pitch))
-        sides = {"top": top, "bottom": bottom, "left": left, "right": right}
-        self.row(COPY, x, source, {"y": y, "out_pitch": pitch} | sides)
+        self.row(COPY, x, source, {"y": y, "out_pitch": pitch} | _sides(convolution))
         return y, size, pitch
 
     def finish(self, operation: Operation) -> dict[str, Any]:
@@ -175,6 +187,7 @@ class _Planner:
 
     def pool(self, pool: Pool) -> dict[str, Any]:
         windows = self.constant(np.concatenate((pool.rows, pool.columns)).astype(np.int32))
+        self.lines[len(self.rows)] = pool.rows
         dilation_y, dilation_x = pool.dilation
         return {"windows": windows, "dilation_y": dilation_y, "dilation_x": dilation_x, "is_mean": int(pool.is_mean)}
 
@@ -196,12 +209,70 @@ class _Planner:
         per_group = x.channels // convolution.groups
         bytes_of_group = up(per_group, 16) // 4 if self.layout else up(per_group, 32) // 8
         pixels = (x.height + top + bottom) * (x.width + left + right)
-        return {
-            "top": top, "bottom": bottom, "left": left, "right": right,
+        return _sides(convolution) | {
             "weight": self.constant(bit_weight(convolution.weight, convolution.groups, self.layout)),
             "scratch": self.buffer(pixels * convolution.groups * bytes_of_group),
             "classes": len(sums.values), "tables": self.constant(sums.tables), "sums": self.constant(sums.values),
         }  # fmt: skip
+
+    # Rows that take turns: each computes the lines of its map that the next one is about to read.
+
+    def take_turns(self) -> None:
+        """Let a row whose map is large and read by the next row alone take turns with it, and keep few of its lines."""
+        begin = 0
+        while begin < len(self.rows):
+            end = begin
+            while end - begin < _MOST_TURNS and self.feeds(end, end == begin):
+                end += 1
+            if end > begin:
+                self.join(begin, end)
+            begin = end + 1
+
+    def feeds(self, k: int, is_first: bool) -> bool:
+        """Whether the next row may take turns with row ``k``."""
+        if k + 1 == len(self.rows):
+            return False
+        y, own, following = self.rows[k]["y"], self.rows[k]["operation"], self.rows[k + 1]
+        if not isinstance(y, _Buffer) or y.size < _LARGE or y.last > k + 1 or following["x"] is not y:
+            return False
+        if following["residual"] is y or following["y"] is y:
+            return False
+        if own == COPY:
+            return bool(following["operation"] == FLOAT)
+        makes = own in (FLOAT, DEPTHWISE, POOL, POINTWISE) or (own == BINARY and is_first)
+        return bool(makes and following["operation"] in (DEPTHWISE, POOL))
+
+    def join(self, begin: int, end: int) -> None:
+        """Make rows ``begin`` to ``end`` take turns."""
+        last, width = self.rows[end], max(1, self.rows[end - 1]["out_width"])
+        lines = band = -(-_BAND // (width * max(1, last["stride_y"])))
+        for k in range(end, begin, -1):
+            lines = self.span(k, lines)
+            if self.rows[k]["operation"] != FLOAT and lines < self.rows[k]["height"]:
+                self.rows[k]["x_ring"] = self.rows[k - 1]["ring"] = lines
+                y = self.rows[k - 1]["y"]
+                y.size = up(y.size // self.rows[k]["height"] * lines, _ALIGNMENT)
+        self.rows[begin] |= {"turns": end - begin, "band": band}
+        for row in self.rows[begin : end + 1]:
+            for buffer in row.values():
+                if isinstance(buffer, _Buffer):
+                    buffer.first, buffer.last = min(buffer.first, begin), max(buffer.last, end)
+
+    def span(self, k: int, lines: int) -> int:
+        """How many lines of its input row ``k`` reads for so many of its result."""
+        row = self.rows[k]
+        if k in self.lines:
+            first, last = self.lines[k][:, 0], self.lines[k][:, 1]
+            return (
+                int((last[lines - 1 :] - first[: len(first) - lines + 1]).max())
+                if lines < len(first)
+                else row["height"]
+            )
+        return int((lines - 1) * row["stride_y"] + (row["kernel_height"] - 1) * row["dilation_y"] + 1)
+
+
+def _sides(convolution: Convolution) -> dict[str, Any]:
+    return dict(zip(("top", "bottom", "left", "right"), convolution.padding, strict=True))
 
 
 def _map_bytes(x: Map, pitch: int) -> int:

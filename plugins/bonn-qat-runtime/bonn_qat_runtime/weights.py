@@ -26,6 +26,13 @@ def float_weight(weight: Floats, groups: int) -> Floats:
     return np.ascontiguousarray(padded.reshape(groups, blocks, LANES, inputs, kh, kw).transpose(0, 1, 4, 5, 3, 2))
 
 
+def depthwise_weight(weight: Floats) -> Floats:
+    """``(C, 1, kh, kw)`` -> ``(kh, kw, pitch)``, with zeros at the end."""
+    padded = np.zeros((*weight.shape[2:], up(len(weight), LANES)), np.float32)
+    padded[..., : len(weight)] = weight[:, 0].transpose(1, 2, 0)
+    return padded
+
+
 def bit_weight(weight: NDArray[np.bool_], groups: int, layout: int) -> NDArray[np.uint8]:
     """Bools ``(O, I / groups, kh, kw)`` -> bytes in ``layout``, block by block: bits of channels, filters last.
 
@@ -37,11 +44,11 @@ def bit_weight(weight: NDArray[np.bool_], groups: int, layout: int) -> NDArray[n
     taps[:, :, :inputs] = weight.reshape(outputs, inputs, kh * kw).transpose(0, 2, 1)
     octets = np.packbits(taps, axis=2, bitorder="little").reshape(groups, filters, -1)
     units = octets.view("<u4") if layout == WORDS else octets
-    parts = []
+    parts, whole = [], 64 if layout == NIBBLES else 32
     for group in units:
         begin = 0
         while begin < filters:
-            size = 64 if layout == NIBBLES and filters - begin > 32 else 32
+            size = whole if filters - begin > whole // 2 else whole // 2
             block = group[begin : begin + size]
             filled = np.zeros((units.shape[2], size), units.dtype)
             filled[:, : len(block)] = block.T

@@ -5,7 +5,7 @@ import bonn_qat_runtime
 import numpy as np
 import pytest
 import torch
-from bonn_qat_runtime import library
+from bonn_qat_runtime import library, plan
 
 import bonn_qat
 
@@ -14,6 +14,7 @@ NETWORKS = [
     ("wrn22_16", "bonn", 32),
     ("birealnet18", "bireal", 64),
     ("resnet18", "bonn", 64),
+    ("mobilenetv2_100", "bonn", 64),
 ]
 
 
@@ -36,7 +37,10 @@ def test_logits_are_those_of_the_packed_model(packed, name, scheme, pixels):
     assert_close(logits, model(torch.from_numpy(images)).numpy())
 
 
-@pytest.mark.parametrize(("name", "scheme", "pixels"), [("wrn10_16", "reactnet", 16), ("resnet18", "bonn", 64)])
+@pytest.mark.parametrize(
+    ("name", "scheme", "pixels"),
+    [("wrn10_16", "reactnet", 16), ("resnet18", "bonn", 64), ("mobilenetv2_100", "bonn", 64)],
+)
 def test_every_instruction_set_gives_the_same_bits(packed, monkeypatch, name, scheme, pixels):
     path, found = packed(name, scheme, pixels), []
     for cpu in library.cpus():
@@ -48,6 +52,21 @@ def test_every_instruction_set_gives_the_same_bits(packed, monkeypatch, name, sc
         np.testing.assert_array_equal(logits, found[0])
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100"])
+def test_turns_change_no_result(packed, monkeypatch, name):
+    path, found, arenas = packed(name, "bonn", 64), [], []
+    for cpu in library.cpus():
+        monkeypatch.setenv("BONN_QAT_RUNTIME_CPU", cpu)
+        for large in (1, 2**40):  # bytes of the maps that take turns: all that can, or none
+            monkeypatch.setattr(plan, "_LARGE", large)
+            network = bonn_qat_runtime.Network(path)
+            found.append(network(images_for(network, 2)))
+            arenas.append(network._program._plan.arena_bytes)
+    for logits in found:
+        np.testing.assert_array_equal(logits, found[0])
+    assert arenas[0] < arenas[1]
+
+
 def test_the_result_for_an_image_depends_on_no_other(packed):
     network = bonn_qat_runtime.Network(packed("wrn10_16", "bonn", 16))
     images = images_for(network, 4)
@@ -55,6 +74,21 @@ def test_the_result_for_an_image_depends_on_no_other(packed):
     np.testing.assert_array_equal(together, np.concatenate([network(image[None]) for image in images]))
     np.testing.assert_array_equal(together, network(np.asfortranarray(images)))
     assert network(images[:0]).shape == (0, 10)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 19])
+def test_threads_change_no_result(packed, count):
+    path = packed("wrn10_16", "bonn", 16)
+    alone, together = bonn_qat_runtime.Network(path), bonn_qat_runtime.Network(path, threads=3)
+    images = images_for(alone, count)
+    np.testing.assert_array_equal(together(images), alone(images))
+    assert together.threads == 3
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True, None])
+def test_less_than_one_thread_is_refused(packed, threads):
+    with pytest.raises(bonn_qat_runtime.InvalidThreads, match="at least 1"):
+        bonn_qat_runtime.Network(packed("wrn10_16", "bonn", 16), threads=threads)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

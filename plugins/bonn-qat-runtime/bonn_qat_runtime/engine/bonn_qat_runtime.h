@@ -26,6 +26,7 @@ enum { /* operations of rows */
     BONN_QAT_FLOAT,     /* a convolution of the map x, which has its padding */
     BONN_QAT_BINARY,    /* a convolution of the signs x */
     BONN_QAT_RESULT,    /* the map x as (channels, height, width): the outputs for an image */
+    BONN_QAT_DEPTHWISE = 8, /* a convolution of the map x with one filter for each channel */
 };
 
 enum { /* steps of an epilogue, with the row of `vectors` that they take, or the first of two */
@@ -38,7 +39,8 @@ enum { /* steps of an epilogue, with the row of `vectors` that they take, or the
 };
 
 enum { /* layouts of binary weights, and of the signs that a convolution has spread into its scratch */
-    BONN_QAT_WORDS = 0, /* 32 channels are a word; blocks of 32 filters, (taps, words, 32) words each */
+    BONN_QAT_WORDS = 0, /* 32 channels are a word; blocks of 32 filters, and of 16 at the end if that is enough,
+                           (taps, words, filters) words each */
     BONN_QAT_NIBBLES,   /* 4 channels are a byte, twice their bits; blocks of 64 filters, and of 32 at the end if that
                            is enough, (taps, channels / 8, filters) bytes each, of two nibbles */
 };
@@ -53,6 +55,8 @@ enum { /* what a function returns */
     BONN_QAT_BAD_POINTER,  /* an arena or constants that do not begin at a multiple of 64 */
 };
 
+enum { BONN_QAT_MOST_TURNS = 7 };
+
 /* One row. Which fields an operation reads: verify.c. */
 typedef struct {
     int64_t operation;
@@ -63,11 +67,16 @@ typedef struct {
     int64_t vectors, rows;      /* constants: (rows, out_pitch) floats */
     int64_t thresholds;         /* constants: (2, out_pitch) floats, +1 where low <= value <= high */
     int64_t kernel[2], stride[2], dilation[2], groups;
-    int64_t padding[4]; /* top, bottom, left, right: of COPY and BINARY */
-    int64_t weight;     /* constants: for each group and block of filters; of FLOAT (taps, channels, 16) floats */
+    int64_t padding[4]; /* top, bottom, left, right: of COPY, BINARY and DEPTHWISE */
+    int64_t weight;     /* constants: for each group and block of filters; of FLOAT (taps, channels, 16) floats, of
+                           DEPTHWISE (taps, pitch) */
     int64_t scratch;    /* arena: for BINARY, the signs with padding, in the layout of the plan */
     int64_t windows;    /* constants, of POOL: (out_height + out_width, 3) int32: first, last + 1, divisor */
     int64_t is_mean;    /* of POOL, whose windows' elements are dilation apart */
+    int64_t turns;   /* so many of the rows after this one are computed in turn with it, each as far as the next one needs
+                        it, and the last of them `band` lines at a time: their maps stay in the caches */
+    int64_t band;
+    int64_t ring, x_ring; /* the lines that are kept of y, line i at i % ring, and of x; 0 for all */
     int64_t classes, tables, sums; /* of BINARY: constants (out_height + out_width) int32, a row's and a column's class,
                                       whose sum is that of a pixel, and (classes, groups, filters in 16s) int32: the sum
                                       of a pixel of this class if no sign differs */

@@ -6,6 +6,7 @@
 #include "bonn_qat_runtime.h"
 #include "vectors.h"
 
+#define MOST_PIXELS 8 /* of a tile */
 #define STRIP 96 /* pixels of a convolution that are computed for one block of filters after another */
 #define JOINED(name, suffix) name##_##suffix
 #define SUFFIXED(name, suffix) JOINED(name, suffix)
@@ -22,14 +23,16 @@ typedef struct {
     const float *vectors, *low, *high, *residual;
     float *y;
     uint16_t *signs;
-    int64_t steps, pitch;
+    int64_t steps, pitch, gone; /* floats before the first line that is kept of y */
 } Finish;
 
 typedef struct {
     const Row *row;
     const char *constants;
     char *arena;
+    const float *images;
     Finish finish;
+    int64_t from, to; /* lines of the result that are computed now */
 } Task;
 
 INLINE const void *constant(const Task *t, int64_t at) { return at < 0 ? 0 : t->constants + at; }
@@ -39,7 +42,7 @@ INLINE Finish finish_of(const Task *t) {
     const Row *r = t->row;
     const float *low = constant(t, r->thresholds);
     return (Finish){constant(t, r->program), constant(t, r->vectors), low, low ? low + r->out_pitch : 0,
-                    active(t, r->residual),  active(t, r->y),         active(t, r->signs), r->steps, r->out_pitch};
+                    active(t, r->residual),  active(t, r->y),         active(t, r->signs), r->steps, r->out_pitch, 0};
 }
 
 /* With `count` pixels, a constant: the loops disappear, and the values stay in registers. */
@@ -82,7 +85,7 @@ INLINE void finish(const Finish *all, F *values, int count, int64_t pixel, int64
         }
         }
     }
-    if (f.y) EACH_PIXEL store(f.y + at + p * f.pitch, values[p]);
+    if (f.y) EACH_PIXEL store(f.y + (at - f.gone + p * f.pitch), values[p]);
     if (f.signs) {
         F low = load(f.low + o), high = load(f.high + o);
         EACH_PIXEL f.signs[(at + p * f.pitch) / LANES] = bits_of((I)(values[p] >= low) & (I)(values[p] <= high));
@@ -93,25 +96,29 @@ INLINE void finish_one(const Finish *f, F value, int64_t pixel, int64_t o) { fin
 
 /* ---- copies ---- */
 
-OPERATION copy(const Task *t, const float *images) {
+OPERATION copy(const Task *t) {
     const Row *r = t->row;
     int64_t columns = r->width + r->padding[2] + r->padding[3], pitch = r->out_pitch;
-    float *y = active(t, r->y);
-    const float *x = r->x < 0 ? images : active(t, r->x);
+    const float *x = r->x < 0 ? t->images : active(t, r->x);
     int64_t plane = r->height * r->width, around = columns * pitch;
-    memset(y, 0, sizeof(float) * (size_t)(r->padding[0] * around));
-    y += r->padding[0] * around;
-    for (int64_t i = 0; i < r->height; i++, y += around) {
+    float *y = (float *)active(t, r->y) + t->from * around;
+    for (int64_t i = t->from - r->padding[0]; i < t->to - r->padding[0]; i++, y += around) {
         memset(y, 0, sizeof(float) * (size_t)around);
+        if (i < 0 || i >= r->height) continue;
         float *line = y + r->padding[2] * pitch;
         if (r->x >= 0) {
             memcpy(line, x + i * r->width * pitch, sizeof(float) * (size_t)(r->width * pitch));
             continue;
         }
+        const float *from = x + i * r->width;
+        if (r->channels == 3 && pitch == 3) { /* which compilers do with shuffles of vectors */
+            for (int64_t j = 0; j < r->width; j++)
+                line[3 * j] = from[j], line[3 * j + 1] = from[plane + j], line[3 * j + 2] = from[2 * plane + j];
+            continue;
+        }
         for (int64_t c = 0; c < r->channels; c++)
-            for (int64_t j = 0; j < r->width; j++) line[j * pitch + c] = x[c * plane + i * r->width + j];
+            for (int64_t j = 0; j < r->width; j++) line[j * pitch + c] = from[c * plane + j];
     }
-    memset(y, 0, sizeof(float) * (size_t)(r->padding[1] * around));
 }
 
 OPERATION give_result(const Task *t, float *results) {
@@ -125,34 +132,55 @@ OPERATION give_result(const Task *t, float *results) {
 OPERATION pointwise(const Task *t) {
     const Row *r = t->row;
     const float *x = active(t, r->x);
-    for (int64_t p = 0; p < r->height * r->width; p++)
+    for (int64_t p = t->from * r->width; p < t->to * r->width; p++)
         for (int64_t o = 0; o < r->pitch; o += LANES) finish_one(&t->finish, load(x + p * r->pitch + o), p, o);
 }
 
 /* ---- pools ---- */
 
-/* Maxima start at -inf, and a NaN stays. */
-INLINE F pooled(const Row *r, const float *x, const int32_t *rows, const int32_t *columns, int is_mean) {
-    F value = is_mean ? (F){0} : fill(-__builtin_inff());
-    for (int64_t i = rows[0]; i < rows[1]; i += r->dilation[0])
-        for (int64_t j = columns[0]; j < columns[1]; j += r->dilation[1]) {
-            F next = load(x + (i * r->width + j) * r->pitch);
-            value = is_mean ? value + next : pick((I)(next > value) | (I)(next != next), next, value);
+/* Where a line of the map x is, and, for the next one that is read, from there on. */
+INLINE int64_t line_of(const Row *r, int64_t line) { return r->x_ring && line >= r->x_ring ? line % r->x_ring : line; }
+
+#define EACH_SET _Pragma("GCC unroll 4") for (int s = 0; s < sets; s++)
+
+/* Maxima start at -inf, and a NaN stays. Several vectors of channels at once, because each waits for its last maximum. */
+INLINE void pooled(const Task *t, const float *x, int64_t line, const int32_t *rows, const int32_t *columns,
+                   int64_t pixel, int64_t o, int sets, int is_mean) {
+    const Row *r = t->row;
+    int64_t step = r->dilation[1] * r->pitch;
+    F values[4];
+    EACH_SET values[s] = is_mean ? (F){0} : fill(-__builtin_inff());
+    for (int64_t i = rows[0]; i < rows[1]; i += r->dilation[0], line = line_of(r, line + r->dilation[0])) {
+        const float *from = x + (line * r->width + columns[0]) * r->pitch + o;
+        for (int64_t j = columns[0]; j < columns[1]; j += r->dilation[1], from += step)
+            EACH_SET {
+                F next = load(from + s * LANES);
+                values[s] = is_mean ? values[s] + next : pick((I)(next > values[s]) | (I)(next != next), next, values[s]);
+            }
+    }
+    F divisor = fill((float)rows[2] * (float)columns[2]);
+    EACH_SET finish_one(&t->finish, is_mean ? values[s] / divisor : values[s], pixel, o + s * LANES);
+}
+
+INLINE void pool_lines(const Task *t, int is_mean) {
+    const Row *r = t->row;
+    const float *x = active(t, r->x);
+    const int32_t *rows = (const int32_t *)constant(t, r->windows) + 3 * t->from;
+    for (int64_t i = t->from; i < t->to; i++, rows += 3) {
+        const int32_t *columns = (const int32_t *)constant(t, r->windows) + 3 * r->out_height;
+        int64_t line = line_of(r, rows[0]), o;
+        for (int64_t pixel = i * r->out_width; pixel < (i + 1) * r->out_width; pixel++, columns += 3) {
+            for (o = 0; o + 4 * LANES <= r->pitch; o += 4 * LANES) pooled(t, x, line, rows, columns, pixel, o, 4, is_mean);
+            for (; o < r->pitch; o += LANES) pooled(t, x, line, rows, columns, pixel, o, 1, is_mean);
         }
-    return is_mean ? value / fill((float)rows[2] * (float)columns[2]) : value;
+    }
 }
 
 OPERATION pool(const Task *t) {
-    const Row *r = t->row;
-    const float *x = active(t, r->x);
-    const int32_t *rows = constant(t, r->windows), *columns = rows + 3 * r->out_height;
-    for (int64_t i = 0; i < r->out_height; i++)
-        for (int64_t j = 0; j < r->out_width; j++)
-            for (int64_t o = 0; o < r->pitch; o += LANES) {
-                F value = r->is_mean ? pooled(r, x + o, rows + 3 * i, columns + 3 * j, 1)
-                                     : pooled(r, x + o, rows + 3 * i, columns + 3 * j, 0);
-                finish_one(&t->finish, value, i * r->out_width + j, o);
-            }
+    if (t->row->is_mean)
+        pool_lines(t, 1);
+    else
+        pool_lines(t, 0);
 }
 
 /* ---- convolutions ---- */
@@ -172,20 +200,21 @@ INLINE void put(const Task *t, F *values, int count, int64_t pixel, int64_t grou
         finish(&t->finish, values, count, pixel, group * filters + f);
         return;
     }
-    float *y = t->finish.y + pixel * t->finish.pitch + group * filters + f;
+    float *y = t->finish.y + (pixel * t->finish.pitch - t->finish.gone + group * filters + f);
     for (int p = 0; p < count; p++, y += t->finish.pitch)
         for (int64_t l = 0; l < LANES && f + l < filters; l++) y[l] = values[p][l];
 }
 
-/* Accumulators: FLOAT_TILE pixels by FLOAT_SETS vectors of filters, as many as fit into the registers. */
+/* Accumulators: FLOAT_TILE(sets) pixels by `sets` vectors of filters, 4, 2 or 1 of them up to FLOAT_SETS: as many as fit
+   into the registers and need few loads. */
 #if defined(__AVX512F__)
-#define FLOAT_TILE 6
-#define FLOAT_SETS 2
+#define FLOAT_TILE(sets) ((sets) == 4 ? 4 : 8)
+#define FLOAT_SETS 4
 #elif defined(__FMA__) || defined(__aarch64__)
-#define FLOAT_TILE 6
+#define FLOAT_TILE(sets) 6
 #define FLOAT_SETS 1
 #else
-#define FLOAT_TILE 2
+#define FLOAT_TILE(sets) 2
 #define FLOAT_SETS 1
 #endif
 
@@ -195,27 +224,27 @@ INLINE void float_tile(const Task *t, const float *x, const float *w, int64_t pi
     int64_t inputs = r->channels / r->groups, filters = r->outputs / r->groups;
     int64_t length = inputs, taps = r->kernel[1], set = r->kernel[0] * r->kernel[1] * inputs * LANES;
     if (r->pitch == inputs && r->dilation[1] == 1) length *= taps, taps = 1; /* a row of a window in one run */
-    int64_t starts[FLOAT_TILE];
+    int64_t starts[MOST_PIXELS];
     window_starts(r, pixel, count, r->width, starts);
-    F sums[FLOAT_TILE][FLOAT_SETS] = {0};
+    F sums[MOST_PIXELS][FLOAT_SETS] = {0};
     for (int64_t i = 0; i < r->kernel[0]; i++)
         for (int64_t j = 0; j < taps; j++) {
-            const float *from[FLOAT_TILE];
+            const float *from[MOST_PIXELS];
             for (int p = 0; p < count; p++)
                 from[p] = x + (starts[p] + i * r->dilation[0] * r->width + j * r->dilation[1]) * r->pitch + group * inputs;
             for (int64_t c = 0; c < length; c++, w += LANES) {
                 F weights[FLOAT_SETS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
                 for (int s = 0; s < sets; s++) weights[s] = load(w + s * set);
 #pragma GCC unroll 8
                 for (int p = 0; p < count; p++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
                     for (int s = 0; s < sets; s++) sums[p][s] = fused(fill(from[p][c]), weights[s], sums[p][s]);
             }
         }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int s = 0; s < sets; s++) {
-        F values[FLOAT_TILE];
+        F values[MOST_PIXELS];
         EACH_PIXEL values[p] = sums[p][s];
         put(t, values, count, pixel, group, filters, f + s * LANES);
     }
@@ -224,29 +253,34 @@ INLINE void float_tile(const Task *t, const float *x, const float *w, int64_t pi
 INLINE void float_pixels(const Task *t, const float *x, const float *w, int64_t from, int64_t to, int64_t group,
                          int64_t f, int sets) {
     int64_t p = from;
-    for (; p + FLOAT_TILE <= to; p += FLOAT_TILE) float_tile(t, x, w, p, group, f, FLOAT_TILE, sets);
+    for (; p + FLOAT_TILE(sets) <= to; p += FLOAT_TILE(sets)) float_tile(t, x, w, p, group, f, FLOAT_TILE(sets), sets);
     for (; p < to; p++) float_tile(t, x, w, p, group, f, 1, sets);
 }
 
 OPERATION convolve_floats(const Task *t) {
     const Row *r = t->row;
     const float *x = active(t, r->x), *weights = constant(t, r->weight);
-    int64_t filters = r->outputs / r->groups, pixels = r->out_height * r->out_width;
+    int64_t filters = r->outputs / r->groups, pixels = t->to * r->out_width;
     int64_t set = r->kernel[0] * r->kernel[1] * (r->channels / r->groups) * LANES;
-    for (int64_t from = 0; from < pixels; from += STRIP) {
+    for (int64_t from = t->from * r->out_width; from < pixels; from += STRIP) {
         int64_t to = from + STRIP < pixels ? from + STRIP : pixels;
         const float *w = weights;
         for (int64_t group = 0; group < r->groups; group++)
             for (int64_t f = 0; f < filters;) {
-                int sets = f + LANES * (FLOAT_SETS - 1) < filters ? FLOAT_SETS : 1;
-                if (sets == FLOAT_SETS)
-                    float_pixels(t, x, w, from, to, group, f, FLOAT_SETS);
+                int64_t left = (filters - f + LANES - 1) / LANES;
+                int sets = left >= 4 && FLOAT_SETS >= 4 ? 4 : left >= 2 && FLOAT_SETS >= 2 ? 2 : 1;
+                if (sets == 4)
+                    float_pixels(t, x, w, from, to, group, f, FLOAT_SETS >= 4 ? 4 : 1);
+                else if (sets == 2)
+                    float_pixels(t, x, w, from, to, group, f, FLOAT_SETS >= 2 ? 2 : 1);
                 else
                     float_pixels(t, x, w, from, to, group, f, 1);
                 f += sets * LANES, w += sets * set;
             }
     }
 }
+
+#include "depthwise.h"
 
 #if defined(__AVX2__) && !defined(__AVX512VPOPCNTDQ__)
 #include "nibbles.h"
@@ -275,10 +309,14 @@ static void spread(const Task *t, Unit *to) {
     for (int64_t i = 0; i < r->height; i++) {
         memset(to, 0, sizeof(Unit) * (size_t)left);
         to += left;
-        for (int64_t j = 0; j < r->width; j++, signs += r->pitch / LANES)
+        if (r->groups == 1) {
+            spread_pixels(signs, r->width, r->pitch / LANES, to);
+            signs += r->width * r->pitch / LANES, to += r->width * pixel;
+        }
+        for (int64_t j = 0; r->groups > 1 && j < r->width; j++, signs += r->pitch / LANES)
             for (int64_t group = 0; group < r->groups; group++, to += units_of(own)) {
                 if (own % LANES == 0)
-                    spread_pixel(signs + group * own / LANES, own / LANES, to);
+                    spread_pixels(signs + group * own / LANES, 1, own / LANES, to);
                 else
                     for (int64_t c = 0; c < own; c += LANES)
                         spread_half(sixteen(signs, group * own + c, own - c), c / LANES, to);
@@ -289,7 +327,7 @@ static void spread(const Task *t, Unit *to) {
     memset(to, 0, sizeof(Unit) * (size_t)(r->padding[1] * around));
 }
 
-/* The sums of TILE pixels, the last ones `count`, from their counts of signs that differ. */
+/* The sums of `count` pixels, from their counts of signs that differ. */
 INLINE void binary_tile(const Task *t, const Unit *x, const Weight *w, int64_t pixel, int64_t group, int64_t f,
                         int count, int block) {
     const Row *r = t->row;
@@ -297,23 +335,22 @@ INLINE void binary_tile(const Task *t, const Unit *x, const Weight *w, int64_t p
     int64_t columns = r->width + r->padding[2] + r->padding[3], starts[TILE];
     const int32_t *rows = constant(t, r->tables), *class_sums = constant(t, r->sums), *most[TILE];
     window_starts(r, pixel, count, columns, starts);
-    for (int p = count; p < TILE; p++) starts[p] = starts[0];
-    uint16_t counts[TILE * BLOCK];
-    count_differing(r, x, w, starts, group, columns, block, counts);
+    Counts counts;
+    count_differing(r, x, w, starts, group, columns, count, block, &counts);
     int32_t i = (int32_t)pixel / (int32_t)r->out_width, j = (int32_t)pixel % (int32_t)r->out_width;
     for (int p = 0; p < count; p++) {
         int64_t class = rows[i] + rows[r->out_height + j];
         most[p] = class_sums + (class * r->groups + group) * padded + f;
         if (++j == r->out_width) j = 0, i++;
     }
-    for (int64_t l = 0; l < block && f + l < filters; l += LANES) {
+#pragma GCC unroll 4
+    for (int64_t l = 0; l < block; l += LANES) {
+        if (f + l >= filters) break;
         F values[TILE];
         EACH_PIXEL {
-            H differing;
             I sum;
-            memcpy(&differing, counts + p * block + l, sizeof differing);
             memcpy(&sum, most[p] + l, sizeof sum);
-            values[p] = __builtin_convertvector(sum - 2 * __builtin_convertvector(differing, I), F);
+            values[p] = __builtin_convertvector(sum - 2 * count_of(&counts, p, block, l), F);
         }
         put(t, values, count, pixel, group, filters, f + l);
     }
@@ -326,21 +363,33 @@ INLINE void binary_pixels(const Task *t, const Unit *x, const Weight *w, int64_t
     for (; p < to; p++) binary_tile(t, x, w, p, group, f, 1, block);
 }
 
+/* Functions of their own, for the same reason as operations. */
+OPERATION whole_block(const Task *t, const Unit *x, const Weight *w, int64_t from, int64_t to, int64_t group, int64_t f) {
+    binary_pixels(t, x, w, from, to, group, f, BLOCK);
+}
+
+OPERATION half_block(const Task *t, const Unit *x, const Weight *w, int64_t from, int64_t to, int64_t group, int64_t f) {
+    binary_pixels(t, x, w, from, to, group, f, BLOCK / 2);
+}
+
 OPERATION convolve_signs(const Task *t) {
     const Row *r = t->row;
     Unit *x = active(t, r->scratch);
-    int64_t filters = r->outputs / r->groups, pixels = r->out_height * r->out_width;
-    spread(t, x);
-    for (int64_t from = 0; from < pixels; from += STRIP) {
+    int64_t filters = r->outputs / r->groups, pixels = t->to * r->out_width;
+    if (r->groups == 1 && IS_SPREAD(r->pitch / LANES) && !(r->padding[0] | r->padding[1] | r->padding[2] | r->padding[3]))
+        x = active(t, r->x);
+    else if (t->from == 0) /* the signs are complete: in a row of turns, this one is the first */
+        spread(t, x);
+    for (int64_t from = t->from * r->out_width; from < pixels; from += STRIP) {
         int64_t to = from + STRIP < pixels ? from + STRIP : pixels;
         const Weight *w = constant(t, r->weight);
         for (int64_t group = 0; group < r->groups; group++)
             for (int64_t f = 0; f < filters; f += BLOCK) {
-                int block = filters - f > BLOCK / 2 ? BLOCK : SMALLEST_BLOCK;
+                int block = filters - f > BLOCK / 2 ? BLOCK : BLOCK / 2;
                 if (block == BLOCK)
-                    binary_pixels(t, x, w, from, to, group, f, BLOCK);
+                    whole_block(t, x, w, from, to, group, f);
                 else
-                    binary_pixels(t, x, w, from, to, group, f, SMALLEST_BLOCK);
+                    half_block(t, x, w, from, to, group, f);
                 w += r->kernel[0] * r->kernel[1] * weights_of(r->channels / r->groups) * block;
             }
     }
@@ -348,18 +397,71 @@ OPERATION convolve_signs(const Task *t) {
 
 /* ---- plans ---- */
 
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+INLINE int64_t lines_of(const Row *r) {
+    return r->operation == BONN_QAT_COPY ? r->height + r->padding[0] + r->padding[1] : r->out_height;
+}
+
+/* How many lines of x the lines before `to` read. */
+static int64_t lines_read(const Task *t, int64_t to) {
+    const Row *r = t->row;
+    int64_t last = to - 1;
+    switch (r->operation) {
+    case BONN_QAT_POOL: return ((const int32_t *)constant(t, r->windows))[3 * last + 1];
+    case BONN_QAT_FLOAT: return last * r->stride[0] + (r->kernel[0] - 1) * r->dilation[0] + 1;
+    case BONN_QAT_DEPTHWISE: return last * r->stride[0] + (r->kernel[0] - 1) * r->dilation[0] + 1 - r->padding[0];
+    default: return to;
+    }
+}
+
+static void compute(Task *t, int64_t from, int64_t to) {
+    const Row *r = t->row;
+    t->from = from, t->to = to;
+    t->finish.gone = r->ring ? (from - from % r->ring) * r->out_width * r->out_pitch : 0;
+    switch (r->operation) {
+    case BONN_QAT_COPY: copy(t); break;
+    case BONN_QAT_POINTWISE: pointwise(t); break;
+    case BONN_QAT_POOL: pool(t); break;
+    case BONN_QAT_FLOAT: convolve_floats(t); break;
+    case BONN_QAT_DEPTHWISE: convolve_depthwise(t); break;
+    case BONN_QAT_BINARY: convolve_signs(t); break;
+    }
+}
+
+/* The lines of a row's result before `to` that are not computed yet; those that a ring holds lie next to each other. */
+static void advance(Task *t, int64_t to) {
+    while (t->to < to) {
+        int64_t ring = t->row->ring, end = ring ? smaller(to, (t->to / ring + 1) * ring) : to;
+        compute(t, t->to, end);
+    }
+}
+
+/* Rows in turns: each band of the last one, and before it what it needs of the others. */
+static void take_turns(Task *tasks, int count, int64_t band) {
+    int64_t height = lines_of(tasks[count - 1].row), needed[BONN_QAT_MOST_TURNS + 1];
+    for (int64_t to = 0; to < height;) {
+        needed[count - 1] = to = smaller(to + band, height);
+        for (int k = count - 1; k > 0; k--)
+            needed[k - 1] = needed[k] > 0 ? smaller(lines_read(tasks + k, needed[k]), lines_of(tasks[k - 1].row)) : 0;
+        for (int k = 0; k < count; k++) advance(tasks + k, needed[k]);
+    }
+}
+
 void NAME(run)(const bonn_qat_plan *plan, const float *images, float *results, void *arena);
 void NAME(run)(const bonn_qat_plan *plan, const float *images, float *results, void *arena) {
-    for (int64_t i = 0; i < plan->row_count; i++) {
-        Task task = {plan->rows + i, plan->constants, arena, {0}};
-        task.finish = finish_of(&task);
-        switch (task.row->operation) {
-        case BONN_QAT_COPY: copy(&task, images); break;
-        case BONN_QAT_POINTWISE: pointwise(&task); break;
-        case BONN_QAT_POOL: pool(&task); break;
-        case BONN_QAT_FLOAT: convolve_floats(&task); break;
-        case BONN_QAT_BINARY: convolve_signs(&task); break;
-        default: give_result(&task, results);
+    for (int64_t i = 0; i < plan->row_count;) {
+        const Row *first = plan->rows + i;
+        Task tasks[BONN_QAT_MOST_TURNS + 1];
+        int count = (int)first->turns + 1;
+        for (int k = 0; k < count; k++) {
+            tasks[k] = (Task){first + k, plan->constants, arena, images, {0}, 0, 0};
+            tasks[k].finish = finish_of(tasks + k);
         }
+        if (first->operation == BONN_QAT_RESULT)
+            give_result(tasks, results);
+        else
+            take_turns(tasks, count, first->turns ? first->band : lines_of(first));
+        i += count;
     }
 }

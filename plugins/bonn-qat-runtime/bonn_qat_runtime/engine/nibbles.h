@@ -5,7 +5,6 @@
 
 #define TILE 4
 #define BLOCK 64
-#define SMALLEST_BLOCK 32
 #define LOOKUPS 62 /* even: nibbles of weights come in pairs */
 
 typedef uint8_t Unit;
@@ -33,8 +32,10 @@ INLINE void spread_half(uint32_t bits, int64_t half, Unit *to) {
     memcpy(to + 4 * half, &bits, sizeof bits);
 }
 
-INLINE void spread_pixel(const uint16_t *signs, int64_t halves, Unit *to) {
-    for (int64_t half = 0; half < halves; half++) spread_half(signs[half], half, to);
+#define IS_SPREAD(halves) 0
+
+INLINE void spread_pixels(const uint16_t *signs, int64_t pixels, int64_t halves, Unit *to) {
+    for (int64_t half = 0; half < pixels * halves; half++) spread_half(signs[half], half, to);
 }
 
 INLINE B look_up(Unit nibble, B weights) {
@@ -47,9 +48,9 @@ INLINE B look_up(Unit nibble, B weights) {
 }
 
 /* Move the counts of bytes to `counts`, 16 bits each. */
-INLINE void empty(O sums[TILE][BLOCK / 32], int block, int is_first, uint16_t *counts) {
+INLINE void empty(O sums[TILE][BLOCK / 32], int tile, int block, int is_first, uint16_t *counts) {
 #pragma GCC unroll 4
-    for (int p = 0; p < TILE; p++)
+    for (int p = 0; p < tile; p++)
 #pragma GCC unroll 2
         for (int s = 0; s < block / 32; s++) {
             W32 total = __builtin_convertvector(sums[p][s], W32), before;
@@ -60,9 +61,19 @@ INLINE void empty(O sums[TILE][BLOCK / 32], int block, int is_first, uint16_t *c
         }
 }
 
-/* counts (TILE, block): the signs that differ in the windows of TILE pixels from the weights of a block of filters. */
+typedef struct {
+    uint16_t of[TILE * BLOCK];
+} Counts;
+
+INLINE I count_of(const Counts *counts, int p, int block, int64_t l) {
+    H sixteen;
+    memcpy(&sixteen, counts->of + p * block + l, sizeof sixteen);
+    return __builtin_convertvector(sixteen, I);
+}
+
+/* The signs that differ in the windows of `tile` pixels from the weights of a block of filters. */
 INLINE void count_differing(const Row *r, const Unit *x, const Weight *w, const int64_t *starts, int64_t group,
-                            int64_t columns, int block, uint16_t *counts) {
+                            int64_t columns, int tile, int block, Counts *counts) {
     int64_t units = units_of(r->channels / r->groups), pixel = r->groups * units;
     int64_t length = units, taps = r->kernel[1], left = LOOKUPS;
     if (r->groups == 1 && r->dilation[1] == 1) length *= taps, taps = 1; /* a row of a window in one run */
@@ -71,7 +82,7 @@ INLINE void count_differing(const Row *r, const Unit *x, const Weight *w, const 
     for (int64_t i = 0; i < r->kernel[0]; i++)
         for (int64_t j = 0; j < taps; j++) {
             const Unit *from[TILE];
-            for (int p = 0; p < TILE; p++)
+            for (int p = 0; p < tile; p++)
                 from[p] = x + (starts[p] + i * r->dilation[0] * columns + j * r->dilation[1]) * pixel + group * units;
             for (int64_t k = 0; k < length;) {
                 int64_t stop = k + left < length ? k + left : length;
@@ -85,7 +96,7 @@ INLINE void count_differing(const Row *r, const Unit *x, const Weight *w, const 
                         low[s] = (B)(pair & 15), high[s] = (B)(pair >> 4);
                     }
 #pragma GCC unroll 4
-                    for (int p = 0; p < TILE; p++)
+                    for (int p = 0; p < tile; p++)
 #pragma GCC unroll 2
                         for (int s = 0; s < sets; s++) {
                             sums[p][s] += (O)look_up(from[p][k], low[s]);
@@ -93,10 +104,10 @@ INLINE void count_differing(const Row *r, const Unit *x, const Weight *w, const 
                         }
                 }
                 if (left == 0) {
-                    empty(sums, block, is_first, counts);
+                    empty(sums, tile, block, is_first, counts->of);
                     is_first = 0, left = LOOKUPS;
                 }
             }
         }
-    if (is_first || left < LOOKUPS) empty(sums, block, is_first, counts);
+    if (is_first || left < LOOKUPS) empty(sums, tile, block, is_first, counts->of);
 }

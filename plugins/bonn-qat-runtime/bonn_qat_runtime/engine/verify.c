@@ -34,7 +34,9 @@ static int verify_input(const Plan *p, const Row *r) {
     /* A convolution of floats may read an image's own channels, without padding. */
     int may_be_tight = r->operation == BONN_QAT_FLOAT && r->pitch == r->channels;
     if (!may_be_tight && !is_pitch(r->pitch, r->channels)) return BONN_QAT_BAD_ROW;
-    int64_t bytes = map_bytes(r->height, r->width, r->pitch);
+    int has_ring = r->operation == BONN_QAT_POOL || r->operation == BONN_QAT_DEPTHWISE;
+    if (!EACH(r->x_ring, 0, has_ring ? r->height : 0)) return BONN_QAT_BAD_ROW;
+    int64_t bytes = map_bytes(r->x_ring ? r->x_ring : r->height, r->width, r->pitch);
     return in_arena(p, r->x, r->operation == BONN_QAT_BINARY ? bytes / 32 : bytes) ? BONN_QAT_OK : BONN_QAT_BAD_ARENA;
 }
 
@@ -46,7 +48,9 @@ static int verify_finish(const Plan *p, const Row *r) {
         return BONN_QAT_BAD_ROW;
     int64_t bytes = map_bytes(r->out_height, r->out_width, r->out_pitch);
     if (r->y == -1 && r->signs == -1) return BONN_QAT_BAD_ROW;
-    if (r->y != -1 && !in_arena(p, r->y, bytes)) return BONN_QAT_BAD_ARENA;
+    if (!EACH(r->ring, 0, r->out_height)) return BONN_QAT_BAD_ROW;
+    int64_t kept = r->ring ? map_bytes(r->ring, r->out_width, r->out_pitch) : bytes;
+    if (r->y != -1 && !in_arena(p, r->y, kept)) return BONN_QAT_BAD_ARENA;
     if (r->signs != -1 && !in_arena(p, r->signs, bytes / 32)) return BONN_QAT_BAD_ARENA;
     if (r->residual != -1 && !in_arena(p, r->residual, bytes)) return BONN_QAT_BAD_ARENA;
     if ((r->thresholds == -1) != (r->signs == -1)) return BONN_QAT_BAD_ROW;
@@ -73,7 +77,7 @@ static int is_padding(const Row *r) {
 
 static int verify_copy(const Plan *p, const Row *r) {
     if (!is_padding(r) || (r->out_pitch != r->channels && !is_pitch(r->out_pitch, r->channels))) return BONN_QAT_BAD_ROW;
-    if (r->x >= 0 && r->out_pitch != r->pitch) return BONN_QAT_BAD_ROW;
+    if ((r->x >= 0 && r->out_pitch != r->pitch) || r->ring) return BONN_QAT_BAD_ROW;
     int64_t height = r->height + r->padding[0] + r->padding[1], width = r->width + r->padding[2] + r->padding[3];
     return in_arena(p, r->y, map_bytes(height, width, r->out_pitch)) ? BONN_QAT_OK : BONN_QAT_BAD_ARENA;
 }
@@ -102,15 +106,26 @@ static int verify_windows(const Row *r, int64_t height, int64_t width) {
         if (!EACH(k, 1, LARGEST) || !EACH(s, 1, LARGEST) || !EACH(d, 1, LARGEST)) return BONN_QAT_BAD_ROW;
         if ((outs[i] - 1) * s + (k - 1) * d >= sizes[i]) return BONN_QAT_BAD_ROW;
     }
-    /* Groups that do not begin at whole vectors are written filter by filter, and no more is done with them. */
-    if (r->groups > 1 && r->outputs / r->groups % LANES && (r->y == -1 || r->signs != -1 || r->steps))
-        return BONN_QAT_BAD_ROW;
     return BONN_QAT_OK;
+}
+
+/* Groups that do not begin at whole vectors are written filter by filter, and no more is done with them. */
+static int is_written(const Row *r) {
+    return r->groups == 1 || r->outputs / r->groups % LANES == 0 || (r->y != -1 && r->signs == -1 && !r->steps);
+}
+
+static int verify_depthwise(const Plan *p, const Row *r) {
+    if (!is_padding(r) || r->channels != r->outputs || r->groups != r->channels) return BONN_QAT_BAD_ROW;
+    int64_t height = r->height + r->padding[0] + r->padding[1], width = r->width + r->padding[2] + r->padding[3];
+    int status = verify_windows(r, height, width);
+    if (status) return status;
+    return in_constants(p, r->weight, map_bytes(r->kernel[0], r->kernel[1], r->pitch)) ? BONN_QAT_OK : BONN_QAT_BAD_CONSTANT;
 }
 
 static int verify_float(const Plan *p, const Row *r) {
     int status = verify_windows(r, r->height, r->width);
     if (status) return status;
+    if (!is_written(r)) return BONN_QAT_BAD_ROW;
     int64_t filters = up(r->outputs / r->groups, LANES), inputs = r->channels / r->groups;
     int64_t numbers = times3(times(r->groups, filters), times(r->kernel[0], r->kernel[1]), inputs);
     return in_constants(p, r->weight, times(4, numbers)) ? BONN_QAT_OK : BONN_QAT_BAD_CONSTANT;
@@ -121,13 +136,15 @@ static int verify_binary(const Plan *p, const Row *r) {
     int64_t height = r->height + r->padding[0] + r->padding[1], width = r->width + r->padding[2] + r->padding[3];
     int status = verify_windows(r, height, width);
     if (status) return status;
+    if (!is_written(r)) return BONN_QAT_BAD_ROW;
     int is_nibbles = p->layout == BONN_QAT_NIBBLES;
-    int64_t inputs = r->channels / r->groups, filters = r->outputs / r->groups, rest = filters % 64;
+    int64_t inputs = r->channels / r->groups, filters = r->outputs / r->groups;
     int64_t taps = times(r->kernel[0], r->kernel[1]);
     if (times(taps, inputs) > MOST_INPUTS) return BONN_QAT_BAD_ROW;
     int64_t spread = is_nibbles ? up(inputs, 16) / 4 : up(inputs, 32) / 8;
     if (!in_arena(p, r->scratch, times3(times(height, width), r->groups, spread))) return BONN_QAT_BAD_ARENA;
-    int64_t blocks = is_nibbles ? filters - rest + (rest > 32 ? 64 : rest ? 32 : 0) : up(filters, 32);
+    int64_t whole = is_nibbles ? 64 : 32, rest = filters % whole;
+    int64_t blocks = filters - rest + (rest > whole / 2 ? whole : rest ? whole / 2 : 0);
     int64_t weight = is_nibbles ? up(inputs, 16) / 8 : up(inputs, 32) / 8;
     if (!in_constants(p, r->weight, times3(times(r->groups, blocks), taps, weight))) return BONN_QAT_BAD_CONSTANT;
     if (!EACH(r->classes, 1, LARGEST)) return BONN_QAT_BAD_ROW;
@@ -147,9 +164,20 @@ static int verify_binary(const Plan *p, const Row *r) {
     return BONN_QAT_OK;
 }
 
+/* Whatever is computed when, a row stays inside what is checked for it. */
+static int verify_turns(const Plan *p, const Row *r) {
+    if (!EACH(r->turns, 0, BONN_QAT_MOST_TURNS) || r->turns >= p->row_count - (r - p->rows)) return BONN_QAT_BAD_ROW;
+    if (r->turns && !EACH(r->band, 1, LARGEST)) return BONN_QAT_BAD_ROW;
+    for (int64_t i = 0; r->turns && i <= r->turns; i++)
+        if (r[i].operation == BONN_QAT_RESULT || (i && r[i].operation == BONN_QAT_BINARY)) return BONN_QAT_BAD_ROW;
+    return BONN_QAT_OK;
+}
+
 static int verify_row(const Plan *p, const Row *r) {
-    if (!EACH(r->operation, BONN_QAT_COPY, BONN_QAT_RESULT)) return BONN_QAT_BAD_ROW;
-    int status = verify_input(p, r);
+    if (!EACH(r->operation, BONN_QAT_COPY, BONN_QAT_RESULT) && r->operation != BONN_QAT_DEPTHWISE)
+        return BONN_QAT_BAD_ROW;
+    int status = verify_turns(p, r);
+    if (!status) status = verify_input(p, r);
     if (status) return status;
     if (r->operation == BONN_QAT_COPY) return verify_copy(p, r);
     if (r->operation == BONN_QAT_RESULT)
@@ -158,6 +186,7 @@ static int verify_row(const Plan *p, const Row *r) {
     if (status) return status;
     if (r->operation == BONN_QAT_FLOAT) return verify_float(p, r);
     if (r->operation == BONN_QAT_BINARY) return verify_binary(p, r);
+    if (r->operation == BONN_QAT_DEPTHWISE) return verify_depthwise(p, r);
     if (r->operation == BONN_QAT_POOL) return verify_pool(p, r);
     int is_alike = r->out_height == r->height && r->out_width == r->width && r->out_pitch == r->pitch;
     return is_alike ? BONN_QAT_OK : BONN_QAT_BAD_ROW;
