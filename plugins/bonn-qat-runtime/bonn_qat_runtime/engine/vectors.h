@@ -3,8 +3,11 @@
 #ifndef VECTORS_H
 #define VECTORS_H
 
+#include <stddef.h>
 #include <stdint.h>
-#include <string.h>
+
+#define memcpy __builtin_memcpy /* there may be no C library */
+#define memset __builtin_memset
 
 #define LANES 16
 #define INLINE static inline __attribute__((always_inline))
@@ -13,6 +16,8 @@ typedef float F __attribute__((vector_size(4 * LANES)));
 typedef int32_t I __attribute__((vector_size(4 * LANES)));
 typedef uint32_t U __attribute__((vector_size(4 * LANES)));
 typedef uint16_t H __attribute__((vector_size(2 * LANES)));
+
+#include "builtins.h"
 
 INLINE F load(const float *from) {
     F x;
@@ -25,12 +30,6 @@ INLINE void store(float *to, F x) { memcpy(to, &x, sizeof x); }
 INLINE F fill(float x) { return x - (F){0}; }
 
 INLINE F pick(I mask, F yes, F no) { return (F)((mask & (I)yes) | (~mask & (I)no)); }
-
-/* Bit l is that of lane l of a mask. */
-INLINE uint16_t bits_of(I mask) {
-    typedef _Bool Lanes __attribute__((ext_vector_type(LANES)));
-    return __builtin_bit_cast(uint16_t, __builtin_convertvector(mask, Lanes));
-}
 
 /* a b + c, rounded once on every machine. */
 #if defined(__FMA__) || defined(__aarch64__)

@@ -31,7 +31,7 @@ INLINE void spread_pixel(const uint16_t *signs, int64_t halves, Unit *to) {
 INLINE U count_ones(U x) {
 #if WORDS == 0
     return __builtin_elementwise_popcount(x);
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) || defined(__wasm_simd128__)
     typedef uint8_t O __attribute__((vector_size(4 * LANES)));
     return (U)__builtin_elementwise_popcount((O)x);
 #else
