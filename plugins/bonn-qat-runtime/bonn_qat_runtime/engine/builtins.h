@@ -7,6 +7,17 @@
 #if !__has_builtin(__builtin_elementwise_fma)
 #if defined(__AVX512F__) && !defined(__clang__)
 #define __builtin_elementwise_fma(a, b, c) __builtin_ia32_vfmaddps512_mask(a, b, c, 0xffff, 4)
+#elif defined(__FMA__) && !defined(__clang__)
+typedef float F8 __attribute__((vector_size(32)));
+typedef union {
+    F whole;
+    F8 half[2];
+} Halves;
+INLINE F __builtin_elementwise_fma(F a, F b, F c) {
+    Halves x = {a}, y = {b}, z = {c};
+    for (int i = 0; i < 2; i++) z.half[i] = __builtin_ia32_vfmaddps256(x.half[i], y.half[i], z.half[i]);
+    return z.whole;
+}
 #else
 INLINE F __builtin_elementwise_fma(F a, F b, F c) {
     F result;
