@@ -26,7 +26,7 @@ def files_of(packed: bytes, name: str, format: str) -> Mapping[str, bytes]:
 
     Raises InvalidModel for a network that the runtime cannot run, and a ``name`` that is no identifier in C.
     """
-    from bonn_qat_runtime import RuntimeFailure
+    from bonn_qat_runtime import InvalidFile, RuntimeFailure
     from bonn_qat_runtime.sources import c_files, wasm_files
 
     with tempfile.TemporaryDirectory() as folder:
@@ -34,6 +34,8 @@ def files_of(packed: bytes, name: str, format: str) -> Mapping[str, bytes]:
         path.write_bytes(packed)
         try:
             return {"c": c_files, "wasm": wasm_files}[format](path, re.sub("[^a-z0-9]+", "_", name.lower()).strip("_"))
+        except InvalidFile as error:
+            raise InvalidModel(str(error)) from error
         except RuntimeFailure as error:
             reason = str(error).removeprefix(f"{path}: ").partition("; use bonn_qat.PackedModel")[0]
             raise InvalidModel(
