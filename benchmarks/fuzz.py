@@ -475,7 +475,7 @@ def runtime_kind() -> Kind:
 
     def read(path: Path) -> None:
         network = bonn_qat_runtime.Network(path)
-        if network._program.arena_bytes <= TOO_LARGE and math.prod(network.input_size) <= TOO_LARGE:
+        if network._program._plan.arena_bytes <= TOO_LARGE and math.prod(network.input_size) <= TOO_LARGE:
             network(np.linspace(-2, 2, math.prod(network.input_size), dtype=np.float32).reshape(1, *network.input_size))
 
     return Kind(samples=samples, rewrite=_packed_rewrite(samples), read=read)

@@ -46,14 +46,14 @@ Random = np.random.Generator
 
 def build(folder: Path) -> Path:
     """The driver, which takes a file of plans and how many of them to pass over."""
-    objects = []
+    objects = list[Path]()
     for suffix, options in VARIANTS.items():
         objects.append(folder / f"{suffix}.o")
-        command = ["gcc", *SANITIZERS, *options, f"-DVARIANT={suffix}", "-c", ENGINE / "kernels.c", "-o", objects[-1]]
-        subprocess.run(command, check=True)
-    sources = [Path(__file__).with_suffix(".c"), ENGINE / "verify.c", ENGINE / "dispatch.c"]
-    command = ["gcc", *SANITIZERS, "-DSOURCES=0", f"-I{ENGINE}", *sources, *objects, "-lm", "-o", folder / "driver"]
-    subprocess.run(command, check=True)
+        compiled = (*options, f"-DVARIANT={suffix}", "-c", ENGINE / "kernels.c", "-o", objects[-1])
+        subprocess.run(["gcc", *SANITIZERS, *map(str, compiled)], check=True)
+    sources = (Path(__file__).with_suffix(".c"), ENGINE / "verify.c", ENGINE / "dispatch.c", *objects)
+    linked = ("-DSOURCES=0", f"-I{ENGINE}", *sources, "-lm", "-o", folder / "driver")
+    subprocess.run(["gcc", *SANITIZERS, *map(str, linked)], check=True)
     return folder / "driver"
 
 
@@ -105,7 +105,7 @@ def network(random: Random) -> PackedFile:
     held = {name: Tensor("int64" if value.dtype == np.int64 else "float32",
                          value if value.dtype == np.int64 else value.astype(np.float32))
             for name, value in tensors.items()}  # fmt: skip
-    entries = [
+    entries: list[dict[str, Any]] = [
         *({"op": "tensor", "name": name, "tensor": name} for name in tensors),
         {"op": "input", "name": "x"},
         *({"op": op, "name": name, "args": [argument(a) for a in args], "kwargs": {}} for op, name, *args in nodes),

@@ -156,7 +156,7 @@ def _check(model: nn.Module, format: str) -> None:
         reason = FORMATS[format].refuses(layer)
         if reason is not None:
             scheme = record.schemes.get(name, record.scheme).name if isinstance(record, Binarization) else "unknown"
-            others = [repr(key) for key, known in FORMATS.items() if known.refuses(layer) is known.files is None]
+            others = [repr(key) for key, known in FORMATS.items() if not known.files and not known.refuses(layer)]
             raise InvalidModel(
                 f"the format {format!r} cannot hold {name}, of the scheme {scheme!r}: {reason}; "
                 f"{', '.join(others)} can, and skip={name!r} in binarize leaves it float"

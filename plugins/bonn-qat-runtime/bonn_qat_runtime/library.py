@@ -98,7 +98,7 @@ class Program:
 
     def __init__(self, plan: Plan, cpu: str) -> None:
         self._library, self._cpu, self._plan = load(), _handle(cpu), plan
-        self._outputs, self.arena_bytes = int(np.prod(plan.result)), plan.arena_bytes
+        self._outputs = int(np.prod(plan.result))
         # What the library verified must not change.
         self._rows = np.ascontiguousarray(plan.rows, np.int64).copy()
         for array in (self._rows, plan.constants):

@@ -19,7 +19,8 @@ from bonn_qat_runtime.weights import WORDS
 
 _ENGINE, _TEMPLATES = (Path(__file__).parent / name for name in ("engine", "templates"))
 _PLAIN = (string.ascii_letters + string.digits + " ,.-_").encode()  # in a string of C
-_KERNELS = ("bonn_qat_runtime.h", "kernels.c", "vectors.h", "words.h", "builtins.h")
+# What kernels.c includes for plans of words.
+_KERNELS = ("kernels.c", *sorted(path.name for path in _ENGINE.glob("*.h") if path.name != "nibbles.h"))
 _WASM = ("-target", "wasm32-freestanding", "-msimd128", "-mbulk-memory", "-O3", "-std=c11", "-ffp-contract=off",
          "-nostdlib", "-s", "-Wl,--no-entry")  # fmt: skip
 

@@ -27,6 +27,25 @@ INLINE F __builtin_elementwise_fma(F a, F b, F c) {
 #endif
 #endif
 
+#if !__has_builtin(__builtin_elementwise_sqrt)
+#if defined(__SSE__)
+typedef float F4 __attribute__((vector_size(16)));
+INLINE F __builtin_elementwise_sqrt(F x) {
+    union {
+        F whole;
+        F4 quarter[4];
+    } all = {x};
+    for (int i = 0; i < 4; i++) all.quarter[i] = __builtin_ia32_sqrtps(all.quarter[i]);
+    return all.whole;
+}
+#else
+INLINE F __builtin_elementwise_sqrt(F x) {
+    for (int l = 0; l < LANES; l++) x[l] = __builtin_sqrtf(x[l]);
+    return x;
+}
+#endif
+#endif
+
 #if !__has_builtin(__builtin_elementwise_popcount)
 #if defined(__AVX512VPOPCNTDQ__) && !defined(__clang__)
 #define __builtin_elementwise_popcount(x) ((U)__builtin_ia32_vpopcountd_v16si((I)(x)))
