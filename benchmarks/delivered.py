@@ -29,10 +29,11 @@ from bonn_qat.exporting.sources import _SCRIPT
 
 ZIG = [sys.executable, "-m", "ziglang", "cc"]
 FLAGS = ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+LEVELS = {"zig": ("native", "x86-64-v3", "x86-64"), "gcc": ("native", "x86-64-v3"), "clang": ("native",)}
 BUILDS = {
-    f"{name} {level}": [*command, *FLAGS, f"-march={level.replace('-', '_') if name == 'zig' else level}"]
-    for name, command in (("zig", ZIG), ("gcc", ["gcc"]), ("clang", ["clang"])) if shutil.which(command[0])
-    for level in ("native", "x86-64-v3", "x86-64")
+    f"{name} {level}": [*ZIG, *FLAGS, f"-march={level.replace('-', '_')}"] if name == "zig" else
+    [name, *FLAGS, f"-march={level}"]
+    for name, levels in LEVELS.items() if name == "zig" or shutil.which(name) for level in levels
 }  # fmt: skip
 PYTHON = """
 import sys, numpy, bonn_qat_runtime
