@@ -34,7 +34,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import bonn_qat_runtime
 import hostile as hostile_calls
+import numpy as np
 import safetensors
 import safetensors.torch
 import timm
@@ -390,6 +392,11 @@ def packed_kind() -> Kind:
     for scheme in ("bonn", *(name for name in ("bwn",) if name in plugins.schemes())):
         model = bonn_qat.binarize(Tiny(), scheme, input_size=(3, 8, 8), include=["head"]).eval()
         samples.append({"packed.safetensors": bonn_qat.pack(model).dump()})
+    return Kind(samples=samples, rewrite=_packed_rewrite(samples), read=read_packed)
+
+
+def _packed_rewrite(samples: Sequence[Files]) -> Rewrite:
+    """A function that changes calls and tensors of packed networks."""
     functions = hostile_calls.functions()
     every = [node["name"] for content in samples for node in split(content["packed.safetensors"])[1]["nodes"]]
 
@@ -420,7 +427,7 @@ def packed_kind() -> Kind:
         except (safetensors.SafetensorError, UnicodeEncodeError, TypeError, ValueError):
             return {name: damaged(chance, content)}
 
-    return Kind(samples=samples, rewrite=rewrite, read=read_packed)
+    return rewrite
 
 
 def _signed(tensors: Tensors, header: Header) -> Header:
@@ -453,6 +460,25 @@ def _memory(field: str) -> int:
     """Bytes of this process, by the name of a line of /proc/self/status."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024
+
+
+def runtime_kind() -> Kind:
+    """Packed networks of convolutions: the C runtime loads them and, unless they need much memory, runs them."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.PReLU(), nn.MaxPool2d(2, 1), nn.Conv2d(8, 20, 3, 2, 1, groups=2),
+        nn.BatchNorm2d(20), nn.Hardtanh(), nn.Conv2d(20, 20, 1), nn.AvgPool2d(2), nn.Conv2d(20, 4, 1), nn.Flatten(),
+        nn.Linear(4, 3),
+    )  # fmt: skip
+    models = (bonn_qat.binarize(net, scheme, input_size=(3, 8, 8)).eval() for scheme in ("bonn", "bireal"))
+    samples = [{"packed.safetensors": bonn_qat.pack(model).dump()} for model in models]
+
+    def read(path: Path) -> None:
+        network = bonn_qat_runtime.Network(path)
+        if network._program._plan.arena_bytes <= TOO_LARGE and math.prod(network.input_size) <= TOO_LARGE:
+            network(np.linspace(-2, 2, math.prod(network.input_size), dtype=np.float32).reshape(1, *network.input_size))
+
+    return Kind(samples=samples, rewrite=_packed_rewrite(samples), read=read)
 
 
 def calls_kind() -> Kind:
@@ -597,7 +623,7 @@ def results_kind() -> Kind:
 
 KINDS: Mapping[str, Callable[[], Kind]] = {
     "packed": packed_kind, "calls": calls_kind, "checkpoint": checkpoint_kind, "weights": weights_kind,
-    "recipe": recipe_kind, "results": results_kind,
+    "recipe": recipe_kind, "results": results_kind, "runtime": runtime_kind,
 }  # fmt: skip
 SHARES = {
     "packed": 4,
@@ -606,6 +632,7 @@ SHARES = {
     "weights": 2,
     "recipe": 8,
     "results": 8,
+    "runtime": 8,
 }  # fewer files of the slow kinds
 
 
@@ -629,7 +656,7 @@ def outcome(kind: Kind, path: Path) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             kind.read(path)
-    except bonn_qat.BonnQatError as error:
+    except (bonn_qat.BonnQatError, bonn_qat_runtime.RuntimeFailure) as error:
         return type(error).__name__ if "\n" not in str(error) and len(str(error)) < 5000 else "failed: not a line"
     except BaseException as error:
         last = traceback.extract_tb(error.__traceback__)[-1]

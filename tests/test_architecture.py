@@ -35,8 +35,8 @@ RANKS = (
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 HOSTS = {
-    "accelerate", "brevitas", "lightning", "matplotlib", "mlflow", "onnx", "onnxruntime", "qonnx", "ray", "sklearn",
-    "timm", "torchao", "torchvision",
+    "accelerate", "bonn_qat_runtime", "brevitas", "lightning", "matplotlib", "mlflow", "onnx", "onnxruntime", "qonnx",
+    "ray", "sklearn", "timm", "torchao", "torchvision",
 }  # fmt: skip
 
 

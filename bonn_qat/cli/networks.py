@@ -93,14 +93,14 @@ def bench(
 
 def export(
     source: Source,
-    format: Annotated[str, Option(help="onnx, qonnx, pt2, packed or c.")],
-    output: Annotated[Path, Option(help="The file to write.")],
+    format: Annotated[str, Option(help="onnx, qonnx, pt2, packed, c or wasm.")],
+    output: Annotated[Path, Option(help="The file to write, or the folder for c and wasm.")],
     scheme: Scheme = None,
     img_size: Edge = None,
     num_classes: Classes = None,
     no_plugins: NoPlugins = False,
 ) -> None:
-    """Write a binary network to a file for another runtime, run the file, and compare the outputs.
+    """Write a binary network for another runtime, run what was written, and compare the outputs.
 
     A timm model is exported with random weights.
     """
@@ -110,7 +110,8 @@ def export(
     network, size = _source(source, scheme, img_size, num_classes)
     with console().status(f"writing {output}"):
         path = write(network, output, format, input_size=size)
-    click.echo(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+    files = path.iterdir() if path.is_dir() else [path]
+    click.echo(f"{path}: {sum(file.stat().st_size for file in files) / 1e6:.2f} MB")
     try:
         with console().status(f"running {output}"):
             agreement = verify(network, path, format, input_size=size)

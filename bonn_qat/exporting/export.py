@@ -1,12 +1,14 @@
-"""export: a binary network as one file for another runtime; ``FORMATS`` lists the formats.
+"""export: a binary network as a file, or a folder, for another runtime; ``FORMATS`` lists the formats.
 
-The file computes in float32, on images ``(B, C, H, W)``, what the model computes in evaluation mode. Signs are
+It computes in float32, on images ``(B, C, H, W)``, what the model computes in evaluation mode. Signs are
 multiplied before they are scaled, so that their sums are exact integers in every runtime; ``sign(0)`` is +1. Sums of
 floats are rounded in another order elsewhere: where such a sum is the input of a sign and within its rounding of the
 threshold, the sign may differ.
 """
 
+import functools
 import importlib.util
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +19,8 @@ from torch import Tensor, nn
 from bonn_qat.binarization.binarize import Binarization, binary_layers
 from bonn_qat.binarization.copies import unwrapped
 from bonn_qat.errors import BonnQatError, InvalidModel, UnknownName
-from bonn_qat.exporting.c.header import c_header
 from bonn_qat.exporting.onnx import beyond_bipolar, run_onnx, run_qonnx, write_onnx, write_qonnx
+from bonn_qat.exporting.sources import files_of, run_c, run_wasm
 from bonn_qat.exporting.trace import outputs_of, run_pt2, write_pt2
 from bonn_qat.files.atomic import check_writable, write_bytes
 from bonn_qat.inspection.summary import input_size_of
@@ -29,26 +31,32 @@ from bonn_qat.packing.ready import inference_copy
 from bonn_qat.runtime.packed import PackedModel
 
 _SEED = 0  # of the random images and inputs
+_INSTALL = {
+    "bonn_qat_runtime": "in a clone of the repository, pip install ./plugins/bonn-qat-runtime",
+    "ziglang": "pip install ziglang",
+    "node": "install Node.js",
+}
 
 
 class PackageMissing(BonnQatError, ImportError):
-    """The package that writes or runs a format is not installed."""
+    """The package or the program that writes or runs a format is not installed."""
 
 
 class Format(NamedTuple):
     """A format: ``write(model, size)`` returns the bytes of a file, ``run(path, images)`` runs it in another runtime.
 
     ``write`` is given a frozen copy of the model that it may change, in evaluation mode, on the CPU, in float32;
-    ``size`` is ``(C, H, W)``. ``run`` returns a tensor for each output; it is None for a format that a compiler takes.
-    ``needs`` are the packages that ``write`` imports, ``runs_in`` those of ``run``. ``refuses`` says what the format
-    cannot hold of a layer, None if it can hold the layer.
+    ``size`` is ``(C, H, W)``. ``files(content, name)`` makes these bytes the files of a folder with this name. ``run``
+    returns a tensor for each output. ``needs`` are the packages that ``write`` and ``files`` import, ``runs_in``
+    packages or programs of ``run``. ``refuses`` says what the format cannot hold of a layer, None if it can hold it.
     """
 
     write: Callable[[nn.Module, tuple[int, ...]], bytes]
-    run: Callable[[Path, Tensor], list[Tensor]] | None
+    run: Callable[[Path, Tensor], list[Tensor]]
     needs: tuple[str, ...] = ()
     runs_in: tuple[str, ...] = ()
     refuses: Callable[[BinaryLayer], str | None] = lambda layer: None
+    files: Callable[[bytes, str], Mapping[str, bytes]] | None = None
 
 
 class Agreement(NamedTuple):
@@ -66,8 +74,9 @@ class Agreement(NamedTuple):
 def export(model: nn.Module, path: str | Path, format: str, *, input_size: Sequence[int] | None = None) -> Path:
     """Write a binarized ``model`` to ``path``, atomically; the model stays as it is.
 
-    ``format`` is a key of :data:`FORMATS`. ``input_size`` ``(C, H, W)`` is by default what the model was binarized for,
-    else timm's. The file takes batches of any size where the format and the model's own code allow it, else of one.
+    ``format`` is a key of :data:`FORMATS`; for ``c`` and ``wasm``, ``path`` is a folder whose name becomes that of the
+    network. ``input_size`` ``(C, H, W)`` is by default what the model was binarized for, else timm's. The file takes
+    batches of any size where the format and the model's own code allow it, else of one.
 
     Raises UnknownName for another format; PackageMissing; InvalidModel for a model that is not binarized, that cannot
     be copied or traced, of which torch records something else than it computes for one, two and three images, or with a
@@ -87,11 +96,16 @@ def export(model: nn.Module, path: str | Path, format: str, *, input_size: Seque
         model = unwrapped(model)
         size = input_size_of(model, input_size)
         _check(model, format)
-        check_writable(path)
+        check_writable(path / "file" if chosen.files else path)
         frozen = inference_copy(model)
         for _, layer in binary_layers(frozen):
             layer.freeze()
-        return write_bytes(path, chosen.write(frozen, size))
+        content = chosen.write(frozen, size)
+    if chosen.files is None:
+        return write_bytes(path, content)
+    for name, part in chosen.files(content, path.resolve().name).items():
+        write_bytes(path / name, part)
+    return path
 
 
 def verify(
@@ -103,16 +117,12 @@ def verify(
     """
     chosen = _find(format)
     _require(format, chosen.runs_in)
-    if chosen.run is None:
-        raise PackageMissing(
-            f"the format {format!r} has no runtime of its own; compile the file into a program to run it"
-        )
     with neutral(making=True), modes(model):
         batch = torch.randn(images, *input_size_of(model, input_size), generator=torch.Generator().manual_seed(_SEED))
         reference = next((p for p in model.parameters() if p.is_floating_point()), batch)
         ours = [output.cpu().float() for output in outputs_of(model(batch.to(reference)))]
         theirs = chosen.run(Path(path), batch)
-    errors = [(own - other).abs().flatten(1).amax(1) for own, other in zip(ours, theirs, strict=True)]
+    errors = [(own - other.view_as(own)).abs().flatten(1).amax(1) for own, other in zip(ours, theirs, strict=True)]
     differences, same = torch.stack(errors).amax(0), ours[-1].argmax(1) == theirs[-1].argmax(1)
     return Agreement(float(differences.max()), float(differences.median()), float(same.float().mean()))
 
@@ -124,9 +134,10 @@ def _find(format: str) -> Format:
 
 
 def _require(format: str, packages: Sequence[str]) -> None:
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    missing = [each for each in packages if importlib.util.find_spec(each) is None and shutil.which(each) is None]
     if missing:
-        raise PackageMissing(f"the format {format!r} needs {' and '.join(missing)}: pip install 'bonn-qat[export]'")
+        how = {_INSTALL.get(each, "pip install 'bonn-qat[export]'"): None for each in missing}
+        raise PackageMissing(f"the format {format!r} needs {' and '.join(missing)}: {'; '.join(how)}")
 
 
 def _check(model: nn.Module, format: str) -> None:
@@ -145,7 +156,7 @@ def _check(model: nn.Module, format: str) -> None:
         reason = FORMATS[format].refuses(layer)
         if reason is not None:
             scheme = record.schemes.get(name, record.scheme).name if isinstance(record, Binarization) else "unknown"
-            others = [repr(other) for other, known in FORMATS.items() if known.refuses(layer) is None]
+            others = [repr(key) for key, known in FORMATS.items() if not known.files and not known.refuses(layer)]
             raise InvalidModel(
                 f"the format {format!r} cannot hold {name}, of the scheme {scheme!r}: {reason}; "
                 f"{', '.join(others)} can, and skip={name!r} in binarize leaves it float"
@@ -154,10 +165,6 @@ def _check(model: nn.Module, format: str) -> None:
 
 def _write_packed(model: nn.Module, size: tuple[int, ...]) -> bytes:
     return pack(model, size).dump()
-
-
-def _write_c(model: nn.Module, size: tuple[int, ...]) -> bytes:
-    return c_header(pack(model, size)).encode()
 
 
 def _run_packed(path: Path, images: Tensor) -> list[Tensor]:
@@ -169,5 +176,11 @@ FORMATS: Mapping[str, Format] = {
     "qonnx": Format(write_qonnx, run_qonnx, ("onnx", "onnxscript", "qonnx"), ("qonnx",), beyond_bipolar),
     "pt2": Format(write_pt2, run_pt2),
     "packed": Format(_write_packed, _run_packed),
-    "c": Format(_write_c, None),
-}
+    "c": Format(
+        _write_packed, run_c, ("bonn_qat_runtime",), ("ziglang",), files=functools.partial(files_of, format="c")
+    ),
+    "wasm": Format(
+        _write_packed, run_wasm, ("bonn_qat_runtime", "ziglang"), ("node",),
+        files=functools.partial(files_of, format="wasm"),
+    ),
+}  # fmt: skip

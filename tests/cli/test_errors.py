@@ -332,6 +332,11 @@ COMMANDS: Mapping[str, tuple[Command, ...]] = {
             patch=absent("onnxscript"),
         ),
         Command(
+            gives="export wrn10_16 --format wasm --output a", names="'wasm'", when="without ziglang",
+            patch=absent("ziglang"),
+        ),
+        Command(gives="export wrn10_16 --img-size 32 --format c --output 1net", names="'1net'"),
+        Command(
             gives="export wrn10_16 --scheme float --img-size 32 --format packed --output a", names="WideResNet",
             plugins="baselines.float",
         ),

@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -207,7 +208,7 @@ def test_qonnx_refuses_what_is_not_bipolar(variant: str, tmp_path: Path) -> None
     words = {"weights": "its weights are not a scale times a sign", "inputs": r"its inputs are not -1 and \+1"}
     expected = (
         rf"the format 'qonnx' cannot hold branches\.1\.0, of the scheme '{scheme}': {words[SCHEMES[variant][1]]}; "
-        r"'onnx', 'pt2', 'packed', 'c' can, and skip='branches\.1\.0' in binarize leaves it float"
+        r"'onnx', 'pt2', 'packed' can, and skip='branches\.1\.0' in binarize leaves it float"
     )
     with pytest.raises(InvalidModel, match=expected):
         export(net, tmp_path / "net.onnx", "qonnx")
@@ -253,6 +254,32 @@ def test_a_whole_network_gives_the_same(make: Any, scheme: str, format: str, tmp
     check(net, export(net, tmp_path / "net", format), format, torch.randn(6, 3, 16, 16), tolerance=1e-4)
 
 
+@pytest.mark.parametrize("format", ["c", "wasm"])
+def test_a_folder_gives_the_same_and_says_nothing_of_the_machine(format: str, tmp_path: Path) -> None:
+    if format == "wasm" and shutil.which("node") is None:
+        pytest.skip("no Node")
+    net = worn(wrn("reactnet"))
+    path = export(net, tmp_path / "Net-1", format)
+    check(net, path, format, torch.randn(6, 3, 16, 16), tolerance=1e-4)
+    content = b"".join(file.read_bytes() for file in path.iterdir())
+    for place in (Path(bonn_qat.__file__).parent, Path(torch.__file__).parents[1], tmp_path):
+        assert str(place).encode() not in content
+    assert path.joinpath(f"net_1.{'js' if format == 'wasm' else 'c'}").exists()
+
+
+def test_a_folder_refuses_what_the_runtime_lacks_and_names_that_are_none(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.LogSigmoid(), nn.Conv2d(4, 2, 3))
+    net = bonn_qat.binarize(net, "bonn", input_size=(3, 8, 8)).eval()
+    with pytest.raises(
+        InvalidModel, match=r"'c' cannot hold this network: .* node 'log_sigmoid', .*; 'packed', 'onnx'"
+    ):
+        export(net, tmp_path / "net", "c")
+    net[2] = nn.Identity()
+    with pytest.raises(InvalidModel, match="'1net' cannot name a network in C"):
+        export(net, tmp_path / "1net", "c")
+    assert not list(tmp_path.iterdir())
+
+
 # ------------------------------------------------------------------------------------------------- what a file is
 
 
@@ -277,11 +304,11 @@ def net() -> nn.Module:
 @pytest.fixture(scope="module")
 def files(net: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("files")
-    return {format: export(net, folder / f"net.{format}", format) for format in FORMATS}
+    return {format: export(net, folder / f"net.{format}", format) for format in FILES}
 
 
-EVERY_FORMAT = pytest.mark.parametrize("format", FORMATS)
-EVERY_RUNTIME = pytest.mark.parametrize("format", [name for name, format in FORMATS.items() if format.run])
+FILES = [name for name, format in FORMATS.items() if format.files is None]
+EVERY_FORMAT = pytest.mark.parametrize("format", FILES)
 
 
 @EVERY_FORMAT
@@ -360,12 +387,7 @@ def test_a_network_that_fixes_its_batch_becomes_a_file_for_one_image(tmp_path: P
         torch.export.load(path).module()(torch.randn(2, 3, 8, 8))
 
 
-def test_what_has_no_runtime_is_not_verified(net: nn.Module, files: dict[str, Path]) -> None:
-    with pytest.raises(PackageMissing, match="'c' has no runtime of its own"):
-        verify(net, files["c"], "c")
-
-
-@EVERY_RUNTIME
+@EVERY_FORMAT
 def test_the_sign_of_zero_is_plus_one_and_sums_of_signs_are_exact(format: str, tmp_path: Path) -> None:
     # Norms at their start pass zeros on, and sums of few signs are zero often: one that is not exact would change the
     # signs after it, and the outputs by far more than their rounding.

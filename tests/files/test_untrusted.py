@@ -53,8 +53,8 @@ def kind(name: str) -> Any:
 # --------------------------------------------------------------------------------------------- a share of the benchmark
 
 
-@pytest.mark.parametrize(("name", "files"), [("packed", 200), ("checkpoint", 150), ("weights", 100), ("recipe", 300),
-                                             ("results", 300)])  # fmt: skip
+@pytest.mark.parametrize(("name", "files"), [("packed", 200), ("runtime", 300), ("checkpoint", 150), ("weights", 100),
+                                             ("recipe", 300), ("results", 300)])  # fmt: skip
 def test_damaged_and_hostile_files_are_read_or_refused_in_a_line(name, files, tmp_path):
     reader = kind(name)
     for number, sample in enumerate(reader.samples):

@@ -234,7 +234,7 @@ def test_networks_of_every_norm_position_are_exported(norm_position, tmp_path):
     session = runtime.InferenceSession(str(path))
     (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
-    bonn_qat.export(model, tmp_path / "net.h", "c")
+    bonn_qat.export(model, tmp_path / "net", "c")
     program = torch.export.load(bonn_qat.export(model, tmp_path / "net.pt2", "pt2"))
     torch.testing.assert_close(program.module()(images), expected, rtol=1e-4, atol=1e-4)
 

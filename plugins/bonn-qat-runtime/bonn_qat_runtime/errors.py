@@ -26,6 +26,6 @@ class InvalidPlan(RuntimeFailure, ValueError):
 
 
 def shown(value: object) -> str:
-    """``repr(value)`` for a message, cut to less than a line."""
-    text = repr(value)
+    """``repr(value)`` for a message, in less than a line."""
+    text = " ".join(repr(value).split())
     return text if len(text) <= 120 else f"{text[:117]}..."

@@ -97,8 +97,8 @@ def lower(file: PackedFile) -> Lowered:
         elif op == "tensor":
             network.values[name] = _constant(file, node)
         elif op == "output":
-            (result,) = network.decoded(_listed(node, "args"))
-            if node is not file.nodes[-1] or not isinstance(result, Map):
+            result, *others = network.decoded(_listed(node, "args"))
+            if others or node is not file.nodes[-1] or not isinstance(result, Map):
                 raise UnsupportedOperator(f"the network returns more than one map; {_INSTEAD}")
             return Lowered(network.operations, result)
         else:

@@ -1,4 +1,5 @@
 /* The rows of a plan, computed. Compiled once for each instruction set; VARIANT names it and is a suffix of `run`.
+   WORDS_ONLY: for plans with words, whatever the machine.
 
    A plan that reaches this file was verified: nothing is checked here. The values of every operation but COPY pass
    through `finish`, 16 channels of a pixel at a time: an epilogue, then the map, its signs, or both are written. */
@@ -282,7 +283,7 @@ OPERATION convolve_floats(const Task *t) {
 
 #include "depthwise.h"
 
-#if defined(__AVX2__) && !defined(__AVX512VPOPCNTDQ__)
+#if defined(__AVX2__) && !defined(__AVX512VPOPCNTDQ__) && !defined(WORDS_ONLY)
 #include "nibbles.h"
 #else
 #include "words.h"

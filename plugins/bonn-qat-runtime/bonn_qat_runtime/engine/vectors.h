@@ -3,8 +3,11 @@
 #ifndef VECTORS_H
 #define VECTORS_H
 
+#include <stddef.h>
 #include <stdint.h>
-#include <string.h>
+
+#define memcpy __builtin_memcpy /* there may be no C library */
+#define memset __builtin_memset
 
 #define LANES 16
 #define INLINE static inline __attribute__((always_inline))
@@ -13,6 +16,8 @@ typedef float F __attribute__((vector_size(4 * LANES)));
 typedef int32_t I __attribute__((vector_size(4 * LANES)));
 typedef uint32_t U __attribute__((vector_size(4 * LANES)));
 typedef uint16_t H __attribute__((vector_size(2 * LANES)));
+
+#include "builtins.h"
 
 INLINE F load(const float *from) {
     F x;
@@ -26,16 +31,13 @@ INLINE F fill(float x) { return x - (F){0}; }
 
 INLINE F pick(I mask, F yes, F no) { return (F)((mask & (I)yes) | (~mask & (I)no)); }
 
-/* Bit l is that of lane l of a mask. */
-INLINE uint16_t bits_of(I mask) {
-    typedef _Bool Lanes __attribute__((ext_vector_type(LANES)));
-    return __builtin_bit_cast(uint16_t, __builtin_convertvector(mask, Lanes));
-}
-
 /* a b + c, rounded once on every machine. */
 #if defined(__FMA__) || defined(__aarch64__)
 INLINE F fused(F a, F b, F c) { return __builtin_elementwise_fma(a, b, c); }
 #else
+typedef double D __attribute__((vector_size(8 * LANES)));
+typedef uint64_t L __attribute__((vector_size(8 * LANES)));
+
 INLINE float fused_one(float a, float b, float c) {
     /* The product is exact in double. A sum that is not is rounded to an odd last bit, so that rounding it once more
        gives what a single rounding would. */
@@ -48,8 +50,15 @@ INLINE float fused_one(float a, float b, float c) {
 }
 
 INLINE F fused(F a, F b, F c) {
-    F result;
-    for (int l = 0; l < LANES; l++) result[l] = fused_one(a[l], b[l], c[l]);
+    D sum = __builtin_convertvector(a, D) * __builtin_convertvector(b, D) + __builtin_convertvector(c, D);
+    F result = __builtin_convertvector(sum, F);
+    /* Rounding twice is wrong only if the first result lies halfway between two floats, or below the normal ones. */
+    L bits = (L)sum & 0x7fffffffffffffff;
+    L odd = (L)((bits & 0x1fffffff) == 0x10000000) | (L)((bits - 1) < 0x380fffffffffffff);
+    uint64_t any = 0;
+    for (int l = 0; l < LANES; l++) any |= odd[l];
+    if (__builtin_expect(any != 0, 0))
+        for (int l = 0; l < LANES; l++) result[l] = fused_one(a[l], b[l], c[l]);
     return result;
 }
 #endif

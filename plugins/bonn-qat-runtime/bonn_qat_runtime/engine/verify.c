@@ -21,6 +21,8 @@ static int holds(int64_t size, int64_t at, int64_t bytes) {
 }
 static int in_arena(const Plan *p, int64_t at, int64_t bytes) { return holds(p->arena_bytes, at, bytes); }
 static int in_constants(const Plan *p, int64_t at, int64_t bytes) { return holds(p->constant_bytes, at, bytes); }
+/* What is copied must not overlap. */
+static int is_apart(int64_t a, int64_t a_bytes, int64_t b, int64_t b_bytes) { return a + a_bytes <= b || b + b_bytes <= a; }
 static const void *constant(const Plan *p, int64_t at) { return (const char *)p->constants + at; }
 
 static int64_t map_bytes(int64_t height, int64_t width, int64_t pitch) { return times(4, times3(height, width, pitch)); }
@@ -79,7 +81,10 @@ static int verify_copy(const Plan *p, const Row *r) {
     if (!is_padding(r) || (r->out_pitch != r->channels && !is_pitch(r->out_pitch, r->channels))) return BONN_QAT_BAD_ROW;
     if ((r->x >= 0 && r->out_pitch != r->pitch) || r->ring) return BONN_QAT_BAD_ROW;
     int64_t height = r->height + r->padding[0] + r->padding[1], width = r->width + r->padding[2] + r->padding[3];
-    return in_arena(p, r->y, map_bytes(height, width, r->out_pitch)) ? BONN_QAT_OK : BONN_QAT_BAD_ARENA;
+    int64_t bytes = map_bytes(height, width, r->out_pitch);
+    if (!in_arena(p, r->y, bytes)) return BONN_QAT_BAD_ARENA;
+    int is_free = r->x < 0 || is_apart(r->x, map_bytes(r->height, r->width, r->pitch), r->y, bytes);
+    return is_free ? BONN_QAT_OK : BONN_QAT_BAD_ARENA;
 }
 
 static int verify_pool(const Plan *p, const Row *r) {
@@ -142,7 +147,9 @@ static int verify_binary(const Plan *p, const Row *r) {
     int64_t taps = times(r->kernel[0], r->kernel[1]);
     if (times(taps, inputs) > MOST_INPUTS) return BONN_QAT_BAD_ROW;
     int64_t spread = is_nibbles ? up(inputs, 16) / 4 : up(inputs, 32) / 8;
-    if (!in_arena(p, r->scratch, times3(times(height, width), r->groups, spread))) return BONN_QAT_BAD_ARENA;
+    int64_t bytes = times3(times(height, width), r->groups, spread);
+    if (!in_arena(p, r->scratch, bytes)) return BONN_QAT_BAD_ARENA;
+    if (!is_apart(r->x, map_bytes(r->height, r->width, r->pitch) / 32, r->scratch, bytes)) return BONN_QAT_BAD_ARENA;
     int64_t whole = is_nibbles ? 64 : 32, rest = filters % whole;
     int64_t blocks = filters - rest + (rest > whole / 2 ? whole : rest ? whole / 2 : 0);
     int64_t weight = is_nibbles ? up(inputs, 16) / 8 : up(inputs, 32) / 8;

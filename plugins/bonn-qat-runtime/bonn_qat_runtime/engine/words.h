@@ -16,7 +16,7 @@
 #define WORDS 31
 #endif
 
-typedef uint32_t Unit;
+typedef uint32_t Unit __attribute__((may_alias)); /* signs are written as halves */
 typedef uint32_t Weight;
 
 INLINE int64_t units_of(int64_t channels) { return (channels + 31) / 32; }
@@ -44,7 +44,7 @@ INLINE void spread_pixels(const uint16_t *signs, int64_t pixels, int64_t halves,
 INLINE U count_ones(U x) {
 #if WORDS == 0
     return __builtin_elementwise_popcount(x);
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) || defined(__wasm_simd128__)
     typedef uint8_t O __attribute__((vector_size(4 * LANES)));
     return (U)__builtin_elementwise_popcount((O)x);
 #else

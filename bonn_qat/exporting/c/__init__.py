@@ -1,1 +1,0 @@
-"""C: a packed network as a C99 header for firmware."""
