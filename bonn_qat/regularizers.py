@@ -156,7 +156,7 @@ class KernelLoss(Regularizer):
         self._layers = tuple(binary_weight_layers(model).values())
         if not self._layers:
             raise InvalidModel(f"no binary weights in {type(model).__name__}; binarize it before making the loss")
-        self._kernels: list[int] = [layer.weight.shape[0] for layer in self._layers]  # type: ignore[index,misc]
+        self._kernels: list[int] = [len(latent_weights(layer)) for layer in self._layers]
         self.spread = spread
         self.mu, self.sigma = map(nn.Parameter, self._starts())
         self._adoptions = self._count_adoptions()
