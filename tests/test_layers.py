@@ -165,7 +165,8 @@ def test_values_and_gradients_are_those_of_the_formula(kind, training):
     scheme = BARE.configure({"gradient": "derivative", "granularity": "filter"})
     layer = binary_form(float_layer, scheme).train(training)
     plain = copy.deepcopy(float_layer)
-    inputs = [torch.randn(3, 6, *size).double().requires_grad_() for _ in range(2)]
+    x = torch.randn(3, 6, *size).double()
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
 
     def ste(x: Tensor) -> Tensor:
         return x.clamp(-1, 1) + (sign(x) - x.clamp(-1, 1)).detach()
@@ -174,7 +175,7 @@ def test_values_and_gradients_are_those_of_the_formula(kind, training):
     scale = filters(float_layer, float_layer.weight.detach()).abs().mean(1)
     torch.testing.assert_close(layer.weight_quant.modulation.detach().flatten(), scale)
     latent = float_layer.weight.detach().clone().requires_grad_()
-    bias = plain.bias.detach().reshape(-1, *[1] * len(size))
+    bias = layer.bias.detach().reshape(-1, *[1] * len(size))
     nn.init.zeros_(plain.bias)
     sums = torch.func.functional_call(plain, {"weight": ste(latent)}, (ste(inputs[0]),))
     expected, found = sums * scale.reshape(bias.shape) + bias, layer(inputs[1])

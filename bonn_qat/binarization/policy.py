@@ -296,15 +296,15 @@ def _sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     fixed: Any = next((m.img_size for m in model.modules() if getattr(m, "img_size", None)), ())
     sides = [(fixed, fixed) if isinstance(fixed, int) else tuple(fixed), tuple(known[1:]) if known else ()]
     sides += [(side, side) for side in _SIDES]
+    reads = next((m for m in model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)), None)
+    if isinstance(reads, nn.Conv3d | nn.ConvTranspose3d):  # first, because it may take an image as one without a batch
+        yield from ((reads.in_channels, 16, side, side) for side in _SIDES)
     # The channels in the metadata are those of the pretrained weights, and the first convolution may not see the image
     # itself but its patches.
     for channels in (getattr(model, "in_chans", None), known[0] if known else None, first):
         yield from ((channels, *side) for side in sides if channels and side)
-    reads = next((m for m in model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)), None)
-    if isinstance(reads, nn.Conv1d):
+    if isinstance(reads, nn.Conv1d | nn.ConvTranspose1d):
         yield from ((reads.in_channels, length) for length in _LENGTHS)
         yield from ((length,) for length in _LENGTHS)
-    elif isinstance(reads, nn.Conv3d):
-        yield from ((reads.in_channels, 16, side, side) for side in _SIDES)
     elif isinstance(reads, nn.Linear):
         yield from ((reads.in_features,), (16, reads.in_features))
