@@ -297,7 +297,7 @@ def _sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     sides = [(fixed, fixed) if isinstance(fixed, int) else tuple(fixed), tuple(known[1:]) if known else ()]
     sides += [(side, side) for side in _SIDES]
     reads = next((m for m in model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)), None)
-    if isinstance(reads, nn.Conv3d | nn.ConvTranspose3d):  # first, because it may take an image as one without a batch
+    if not known and isinstance(reads, nn.Conv3d | nn.ConvTranspose3d):  # one may take an image as one without a batch
         yield from ((reads.in_channels, 16, side, side) for side in _SIDES)
     # The channels in the metadata are those of the pretrained weights, and the first convolution may not see the image
     # itself but its patches.
