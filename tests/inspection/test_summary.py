@@ -295,7 +295,7 @@ def test_what_has_no_macs_here_is_told():
     assert "not called" in rows["read"]
     assert "the model reads its weight itself: read\n" in text
     assert "not reached by a forward pass: unused\n" in text
-    assert "Bilinear is neither a Conv2d nor a Linear: grid\n" in text
+    assert "Bilinear is neither a convolution nor a Linear: grid\n" in text
     assert "not called, or of another kind: read, unused, grid" in text
 
 
