@@ -639,7 +639,7 @@ def _breach(quantizer: object, pair: Any, source: Tensor, base: type) -> str:
 
 @hookimpl(trylast=True)
 def bonn_qat_binarize_layer(scheme: Scheme, name: str, layer: nn.Module, parent: nn.Module) -> nn.Module | None:
-    """The built-in rule: convolutions, transposed ones and linear layers become binary, ReLUs the scheme's nonlinearity.
+    """The built-in rule: convolutions of all kinds and linear layers become binary, ReLUs the scheme's nonlinearity.
 
     A block with a method ``binary_form(scheme)`` is replaced by the result. A block with the attribute
     ``normalizes_input = True`` has a norm before its convolutions already.

@@ -43,7 +43,8 @@ class Block(nn.Module):
         self.act, self.pool = nn.ReLU(), nn.MaxPool1d(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.pool(x + self.act(self.norm(self.conv(x))))
+        y: Tensor = self.pool(x + self.act(self.norm(self.conv(x))))
+        return y
 
 
 generator = torch.Generator().manual_seed(arguments.seed)
@@ -60,7 +61,7 @@ for scheme in ("float", "xnor", "bonn"):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.epochs)
     for _ in range(arguments.epochs):
         objective.train()
-        for batch in torch.randperm(len(inputs)).split(64):
+        for batch in torch.split(torch.randperm(len(inputs)), 64):
             optimizer.zero_grad()
             objective(inputs[batch], targets[batch]).total.backward()
             optimizer.step()
@@ -68,6 +69,8 @@ for scheme in ("float", "xnor", "bonn"):
         schedule.step()
     model.eval()
     with torch.no_grad():
-        accuracy = (torch.cat([model(x) for x in test_inputs.split(64)]).argmax(1) == test_targets).float().mean()
+        accuracy = (
+            (torch.cat([model(x) for x in torch.split(test_inputs, 64)]).argmax(1) == test_targets).float().mean()
+        )
     size = bonn_qat.summary(model).mbit
     print(f"{scheme}: accuracy {100 * accuracy:.2f} % of {len(test_targets)} sounds, {size:.2f} Mbit")

@@ -87,7 +87,7 @@ class _Rows:
 
     def _float(self, node: fx.Node, shape: tuple[int, ...], places: int) -> None:
         weight = cast(fx.Node, node.args[1])
-        kind = _FLOAT[node.target]
+        kind = _FLOAT[cast(Any, node.target)]
         words = _words(weight)
         if words is None:
             if count := self._take(weight):

@@ -470,7 +470,8 @@ CALLS: Mapping[str, tuple[Call, ...]] = {
         Call(gives="bonn_qat.pack(model.eval(), (3, 8, 8))", names="Net", error=InvalidModel),
         Call(gives="bonn_qat.pack(staged.eval(), (3, 8, 8))", names="conv2", error=InvalidModel),
         Call(
-            gives="bonn_qat.pack(bonn_qat.binarize(nn.Sequential(*[nn.Conv3d(3, 3, 1) for _ in range(3)])))",
+            gives="bonn_qat.pack(bonn_qat.binarize("
+            "nn.Sequential(nn.Conv3d(3, 3, 1), nn.Conv3d(3, 9, 3), nn.Conv3d(9, 3, 1))))",
             names="1 is a BinaryConv3d", error=InvalidModel,
         ),
         Call(gives='bonn_qat.export(model, "a", "pt2", input_size=(3, 8, 8))', names="Net", error=InvalidModel),

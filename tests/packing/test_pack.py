@@ -186,7 +186,9 @@ def test_a_network_with_volumes_is_refused_by_the_name_of_its_layer():
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x[:, :, None])
 
-    net = bonn_qat.binarize(Volumes(*(nn.Conv3d(3, 3, 1) for _ in range(3))), input_size=(3, 4, 4))
+    net = bonn_qat.binarize(
+        Volumes(nn.Conv3d(3, 3, 1), nn.Conv3d(3, 9, 3, padding=1), nn.Conv3d(9, 3, 1)), input_size=(3, 4, 4)
+    )
     with pytest.raises(InvalidModel, match=r"^1 is a BinaryConv3d, and packed networks have no .* 'pt2'\) or 'onnx'"):
         pack(net)
 
