@@ -8,6 +8,16 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+MATRICES = (*CONVOLUTIONS, nn.Linear)
+
+
+_OTHERS: Sequence[tuple[tuple[type[nn.Module], ...], str]] = (
+    ((nn.Embedding, nn.EmbeddingBag), "looks up rows of its weight and multiplies nothing"),
+    ((nn.MultiheadAttention, nn.RNNBase), "multiplies by its weights inside one function of torch"),
+)
+
 
 class ConvType(NamedTuple):
     """``same_padding``: pads like TensorFlow's SAME. ``standardizes``: uses kernels of mean 0 and variance 1."""
@@ -37,12 +47,15 @@ def conv_type(layer: nn.Module) -> ConvType:
     ConvType(same_padding=False, standardizes=False)
     """
     kind = type(layer).__name__
-    if not isinstance(layer, nn.Conv2d | nn.Linear):
-        raise ValueError(f"{kind} is neither a Conv2d nor a Linear")
+    if not isinstance(layer, MATRICES):
+        why = next(
+            (why for others, why in _OTHERS if isinstance(layer, others)), "is neither a convolution nor a Linear"
+        )
+        raise ValueError(f"{kind} {why}")
     if is_parametrized(layer) or layer._parameters.get("weight") is None:
         raise ValueError(f"{kind} computes its weight{_by(layer)}")
     owner = next(k for k in type(layer).__mro__ if {"forward", "_conv_forward"} & vars(k).keys())
-    if owner in (nn.Conv2d, nn.Linear):
+    if owner in MATRICES:
         return ConvType()
     if owner.__module__.startswith("timm.layers") and owner.__name__ in _TIMM:
         found = _TIMM[owner.__name__]
@@ -56,10 +69,6 @@ def _by(layer: nn.Module) -> str:
         tools = [tool for chain in layer.parametrizations.values() for tool in chain]  # type: ignore[operator]
     names = dict.fromkeys(type(tool).__name__.lstrip("_") for tool in tools if not inspect.isroutine(tool))
     return f" by {', '.join(names)}" if names else ""
-
-
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 
 def macs(layer: nn.Module, source: Sequence[int], result: Sequence[int]) -> int:

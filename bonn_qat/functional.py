@@ -8,7 +8,6 @@ spread around them, one per kernel; f features ``(B, D)``; c, sigma_m class mean
 and estimator.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, cast
@@ -18,9 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bonn_qat.engine import operators
-from bonn_qat.engine.functions import wide
-
-_CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
+from bonn_qat.engine.functions import Geometry, per_filter, wide
 
 
 def sign(x: Tensor) -> Tensor:
@@ -289,35 +286,39 @@ def _scaled_sums(product: Callable[..., Tensor], x: Tensor, value: Tensor, scale
     return sums.mul_(scale.abs().to(sums.dtype)).to(value.dtype)
 
 
-class _BinaryConv2d(torch.autograd.Function):
+class _BinaryConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        value: Tensor,
-        scale: Tensor,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
-        groups: int,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, value: Tensor, scale: Tensor, geometry: Geometry) -> Tensor:
         ctx.save_for_backward(x, value)
-        ctx.geometry = (list(stride), list(padding), list(dilation), groups)
-        product = functools.partial(
-            torch.conv2d, bias=None, stride=stride, padding=padding, dilation=dilation, groups=groups
-        )
-        return _scaled_sums(product, x, value, scale.reshape(-1, 1, 1))
+        ctx.geometry = geometry
+        return _scaled_sums(geometry.convolve_as_written, x, value, per_filter(scale, x))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, value = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.geometry
-        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
-        dx, dvalue, _ = _CONVOLUTION_BACKWARD(
-            grad, x, value, None, stride, padding, dilation, False, [0, 0], groups, needs
-        )
-        return dx, dvalue, None, None, None, None, None
+        return (*ctx.geometry.gradients(grad, x, value, ctx.needs_input_grad[:2]), None, None)
+
+
+def binary_convolution(x: Tensor, value: Tensor, scale: Tensor, geometry: Geometry) -> Tensor:
+    """A convolution with two-valued kernels, computed as that with ``sign(value)``, times ``|scale|``.
+
+    x ``(B, C, ...)`` of {-1, +1}; value of {-scale, +scale}, as torch's operator for ``geometry`` takes it:
+    ``(O, C / groups, ...)``, of a transposed convolution ``(C, O / groups, ...)``; scale of one element or O. For
+    inputs of +-1 (and zero padding) the sums are exact integers in any order of summation, so a packed network
+    reproduces them bit for bit. The gradients of ``x`` and ``value`` are those of the convolution of both; ``scale``
+    gets none, because it learns through ``value``. Under autocast result and gradients have the autocast dtype, as
+    those of torch's convolutions do; in bfloat16 and float16 the scaled sums are computed in float32 and rounded once,
+    because bfloat16 holds no odd number above 256.
+
+    >>> x, value = sign(torch.randn(1, 3, 4, 4)), 0.1 * sign(torch.randn(8, 3, 3, 3))
+    >>> torch.allclose(binary_convolution(x, value, torch.tensor(0.1), Geometry()), torch.conv2d(x, value))
+    True
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, value = x.to(dtype), value.to(dtype)
+    return cast(Tensor, _BinaryConvolution.apply(x, value, scale.detach(), geometry))
 
 
 def binary_conv2d(
@@ -329,23 +330,16 @@ def binary_conv2d(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
 ) -> Tensor:
-    """``conv2d(x, value)`` for two-valued kernels, computed as ``conv2d(x, sign(value)) * |scale|``.
+    """``conv2d(x, value)`` for two-valued kernels, by :func:`binary_convolution`.
 
-    x ``(B, C, H, W)`` of {-1, +1}; value ``(O, C / groups, kh, kw)`` of {-scale, +scale}; scale ``()`` or
-    ``(O, 1, 1, 1)``. For inputs of +-1 (and zero padding) the sums are exact integers in any order of summation, so a
-    packed network reproduces them bit for bit. The gradients of ``x`` and ``value`` are those of ``conv2d(x, value)``;
-    ``scale`` gets none, because it learns through ``value``. Under autocast result and gradients have the autocast
-    dtype, as those of ``conv2d`` do; in bfloat16 and float16 the scaled sums are computed in float32 and rounded once,
-    because bfloat16 holds no odd number above 256.
+    x ``(B, C, H, W)``; value ``(O, C / groups, kh, kw)``; scale ``()`` or ``(O, 1, 1, 1)``.
 
     >>> x, value = sign(torch.randn(1, 3, 4, 4)), 0.1 * sign(torch.randn(8, 3, 3, 3))
     >>> torch.allclose(binary_conv2d(x, value, torch.tensor(0.1)), torch.conv2d(x, value))
     True
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, value = x.to(dtype), value.to(dtype)
-    return cast(Tensor, _BinaryConv2d.apply(x, value, scale.detach(), stride, padding, dilation, groups))
+    down, across = padding
+    return binary_convolution(x, value, scale, Geometry(stride, (down, down, across, across), dilation, groups))
 
 
 class _BinaryLinear(torch.autograd.Function):
@@ -364,7 +358,7 @@ class _BinaryLinear(torch.autograd.Function):
 
 
 def binary_linear(x: Tensor, value: Tensor, scale: Tensor) -> Tensor:
-    """``linear(x, value)`` for two-valued weights, computed as in :func:`binary_conv2d`.
+    """``linear(x, value)`` for two-valued weights, computed as in :func:`binary_convolution`.
 
     x ``(M, I)`` of {-1, +1}; value ``(O, I)`` of {-scale, +scale}; scale ``()`` or ``(O,)``. The sums are exact.
 

@@ -1,10 +1,10 @@
-"""Layers: the binary convolution, the binary linear layer, and the built-in rule for what replaces a float module."""
+"""Layers: the binary convolutions, the binary linear layer, and the built-in rule for what replaces a float module."""
 
 import copy
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,9 @@ from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
 from bonn_qat import functional
-from bonn_qat.conv_types import conv_type
+from bonn_qat.conv_types import MATRICES, conv_type
 from bonn_qat.engine import operators
-from bonn_qat.engine.functions import Geometry, Norm, Replay, replayed_product, sign_product
+from bonn_qat.engine.functions import Geometry, Norm, Replay, per_filter, replayed_product, sign_product
 from bonn_qat.errors import BonnQatError, InvalidModel, InvalidRecipe, PluginError, is_out_of_memory
 from bonn_qat.hookspecs import hookimpl
 from bonn_qat.quantizers import ActivationQuantizer, FrozenWeight, WeightQuantizer
@@ -31,7 +31,8 @@ BINARY = "__binary__"  # an entry by which a model tells its layers that the sta
 class BinaryLayer(nn.Module):
     """The base of the binary layers: ``norm -> input_quant -> product with weight_quant(latent) -> output -> bias``.
 
-    The latent weights have the shape of a convolution's kernels, ``(O, I / groups, kh, kw)``. Without an
+    To norm, quantizers and output module every layer is one for images: its latent weights are kernels
+    ``(O, I / groups, kh, kw)``, its inputs ``(B, I, H, W)``, whatever the number of its axes. Without an
     ``input_quant`` the inputs stay float. :func:`binary_form` makes such a layer from a float one, and :meth:`enter`
     switches its quantizers for a stage of the training.
 
@@ -101,8 +102,17 @@ class BinaryLayer(nn.Module):
         return F.batch_norm(flat, None, None, training=True, momentum=0.0, eps=eps).view_as(kernels) * self.latent_std
 
     def kernels(self) -> Tensor:
-        """``weight`` in the shape of kernels."""
+        """``weight`` as kernels ``(O, I / groups, kh, kw)``."""
         return self.weight
+
+    def as_weight(self, kernels: Tensor) -> Tensor:
+        """Kernels in the layout of ``weight``."""
+        return kernels.reshape(self.weight.shape)
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Apply the scheme's constraint to the latent weights, in place."""
+        self.weight_quant.constrain(self.weight)
 
     @torch.no_grad()
     def adopt(self) -> None:
@@ -186,7 +196,7 @@ class BinaryLayer(nn.Module):
         The outputs stay the same. It cannot be undone: the latent weights are gone.
         """
         frozen, value = FrozenWeight.of(self.weight_quant, self.latent())
-        self.weight = nn.Parameter(value.reshape(self.weight.shape), requires_grad=False)
+        self.weight = nn.Parameter(self.as_weight(value), requires_grad=False)
         self.weight_quant, self.kernel_std = frozen, None
 
     def enter(self, stage: Stage) -> None:
@@ -195,8 +205,15 @@ class BinaryLayer(nn.Module):
 
     def forward(self, input: Tensor, norm: nn.Module | None = None, addend: Tensor | None = None) -> Tensor:
         """The layer's output, of ``norm(input)`` if a norm is given, and plus ``addend``; see :func:`step`."""
+        return self._output(input, norm, addend, *self.geometry(input))
+
+    def _output(
+        self, input: Tensor, norm: nn.Module | None, addend: Tensor | None, geometry: Geometry,
+        place: Callable[[Tensor], Tensor],
+    ) -> Tensor:  # fmt: skip
         x = self.as_images(input)
-        found = self._step(x, norm, addend) if self.training and torch.is_grad_enabled() else None
+        is_step = self.training and torch.is_grad_enabled()
+        found = self._step(x, norm, addend, geometry, place) if is_step else None
         if found is not None:
             y, is_finished = found
         else:
@@ -209,20 +226,22 @@ class BinaryLayer(nn.Module):
                     x = self.stand_in(x)
                 else:
                     x, scale = self.input_quant.quantize(x)
-                    positions = scale if scale.ndim == 4 else None
-            y, is_finished = self.product(x, positions), False
+                    positions = place(scale) if scale.ndim == 4 else None
+            y, is_finished = self.product(place(x), positions, geometry), False
         if not is_finished:
             y = self.finish(y)
             y = y if addend is None else y + addend
         return self.from_images(y, input)
 
-    def _step(self, x: Tensor, outer: nn.Module | None, addend: Tensor | None) -> tuple[Tensor, bool] | None:
+    def _step(
+        self, x: Tensor, outer: nn.Module | None, addend: Tensor | None, geometry: Geometry,
+        place: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, bool] | None:  # fmt: skip
         """The product of a training step from the engine, and whether it is finished; None if that cannot do it."""
         if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
             return None
         if x.ndim != 4 or x.numel() <= x.shape[1] or x.shape[1] != getattr(self, self.channels[0]):
             return None  # norm or convolution say what is wrong
-        geometry, pad = self.geometry(x)
         quantizer = self.input_quant if self.stand_in is None else None
         estimator = None if quantizer is None else quantizer.estimator()
         device = x.device.type
@@ -231,8 +250,8 @@ class BinaryLayer(nn.Module):
             return None
         scaled = self.binary_weight and self.weight_quant.scaled_sign
         by_bits = (
-            estimator is not None and scaled and pad is _unchanged and geometry.groups == 1
-            and operators.trains(x) and dtype in (torch.float32, torch.bfloat16)
+            estimator is not None and scaled and place is _unchanged and geometry.groups == 1
+            and not geometry.transposed and operators.trains(x) and dtype in (torch.float32, torch.bfloat16)
             and min(geometry.size(x, self.kernels())) > 0
         )  # fmt: skip
         if not by_bits and (torch.compiler.is_compiling() or not (quantizer is None or quantizer.is_pure)):
@@ -258,92 +277,124 @@ class BinaryLayer(nn.Module):
             y = sign_product(x, statistics, estimator, value, scale, bias, addend, geometry, dtype)
             return y, is_finished
         quantize = self.stand_in or (_unchanged if quantizer is None else quantizer.value)
-        call = Replay(quantizer, quantize, pad, geometry, dtype)
-        return replayed_product(x, statistics, call, value, scale if scaled else None), False
+        call = Replay(quantizer, quantize, place, geometry, dtype)
+        return replayed_product(x, statistics, call, self.operand(value), scale if scaled else None), False
 
     def as_images(self, input: Tensor) -> Tensor:
-        """The input ``(B, C, H, W)``."""
+        """The input ``(B, I, H, W)``."""
         return input
 
     def from_images(self, y: Tensor, input: Tensor) -> Tensor:
         """The output in the shape that belongs to ``input``."""
         return y
 
-    def geometry(self, x: Tensor) -> tuple[Geometry, Callable[[Tensor], Tensor]]:
-        """The convolution of x, and what pads its quantized input before, if that is not with zeros."""
+    def geometry(self, input: Tensor) -> tuple[Geometry, Callable[[Tensor], Tensor]]:
+        """The convolution of an input, and what its quantized image goes through before: axes, other padding than 0."""
         raise NotImplementedError
 
-    def product(self, x: Tensor, positions: Tensor | None) -> Tensor:
+    def operand(self, kernels: Tensor) -> Tensor:
+        """Kernels as torch's operator for :meth:`geometry` takes them."""
+        return kernels
+
+    def product(self, x: Tensor, positions: Tensor | None, geometry: Geometry) -> Tensor:
         """The product of quantized inputs; times the mean of ``positions``, if given, over the kernel's windows."""
         raise NotImplementedError
 
     def finish(self, y: Tensor) -> Tensor:
-        """Apply gain, output module and bias to the product ``(B, O, H, W)``."""
+        """Apply gain, output module and bias to the product ``(B, O, ...)``."""
         gain: Tensor | None = getattr(self, "gain", None)  # one factor per filter, of timm's ScaledStdConv2d
-        y = y if gain is None else y * gain.to(y.dtype).reshape(-1, 1, 1)
-        y = y if self.output is None else self.output(y)
-        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+        y = y if gain is None else y * per_filter(gain.to(y.dtype), y)
+        if self.output is not None:
+            y = self.output(y) if y.ndim == 4 else self.output(y.flatten(3)).reshape(y.shape)
+        return y if self.bias is None else y + per_filter(self.bias.to(y.dtype), y)
 
 
-class BinaryConv2d(BinaryLayer, nn.Conv2d):
-    """A convolution with binary kernels, and binary inputs if the scheme has them.
+class BinaryConvolution(BinaryLayer, nn.modules.conv._ConvNd):
+    """A convolution over one to three axes, or a transposed one, with binary kernels, and binary inputs if the scheme
+    has them.
+
+    One axis is the width of images of height 1; of three, the last two become one. The filter of an output channel is
+    all weights that it is a sum with, in the weight ``(I, O / groups, ...)`` of a transposed convolution
+    ``weight[:, o]``, so that a scale for each filter is one for each output channel.
 
     Kernels with two values ``+-scale`` are convolved as {-1, +1} and the result is scaled
-    (:func:`functional.binary_conv2d`); other kernels are used as they are.
+    (:func:`functional.binary_convolution`); other kernels are used as they are.
     """
 
     channels = ("in_channels", "out_channels")
     same_padding: bool = False
 
     @classmethod
-    def from_float(cls, conv: nn.Conv2d, scheme: Scheme, *, normalize: bool = True) -> "BinaryConv2d":
+    def from_float(cls, conv: nn.modules.conv._ConvNd, scheme: Scheme, *, normalize: bool = True) -> Self:
         """A binary layer that takes over ``conv``'s parameters; ``normalize=False`` leaves the norm out."""
-        layer = cls(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-            conv.groups, bias=False, padding_mode=conv.padding_mode, device="meta",
-        )  # fmt: skip
+        copied = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups",
+                  "padding_mode", *(["output_padding"] if conv.transposed else []))  # fmt: skip
+        layer = cls(**{name: getattr(conv, name) for name in copied}, bias=False, device="meta")
         layer.same_padding = conv_type(conv).same_padding
         layer.take(conv, scheme, normalize)
         return layer
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if isinstance(self.padding, str) or self.padding_mode != "zeros":
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            self._explicit_padding: tuple[list[int], str] | None = (self._reversed_padding_repeated_twice, mode)
-        else:
-            self._explicit_padding = None
+    def kernels(self) -> Tensor:
+        weight = _swapped(self.weight, self.groups) if self.transposed else self.weight
+        return weight.unsqueeze(2) if weight.ndim == 3 else weight if weight.ndim == 4 else weight.flatten(3)
 
-    def geometry(self, x: Tensor) -> tuple[Geometry, Callable[[Tensor], Tensor]]:
-        stride, dilation = cast(tuple[Any, Any], (self.stride, self.dilation))
-        left = right = top = bottom = 0
-        pad: Callable[[Tensor], Tensor] = _unchanged
+    def operand(self, kernels: Tensor) -> Tensor:
+        kernels = kernels if len(self.kernel_size) < 3 else kernels.reshape(*kernels.shape[:2], *self.kernel_size)
+        return _swapped(kernels, self.groups) if self.transposed else kernels
+
+    def as_weight(self, kernels: Tensor) -> Tensor:
+        return self.operand(kernels).reshape(self.weight.shape)
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        kernels = self.kernels()
+        self.weight_quant.constrain(kernels)
+        if kernels is not self.weight:
+            self.weight.copy_(self.as_weight(kernels))  # not every view shares its memory
+
+    def as_images(self, input: Tensor) -> Tensor:
+        axes = len(self.kernel_size)
+        if axes != 2 and input.ndim != axes + 2:
+            raise ValueError(f"expected {axes + 2}D input (got {input.ndim}D input)")  # as torch's norms say it
+        return input if axes == 2 else input.unsqueeze(2) if axes == 1 else input.flatten(3)
+
+    def from_images(self, y: Tensor, input: Tensor) -> Tensor:
+        return y.squeeze(2) if len(self.kernel_size) == 1 else y
+
+    def geometry(self, input: Tensor) -> tuple[Geometry, Callable[[Tensor], Tensor]]:
+        axes = len(self.kernel_size)
+        height = (1,) * (axes == 1)
+        sides: Sequence[int] = [0] * 2 * axes  # as F.pad takes them: from the last axis to the first
+        mode = self.padding_mode
         if self.same_padding:
-            left, right, top, bottom = self._same_padding(x)
-        elif self._explicit_padding is None:
-            top, left = bottom, right = cast(tuple[int, int], self.padding)
-        elif self._explicit_padding[1] == "constant":
-            left, right, top, bottom = self._explicit_padding[0]
+            sides, mode = self._same_padding(input), "zeros"
+        elif isinstance(self.padding, str) or mode != "zeros":
+            sides = self._reversed_padding_repeated_twice
         else:
-            pad = functools.partial(F.pad, pad=self._explicit_padding[0], mode=self._explicit_padding[1])
-        return Geometry(stride, (top, bottom, left, right), dilation, self.groups), pad
+            sides = [side for side in reversed(self.padding) for _ in range(2)]
+        sides = [*sides, *(0, 0) * len(height)]
+        place: Callable[[Tensor], Tensor] = _unchanged
+        if axes == 3 or mode != "zeros":
+            place = functools.partial(_placed, spatial=input.shape[3:] if axes == 3 else None,
+                                      sides=None if mode == "zeros" else sides, mode=mode)  # fmt: skip
+        if mode != "zeros":
+            sides = [0] * len(sides)
+        padding = [side for end in range(len(sides), 0, -2) for side in sides[end - 2 : end]]
+        return Geometry(
+            (*height, *self.stride), tuple(padding), (*height, *self.dilation), self.groups, self.transposed,
+            (*(0,) * len(height), *self.output_padding),
+        ), place  # fmt: skip
 
-    def product(self, x: Tensor, positions: Tensor | None) -> Tensor:
-        stride, padding, dilation = cast(tuple[Any, Any, Any], (self.stride, self.padding, self.dilation))
-        explicit = (self._same_padding(x), "constant") if self.same_padding else self._explicit_padding
-        if explicit is not None:
-            x, padding = F.pad(x, *explicit), (0, 0)
-            positions = None if positions is None else F.pad(positions, *explicit)
+    def product(self, x: Tensor, positions: Tensor | None, geometry: Geometry) -> Tensor:
         if self.binary_weight and self.weight_quant.scaled_sign:
             value, scale = self.weight_quant.quantize(self.latent())
-            y = functional.binary_conv2d(x, value, scale, stride, padding, dilation, self.groups)
+            y = functional.binary_convolution(x, self.operand(value), scale, geometry)
         else:
             value = self.weight_quant.quantize(self.latent())[0] if self.binary_weight else self.latent()
-            y = torch.conv2d(x, value, None, stride, padding, dilation, self.groups)
-        if positions is not None:
-            window = positions.new_full((1, 1, *self.kernel_size), 1 / math.prod(self.kernel_size))
-            y = y * torch.conv2d(positions, window, None, stride, padding, dilation)
-        return y
+            y = geometry.convolve_as_written(x, self.operand(value))
+        if positions is None:
+            return y
+        return y * geometry.mean(positions, (*(1,) * (2 - len(self.kernel_size)), *self.kernel_size))
 
     def _same_padding(self, x: Tensor) -> list[int]:
         """Left, right, top, bottom for ``ceil(size / stride)`` output pixels; an odd pixel goes right or below."""
@@ -354,6 +405,51 @@ class BinaryConv2d(BinaryLayer, nn.Conv2d):
             missing = max(0, (math.ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1 - size)
             padding += [missing // 2, missing - missing // 2]
         return padding
+
+
+class BinaryConv1d(BinaryConvolution, nn.Conv1d):
+    """:class:`BinaryConvolution` of ``(B, I, L)``."""
+
+
+class BinaryConv2d(BinaryConvolution, nn.Conv2d):
+    """:class:`BinaryConvolution` of ``(B, I, H, W)``."""
+
+
+class BinaryConv3d(BinaryConvolution, nn.Conv3d):
+    """:class:`BinaryConvolution` of ``(B, I, D, H, W)``."""
+
+
+class _BinaryConvTranspose(BinaryConvolution, nn.modules.conv._ConvTransposeNd):
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # type: ignore[override]
+        """The layer's output, of ``output_size`` if it is given, as torch's layer takes it."""
+        geometry, place = self.geometry(input)
+        if output_size is not None:
+            axes = len(self.kernel_size)
+            stride, padding, kernel, dilation = (
+                cast(list[int], x) for x in (self.stride, self.padding, self.kernel_size, self.dilation)
+            )
+            found = self._output_padding(input, output_size, stride, padding, kernel, axes, dilation)
+            geometry = geometry._replace(output_padding=(*(0,) * (2 - len(found)), *found))
+        return self._output(input, None, None, geometry, place)
+
+
+class BinaryConvTranspose1d(_BinaryConvTranspose, nn.ConvTranspose1d):
+    """The transposed :class:`BinaryConvolution` of ``(B, I, L)``."""
+
+
+class BinaryConvTranspose2d(_BinaryConvTranspose, nn.ConvTranspose2d):
+    """The transposed :class:`BinaryConvolution` of ``(B, I, H, W)``."""
+
+
+class BinaryConvTranspose3d(_BinaryConvTranspose, nn.ConvTranspose3d):
+    """The transposed :class:`BinaryConvolution` of ``(B, I, D, H, W)``."""
+
+
+_FORMS: Mapping[type[nn.Module], type[BinaryConvolution]] = {
+    nn.Conv1d: BinaryConv1d, nn.Conv2d: BinaryConv2d, nn.Conv3d: BinaryConv3d,
+    nn.ConvTranspose1d: BinaryConvTranspose1d, nn.ConvTranspose2d: BinaryConvTranspose2d,
+    nn.ConvTranspose3d: BinaryConvTranspose3d,
+}  # fmt: skip
 
 
 class BinaryLinear(BinaryLayer, nn.Linear):
@@ -381,10 +477,10 @@ class BinaryLinear(BinaryLayer, nn.Linear):
     def from_images(self, y: Tensor, input: Tensor) -> Tensor:
         return y.reshape(*input.shape[:-1], self.out_features)
 
-    def geometry(self, x: Tensor) -> tuple[Geometry, Callable[[Tensor], Tensor]]:
+    def geometry(self, input: Tensor) -> tuple[Geometry, Callable[[Tensor], Tensor]]:
         return Geometry(), _unchanged
 
-    def product(self, x: Tensor, positions: Tensor | None) -> Tensor:
+    def product(self, x: Tensor, positions: Tensor | None, geometry: Geometry) -> Tensor:
         flat = x.flatten(1)
         if self.binary_weight and self.weight_quant.scaled_sign:
             value, scale = self.weight_quant.quantize(self.latent())
@@ -398,6 +494,19 @@ class BinaryLinear(BinaryLayer, nn.Linear):
 
 def _unchanged(x: Tensor) -> Tensor:
     return x
+
+
+def _placed(x: Tensor, spatial: Sequence[int] | None, sides: Sequence[int] | None, mode: str) -> Tensor:
+    """An image with the last axes that it had, and padded."""
+    x = x if spatial is None else x.reshape(*x.shape[:3], *spatial)
+    return x if sides is None else F.pad(x, list(sides), mode)
+
+
+def _swapped(weight: Tensor, groups: int) -> Tensor:
+    """``(I, O / groups, ...) -> (O, I / groups, ...)``, and the other way round."""
+    if groups == 1:
+        return weight.transpose(0, 1)
+    return weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
 
 
 def is_plain_norm(norm: nn.Module) -> bool:
@@ -436,7 +545,7 @@ def is_own(entry: Tensor | None, own: Tensor) -> bool:
     return bool(ours.device == theirs.device and ours.data_ptr() == theirs.data_ptr() and (own.is_meta or own.numel()))
 
 
-def binary_form(layer: nn.Module, scheme: Scheme, *, normalize: bool = True) -> BinaryConv2d | BinaryLinear:
+def binary_form(layer: nn.Module, scheme: Scheme, *, normalize: bool = True) -> BinaryConvolution | BinaryLinear:
     """The binary layer that takes over the parameters of a convolution or a linear layer.
 
     Raises InvalidModel, with the reason, for a layer that cannot be binary and for a scheme that does not fit it.
@@ -451,7 +560,8 @@ def binary_form(layer: nn.Module, scheme: Scheme, *, normalize: bool = True) -> 
         conv_type(layer)
         if isinstance(layer, nn.Linear):
             return BinaryLinear.from_float(layer, scheme, normalize=normalize)
-        return BinaryConv2d.from_float(cast(nn.Conv2d, layer), scheme, normalize=normalize)
+        form = next(form for kind, form in _FORMS.items() if isinstance(layer, kind))
+        return form.from_float(cast(nn.modules.conv._ConvNd, layer), scheme, normalize=normalize)
     except Exception as error:  # the scheme's factories are third-party code
         if is_out_of_memory(error):
             raise
@@ -529,7 +639,7 @@ def _breach(quantizer: object, pair: Any, source: Tensor, base: type) -> str:
 
 @hookimpl(trylast=True)
 def bonn_qat_binarize_layer(scheme: Scheme, name: str, layer: nn.Module, parent: nn.Module) -> nn.Module | None:
-    """The built-in rule: convolutions and linear layers become binary, ReLUs the scheme's nonlinearity.
+    """The built-in rule: convolutions of all kinds and linear layers become binary, ReLUs the scheme's nonlinearity.
 
     A block with a method ``binary_form(scheme)`` is replaced by the result. A block with the attribute
     ``normalizes_input = True`` has a norm before its convolutions already.
@@ -537,7 +647,7 @@ def bonn_qat_binarize_layer(scheme: Scheme, name: str, layer: nn.Module, parent:
     form: Callable[[Scheme], nn.Module] | None = getattr(layer, "binary_form", None)
     if form is not None:
         return form(scheme)
-    if not isinstance(layer, BinaryLayer) and isinstance(layer, nn.Conv2d | nn.Linear):
+    if not isinstance(layer, BinaryLayer) and isinstance(layer, MATRICES):
         return binary_form(layer, scheme, normalize=not getattr(parent, "normalizes_input", False))
     if isinstance(layer, nn.ReLU | nn.ReLU6) and scheme.nonlinearity is not None:
         return scheme.nonlinearity(1)

@@ -349,7 +349,9 @@ def constrain_(model: nn.Module) -> None:
     check_model(model)
     for layer in model.modules():
         quantizer = tensor_quant(layer)
-        if isinstance(quantizer, WeightQuantizer):
+        if isinstance(layer, BinaryLayer):
+            layer.constrain()
+        elif isinstance(quantizer, WeightQuantizer):
             quantizer.constrain(layer.weight)  # type: ignore[arg-type]
 
 

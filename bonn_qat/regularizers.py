@@ -24,7 +24,8 @@ _STACKED = 2**17  # elements
 class Step(NamedTuple):
     """One training step: the task's targets, and for the losses of the features the classifier's input ``(B, D)``.
 
-    Of a classifier that is called N times in a pass both are N times as long.
+    Of a classifier that is called N times in a pass both are N times as long. With a target for each pixel, each pixel
+    is one of the B samples.
     """
 
     targets: Any
@@ -50,14 +51,14 @@ class _Tap:
         self._features = [*self._features, given] if self._within else [given]
 
     def take(self) -> list[Tensor]:
-        """The inputs ``(B, D)`` of each call."""
+        """The inputs ``(B, ...)`` of each call."""
         features, self._features = self._features, []
         if not features:
             raise InvalidModel(
                 "no features: the feature loss is called after a forward pass, once for each, and created before "
                 "torch.compile first runs the model"
             )
-        return [x.flatten(1) for x in features]
+        return features
 
     def __reduce__(self) -> tuple[type["_Tap"], tuple[()]]:
         return (_Tap, ())
@@ -156,7 +157,7 @@ class KernelLoss(Regularizer):
         self._layers = tuple(binary_weight_layers(model).values())
         if not self._layers:
             raise InvalidModel(f"no binary weights in {type(model).__name__}; binarize it before making the loss")
-        self._kernels: list[int] = [layer.weight.shape[0] for layer in self._layers]  # type: ignore[index,misc]
+        self._kernels: list[int] = [len(latent_weights(layer)) for layer in self._layers]
         self.spread = spread
         self.mu, self.sigma = map(nn.Parameter, self._starts())
         self._adoptions = self._count_adoptions()
@@ -215,6 +216,7 @@ class _ClassCentres(Regularizer):
         classifier: str | None,
         num_classes: int | None,
         alpha: float,
+        ignore_index: int | None,
     ) -> None:
         super().__init__(model, weight=weight)
         _check(number(alpha) >= 0, f"alpha of the {self.name} loss", alpha, "a number of at least 0")
@@ -228,7 +230,10 @@ class _ClassCentres(Regularizer):
             raise InvalidModel(
                 f"the classifier {name!r} is a {type(head).__name__}; a Linear or Conv2d layer is needed"
             )
-        self.alpha = alpha
+        is_index = ignore_index is None or type(ignore_index) is int
+        _check(is_index, f"ignore_index of the {self.name} loss", ignore_index, "a whole number")
+        self.alpha, self.ignore_index = alpha, ignore_index
+        self._axis = -1 if isinstance(head, nn.Linear) else 1  # of the features in the classifier's input
         self._tap = _Tap()
         model.register_forward_pre_hook(self._tap.begin)
         model.register_forward_hook(self._tap.end)
@@ -238,6 +243,11 @@ class _ClassCentres(Regularizer):
 
     def _step(self, targets: Any) -> Step:
         calls = self._tap.take()
+        if isinstance(targets, Tensor) and all(_is_dense(call, targets) for call in calls):
+            maps = [call.movedim(self._axis, 1) for call in calls]
+            labels = torch.cat([nearest(targets, x.shape[2:]).flatten() for x in maps])
+            return Step(labels, torch.cat([x.movedim(1, -1).flatten(0, -2) for x in maps]))
+        calls = [call.flatten(1) for call in calls]
         if len(calls) == 1:
             return Step(targets, calls[0])
         shape = (len(targets) if isinstance(targets, Tensor) and targets.ndim else None, self.centres.shape[1])
@@ -257,7 +267,8 @@ class _ClassCentres(Regularizer):
         if features.shape[1] != self.centres.shape[1]:
             raise InvalidModel(
                 f"the {self.name} loss needs one vector of {self.centres.shape[1]} features for each image; the input "
-                f"of the classifier has {features.shape[1]} numbers for each: it is used at several places of an image"
+                f"of the classifier has {features.shape[1]} numbers for each: it is used at several places of an "
+                f"image, which takes a target for each, such as (B, H, W); got {described(targets)}"
             )
         indices = class_indices(targets, features.shape[:1])
         if indices is None:
@@ -266,6 +277,8 @@ class _ClassCentres(Regularizer):
                 f"belong to no class; got {described(targets)}; with Mixup's targets, several labels per image or a "
                 "regression leave it out: regularizers={'kernel': 1e-4}"
             )
+        if self.ignore_index is not None:
+            indices = indices.masked_fill(indices == self.ignore_index, -1)
         check_range(indices, len(self.centres), ignored=None)
         return features.to(self.centres.dtype), indices
 
@@ -300,20 +313,28 @@ class _ClassCentres(Regularizer):
 class FeatureLoss(_ClassCentres):
     """BONN's Bayesian feature loss: ``theta/2`` times the second sum of (9), averaged over the batch.
 
-    The features are the input of the classifier, ``(B, D)``; if it is called several times in a forward pass, as for
-    two views of the images, each call counts, with the same targets. The class centres are updated by the rule of the
-    center loss with rate ``alpha`` at each call in training mode; the class spreads ``sigma``, ``(classes, D)``, are
-    parameters, clamped to at least ``min_sigma`` before each use. The paper fine-tunes with this loss: call
-    ``start(batches)`` first, which measures both on the training set: the spread of each class or, with
-    ``spread="all"``, the same of all images for every class.
+    The features are the input of the classifier, ``(B, D)``. With a target for each pixel ``(B, H, W)``, as in
+    segmentation, the input ``(B, D, H, W)`` of a convolution has a feature vector at each pixel, and each pixel is a
+    sample: the sum runs over all pixels of all images, divided by their number, without those that belong to no class.
+    A large image or a frequent class so counts as much as it has pixels, as in the mean of cross entropy. Targets of
+    another resolution are read at the middle of each pixel of the features (:func:`nearest`). The same holds for any
+    number of axes: a Linear on tokens ``(B, N, D)`` takes targets ``(B, N)``.
+
+    If the classifier is called several times in a forward pass, as for two views of the images or at two resolutions,
+    each call counts, with the same targets. The class centres are updated by the rule of the center loss with rate
+    ``alpha`` at each call in training mode; the class spreads ``sigma``, ``(classes, D)``, are parameters, clamped to
+    at least ``min_sigma`` before each use. The paper fine-tunes with this loss: call ``start(batches)`` first, which
+    measures both on the training set: the spread of each class or, with ``spread="all"``, the same of all images for
+    every class.
 
     (9) is a sum, and the paper does not say that it is divided by the batch size, as the first author's center loss is.
     ``reduction="sum"`` adds up the images of the batch, in a process group those of all processes, so that theta counts
     as many times as there are images.
 
     Call it as ``feature(targets)`` after the forward pass, and create it before ``torch.compile`` first runs the model,
-    because compiled code does not see later hooks. Targets are class indices ``(B,)`` of any integer type or bool; an
-    image with a negative one, such as the ``ignore_index`` of cross entropy, belongs to no class and is left out.
+    because compiled code does not see later hooks. Targets are class indices of any integer type or bool; a sample with
+    a negative one, such as the ``ignore_index`` of cross entropy, belongs to no class and is left out, and so is one
+    with ``ignore_index``, such as the 255 of segmentation's borders.
 
     Raises InvalidModel if the classifier cannot be found (name it: ``classifier="head.fc"``), InvalidData for other
     targets and, on a CPU, for an index that is not below ``num_classes``; InvalidRecipe for an impossible value of an
@@ -334,8 +355,11 @@ class FeatureLoss(_ClassCentres):
         min_sigma: float = 1e-2,
         spread: Literal["class", "all"] = "class",
         reduction: Literal["mean", "sum"] = "mean",
+        ignore_index: int | None = None,
     ) -> None:
-        super().__init__(model, weight=weight, classifier=classifier, num_classes=num_classes, alpha=alpha)
+        super().__init__(
+            model, weight=weight, classifier=classifier, num_classes=num_classes, alpha=alpha, ignore_index=ignore_index
+        )
         _check_sigma("feature", min_sigma)
         _check(spread in ("class", "all"), "spread of the feature loss", spread, "'class' or 'all'")
         _check(reduction in ("mean", "sum"), "reduction of the feature loss", reduction, "'mean' or 'sum'")
@@ -380,8 +404,11 @@ class CenterLoss(_ClassCentres):
         classifier: str | None = None,
         num_classes: int | None = None,
         alpha: float = 0.5,
+        ignore_index: int | None = None,
     ) -> None:
-        super().__init__(model, weight=weight, classifier=classifier, num_classes=num_classes, alpha=alpha)
+        super().__init__(
+            model, weight=weight, classifier=classifier, num_classes=num_classes, alpha=alpha, ignore_index=ignore_index
+        )
 
     def start(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         self.measure(batches)
@@ -393,6 +420,25 @@ class CenterLoss(_ClassCentres):
         if self.training:
             self._move_centres(features.detach(), targets)
         return loss
+
+
+def _is_dense(features: Tensor, targets: Tensor) -> bool:
+    """Whether there is a whole number as a target for each place of a map."""
+    is_map = targets.ndim > 1 and features.ndim == targets.ndim + 1 and len(features) == len(targets)
+    return is_map and not (targets.is_floating_point() or targets.is_complex())
+
+
+def nearest(targets: Tensor, size: Sequence[int]) -> Tensor:
+    """``targets`` ``(B, *axes)`` in another ``size``: the target at the middle of each new pixel, as a whole number.
+
+    >>> nearest(torch.arange(6)[None], (3,))
+    tensor([[1, 3, 5]])
+    """
+    for axis, (old, new) in enumerate(zip(targets.shape[1:], size, strict=True), start=1):
+        if old != new:
+            places = (2 * torch.arange(new, device=targets.device) + 1) * old // (2 * new)
+            targets = targets.index_select(axis, places)
+    return targets
 
 
 def class_indices(targets: object, shape: Sequence[int]) -> Tensor | None:

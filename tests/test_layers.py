@@ -81,6 +81,146 @@ def test_a_linear_layer_is_a_1x1_convolution_to_every_scheme(name):
     torch.testing.assert_close(dense.weight.grad[:, :, None, None], convolution.weight.grad)
 
 
+# What is a Conv2d over two axes, and how inputs, outputs and weights of that become those of the other layer.
+ALIKE = {
+    "1d": (lambda: nn.Conv1d(6, 8, 3, 2, 2, 2, 2), {"kernel": (1, 3), "stride": (1, 2), "padding": (0, 2),
+           "dilation": (1, 2), "groups": 2}, (1, 9), lambda x: x.squeeze(2), lambda w: w.squeeze(2)),
+    "1d, circular": (lambda: nn.Conv1d(6, 8, 3, padding=2, padding_mode="circular"), {"kernel": (1, 3),
+           "padding": (0, 2), "padding_mode": "circular"}, (1, 9), lambda x: x.squeeze(2), lambda w: w.squeeze(2)),
+    "3d": (lambda: nn.Conv3d(6, 8, (3, 2, 1), (2, 1, 1), (1, 0, 0), groups=2), {"kernel": (3, 2), "stride": (2, 1),
+           "padding": (1, 0), "groups": 2}, (6, 5), lambda x: x[..., None], lambda w: w[..., None]),
+    "transposed": (lambda: nn.ConvTranspose2d(6, 8, 3, padding=2, dilation=2, groups=2), {"kernel": (3, 3),
+           "padding": 2, "dilation": 2, "groups": 2}, (6, 5), lambda x: x,
+           lambda w: w.flip(2, 3).reshape(2, 4, 3, 3, 3).transpose(1, 2).reshape(6, 4, 3, 3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ALIKE)
+@pytest.mark.parametrize("name", sorted(schemes()))
+def test_every_convolution_is_one_of_images_to_every_scheme(name, kind):
+    make, options, size, place, layout = ALIKE[kind]
+    scheme = find_scheme(name)
+    if scheme.weight is None:
+        pytest.skip("float weights")
+    float_layer, alike = (
+        make(),
+        nn.Conv2d(6, 8, options["kernel"], **{k: v for k, v in options.items() if k != "kernel"}),
+    )
+    with torch.no_grad():
+        float_layer.weight.copy_(layout(alike.weight))
+        float_layer.bias.copy_(alike.bias)
+    layer, convolution = binary_form(float_layer, scheme), binary_form(alike, scheme)
+    for one in (layer, convolution):
+        one.adopt()
+    torch.testing.assert_close(layer.weight, layout(convolution.weight))
+    images = torch.randn(4, 6, *size, requires_grad=True)
+    inputs = place(images.detach()).requires_grad_()
+    for training in (True, False):
+        out, expected = layer.train(training)(inputs), convolution.train(training)(images)
+        torch.testing.assert_close(out, place(expected))
+        grad = torch.randn_like(expected)
+        expected.backward(grad)
+        out.backward(place(grad))
+        torch.testing.assert_close(inputs.grad, place(images.grad), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(layer.weight.grad, layout(convolution.weight.grad), atol=1e-4, rtol=1e-4)
+    quantizers = (dict(one.weight_quant.named_parameters()) for one in (layer, convolution))
+    assert [p.numel() for p in next(quantizers).values()] == [p.numel() for p in next(quantizers).values()]
+    with torch.no_grad():
+        for one in (layer, convolution):
+            one.weight.mul_(30)
+            one.constrain()
+    torch.testing.assert_close(layer.weight, layout(convolution.weight))
+    layer.freeze()
+    torch.testing.assert_close(layer(inputs), place(convolution(images)), atol=1e-4, rtol=1e-4)
+
+
+OTHERS = {
+    "1d": (nn.Conv1d, {"stride": 2, "padding": 1, "groups": 2}, (9,)),
+    "3d": (nn.Conv3d, {"stride": (1, 2, 1), "padding": (1, 0, 2), "groups": 2}, (5, 6, 7)),
+    "3d, reflect": (nn.Conv3d, {"padding": 1, "padding_mode": "reflect"}, (5, 6, 7)),
+    "3d, same": (nn.Conv3d, {"padding": "same"}, (5, 6, 7)),
+    "transposed 1d": (nn.ConvTranspose1d, {"stride": 2, "padding": 1, "output_padding": 1, "groups": 2}, (5,)),
+    "transposed 2d": (nn.ConvTranspose2d, {"stride": (3, 2), "padding": 1, "output_padding": (2, 1)}, (5, 4)),
+    "transposed 3d": (nn.ConvTranspose3d, {"stride": 2, "dilation": 2, "groups": 2}, (3, 4, 5)),
+}
+
+
+def filters(layer: nn.Module, weight: Tensor) -> Tensor:
+    """The weights that each output channel is a sum with, ``(O, n)``, found from torch's own layer."""
+    probe = copy.deepcopy(layer).double()
+    nn.init.zeros_(probe.bias)
+    own = []
+    for output in range(layer.out_channels):
+        sums = probe(torch.rand(1, layer.in_channels, *[9] * (weight.ndim - 2)).double())[0, output].sum()
+        (grad,) = torch.autograd.grad(sums, probe.weight)
+        own.append(weight[grad != 0])
+    return torch.stack(own)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("training", [True, False])
+def test_values_and_gradients_are_those_of_the_formula(kind, training):
+    make, options, size = OTHERS[kind]
+    float_layer = make(6, 8, 3, **options).double()
+    scheme = BARE.configure({"gradient": "derivative", "granularity": "filter"})
+    layer = binary_form(float_layer, scheme).train(training)
+    plain = copy.deepcopy(float_layer)
+    x = torch.randn(3, 6, *size).double()
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+
+    def ste(x: Tensor) -> Tensor:
+        return x.clamp(-1, 1) + (sign(x) - x.clamp(-1, 1)).detach()
+
+    # A scale for each output channel, whichever axis of the weight that is; the mean of its filter's magnitudes.
+    scale = filters(float_layer, float_layer.weight.detach()).abs().mean(1)
+    torch.testing.assert_close(layer.weight_quant.modulation.detach().flatten(), scale)
+    latent = float_layer.weight.detach().clone().requires_grad_()
+    bias = layer.bias.detach().reshape(-1, *[1] * len(size))
+    nn.init.zeros_(plain.bias)
+    sums = torch.func.functional_call(plain, {"weight": ste(latent)}, (ste(inputs[0]),))
+    expected, found = sums * scale.reshape(bias.shape) + bias, layer(inputs[1])
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close((found - bias) / scale.reshape(bias.shape), sums.round())
+    grad = torch.randn_like(expected)
+    expected.backward(grad)
+    found.backward(grad)
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
+    torch.testing.assert_close(layer.weight.grad, latent.grad)
+
+
+def test_a_transposed_layer_makes_the_size_that_it_is_asked_for():
+    for make, size in ((nn.ConvTranspose1d, (5,)), (nn.ConvTranspose2d, (5, 4)), (nn.ConvTranspose3d, (3, 2, 4))):
+        float_layer = make(6, 4, 3, 2, 1)
+        layer, x = binary_form(float_layer, BARE), torch.randn(2, 6, *size)
+        for asked in (None, [2 * n for n in size], torch.Size([2, 4, *[2 * n - 1 for n in size]])):
+            assert layer(x, output_size=asked).shape == layer(x, asked).shape == float_layer(x, asked).shape
+        with pytest.raises(ValueError, match="requested an output size"):
+            layer(x, output_size=[9 * n for n in size])
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_scale_map_is_averaged_over_the_inputs_of_each_output(kind):
+    make, options, size = OTHERS[kind]
+    layer = binary_form(
+        make(6, 8, 3, bias=False, **options), replace(find_scheme("xnor").configure({"input_scale": True}), norm=None)
+    ).eval()
+    x = torch.randn(2, 6, *size)
+    magnitudes = x.abs().mean(1, keepdim=True)
+    once = make(1, 1, 3, bias=False, **{k: v for k, v in options.items() if k != "groups"})
+    nn.init.ones_(once.weight)
+    counts = once(torch.ones_like(magnitudes)).clamp(min=1) if layer.transposed else 3 ** len(size)
+    without = copy.deepcopy(layer)
+    without.input_quant = bonn_qat.quantizers.SteSign()
+    torch.testing.assert_close(layer(x), without(x) * once(magnitudes) / counts)
+
+
+@pytest.mark.parametrize("kind", ["1d", "3d"])
+def test_an_input_without_a_batch_is_refused(kind):
+    make, _, size = OTHERS[kind]
+    with pytest.raises(ValueError, match=f"expected {len(size) + 2}D input"):
+        binary_form(make(6, 8, 3), BARE)(torch.randn(6, *size))
+
+
 @pytest.mark.parametrize("kind", STANDARDIZING)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_kernels_are_standardized_before_the_sign_and_the_gain_comes_after(kind, stride):
@@ -243,9 +383,17 @@ def test_a_scheme_that_does_not_fit_a_layer_names_both_and_changes_nothing():
     assert bonn_qat.binarize(model, fussy, skip="4", include=["5"]).binarization.binary == ("2", "5")
 
 
-@pytest.mark.parametrize("layer", [nn.Conv1d(3, 4, 3), nn.ConvTranspose2d(3, 4, 3), nn.Embedding(3, 4)])
-def test_other_layers_have_no_binary_form(layer):
-    with pytest.raises(InvalidModel, match=rf"{type(layer).__name__} is neither a Conv2d nor a Linear"):
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (nn.Bilinear(3, 4, 2), "is neither a convolution nor a Linear"),
+        (nn.Embedding(3, 4), "looks up rows of its weight and multiplies nothing"),
+        (nn.MultiheadAttention(4, 2), "multiplies by its weights inside one function of torch"),
+        (nn.LSTM(3, 4), "multiplies by its weights inside one function of torch"),
+    ],
+)
+def test_other_layers_have_no_binary_form(layer, words):
+    with pytest.raises(InvalidModel, match=f"{type(layer).__name__} {words}"):
         binary_form(layer, BONN)
 
 

@@ -376,6 +376,90 @@ def test_kernels_of_one_element_have_the_least_spread():
     torch.testing.assert_close(kernel.mu, model[1].weight.abs().flatten())
 
 
+DENSE = {
+    "pixels": (lambda: nn.Conv2d(5, 4, 1), (2, 5, 3, 4), (2, 3, 4)),
+    "finer targets": (lambda: nn.Conv2d(5, 4, 1), (2, 5, 3, 4), (2, 7, 16)),
+    "coarser targets": (lambda: nn.Conv2d(5, 4, 1), (2, 5, 4, 6), (2, 3, 3)),
+    "signals": (lambda: nn.Conv1d(5, 4, 3), (3, 5, 7), (3, 7)),
+    "tokens": (lambda: nn.Linear(5, 4), (3, 7, 5), (3, 7)),
+}
+
+
+@pytest.mark.parametrize("kind", DENSE)
+def test_with_a_target_for_each_pixel_every_pixel_is_a_sample(kind):
+    make, shape, size = DENSE[kind]
+    model = nn.Sequential(nn.Identity(), make()).double()
+    feature, center = (
+        each(model, weight=2.0, classifier="1", ignore_index=9).double() for each in (FeatureLoss, CenterLoss)
+    )
+    targets = torch.tensor([0, 1, 2, 9, -100])[torch.randint(5, size)]
+    x = torch.randn(shape, dtype=DOUBLE).requires_grad_()
+    axis = -1 if kind == "tokens" else 1
+    places = torch.Size([n for i, n in enumerate(shape) if i and i != axis % len(shape)])
+    labels = F.interpolate(targets[:, None].double(), places, mode="nearest-exact")[:, 0].reshape(-1).long()
+    vectors = x.movedim(axis, -1).reshape(-1, 5)
+    known = [(f, int(m)) for f, m in zip(vectors, labels, strict=True) if m in (0, 1, 2)]
+
+    feature.start([(x.detach(), targets)])
+    for m in (0, 1, 2):
+        own = torch.stack([f for f, other in known if other == m]).detach()
+        torch.testing.assert_close(feature.centres[m], own.mean(0))
+        torch.testing.assert_close(feature.sigma[m].detach(), own.std(0, correction=0))
+    center.centres.copy_(feature.centres.normal_())
+
+    sigma = feature.sigma.detach().clone().requires_grad_()
+    squares = [(f - feature.centres[m]).square() for f, m in known]
+    terms = [(d + d / sigma[m] ** 2 + (sigma[m] ** 2).log()).sum() for d, (_, m) in zip(squares, known, strict=True)]
+    for loss, expected in (
+        (feature, 2.0 * torch.stack(terms).sum() / (2 * len(known))),
+        (center, 2.0 * torch.stack(squares).sum() / (2 * len(known))),
+    ):
+        before = loss.centres.clone()
+        model(x)
+        found = loss(targets)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(found, x, retain_graph=True), torch.autograd.grad(expected, x, retain_graph=True)
+        )
+        torch.testing.assert_close(loss.centres, moved(before, [(f.detach(), m) for f, m in known]))
+    model(x)
+    (found,) = torch.autograd.grad(feature.eval()(targets), feature.sigma)
+    assert found.isfinite().all()
+
+
+def moved(centres: Tensor, samples: list[tuple[Tensor, int]]) -> Tensor:
+    """The centres after one step of the center loss, at a rate of 1/2."""
+    result = centres.clone()
+    for m in range(len(centres)):
+        own = [f for f, other in samples if other == m]
+        if own:
+            result[m] -= 0.5 * sum(centres[m] - f for f in own) / (1 + len(own))
+    return result
+
+
+def test_calls_at_two_resolutions_are_pixels_of_both_and_one_pixel_is_an_image():
+    class Pyramid(nn.Sequential):
+        def forward(self, *maps: Tensor) -> list[Tensor]:
+            return [super(Pyramid, self).forward(x) for x in maps]
+
+    model = Pyramid(nn.Conv2d(5, 4, 1)).double()
+    loss = FeatureLoss(model, classifier="0").double().eval()
+    x, targets = torch.randn(2, 5, 4, 4, dtype=DOUBLE), torch.randint(4, (2, 4, 4))
+
+    def of(*maps: Tensor, labels: Tensor = targets) -> Tensor:
+        model(*maps)
+        return loss(labels)
+
+    coarse = F.avg_pool2d(x, 2)
+    torch.testing.assert_close(of(x, coarse), (16 * of(x) + 4 * of(coarse)) / 20)
+    pixel = x[:, :, :1, :1]
+    torch.testing.assert_close(of(pixel, labels=targets[:, :1, :1]), of(pixel, labels=targets[:, 0, 0]))
+    with pytest.raises(InvalidModel, match=r"which takes a target for each, such as \(B, H, W\); got int64 \(2,\)"):
+        of(x, labels=targets[:, 0, 0])
+    with pytest.raises(InvalidRecipe, match="ignore_index of the feature loss must be a whole number; got '9'"):
+        FeatureLoss(model, classifier="0", ignore_index="9")
+
+
 def test_center_loss_is_half_the_mean_squared_distance():
     model = dense().eval()
     center = CenterLoss(model, weight=1.0).eval()

@@ -1,4 +1,4 @@
-"""Common operations on torch models, applied to binary networks of four kinds: each works as on a float network."""
+"""Common operations on torch models, applied to binary networks of five kinds: each works as on a float network."""
 
 import copy
 from collections.abc import Callable
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import bonn_qat
 from bonn_qat.binarization.binarize import binary_layers
@@ -20,6 +21,31 @@ from bonn_qat.engine import operators
 from bonn_qat.layers import binary_form
 
 SIZE = (3, 32, 32)
+
+
+class Mixed(nn.Module):
+    """Binary layers of all kinds but Conv2d, on maps that are signals and volumes too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.signal = nn.Conv2d(3, 8, 4, 4), nn.Conv1d(8, 8, 3, padding=1)
+        self.volume, self.finer = nn.Conv3d(8, 8, 3, padding=1, groups=2), nn.ConvTranspose3d(8, 8, 3, 1, 1)
+        self.up, self.longer = nn.ConvTranspose2d(8, 8, 3, 2, 1, 1, groups=2), nn.ConvTranspose1d(8, 8, 2, 2)
+        self.act, self.head, self.saves = nn.ReLU(), nn.Linear(8, 10), False
+
+    def set_grad_checkpointing(self, enable: bool) -> None:
+        self.saves = enable
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.act(self.signal(x.flatten(2))).unflatten(2, (4, 4, 4))
+        x = self.act(self.finer(self.volume(x))).flatten(3)[:, :, :, ::2]
+        return self.longer(self.up(x).flatten(2)).mean(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(checkpoint(self.features, x, use_reentrant=False) if self.saves else self.features(x))
+
+
 NETS: dict[str, Callable[[], nn.Module]] = {
     "resnet": partial(
         timm.create_model, "resnet18", num_classes=10, layers=(1, 1, 1, 1), channels=(8, 8, 16, 16), stem_width=8
@@ -27,8 +53,13 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "vit": partial(timm.create_model, "test_vit", num_classes=10, img_size=32, patch_size=8, depth=2),
     "efficientnet": partial(timm.create_model, "test_efficientnet", num_classes=10, pad_type="same"),
     "wrn": partial(timm.create_model, "wrn10_16", num_classes=10),
+    "mixed": Mixed,
 }
-CONVOLUTIONAL = [name for name in NETS if name != "vit"]
+CONVOLUTIONAL = [name for name in NETS if name not in ("vit", "mixed")]
+KINDS = {
+    "vit": {"BinaryLinear"},
+    "mixed": {"BinaryConv1d", "BinaryConv3d", *(f"BinaryConvTranspose{axes}d" for axes in (1, 2, 3))},
+}
 EVERY_NET = pytest.mark.parametrize("net", NETS)
 
 
@@ -81,7 +112,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 def test_the_nets_are_what_they_stand_for(net, trained):
     model = trained(net)
     kinds = {type(layer).__name__ for _, layer in binary_layers(model)}
-    assert kinds == ({"BinaryLinear"} if net == "vit" else {"BinaryConv2d"})
+    assert kinds == KINDS.get(net, {"BinaryConv2d"})
     assert len(latents(model)) >= 4
 
 
@@ -90,7 +121,9 @@ def test_one_of_the_nets_pads_as_tensorflow_does():
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("net", [pytest.param(net, marks=[pytest.mark.slow] if net != "wrn" else []) for net in NETS])
+@pytest.mark.parametrize(
+    "net", [pytest.param(net, marks=[pytest.mark.slow] if net not in ("wrn", "mixed") else []) for net in NETS]
+)
 def test_it_compiles_without_a_break(net, training, trained):
     model, other = (trained(net).train(training) for _ in range(2))
     images, _ = batch()

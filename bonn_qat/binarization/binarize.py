@@ -19,6 +19,7 @@ from bonn_qat import plugins
 from bonn_qat.binarization import policy
 from bonn_qat.binarization.copies import copied, unwrapped
 from bonn_qat.binarization.fast_paths import close_fast_paths
+from bonn_qat.conv_types import MATRICES
 from bonn_qat.engine.kept import lean
 from bonn_qat.errors import InvalidModel, InvalidRecipe, check_model
 from bonn_qat.layers import BINARY, BinaryLayer, check_contract, check_start, is_own
@@ -277,16 +278,14 @@ def _as_before_after_an_error(model: nn.Module) -> Iterator[None]:
 
 def _stays_float(module: nn.Module, frozen: set[int]) -> bool:
     # A block whose layers are all kept must not be rebuilt as a binary one.
-    layers = [id(m) for m in module.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    layers = [id(m) for m in module.modules() if isinstance(m, MATRICES)]
     return bool(layers) and frozen.issuperset(layers)
 
 
 def _gates(model: nn.Module, kept: Mapping[str, str]) -> Iterator[str]:
     """The modules that consist of gates or classifiers only, whose nonlinearities stay too."""
     for name, module in model.named_modules():
-        layers = [
-            f"{name}.{child}" for child, m in module.named_modules() if child and isinstance(m, nn.Conv2d | nn.Linear)
-        ]
+        layers = [f"{name}.{child}" for child, m in module.named_modules() if child and isinstance(m, MATRICES)]
         if layers and all(kept.get(layer) in (policy.GATE, policy.CLASSIFIER) for layer in layers):
             yield name
 

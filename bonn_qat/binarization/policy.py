@@ -11,7 +11,7 @@ from torch import nn
 
 from bonn_qat.binarization.copies import CannotBeCopied
 from bonn_qat.binarization.dry_run import BATCH, DryRun, Use, dry_run
-from bonn_qat.conv_types import conv_type
+from bonn_qat.conv_types import CONVOLUTIONS, conv_type
 from bonn_qat.errors import InvalidModel, UnknownName, is_out_of_memory
 from bonn_qat.files.plain import one_line
 from bonn_qat.heads import metadata
@@ -58,8 +58,8 @@ def decide(
 ) -> Decision:
     """Decide for every layer of ``model``. The first rule that applies decides.
 
-    1. A layer that cannot be binary stays float: a class other than Conv2d, Linear and timm's variants of them, or a
-       layer whose weight another module reads or shares.
+    1. A layer that cannot be binary stays float: a class other than torch's convolutions, transposed ones and
+       Linear and timm's variants of them, or a layer whose weight another module reads or shares.
     2. ``skip``: names of modules or globs, each with everything below it, stay float. Then ``predicate(name, layer)``:
        True makes a layer binary, False keeps it float, None leaves it to the rules. Then ``include``, written like
        ``skip``: binary.
@@ -191,11 +191,11 @@ def _rules(model: nn.Module, layers: dict[str, nn.Module], run: DryRun | None) -
             reason = NO_IMAGE
         elif name in gates or _is_in_gate(model, name):
             reason = GATE
-        elif isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1:
+        elif isinstance(layer, CONVOLUTIONS) and layer.groups == layer.in_channels > 1:
             reason = DEPTHWISE
         elif 1 in (getattr(layer, "in_channels", None), getattr(layer, "in_features", None)):
             reason = SINGLE
-        elif isinstance(layer, nn.Conv2d) and _is_shortcut(model, name, layer):
+        elif isinstance(layer, CONVOLUTIONS) and _is_shortcut(model, name, layer):
             reason = SHORTCUT
         else:
             continue
@@ -217,7 +217,7 @@ def _is_logits(use: Use) -> bool:
 
 
 def _ends_by_name(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, str]:
-    convolutions = [name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)]
+    convolutions = [name for name, layer in layers.items() if isinstance(layer, CONVOLUTIONS)]
     linears = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
     first = [name for name in metadata(model, "first_conv") if name in layers] or (convolutions or list(layers))[:1]
     knows = metadata(model, "classifier") or hasattr(model, "get_classifier") or hasattr(model, "feature_info")
@@ -250,15 +250,15 @@ def _is_in_gate(model: nn.Module, name: str) -> bool:
     return any(_GATE.search(type(model.get_submodule(name[:end])).__name__) for end in ends(name))
 
 
-def _is_shortcut(model: nn.Module, name: str, conv: nn.Conv2d) -> bool:
-    if conv.kernel_size != (1, 1):
+def _is_shortcut(model: nn.Module, name: str, conv: nn.Module) -> bool:
+    if set(conv.kernel_size) != {1}:  # type: ignore[arg-type]
         return False
     parts = name.split(".")
     for depth, part in enumerate(parts, start=1):
         if _SHORTCUT.search(part):
             # Some networks call a whole stage transition "downsample"; a shortcut has one or two convolutions.
             ancestor = model.get_submodule(".".join(parts[:depth]))
-            return sum(isinstance(m, nn.Conv2d) for m in ancestor.modules()) <= 2
+            return sum(isinstance(m, CONVOLUTIONS) for m in ancestor.modules()) <= 2
     return False
 
 
@@ -296,15 +296,15 @@ def _sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     fixed: Any = next((m.img_size for m in model.modules() if getattr(m, "img_size", None)), ())
     sides = [(fixed, fixed) if isinstance(fixed, int) else tuple(fixed), tuple(known[1:]) if known else ()]
     sides += [(side, side) for side in _SIDES]
+    reads = next((m for m in model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)), None)
+    if not known and isinstance(reads, nn.Conv3d | nn.ConvTranspose3d):  # one may take an image as one without a batch
+        yield from ((reads.in_channels, 16, side, side) for side in _SIDES)
     # The channels in the metadata are those of the pretrained weights, and the first convolution may not see the image
     # itself but its patches.
     for channels in (getattr(model, "in_chans", None), known[0] if known else None, first):
         yield from ((channels, *side) for side in sides if channels and side)
-    reads = next((m for m in model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)), None)
-    if isinstance(reads, nn.Conv1d):
+    if isinstance(reads, nn.Conv1d | nn.ConvTranspose1d):
         yield from ((reads.in_channels, length) for length in _LENGTHS)
         yield from ((length,) for length in _LENGTHS)
-    elif isinstance(reads, nn.Conv3d):
-        yield from ((reads.in_channels, 16, side, side) for side in _SIDES)
     elif isinstance(reads, nn.Linear):
         yield from ((reads.in_features,), (16, reads.in_features))

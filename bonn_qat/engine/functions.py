@@ -32,12 +32,18 @@ class Estimator(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """A convolution of zero-padded images: ``padding`` is that of top, bottom, left and right."""
+    """A convolution over two or three axes, or a ``transposed`` one.
 
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
-    dilation: tuple[int, int] = (1, 1)
+    ``padding`` counts the zeros before and after each axis: top, bottom, left, right. That of a transposed convolution
+    is cut off its output, which ends ``output_padding`` pixels later.
+    """
+
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0, 0, 0)
+    dilation: tuple[int, ...] = (1, 1)
     groups: int = 1
+    transposed: bool = False
+    output_padding: tuple[int, ...] = (0, 0)
 
     def size(self, x: Tensor, kernel: Tensor) -> list[int]:
         """Height and width of the output for inputs ``(B, C, H, W)`` and kernels ``(O, C, kh, kw)``."""
@@ -55,18 +61,39 @@ class Geometry(NamedTuple):
 
     def _padded(self, x: Tensor) -> tuple[Tensor, list[int]]:
         """x and the padding of torch's convolution, which is the same on opposite sides."""
-        top, bottom, left, right = self.padding
-        if (top, left) == (bottom, right):
-            return x, [top, left]
-        return torch.nn.functional.pad(x, (left, right, top, bottom)), [0, 0]
+        before, after = self.padding[::2], self.padding[1::2]
+        if before == after:
+            return x, list(before)
+        sides = [side for pair in zip(reversed(before), reversed(after), strict=True) for side in pair]
+        return torch.nn.functional.pad(x, sides), [0] * len(before)
 
     def convolve(self, x: Tensor, kernels: Tensor) -> Tensor:
         """The convolution."""
         if self.is_matrix_product(kernels):
             y = torch.nn.functional.linear(x.permute(0, 2, 3, 1), kernels.flatten(1))
             return y.permute(0, 3, 1, 2)
+        return self.convolve_as_written(x, kernels)
+
+    def convolve_as_written(self, x: Tensor, kernels: Tensor) -> Tensor:
+        """The convolution by torch's operator for it, as exported graphs have it."""
         x, padding = self._padded(x)
-        return torch.conv2d(x, kernels, None, self.stride, padding, self.dilation, self.groups)
+        if self.transposed:
+            transposed = torch.conv_transpose2d if kernels.ndim == 4 else torch.conv_transpose3d
+            return transposed(x, kernels, None, self.stride, padding, self.output_padding, self.groups, self.dilation)
+        convolution = torch.conv2d if kernels.ndim == 4 else torch.conv3d
+        return convolution(x, kernels, None, self.stride, padding, self.dilation, self.groups)
+
+    def mean(self, x: Tensor, kernel: Sequence[int]) -> Tensor:
+        """The mean of x ``(B, 1, ...)`` over the window of each output.
+
+        That of a convolution includes the padding. A transposed one has none: its window is the inputs that the output
+        is a sum of.
+        """
+        alone = self._replace(groups=1)
+        if not self.transposed:
+            return alone.convolve_as_written(x, x.new_full((1, 1, *kernel), 1 / math.prod(kernel)))
+        window = x.new_ones(1, 1, *kernel)
+        return alone.convolve_as_written(x, window) / alone.convolve_as_written(torch.ones_like(x), window).clamp(min=1)
 
     def gradients(
         self, grad: Tensor, x: Tensor, kernels: Tensor, needs: tuple[bool, bool]
@@ -78,12 +105,12 @@ class Geometry(NamedTuple):
             return dx, (grad.flatten(0, 2).mT @ x.flatten(0, 2))[:, :, None, None] if needs[1] else None
         inner, padding = self._padded(x)
         dx, dkernels, _ = _CONVOLUTION_BACKWARD(
-            grad, inner, kernels, None, list(self.stride), padding, list(self.dilation), False, [0, 0], self.groups,
-            [*needs, False],
+            grad, inner, kernels, None, list(self.stride), padding, list(self.dilation), self.transposed,
+            list(self.output_padding), self.groups, [*needs, False],
         )  # fmt: skip
         if dx is not None and inner is not x:
-            top, _, left, _ = self.padding
-            dx = dx[:, :, top : top + x.shape[2], left : left + x.shape[3]]
+            for axis, (before, size) in enumerate(zip(self.padding[::2], x.shape[2:], strict=True), start=2):
+                dx = dx.narrow(axis, before, size)
         return dx, dkernels
 
 
@@ -248,6 +275,15 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.element_size() < 4 else x
 
 
+def per_filter(row: Tensor, y: Tensor) -> Tensor:
+    """A number, or one for each filter, in a shape that broadcasts over y ``(B, O, ...)``.
+
+    >>> per_filter(torch.ones(3, 1, 1, 1), torch.ones(2, 3, 5, 5)).shape
+    torch.Size([3, 1, 1])
+    """
+    return row.reshape(-1, *[1] * (y.ndim - 2))
+
+
 class Replay(NamedTuple):
     """A layer's way from the norm's output to the product, for :func:`replayed_product`: ``pad(quantize(output))``.
 
@@ -298,7 +334,7 @@ class _ReplayedProduct(torch.autograd.Function):
                 return call.geometry.convolve(value, kernels.to(call.dtype))
             value = value if call.module is None else wide(value)  # the sums of float inputs are not exact anyway
             sums = call.geometry.convolve(value, torch.where(kernels >= 0, 1.0, -1.0).to(value.dtype))
-            return (sums * scale.abs().to(value.dtype).reshape(-1, 1, 1)).to(call.dtype)
+            return (sums * per_filter(scale.abs().to(value.dtype), sums)).to(call.dtype)
 
     @staticmethod
     @once_differentiable
@@ -335,10 +371,10 @@ class _ReplayedProduct(torch.autograd.Function):
 
 
 def replayed_product(x: Tensor, norm: Norm, call: Replay, kernels: Tensor, scale: Tensor | None) -> Tensor:
-    """``conv2d(quantize(norm(x)), kernels)`` that keeps x, and quantizes it again in the backward pass.
+    """The convolution of ``pad(quantize(norm(x)))`` that keeps x, and quantizes it again in the backward pass.
 
-    x ``(B, C, H, W)``, kernels ``(O, C / groups, kh, kw)``. With ``scale`` the kernels are ``scale * {-1, +1}``, and
-    the product is that with their signs, times ``|scale|``.
+    x ``(B, C, H, W)``; kernels as torch's operator for ``call.geometry`` takes them. With ``scale`` the kernels are
+    ``scale * {-1, +1}``, and the product is that with their signs, times ``|scale|``.
     """
     return cast(
         Tensor,

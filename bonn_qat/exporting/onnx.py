@@ -94,7 +94,7 @@ def _release(model: nn.Module) -> set[str]:
     for name, layer in binary_layers(model):
         if layer.weight_quant.scaled_sign:
             _, scale = layer.weight_quant.quantize(layer.latent())
-            layer.weight_quant = _Signs(scale, len(layer.weight))
+            layer.weight_quant = _Signs(scale, len(layer.kernels()))
             layer.weight = nn.Parameter(layer.weight.float(), requires_grad=False)
         filters = layer.weight.flatten(1)
         low, high = filters.aminmax(dim=1, keepdim=True)

@@ -4,10 +4,9 @@ import math
 from typing import Any, cast, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bonn_qat.layers import BinaryConv2d, BinaryLayer, BinaryLinear
+from bonn_qat.layers import BinaryLayer, BinaryLinear
 from bonn_qat.packing.thresholds import flip_inputs, sign_thresholds
 from bonn_qat.quantizers import WeightQuantizer
 from bonn_qat.runtime.layout import Geometry, encode_weight, pack_words
@@ -26,6 +25,8 @@ def pack_layer(model: nn.Module, name: str, layer: BinaryLayer) -> PackedLayer:
         reason = "its weights are not a scale times a sign"
     elif layer.input_quant is None or layer.input_quant.bits != 1:
         reason = "its inputs are not bits"
+    elif getattr(layer, "transposed", False):
+        reason = "it is a transposed convolution"
     elif signs is None:
         reason = "its inputs are not two opposite values, separated by a threshold for each channel"
     elif (inputs := math.prod(value.shape[1:])) > MOST_INPUTS:
@@ -55,15 +56,15 @@ class BitsLayer(nn.Module):
     def __init__(self, layer: BinaryLayer, bits: Tensor, scale: Tensor, thresholds: Tensor, flips: Tensor) -> None:
         super().__init__()
         filters, inputs, height, width = bits.shape
-        groups, stride, dilation = 1, (1, 1), (1, 1)
-        if isinstance(layer, BinaryConv2d):
-            groups = layer.groups
-            stride, dilation = (cast(tuple[int, int], pair) for pair in (layer.stride, layer.dilation))
-        self.geometry = Geometry(filters, inputs * groups, (height, width), stride, dilation=dilation, groups=groups)
+        made, _ = layer.geometry(bits)
+        self.geometry = Geometry(
+            filters, inputs * made.groups, (height, width), cast(Any, made.stride), dilation=cast(Any, made.dilation),
+            groups=made.groups,
+        )  # fmt: skip
         self.signs: Tensor
         self.epilogue: Tensor
         self.thresholds: Tensor
-        self.register_buffer("signs", encode_weight(flip_inputs(bits, flips, groups), groups))
+        self.register_buffer("signs", encode_weight(flip_inputs(bits, flips, made.groups), made.groups))
         self.register_buffer("epilogue", scale.abs().reshape(1, -1).expand(1, filters).clone())
         self.register_buffer("thresholds", thresholds)
         self.layer = layer
@@ -75,18 +76,15 @@ class BitsLayer(nn.Module):
             return getattr(super().__getattr__("layer"), name)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._linear(input) if isinstance(self.layer, BinaryLinear) else self._conv2d(input)
-
-    def _conv2d(self, x: Tensor) -> Tensor:
-        x, padding = self._padded(x)
+        if isinstance(self.layer, BinaryLinear):
+            return self._linear(input)
+        made, place = self.layer.geometry(input)
+        x = place(self.layer.as_images(input))
         numbers = self.geometry.numbers
-        y = self._product(x, Geometry.of([*numbers[:6], *padding, *numbers[10:]]))
+        y = self._product(x, Geometry.of([*numbers[:6], *made.padding, *numbers[10:]]))
         if (positions := self._positions(x)) is not None:
-            top, bottom, left, right = padding
-            window = positions.new_full((1, 1, *self.geometry.kernel), 1 / self.geometry.taps)
-            padded = F.pad(positions, (left, right, top, bottom)) if any(padding) else positions
-            y = y * torch.conv2d(padded, window, None, self.geometry.stride, 0, self.geometry.dilation)
-        return self.layer.finish(y)
+            y = y * made.mean(positions, self.geometry.kernel)
+        return self.layer.from_images(self.layer.finish(y), input)
 
     def _linear(self, input: Tensor) -> Tensor:
         # Not -1, which torch cannot work out for no images at all.
@@ -96,19 +94,6 @@ class BitsLayer(nn.Module):
         positions = self._positions(flat[:, :, None, None])
         y = self.layer.finish(y if positions is None else y * positions)
         return y.reshape(*input.shape[:-1], self.geometry.out_channels)
-
-    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
-        """``x``, and the zeros (top, bottom, left, right) that the product adds around its signs."""
-        layer = cast(BinaryConv2d, self.layer)
-        explicit = (layer._same_padding(x), "constant") if layer.same_padding else layer._explicit_padding
-        if explicit is None:
-            down, across = cast(tuple[int, int], layer.padding)
-            return x, (down, down, across, across)
-        sides, mode = explicit
-        if mode != "constant":
-            return F.pad(x, sides, mode), (0, 0, 0, 0)  # pixels of the image, which have signs
-        left, right, top, bottom = sides
-        return x, (top, bottom, left, right)
 
     def _product(self, x: Tensor, geometry: Geometry) -> Tensor:
         codes = _ops.sign_codes(x, self.thresholds, geometry.numbers)

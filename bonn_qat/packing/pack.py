@@ -12,6 +12,7 @@ from bonn_qat.binarization.copies import unwrapped
 from bonn_qat.errors import InvalidModel
 from bonn_qat.files.preprocessing import preprocessing_of
 from bonn_qat.inspection.summary import input_size_of
+from bonn_qat.layers import BinaryConv3d, BinaryConvTranspose3d
 from bonn_qat.modes import neutral
 from bonn_qat.packing.compare import compare
 from bonn_qat.packing.fuse import fuse
@@ -83,4 +84,9 @@ def _check(model: nn.Module) -> None:
         if layer.stand_in is not None or not layer.binary_weight:
             raise InvalidModel(
                 f"{name} is in a stage of its training with float weights or activations; it is not 1-bit yet"
+            )
+        if isinstance(layer, BinaryConv3d | BinaryConvTranspose3d):
+            raise InvalidModel(
+                f"{name} is a {type(layer).__name__}, and packed networks have no convolutions over three axes; "
+                "export(model, path, 'pt2') or 'onnx' writes the network with float kernels"
             )

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import update_bn
 
 from bonn_qat import distributed
 from bonn_qat.binarization.binarize import NORMS, Binarization, binary_layers
+from bonn_qat.conv_types import CONVOLUTIONS
 from bonn_qat.environment import environment
 from bonn_qat.errors import InvalidData, InvalidModel, InvalidRecipe, TrainingDiverged
 from bonn_qat.inspection.diagnose import first_non_finite
@@ -349,6 +350,6 @@ def _optimizer(recipe: Recipe, groups: list[dict[str, Any]], device: torch.devic
 
 def _watched(model: nn.Module, record: Binarization) -> dict[str, nn.Module]:
     """The first, middle and last layer that is binary, or would be in a float network."""
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and n not in record.kept]
+    names = [n for n, m in model.named_modules() if isinstance(m, CONVOLUTIONS) and n not in record.kept]
     chosen = dict.fromkeys([names[0], names[len(names) // 2], names[-1]] if names else [])
     return {name: model.get_submodule(name) for name in chosen}

@@ -123,7 +123,7 @@ def test_bad_input_is_told(model: nn.Module) -> None:
     with pytest.raises(UnknownName, match="in skip 'layr1'"):
         adapter.assign_qconfig(model, skip=("layr1",))
     model.bn1.qconfig = adapter.bonn_qconfig()
-    with pytest.raises(InvalidModel, match=r"does not fit BatchNorm2d.*neither a Conv2d nor a Linear"):
+    with pytest.raises(InvalidModel, match=r"does not fit BatchNorm2d.*neither a convolution nor a Linear"):
         adapter.prepare_qat(model)
 
 

@@ -109,7 +109,7 @@ def test_bad_input_is_told(model: nn.Module) -> None:
         BonnConfig(step="prepar")
     with pytest.raises(UnknownName, match="scheme 'bon'; did you mean 'bonn'"):
         BonnConfig("bon")
-    with pytest.raises(InvalidModel, match=r"does not fit BatchNorm2d.*neither a Conv2d nor a Linear"):
+    with pytest.raises(InvalidModel, match=r"does not fit BatchNorm2d.*neither a convolution nor a Linear"):
         quantize_(model, BonnConfig(), lambda module, name: isinstance(module, nn.BatchNorm2d))
     with pytest.raises(InvalidModel, match="nothing to convert in ResNet"):
         quantize_(model, BonnConfig(step="convert"), whole_model)

@@ -450,6 +450,9 @@ CALLS: Mapping[str, tuple[Call, ...]] = {
         Call(gives="bonn_qat.KernelLoss(model)", names="Net", error=InvalidModel),
         Call(gives="bonn_qat.FeatureLoss(binary)(targets)", names="features", error=InvalidModel,
              when="before a forward pass"),
+        Call(
+            gives='bonn_qat.FeatureLoss(binary, ignore_index="255")', names="got '255'", error=InvalidRecipe,
+        ),
         Call(gives='bonn_qat.Objective(binary, regularizers={"kernle": 1.0})', names="kernle", error=UnknownName),
         Call(
             gives='bonn_qat.Objective(binary, options={"kernel": {"mu": 1}})', names="'kernel'", error=InvalidRecipe,
@@ -471,6 +474,11 @@ CALLS: Mapping[str, tuple[Call, ...]] = {
     "Packed networks and exports": (
         Call(gives="bonn_qat.pack(model.eval(), (3, 8, 8))", names="Net", error=InvalidModel),
         Call(gives="bonn_qat.pack(staged.eval(), (3, 8, 8))", names="conv2", error=InvalidModel),
+        Call(
+            gives="bonn_qat.pack(bonn_qat.binarize("
+            "nn.Sequential(nn.Conv3d(3, 3, 1), nn.Conv3d(3, 9, 3), nn.Conv3d(9, 3, 1))))",
+            names="1 is a BinaryConv3d", error=InvalidModel,
+        ),
         Call(gives='bonn_qat.export(model, "a", "pt2", input_size=(3, 8, 8))', names="Net", error=InvalidModel),
         Call(gives="packed(images[:, :, :4])", names="(4, 3, 4, 8)", error=InvalidData),
         Call(gives='bonn_qat.PackedModel.load("a.safetensors")', names="a.safetensors", error=InvalidData),

@@ -13,7 +13,8 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SEARCH = EXAMPLES / "search_optuna.py"  # trains many times, and writes its results
 FINETUNE = EXAMPLES / "finetune.py"  # trains two networks of other data
-TRAININGS = sorted(set(EXAMPLES.rglob("*.py")) - {SEARCH, FINETUNE})
+SIGNALS = EXAMPLES / "signals.py"  # trains three networks on sounds
+TRAININGS = sorted(set(EXAMPLES.rglob("*.py")) - {SEARCH, FINETUNE, SIGNALS})
 EPOCHS = 2
 
 
@@ -90,3 +91,11 @@ def test_a_pretrained_network_is_trained_further(run_scripts, tmp_path):
     assert [re.sub(r"\d+\.\d\d", "N", line) for line in lines] == [
         "pretrained: N % after 1 epochs", "from scratch: N % after 1 epochs"
     ]  # fmt: skip
+
+
+def test_the_networks_of_sounds_are_small_where_they_are_binary(run_scripts, tmp_path):
+    (done,) = run_scripts([str(SIGNALS), "--epochs", "1", "--sounds", "128", "--seed", "0"], cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = re.findall(r"(\w+): accuracy (\d+\.\d\d) % of 32 sounds, (\d+\.\d\d) Mbit\n", done.stdout)
+    assert [scheme for scheme, *_ in found] == ["float", "xnor", "bonn"]
+    assert all(15 * float(size) < float(found[0][2]) for _, _, size in found[1:])

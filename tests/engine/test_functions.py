@@ -120,6 +120,9 @@ LAYERS: dict[str, tuple[Make, tuple[int, ...]]] = {
     "1x1": (lambda: nn.Conv2d(24, 9, 1), (3, 24, 4, 5)),
     "groups": (lambda: nn.Conv2d(8, 16, 3, padding=1, groups=4), (3, 8, 6, 6)),
     "reflect": (lambda: nn.Conv2d(8, 16, 3, padding=1, padding_mode="reflect"), (3, 8, 6, 6)),
+    "signals": (lambda: nn.Conv1d(8, 16, 3, 2, padding=1), (3, 8, 12)),
+    "volumes": (lambda: nn.Conv3d(8, 16, 2, padding=1, groups=2), (3, 8, 3, 4, 2)),
+    "transposed": (lambda: nn.ConvTranspose2d(8, 16, 3, 2, 1, 1), (3, 8, 3, 4)),
     "linear": (lambda: nn.Linear(20, 12), (9, 20)),
     "linear of tokens": (lambda: nn.Linear(20, 12, bias=False), (2, 3, 2, 20)),
 }
@@ -129,10 +132,10 @@ LAYERS: dict[str, tuple[Make, tuple[int, ...]]] = {
 def test_a_layer_takes_the_engine_unless_its_quantizer_says_nothing(case: str) -> None:
     layer, x = binary(case), maps(3, 16, 6, 6)
     is_known = layer.input_quant is None or layer.input_quant.is_pure
-    assert (layer._step(x, None, None) is not None) == is_known
+    assert (layer._step(x, None, None, *layer.geometry(x)) is not None) == is_known
     assert is_known != ("tbn" in case or case in ("xnor:input_scale=True", "bnn:activations=stochastic"))
     if case in BY_BITS and operators.AVAILABLE:
-        assert "SignProduct" in type(layer._step(x, None, None)[0].grad_fn).__name__
+        assert "SignProduct" in type(layer._step(x, None, None, *layer.geometry(x))[0].grad_fn).__name__
 
 
 @pytest.mark.parametrize("case", CASES)

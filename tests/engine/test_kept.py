@@ -91,8 +91,8 @@ def test_no_output_of_a_binary_layer_outlives_the_forward_pass(net: str, scheme:
         seen: list[weakref.ref[Any]] = []
         forward = BinaryLayer._step
 
-        def step(layer: BinaryLayer, x: Tensor, norm: nn.Module | None, addend: Tensor | None) -> Any:
-            found = forward(layer, x, norm, addend)
+        def step(layer: BinaryLayer, x: Tensor, norm: nn.Module | None, addend: Tensor | None, *geometry: Any) -> Any:
+            found = forward(layer, x, norm, addend, *geometry)
             assert found is not None
             if addend is None or not found[1]:  # a sum with a shortcut is kept, as the input of what follows
                 seen.append(weakref.ref(found[0].untyped_storage()))

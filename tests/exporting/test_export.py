@@ -280,6 +280,31 @@ def test_a_folder_refuses_what_the_runtime_lacks_and_names_that_are_none(tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+class Kinds(nn.Module):
+    """A binary layer of every kind but Conv2d on the maps of one stem: ``(B, 3, 4, 8) -> (B, 5, numbers)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.signals = nn.ModuleList([nn.Conv1d(6, 5, 3, 2, 1), nn.ConvTranspose1d(6, 5, 3, 2)])
+        self.images = nn.ModuleList([nn.ConvTranspose2d(6, 5, 3, 2, 1, 1)])
+        self.volumes = nn.ModuleList([nn.Conv3d(6, 5, 3, padding=1), nn.ConvTranspose3d(6, 5, 2, 2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        shapes = (x.flatten(2), self.signals), (x, self.images), (x.unflatten(2, (2, 2)), self.volumes)
+        return torch.cat([layer(y).flatten(2) for y, layers in shapes for layer in layers], 2)
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+@pytest.mark.parametrize("scheme", ["bonn", "xnor:input_scale=true", "adabin"])
+def test_layers_of_every_kind_give_the_same(scheme: str, format: str, tmp_path: Path) -> None:
+    kinds = ["signals", "images", "volumes"]
+    net = worn(bonn_qat.binarize(Kinds(), scheme_of(scheme), include=kinds, input_size=(3, 4, 8)))
+    assert len(net.binarization.binary) == 5
+    check(net, export(net, tmp_path / "net", format), format, torch.randn(12, 3, 4, 8))
+
+
 # ------------------------------------------------------------------------------------------------- what a file is
 
 

@@ -46,6 +46,18 @@ def test_a_naive_replacement_is_dead_behind_its_relus(resnet18, images):
     assert caught[0].filename == __file__
 
 
+@pytest.mark.parametrize(
+    ("kind", "axes"),
+    [(nn.Conv1d, 1), (nn.Conv3d, 3), (nn.ConvTranspose1d, 1), (nn.ConvTranspose2d, 2), (nn.ConvTranspose3d, 3)],
+)
+def test_layers_of_every_kind_are_measured(kind, axes):
+    model = binarize(
+        nn.Sequential(kind(3, 4, 1), kind(4, 6, 3, groups=2), kind(6, 2, 1)), NAIVE, input_size=(3, *[5] * axes)
+    )
+    x = torch.randn(2, 3, *[5] * axes)
+    assert diagnose(model, x).shares == {"1": pytest.approx((model[0](x) >= 0).float().mean().item())}
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_is_left_as_it_was(resnet18, images, training):
     model = binarize(resnet18).train(training)

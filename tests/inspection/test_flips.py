@@ -51,6 +51,19 @@ def test_the_binary_layers_are_those_of_the_hand_computation():
     assert {name: flat(model, name).numel() for name in model.binarization.binary} == SIZES
 
 
+@pytest.mark.parametrize(
+    ("kind", "axes"),
+    [(nn.Conv1d, 1), (nn.Conv3d, 3), (nn.ConvTranspose1d, 1), (nn.ConvTranspose2d, 2), (nn.ConvTranspose3d, 3)],
+)
+def test_layers_of_every_kind_flip(kind, axes):
+    model = nn.Sequential(kind(3, 4, 1), kind(4, 6, 3, groups=2), kind(6, 2, 1))
+    model = bonn_qat.binarize(model, input_size=(3, *[5] * axes))
+    ratio = FlipRatio(model)
+    flat(model, "1")[:7] *= -1
+    ratio.update()
+    assert ratio.compute()["1"] == 7 / (4 * 3 * 3**axes)
+
+
 def test_a_ratio_is_the_flips_over_the_weights_and_layers_count_by_their_size():
     model = network()
     ratio = FlipRatio(model)

@@ -200,6 +200,19 @@ def test_transposed_and_one_dimensional_convolutions():
     assert [layer.macs for layer in report.layers] == [8 * 4 * 9, 8 * 4 * 3 * 2]
 
 
+@pytest.mark.parametrize(
+    ("kind", "axes"),
+    [(nn.Conv1d, 1), (nn.Conv3d, 3), (nn.ConvTranspose1d, 1), (nn.ConvTranspose2d, 2), (nn.ConvTranspose3d, 3)],
+)
+@pytest.mark.parametrize(("scheme", "scales"), [("bonn", 1), ("xnor", 6)])
+def test_a_binary_layer_of_every_kind_has_the_macs_of_the_float_one_and_bits(kind, axes, scheme, scales):
+    model = nn.Sequential(kind(3, 4, 1), kind(4, 6, 3, groups=2, bias=False), kind(6, 2, 1))
+    size = (3, *[5] * axes)
+    layer, plain = (summary(each, size).layers[1] for each in (binarize(model, scheme, input_size=size), model))
+    assert (layer.type, layer.output, layer.macs) == (f"Binary{plain.type}", plain.output, plain.macs)
+    assert (layer.weight_bits, layer.input_bits, layer.weights, layer.scales) == (1, 1, plain.weights, scales)
+
+
 def test_a_shared_layer_costs_its_bits_once_and_its_macs_twice():
     conv = nn.Conv2d(3, 3, 3, padding=1, bias=False)
     report = summary(nn.Sequential(conv, nn.ReLU(), conv), (3, 5, 5))
@@ -282,7 +295,7 @@ def test_what_has_no_macs_here_is_told():
     assert "not called" in rows["read"]
     assert "the model reads its weight itself: read\n" in text
     assert "not reached by a forward pass: unused\n" in text
-    assert "Bilinear is neither a Conv2d nor a Linear: grid\n" in text
+    assert "Bilinear is neither a convolution nor a Linear: grid\n" in text
     assert "not called, or of another kind: read, unused, grid" in text
 
 

@@ -147,6 +147,52 @@ def test_a_binary_layer_is_the_same_to_the_last_bit(kind, scheme):
     assert torch.equal(made(x), model(x))
 
 
+class Signal(nn.Module):
+    """Layers of one axis, all of which but the ends can be binary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv1d(3, 16, 5, 2), nn.BatchNorm1d(16))
+        self.body = nn.Sequential(
+            nn.Conv1d(16, 24, 3, 2, 4, 2, groups=2), nn.ReLU(), nn.Conv1d(24, 8, 4, padding="same"), nn.ReLU(),
+            nn.Conv1d(8, 8, 3, padding=2, padding_mode="reflect", bias=False), nn.BatchNorm1d(8), nn.ReLU(),
+            nn.ConvTranspose1d(8, 16, 3, 2, groups=2),
+        )  # fmt: skip
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.stem(x)).mean(2))
+
+
+@pytest.mark.parametrize("scheme", ["bonn", "xnor:input_scale", "adabin"])
+def test_signals_run_on_bits_too_and_transposed_layers_keep_bits(scheme, tmp_path):
+    name, _, option = scheme.partition(":")
+    chosen = find_scheme(name).configure({option: True} if option else {})
+    model = shaken(bonn_qat.binarize(Signal(), chosen, input_size=(3, 60)))
+    made = pack(model)
+    of_signals = "weights" if scheme == "adabin" else "bits"
+    assert [layer.kind for layer in made.layers] == [*[of_signals] * 3, "weights"]
+    assert made.layers[3].reason.startswith("its weights" if scheme == "adabin" else "it is a transposed convolution")
+    made.save(tmp_path / "net.safetensors")
+    again, x = PackedModel.load(tmp_path / "net.safetensors"), torch.randn(5, 3, 60)
+    assert torch.equal(again(x), made(x))
+    assert (made(x) - model(x)).abs().max() <= 1e-6 * model(x).abs().max()
+    counted, own = bonn_qat.summary(model), bonn_qat.summary(made)
+    assert (own.macs, own.binary_weights) == (counted.macs, counted.binary_weights)
+
+
+def test_a_network_with_volumes_is_refused_by_the_name_of_its_layer():
+    class Volumes(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x[:, :, None])
+
+    net = bonn_qat.binarize(
+        Volumes(nn.Conv3d(3, 3, 1), nn.Conv3d(3, 9, 3, padding=1), nn.Conv3d(9, 3, 1)), input_size=(3, 4, 4)
+    )
+    with pytest.raises(InvalidModel, match=r"^1 is a BinaryConv3d, and packed networks have no .* 'pt2'\) or 'onnx'"):
+        pack(net)
+
+
 def test_linear_layers_are_the_same_to_the_last_bit():
     net = nn.Sequential(nn.Flatten(), nn.Linear(48, 30), nn.ReLU(), nn.Linear(30, 70), nn.ReLU(), nn.Linear(70, 3))
     model = shaken(bonn_qat.binarize(net, input_size=(3, 4, 4)))
