@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import math
 import os
 import sys
 import zlib
@@ -25,6 +26,8 @@ _STATUS = {
     5: "it was made for another instruction set",
     6: "its memory does not begin at a multiple of 64",
 }
+
+Outputs = NDArray[np.float32] | tuple[NDArray[np.float32], ...]
 
 
 class _Plan(ctypes.Structure):
@@ -98,14 +101,14 @@ class Program:
 
     def __init__(self, plan: Plan, cpu: str) -> None:
         self._library, self._cpu, self._plan = load(), _handle(cpu), plan
-        self._outputs = int(np.prod(plan.result))
+        self._sizes = [math.prod(shape) for shape in plan.results]
         # What the library verified must not change.
         self._rows = np.ascontiguousarray(plan.rows, np.int64).copy()
         for array in (self._rows, plan.constants):
             array.flags.writeable = False
         self._c = _Plan(
             self._rows.ctypes.data, len(self._rows), plan.constants.ctypes.data, plan.constants.nbytes,
-            plan.arena_bytes, plan.inputs, self._outputs, plan.layout,
+            plan.arena_bytes, plan.inputs, sum(self._sizes), plan.layout,
         )  # fmt: skip
         row = ctypes.c_int64()
         status = self._library.bonn_qat_verify(ctypes.byref(self._c), ctypes.byref(row))
@@ -113,9 +116,9 @@ class Program:
             raise InvalidPlan(f"row {row.value} of the plan is refused: {_STATUS.get(status, status)}")
         self._arenas: list[NDArray[np.uint8]] = []
 
-    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Contiguous images ``(B, ...)`` of ``plan.inputs`` numbers each -> ``(B, *plan.result)``."""
-        results = np.empty((len(images), *self._plan.result), np.float32)
+    def __call__(self, images: NDArray[np.float32]) -> Outputs:
+        """Contiguous images ``(B, ...)`` of ``plan.inputs`` numbers each -> ``(B, *shape)`` for each result."""
+        results = np.empty((len(images), sum(self._sizes)), np.float32)
         # Each thread that is in here has an arena of its own.
         try:
             arena = self._arenas.pop()
@@ -127,4 +130,6 @@ class Program:
         self._arenas.append(arena)
         if status:
             raise InvalidPlan(f"the plan cannot run: {_STATUS.get(status, status)}")
-        return results
+        parts = np.split(results, np.cumsum(self._sizes)[:-1], axis=1)
+        shaped = [part.reshape(len(images), *shape) for part, shape in zip(parts, self._plan.results, strict=True)]
+        return shaped[0] if self._plan.is_single else tuple(shaped)

@@ -18,6 +18,8 @@ from bonn_qat_runtime.plan import plan
 class Network:
     """A network that ``bonn_qat.pack(model).save(path)`` wrote: images ``(B, C, H, W)`` -> logits ``(B, classes)``.
 
+    A network that returns several tensors gives a tuple of them.
+
     It computes what ``bonn_qat.PackedModel`` does, one image after another in one thread, without torch. Binary layers
     are equal to the last bit, float layers up to the order of their sums, and on all CPUs alike.
 
@@ -45,7 +47,7 @@ class Network:
         except (InvalidFile, InvalidPlan, UnsupportedOperator) as error:
             raise type(error)(f"{path}: {error}") from error
 
-    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    def __call__(self, images: NDArray[np.float32]) -> library.Outputs:
         """Raises InvalidFile for images of another size or type: they are neither converted nor scaled here."""
         if not isinstance(images, np.ndarray) or images.dtype != np.float32 or images.shape[1:] != self.input_size:
             given = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__

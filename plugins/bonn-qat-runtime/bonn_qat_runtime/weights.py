@@ -5,15 +5,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bonn_qat_runtime.operations import Convolution, Floats
+from bonn_qat_runtime.operations import LANES, Convolution, Floats, up
 
-LANES = 16
 WORDS, NIBBLES = 0, 1
-
-
-def up(number: int, step: int) -> int:
-    """The next multiple of ``step``."""
-    return -(-number // step) * step
 
 
 def float_weight(weight: Floats, groups: int) -> Floats:
@@ -24,6 +18,14 @@ def float_weight(weight: Floats, groups: int) -> Floats:
     padded = np.zeros((groups, blocks * LANES, inputs, kh, kw), np.float32)
     padded[:, :filters] = weight.reshape(groups, filters, inputs, kh, kw)
     return np.ascontiguousarray(padded.reshape(groups, blocks, LANES, inputs, kh, kw).transpose(0, 1, 4, 5, 3, 2))
+
+
+def depthwise_weight(weight: Floats) -> Floats:
+    """``(C, 1, kh, kw)`` -> ``(kh, kw, C)``, with zeros at the end of each tap."""
+    channels, _, kh, kw = weight.shape
+    padded = np.zeros((kh, kw, up(channels, LANES)), np.float32)
+    padded[..., :channels] = weight[:, 0].transpose(1, 2, 0)
+    return padded
 
 
 def bit_weight(weight: NDArray[np.bool_], groups: int, layout: int) -> NDArray[np.uint8]:

@@ -6,6 +6,8 @@
 #include "bonn_qat_runtime.h"
 #include "vectors.h"
 
+#include "elementwise.h"
+
 #define STRIP 96 /* pixels of a convolution that are computed for one block of filters after another */
 #define JOINED(name, suffix) name##_##suffix
 #define SUFFIXED(name, suffix) JOINED(name, suffix)
@@ -22,7 +24,7 @@ typedef struct {
     const float *vectors, *low, *high, *residual;
     float *y;
     uint16_t *signs;
-    int64_t steps, pitch;
+    int64_t steps, pitch, residual_pitch;
 } Finish;
 
 typedef struct {
@@ -39,8 +41,11 @@ INLINE Finish finish_of(const Task *t) {
     const Row *r = t->row;
     const float *low = constant(t, r->thresholds);
     return (Finish){constant(t, r->program), constant(t, r->vectors), low, low ? low + r->out_pitch : 0,
-                    active(t, r->residual),  active(t, r->y),         active(t, r->signs), r->steps, r->out_pitch};
+                    active(t, r->residual),  active(t, r->y),         active(t, r->signs), r->steps, r->out_pitch,
+                    r->residual_pitch};
 }
+
+#define MOST_PIXELS 16 /* of a tile */
 
 /* With `count` pixels, a constant: the loops disappear, and the values stay in registers. */
 #define EACH_PIXEL _Pragma("GCC unroll 8") for (int p = 0; p < count; p++)
@@ -67,18 +72,28 @@ INLINE void finish(const Finish *all, F *values, int count, int64_t pixel, int64
             EACH_PIXEL values[p] = fused(values[p], factor, addend);
             break;
         }
-        case BONN_QAT_RESIDUAL: EACH_PIXEL values[p] += load(f.residual + at + p * f.pitch); break;
+        case BONN_QAT_RESIDUAL: EACH_PIXEL values[p] += load(f.residual + (pixel + p) * f.residual_pitch + o); break;
         case BONN_QAT_PRELU: {
             F slope = load(row);
             EACH_PIXEL values[p] = pick((I)(values[p] > 0), values[p], values[p] * slope);
             break;
         }
-        default: { /* CLAMP; comparisons with NaN are false, and it stays */
+        case BONN_QAT_CLAMP: { /* comparisons with NaN are false, and it stays */
             F low = load(row), high = load(row + f.pitch);
             EACH_PIXEL {
                 F raised = pick((I)(values[p] < low), low, values[p]);
                 values[p] = pick((I)(raised > high), high, raised);
             }
+            break;
+        }
+        default: { /* a copy, so that the values themselves stay in registers */
+            F moved[MOST_PIXELS];
+            EACH_PIXEL moved[p] = values[p];
+            if (f.program[2 * s] < BONN_QAT_EXP)
+                join(f.program[2 * s], moved, count, f.residual + pixel * f.residual_pitch + o, f.residual_pitch);
+            else
+                apply(f.program[2 * s], moved, count);
+            EACH_PIXEL values[p] = moved[p];
         }
         }
     }
@@ -118,6 +133,7 @@ OPERATION give_result(const Task *t, float *results) {
     const Row *r = t->row;
     const float *x = active(t, r->x);
     int64_t plane = r->height * r->width;
+    results += r->y;
     for (int64_t p = 0; p < plane; p++)
         for (int64_t c = 0; c < r->channels; c++) results[c * plane + p] = x[p * r->pitch + c];
 }
@@ -128,6 +144,8 @@ OPERATION pointwise(const Task *t) {
     for (int64_t p = 0; p < r->height * r->width; p++)
         for (int64_t o = 0; o < r->pitch; o += LANES) finish_one(&t->finish, load(x + p * r->pitch + o), p, o);
 }
+
+#include "arrange.h"
 
 /* ---- pools ---- */
 
@@ -346,6 +364,9 @@ OPERATION convolve_signs(const Task *t) {
     }
 }
 
+#include "depthwise.h"
+#include "products.h"
+
 /* ---- plans ---- */
 
 void NAME(run)(const bonn_qat_plan *plan, const float *images, float *results, void *arena);
@@ -359,6 +380,10 @@ void NAME(run)(const bonn_qat_plan *plan, const float *images, float *results, v
         case BONN_QAT_POOL: pool(&task); break;
         case BONN_QAT_FLOAT: convolve_floats(&task); break;
         case BONN_QAT_BINARY: convolve_signs(&task); break;
+        case BONN_QAT_ARRANGE: arrange(&task); break;
+        case BONN_QAT_DEPTHWISE: convolve_channels(&task); break;
+        case BONN_QAT_NORMALIZE: normalize(&task); break;
+        case BONN_QAT_PRODUCT: multiply_matrices(&task); break;
         default: give_result(&task, results);
         }
     }

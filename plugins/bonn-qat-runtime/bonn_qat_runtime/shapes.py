@@ -1,0 +1,411 @@
+"""Shapes: lowerings of what moves, repeats or joins numbers, and of what is only another way to count them."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bonn_qat_runtime.builder import Builder, Refused, floats, images, number, pair, shape_of, tensor, whole
+from bonn_qat_runtime.elementwise import add, multiply
+from bonn_qat_runtime.errors import shown
+from bonn_qat_runtime.files import Tensor
+from bonn_qat_runtime.operations import Offsets
+from bonn_qat_runtime.views import View
+
+
+def _same(builder: Builder, x: Any, *rest: Any, **options: Any) -> Any:
+    return x
+
+
+def _cast(builder: Builder, x: Any, dtype: Any = "float32", **options: Any) -> View:
+    if dtype not in ("float32", None):
+        raise Refused(f"numbers of the type {shown(dtype)}")
+    return tensor(x)
+
+
+def _dropout(builder: Builder, x: Any, share: Any, is_training: Any) -> View:
+    if is_training:
+        raise Refused("random numbers")
+    return tensor(x)
+
+
+def _item(builder: Builder, items: Any, index: Any) -> Any:
+    if not isinstance(items, tuple | list):
+        raise Refused("an item of something that has none")
+    return items[index]
+
+
+def _size(builder: Builder, x: Any, axis: Any) -> int:
+    return tensor(x).shape[axis]
+
+
+# ---- other axes ----
+
+
+def view(builder: Builder, x: Any, shape: Any) -> View | Tensor:
+    """With -1 for at most one length."""
+    old, sizes = math.prod(shape_of(x)), [whole(n, -1) for n in shape]
+    rest = math.prod(n for n in sizes if n != -1)
+    if sizes.count(-1) > 1 or rest < 1 or old % rest:
+        raise Refused(f"a tensor {shape_of(x)} as {sizes}")
+    made = [old // rest if n == -1 else n for n in sizes]
+    if math.prod(made) != old:
+        raise Refused(f"a tensor {shape_of(x)} as {sizes}")
+    if isinstance(x, Tensor):
+        return Tensor(x.type, x.array.reshape(made))
+    return builder.reshaped(tensor(x), made)
+
+
+def _flatten(builder: Builder, x: Any, start_dim: Any = 0, end_dim: Any = -1) -> View:
+    first, last = tensor(x).axis(start_dim), x.axis(end_dim)
+    shape = x.shape
+    return builder.reshaped(x, (*shape[:first], math.prod(shape[first : last + 1]), *shape[last + 1 :]))
+
+
+def _unflatten(builder: Builder, x: Any, dim: Any, sizes: Any) -> Any:
+    axis = tensor(x).axis(dim)
+    if sizes.count(-1) == 1:
+        sizes = [-x.shape[axis] // math.prod(sizes) if n == -1 else n for n in sizes]
+    return view(builder, x, [*x.shape[:axis], *sizes, *x.shape[axis + 1 :]])
+
+
+def _permute(builder: Builder, x: Any, dims: Any) -> View | Tensor:
+    if isinstance(x, Tensor):
+        return Tensor(x.type, x.array.transpose(dims))
+    return tensor(x).permuted(dims)
+
+
+def _transpose(builder: Builder, x: Any, dim0: Any, dim1: Any) -> View | Tensor:
+    order = list(range(len(shape_of(x))))
+    order[dim0], order[dim1] = order[dim1], order[dim0]
+    return _permute(builder, x, order)
+
+
+def _t(builder: Builder, x: Any) -> View | Tensor:
+    return _permute(builder, x, list(range(len(shape_of(x))))[::-1])
+
+
+def _movedim(builder: Builder, x: Any, source: Any, destination: Any) -> View:
+    sources, targets = ([a] if isinstance(a, int) else a for a in (source, destination))
+    moved = {tensor(x).axis(target): x.axis(own) for own, target in zip(sources, targets, strict=True)}
+    rest = iter(axis for axis in range(len(x.axes)) if axis not in moved.values())
+    return x.permuted([moved[k] if k in moved else next(rest) for k in range(len(x.axes))])
+
+
+def _unsqueeze(builder: Builder, x: Any, dim: Any) -> View | Tensor:
+    shape = list(shape_of(x))
+    shape.insert(range(len(shape) + 1)[dim], 1)
+    return view(builder, x, shape)
+
+
+def _squeeze(builder: Builder, x: Any, dim: Any) -> View | Tensor:
+    shape = shape_of(x)
+    gone = {range(len(shape))[axis] for axis in ([dim] if isinstance(dim, int) else dim)}
+    return view(builder, x, [n for axis, n in enumerate(shape) if axis not in gone or n != 1])
+
+
+def _expand(builder: Builder, x: Any, size: Any, implicit: Any = False) -> Any:
+    if isinstance(x, Tensor):
+        missing = len(size) - x.array.ndim
+        return Tensor(x.type, np.broadcast_to(x.array, [
+            x.array.shape[k - missing] if n == -1 else n for k, n in enumerate(size)]))  # fmt: skip
+    return tensor(x).expanded(size)
+
+
+def _expand_as(builder: Builder, x: Any, other: Any) -> Any:
+    return _expand(builder, x, list(shape_of(other)))
+
+
+# ---- parts ----
+
+
+def _slice(builder: Builder, x: Any, dim: Any = 0, start: Any = None, end: Any = None, step: Any = 1) -> Any:
+    if isinstance(x, Tensor):
+        places = [slice(None)] * x.array.ndim
+        places[dim] = slice(start, end, step)
+        return Tensor(x.type, x.array[tuple(places)])
+    return _taken(tensor(x), dim, slice(start, end, step))
+
+
+def _taken(x: View, dim: int, places: slice | Offsets) -> View:
+    found = x.taken(dim, places)
+    if 0 in found.shape:
+        raise Refused("a tensor without elements")
+    return found
+
+
+def _narrow(builder: Builder, x: Any, dim: Any, start: Any, length: Any) -> Any:
+    return _slice(builder, x, dim, start, start + length)
+
+
+def _select(builder: Builder, x: Any, dim: Any, index: Any) -> Any:
+    axis = range(len(shape_of(x)))[dim]
+    index = range(shape_of(x)[axis])[index]
+    found = _slice(builder, x, axis, index, index + 1)
+    return view(builder, found, [n for k, n in enumerate(shape_of(found)) if k != axis])
+
+
+def _unbind(builder: Builder, x: Any, dim: Any = 0) -> tuple[Any, ...]:
+    return tuple(_select(builder, x, dim, index) for index in range(tensor(x).shape[dim]))
+
+
+def _split(builder: Builder, x: Any, sizes: Any, dim: Any = 0) -> tuple[View, ...]:
+    length = tensor(x).shape[dim]
+    if isinstance(sizes, int):
+        sizes = [min(whole(sizes, 1), length - begin) for begin in range(0, length, sizes)]
+    begins = np.cumsum([0, *(whole(n, 1) for n in sizes)]).tolist()
+    if begins[-1] != length:
+        raise Refused(f"parts {shown(sizes)} of an axis of {length}")
+    return tuple(_taken(x, dim, slice(a, b)) for a, b in zip(begins[:-1], begins[1:], strict=True))
+
+
+def _chunk(builder: Builder, x: Any, chunks: Any, dim: Any = 0) -> tuple[View, ...]:
+    return _split(builder, x, -(-tensor(x).shape[dim] // whole(chunks, 1)), dim)
+
+
+def _index_select(builder: Builder, x: Any, dim: Any, index: Any) -> View:
+    return _taken(tensor(x), dim, _indices(index, tensor(x).shape[dim]))
+
+
+def _indices(index: Any, length: int) -> Offsets:
+    if not isinstance(index, Tensor) or index.type not in ("int64", "int32") or index.array.ndim != 1:
+        raise Refused("indices that are no constants of one axis")
+    values = index.array.astype(np.int64)
+    values = np.where(values < 0, values + length, values)
+    if not values.size or values.min() < 0 or values.max() >= length:
+        raise Refused("indices outside the tensor")
+    return values
+
+
+def _index(builder: Builder, x: Any, indices: Any) -> View:
+    given = [(axis, index) for axis, index in enumerate(indices) if index is not None]
+    if len(given) != 1:
+        raise Refused("indices along several axes")
+    return _index_select(builder, x, *given[0])
+
+
+def _roll(builder: Builder, x: Any, shifts: Any, dims: Any = ()) -> View:
+    found = tensor(x)
+    for shift, axis in zip([shifts] if isinstance(shifts, int) else shifts, dims, strict=True):
+        found = found.taken(axis, np.roll(np.arange(found.shape[axis]), shift))
+    return found
+
+
+def _flip(builder: Builder, x: Any, dims: Any) -> View:
+    found = tensor(x)
+    for axis in dims:
+        found = found.taken(axis, np.arange(found.shape[axis])[::-1])
+    return found
+
+
+def _repeat(builder: Builder, x: Any, repeats: Any) -> View:
+    missing = len(repeats) - len(tensor(x).axes)
+    found = builder.reshaped(x, (*([1] * missing), *x.shape))
+    for axis, times in enumerate(repeats):
+        if whole(times, 1) > 1:
+            found = found.taken(axis, np.tile(np.arange(found.shape[axis]), times))
+    return found
+
+
+def _repeat_interleave(builder: Builder, x: Any, repeats: Any, dim: Any = None, output_size: Any = None) -> View:
+    return tensor(x).taken(dim, np.repeat(np.arange(x.shape[dim]), whole(repeats, 1)))
+
+
+def _unfold(builder: Builder, x: Any, dimension: Any, size: Any, step: Any) -> View:
+    axis = tensor(x).axis(dimension)
+    places = np.arange(0, x.shape[axis] - whole(size, 1) + 1, whole(step, 1))[:, None] + np.arange(size)
+    found = _taken(x, axis, places.reshape(-1))
+    shape = (*x.shape[:axis], *places.shape, *x.shape[axis + 1 :])
+    found = builder.reshaped(found, shape)
+    return found.permuted([k for k in range(len(shape)) if k != axis + 1] + [axis + 1])
+
+
+def _im2col(builder: Builder, x: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) -> View:
+    """Windows as columns: ``(1, C, H, W)`` -> ``(1, C kh kw, windows)``."""
+    ph, pw = pair(padding, 0)
+    found = _constant_pad(builder, images(x), [pw, pw, ph, ph]) if ph or pw else images(x)
+    shape = [1, found.shape[1]]
+    for axis, (k, d, s) in enumerate(zip(pair(kernel, 1), pair(dilation, 1), pair(stride, 1), strict=True)):
+        places = np.arange(k)[:, None] * d + np.arange(0, found.shape[2 + axis] - d * (k - 1), s)
+        found, shape = _taken(found, 2 + axis, places.reshape(-1)), [*shape, *places.shape]
+    found = builder.reshaped(found, shape).permuted([0, 1, 2, 4, 3, 5])
+    return builder.reshaped(found, (1, math.prod(shape[1:3]) * shape[4], shape[3] * shape[5]))
+
+
+# ---- several tensors in one ----
+
+
+def _cat(builder: Builder, tensors: Any, dim: Any = 0) -> Any:
+    if all(isinstance(x, Tensor) for x in tensors):
+        return Tensor("float32", np.concatenate([floats(x) for x in tensors], dim))
+    axis = range(len(shape_of(tensors[0])))[dim]
+    begin, parts = 0, []
+    shape = list(shape_of(tensors[0]))
+    for x in tensors:
+        own = list(shape_of(x))
+        if own[:axis] + own[axis + 1 :] != shape[:axis] + shape[axis + 1 :]:
+            raise Refused(f"tensors {shape} and {own} as one")
+        parts.append((x, tuple(begin * (k == axis) for k in range(len(own))), (1,) * len(own)))
+        begin += own[axis]
+    shape[axis] = begin
+    return builder.placed(parts, shape)
+
+
+def _stack(builder: Builder, tensors: Any, dim: Any = 0) -> Any:
+    return _cat(builder, [_unsqueeze(builder, x, dim) for x in tensors], dim)
+
+
+def _constant_pad(builder: Builder, x: Any, pad: Any, value: Any = 0.0) -> View:
+    before, after = _sides(tensor(x), pad)
+    kept = x
+    for axis, (a, b) in enumerate(zip(before, after, strict=True)):
+        kept = _taken(kept, axis, slice(max(-a, 0), kept.shape[axis] - max(-b, 0)))
+    before, after = [max(n, 0) for n in before], [max(n, 0) for n in after]
+    if not any(before + after):
+        return kept
+    shape = [a + n + b for a, n, b in zip(before, kept.shape, after, strict=True)]
+    return builder.placed([(kept, tuple(before), (1,) * len(shape))], shape, number(value))
+
+
+def _sides(x: View, pad: Sequence[int]) -> tuple[list[int], list[int]]:
+    """What torch adds to the last axes, as lists for all of them, before and after."""
+    count = len(pad) // 2
+    if len(pad) % 2 or count > len(x.axes):
+        raise Refused(f"a padding {shown(pad)}")
+    rest = [0] * (len(x.axes) - count)
+    return [*rest, *pad[::2][::-1]], [*rest, *pad[1::2][::-1]]
+
+
+def _pad(builder: Builder, x: Any, pad: Any, mode: Any = "constant", value: Any = None) -> View:
+    if mode == "constant":
+        return _constant_pad(builder, x, pad, 0.0 if value is None else value)
+    found = tensor(x)
+    for axis, (a, b) in enumerate(zip(*_sides(found, pad), strict=True)):
+        n = found.shape[axis]
+        if a or b:
+            places = np.pad(np.arange(n), (a, b), {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}[mode])
+            found = found.taken(axis, places)
+    return found
+
+
+def _reflect(builder: Builder, x: Any, padding: Any) -> View:
+    return _pad(builder, x, padding, "reflect")
+
+
+def _replicate(builder: Builder, x: Any, padding: Any) -> View:
+    return _pad(builder, x, padding, "replicate")
+
+
+def _pixel_shuffle(builder: Builder, x: Any, upscale_factor: Any) -> View:
+    r, (n, c, h, w) = whole(upscale_factor, 1), images(x).shape
+    if c % (r * r):
+        raise Refused(f"{c} channels as {r * r} pixels each")
+    found = builder.reshaped(x, (n, c // (r * r), r, r, h, w)).permuted([0, 1, 4, 2, 5, 3])
+    return builder.reshaped(found, (n, c // (r * r), h * r, w * r))
+
+
+def _pixel_unshuffle(builder: Builder, x: Any, downscale_factor: Any) -> View:
+    r, (n, c, h, w) = whole(downscale_factor, 1), images(x).shape
+    if h % r or w % r:
+        raise Refused(f"a map of {h} by {w} pixels in squares of {r}")
+    found = builder.reshaped(x, (n, c, h // r, r, w // r, r)).permuted([0, 1, 3, 5, 2, 4])
+    return builder.reshaped(found, (n, c * r * r, h // r, w // r))
+
+
+# ---- other sizes ----
+
+
+def _scaled(x: View, size: Any, factors: Any) -> list[tuple[int, int, float]]:
+    """For height and width: the length, the new one, and how far pixels are apart."""
+    if isinstance(factors, float | int):
+        factors = [factors, factors]
+    found = []
+    for axis in (0, 1):
+        n = x.shape[2 + axis]
+        new = whole(size[axis], 1) if size is not None else math.floor(n * factors[axis])
+        found.append((n, new, 1 / factors[axis] if factors is not None and factors[axis] is not None else n / new))
+    return found
+
+
+def _nearest(builder: Builder, x: Any, size: Any, scales: Any = None, *more: Any) -> View:
+    found = images(x)
+    for axis, (n, new, step) in enumerate(_scaled(found, size, [scales, *more] if more else scales)):
+        places = np.floor(np.arange(new, dtype=np.float32) * np.float32(step)).astype(np.int64)
+        found = found.taken(2 + axis, np.minimum(places, n - 1))
+    return found
+
+
+def _bilinear(builder: Builder, x: Any, size: Any, align_corners: Any, scales: Any = None, *more: Any) -> View:
+    found = images(x)
+    for axis, (n, new, step) in enumerate(_scaled(found, size, [scales, *more] if more else scales)):
+        if n == new and step == 1:
+            continue
+        i = np.arange(new, dtype=np.float32)
+        if align_corners:
+            place = i * np.float32((n - 1) / (new - 1) if new > 1 else 0)
+        else:
+            place = np.maximum(np.float32(step) * (i + np.float32(0.5)) - np.float32(0.5), 0)
+        low = np.minimum(place.astype(np.int64), n - 1)
+        share = np.clip(place - low, 0, 1).astype(np.float32).reshape((-1,) + (1,) * (1 - axis))
+        below = multiply(builder, found.taken(2 + axis, low), Tensor("float32", 1 - share))
+        above = multiply(builder, found.taken(2 + axis, np.minimum(low + 1, n - 1)), Tensor("float32", share))
+        found = tensor(add(builder, below, above))
+    return found
+
+
+LOWERINGS: Mapping[str, Callable[..., Any]] = {
+    **{f"aten.{name}.default": _same for name in ("clone", "alias", "detach", "contiguous", "lift_fresh_copy")},
+    "aten._to_copy.default": _cast,
+    "aten.type_as.default": _same,
+    "aten.dropout.default": _dropout,
+    "python.getitem": _item,
+    "aten.sym_size.int": _size,
+    "aten.view.default": view,
+    "aten.reshape.default": view,
+    "aten._unsafe_view.default": view,
+    "aten.flatten.using_ints": _flatten,
+    "aten.unflatten.int": _unflatten,
+    "aten.permute.default": _permute,
+    "aten.transpose.int": _transpose,
+    "aten.swapaxes.default": _transpose,
+    "aten.swapdims.default": _transpose,
+    "aten.t.default": _t,
+    "aten.movedim.int": _movedim,
+    "aten.movedim.intlist": _movedim,
+    "aten.unsqueeze.default": _unsqueeze,
+    "aten.squeeze.dim": _squeeze,
+    "aten.squeeze.dims": _squeeze,
+    "aten.expand.default": _expand,
+    "aten.expand_as.default": _expand_as,
+    "aten.slice.Tensor": _slice,
+    "aten.narrow.default": _narrow,
+    "aten.select.int": _select,
+    "aten.unbind.int": _unbind,
+    "aten.split.Tensor": _split,
+    "aten.split.sizes": _split,
+    "aten.split_with_sizes.default": _split,
+    "aten.chunk.default": _chunk,
+    "aten.index_select.default": _index_select,
+    "aten.index.Tensor": _index,
+    "aten.roll.default": _roll,
+    "aten.flip.default": _flip,
+    "aten.repeat.default": _repeat,
+    "aten.repeat_interleave.self_int": _repeat_interleave,
+    "aten.unfold.default": _unfold,
+    "aten.im2col.default": _im2col,
+    "aten.cat.default": _cat,
+    "aten.concat.default": _cat,
+    "aten.stack.default": _stack,
+    "aten.pad.default": _pad,
+    "aten.constant_pad_nd.default": _constant_pad,
+    "aten.reflection_pad2d.default": _reflect,
+    "aten.reflection_pad1d.default": _reflect,
+    "aten.replication_pad2d.default": _replicate,
+    "aten.pixel_shuffle.default": _pixel_shuffle,
+    "aten.pixel_unshuffle.default": _pixel_unshuffle,
+    "aten.upsample_nearest2d.vec": _nearest,
+    "aten.upsample_nearest2d.default": _nearest,
+    "aten.upsample_bilinear2d.vec": _bilinear,
+    "aten.upsample_bilinear2d.default": _bilinear,
+}
