@@ -125,14 +125,16 @@ class Builder:
                 a, b = b, a
         shape = tuple(np.broadcast_shapes(tensor(a).shape, shape_of(b)))
         # As the value the one that needs no copy; the later one is more likely to be computed in the same pass.
-        if isinstance(b, View) and code in _SYMMETRIC and (b.shape == shape and b.is_whole):
-            if a.shape != shape or not a.is_whole or self._age(b) >= self._age(a):
-                a, b = b, a
+        may_swap = isinstance(b, View) and code in _SYMMETRIC and b.shape == shape and b.is_whole
+        if may_swap and (a.shape != shape or not a.is_whole or self._age(b) >= self._age(a)):
+            a, b = b, a
         a = self.compact(a.expanded(shape) if a.shape != shape else a)
         if not isinstance(b, View):
             row = channel_row(a, b)
             if row is not None and code in (RESIDUAL, TIMES):
                 return self.pointwise(a, [Step(ADD if code == RESIDUAL else SCALE, (row,))])
+            if row is not None:
+                return self.pointwise(a, [Step(code)], self.constant(Tensor("float32", row), row.shape).map)
             b = self.constant(b, shape)
         return self.pointwise(a, [Step(code)], self.beside(b.expanded(shape), a))
 
@@ -292,4 +294,3 @@ def rows_of(x: View, operand: Any) -> Floats:
     if values.size not in (1, x.map.channels):
         raise Refused(f"a tensor {values.shape} for {x.map.channels} channels")
     return np.broadcast_to(values, (x.map.channels,))
-

@@ -11,10 +11,15 @@ from bonn_qat_runtime.builder import Builder, Refused, channel_row, filled, floa
 from bonn_qat_runtime.errors import shown
 from bonn_qat_runtime.files import Tensor
 from bonn_qat_runtime.operations import (
+    ABOVE,
     ABS,
+    AT_LEAST,
+    AT_MOST,
+    BELOW,
     CLAMP,
     ERF,
     EXP,
+    FLOOR,
     FMA,
     GELU,
     GELU_TANH,
@@ -27,8 +32,10 @@ from bonn_qat_runtime.operations import (
     PRELU,
     RECIPROCAL,
     RESIDUAL,
+    ROUND,
     SCALE,
     SIGMOID,
+    SIGN,
     SILU,
     SQRT,
     SQUARE,
@@ -39,60 +46,46 @@ from bonn_qat_runtime.operations import (
 from bonn_qat_runtime.views import View
 
 
-def _folded(function: Callable[[Any, Any], Any], a: Any, b: Any) -> Tensor:
-    """Of two constants, such as a scale and the weights that were unpacked from bits."""
-    values = [floats(x) if isinstance(x, Tensor) else np.float32(number(x)) for x in (a, b)]
-    return Tensor("float32", np.asarray(function(*values), np.float32))
-
-
 def _unscaled(alpha: Any) -> None:
     if alpha != 1:
         raise Refused(f"a factor {shown(alpha)}")
 
 
-def add(builder: Builder, a: Any, b: Any, alpha: Any = 1) -> View | Tensor:
+def add(builder: Builder, a: Any, b: Any, alpha: Any = 1) -> View:
     """The sum."""
     _unscaled(alpha)
-    return builder.binary(RESIDUAL, a, b) if _is_active(a, b) else _folded(np.add, a, b)
+    return builder.binary(RESIDUAL, a, b)
 
 
-def _is_active(*operands: Any) -> bool:
-    return any(isinstance(x, View) for x in operands)
-
-
-def subtract(builder: Builder, a: Any, b: Any, alpha: Any = 1) -> View | Tensor:
+def subtract(builder: Builder, a: Any, b: Any, alpha: Any = 1) -> View:
     """The difference."""
     _unscaled(alpha)
-    if not _is_active(a, b):
-        return _folded(np.subtract, a, b)
     if not isinstance(b, View):  # the negative of a number is exact
-        return builder.binary(RESIDUAL, a, _folded(np.multiply, b, -1))
+        return builder.binary(RESIDUAL, a, Tensor("float32", -floats(b)) if isinstance(b, Tensor) else -number(b))
     if not isinstance(a, View):
         b = builder.compact(b)
         return builder.binary(RESIDUAL, builder.pointwise(b, [Step(SCALE, (filled(b, -1),))]), a)
     return builder.binary(MINUS, a, b)
 
 
-def _reversed_subtract(builder: Builder, a: Any, b: Any, alpha: Any = 1) -> View | Tensor:
+def _reversed_subtract(builder: Builder, a: Any, b: Any, alpha: Any = 1) -> View:
     return subtract(builder, b, a, alpha)
 
 
-def multiply(builder: Builder, a: Any, b: Any) -> View | Tensor:
+def multiply(builder: Builder, a: Any, b: Any) -> View:
     """The product."""
-    return builder.binary(TIMES, a, b) if _is_active(a, b) else _folded(np.multiply, a, b)
+    return builder.binary(TIMES, a, b)
 
 
-def divide(builder: Builder, a: Any, b: Any) -> View | Tensor:
+def divide(builder: Builder, a: Any, b: Any) -> View:
     """The quotient."""
-    if not _is_active(a, b):
-        return _folded(np.divide, a, b)
     if isinstance(b, View) and type(a) in (int, float) and a == 1:
         return builder.unary(b, RECIPROCAL)
     if isinstance(a, View) and not isinstance(b, View):
         a = builder.compact(a)
         row = channel_row(a, b)
         if row is not None and bool((np.frexp(row)[0] == 0.5).all()):  # a power of two: exact
-            return builder.pointwise(a, [Step(SCALE, (1 / row,))])
+            return builder.pointwise(a, [Step(SCALE, ((1 / row).astype(np.float32),))])
     return builder.binary(OVER, a, b)
 
 
@@ -171,12 +164,13 @@ def _both(code: int, builder: Builder, a: Any, b: Any) -> View:
     return builder.binary(code, a, b)
 
 
-def _addcmul(builder: Builder, x: Any, a: Any, b: Any, value: Any = 1) -> View | Tensor:
+def _addcmul(builder: Builder, x: Any, a: Any, b: Any, value: Any = 1) -> View:
     _unscaled(value)
     return add(builder, x, multiply(builder, a, b))
 
 
 _FUNCTIONS: Mapping[str, tuple[int, ...]] = {
+    "floor": (FLOOR,), "round": (ROUND,), "sign": (SIGN,),
     "abs": (ABS,), "erf": (ERF,), "exp": (EXP,), "hardsigmoid": (HARDSIGMOID,), "hardswish": (HARDSWISH,),
     "reciprocal": (RECIPROCAL,), "rsqrt": (SQRT, RECIPROCAL), "sigmoid": (SIGMOID,), "silu": (SILU,), "sqrt": (SQRT,),
     "square": (SQUARE,), "tanh": (TANH,),
@@ -190,6 +184,9 @@ LOWERINGS: Mapping[str, Callable[..., Any]] = {
        for kind in ("Tensor", "Scalar")},
     "aten.maximum.default": functools.partial(_both, MAXIMUM),
     "aten.minimum.default": functools.partial(_both, MINIMUM),
+    **{f"aten.{name}.{kind}": functools.partial(_both, code)
+       for name, code in {"ge": AT_LEAST, "gt": ABOVE, "le": AT_MOST, "lt": BELOW}.items()
+       for kind in ("Tensor", "Scalar")},
     "aten.addcmul.default": _addcmul,
     "aten.neg.default": _negative,
     "aten.pow.Tensor_Scalar": power,

@@ -8,11 +8,11 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from bonn_qat_runtime import convolutions, elementwise, products, shapes
+from bonn_qat_runtime import constants, convolutions, elementwise, products, shapes
 from bonn_qat_runtime.builder import Builder, Refused
 from bonn_qat_runtime.errors import InvalidFile, UnsupportedOperator, shown
 from bonn_qat_runtime.files import PackedFile, Tensor
-from bonn_qat_runtime.operations import Map, Operation
+from bonn_qat_runtime.operations import Map, Operation, Signs
 from bonn_qat_runtime.views import View, image
 
 _INSTEAD = "use bonn_qat.PackedModel, which runs every packed network"
@@ -88,14 +88,26 @@ def _call(builder: Builder, op: str, node: Mapping[str, Any]) -> Any:
         options = {key: builder.decoded(value) for key, value in kwargs.items()}
         if op.removeprefix("python.") in _ON_NUMBERS:
             return _number(op.removeprefix("python."), args)
+        is_constant = not _is_active([*args, *options.values()])
+        if is_constant and op in constants.FUNCTIONS:
+            return constants.fold(op, args, options)
         if function is None:
             raise Refused("an operator that it lacks")
+        if is_constant and isinstance(args[0], Tensor) and args[0].type == "float32":
+            args[0] = builder.constant(args[0], args[0].array.shape)  # computed again for each image
         return function(builder, *args, **options)
     except (Refused, TypeError, AttributeError, IndexError, ValueError) as error:
         reason = str(error) if isinstance(error, Refused) else "arguments that it does not take"
         raise UnsupportedOperator(
             f"bonn-qat-runtime cannot run the node {shown(node['name'])}, {op}: {reason}; {_INSTEAD}"
         ) from error
+
+
+def _is_active(value: Any) -> bool:
+    """Whether something in nested lists depends on the image."""
+    if isinstance(value, list | tuple) and not isinstance(value, Tensor):
+        return any(_is_active(item) for item in value)
+    return isinstance(value, View | Signs)
 
 
 def _number(name: str, args: list[Any]) -> int:

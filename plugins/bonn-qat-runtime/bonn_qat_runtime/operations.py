@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 LANES = 16
 (
-    SCALE, ADD, FMA, RESIDUAL, PRELU, CLAMP, TIMES, MINUS, OVER, MAXIMUM, MINIMUM, EXP, SIGMOID, SILU, TANH, GELU,
-    GELU_TANH, ERF, HARDSIGMOID, HARDSWISH, SQRT, RECIPROCAL, SQUARE, ABS,
-) = range(24)  # fmt: skip
+    SCALE, ADD, FMA, RESIDUAL, PRELU, CLAMP, TIMES, MINUS, OVER, MAXIMUM, MINIMUM, AT_LEAST, ABOVE, AT_MOST, BELOW, EXP,
+    SIGMOID, SILU, TANH, GELU, GELU_TANH, ERF, HARDSIGMOID, HARDSWISH, SQRT, RECIPROCAL, SQUARE, ROUND, FLOOR, SIGN,
+    ABS,
+) = range(31)  # fmt: skip
 ROWS = {SCALE: 1, ADD: 1, FMA: 2, PRELU: 1, CLAMP: 2}  # that a step takes; none for others
-WITH_RESIDUAL = (RESIDUAL, TIMES, MINUS, OVER, MAXIMUM, MINIMUM)
 
 Floats = NDArray[np.float32]
 Offsets = NDArray[np.int64]
@@ -140,9 +140,8 @@ class Normalize(Operation):
 
 @dataclass(eq=False)
 class Product(Operation):
-    """Products of matrices, ``result[j, b, i] = sum_k x[first[b] + rows[i] + depth[k]] other[second[b] + across[k] + j]``.
-
-    ``first``, ``rows``, ``depth``, ``second`` and ``across`` are places in the maps.
+    """Products of matrices: channel j of pixel i in row b is the sum over k of
+    ``x[first[b] + rows[i] + depth[k]] other[second[b] + across[k] + j]``, with places in floats from a map's begin.
     """
 
     other: Map = field(kw_only=True)

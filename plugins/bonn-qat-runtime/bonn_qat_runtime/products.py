@@ -1,4 +1,4 @@
-"""Products: lowerings of attention, and of what takes sums over an axis: means, norms, softmax, products of matrices."""
+"""Products: lowerings of attention, and of what takes sums over an axis, such as means, norms and softmax."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -67,7 +67,9 @@ def _softmax(builder: Builder, x: Any, dim: Any, *rest: Any) -> View:
 # ---- sums ----
 
 
-def reduced(builder: Builder, x: Any, dims: Any, keeps: Any, *, is_mean: bool = True, divisor: int | None = None) -> View:
+def reduced(
+    builder: Builder, x: Any, dims: Any, keeps: Any, *, is_mean: bool = True, divisor: int | None = None
+) -> View:
     """Means, or maxima, along some axes; sums with the divisor 1."""
     shape = tensor(x).shape
     every = list(range(len(shape)))
@@ -110,7 +112,9 @@ def _variance_and_mean(builder: Builder, x: Any, dim: Any, correction: Any, keep
     mean = reduced(builder, x, dim, keeps=True)
     count = math.prod(tensor(x).shape) // math.prod(mean.shape)
     squares = builder.unary(subtract(builder, x, mean), SQUARE)
-    variance = reduced(builder, squares, dim, keepdim, divisor=count - whole(1 if correction is None else correction, 0))
+    variance = reduced(
+        builder, squares, dim, keepdim, divisor=count - whole(1 if correction is None else correction, 0)
+    )
     return variance, mean if keepdim else builder.reshaped(mean, variance.shape)
 
 

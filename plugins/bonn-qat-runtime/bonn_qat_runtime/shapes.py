@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from bonn_qat_runtime.builder import Builder, Refused, floats, images, number, pair, shape_of, tensor, whole
+from bonn_qat_runtime.builder import Builder, Refused, images, number, pair, shape_of, tensor, whole
 from bonn_qat_runtime.elementwise import add, multiply
 from bonn_qat_runtime.errors import shown
 from bonn_qat_runtime.files import Tensor
-from bonn_qat_runtime.operations import Offsets
+from bonn_qat_runtime.operations import Floats, Offsets
 from bonn_qat_runtime.views import View
 
 
@@ -37,23 +38,21 @@ def _item(builder: Builder, items: Any, index: Any) -> Any:
 
 
 def _size(builder: Builder, x: Any, axis: Any) -> int:
-    return tensor(x).shape[axis]
+    return int(tensor(x).shape[axis])
 
 
 # ---- other axes ----
 
 
-def view(builder: Builder, x: Any, shape: Any) -> View | Tensor:
+def view(builder: Builder, x: Any, shape: Any) -> View:
     """With -1 for at most one length."""
-    old, sizes = math.prod(shape_of(x)), [whole(n, -1) for n in shape]
+    old, sizes = math.prod(tensor(x).shape), [whole(n, -1) for n in shape]
     rest = math.prod(n for n in sizes if n != -1)
     if sizes.count(-1) > 1 or rest < 1 or old % rest:
-        raise Refused(f"a tensor {shape_of(x)} as {sizes}")
+        raise Refused(f"a tensor {tensor(x).shape} as {sizes}")
     made = [old // rest if n == -1 else n for n in sizes]
     if math.prod(made) != old:
-        raise Refused(f"a tensor {shape_of(x)} as {sizes}")
-    if isinstance(x, Tensor):
-        return Tensor(x.type, x.array.reshape(made))
+        raise Refused(f"a tensor {tensor(x).shape} as {sizes}")
     return builder.reshaped(tensor(x), made)
 
 
@@ -70,46 +69,40 @@ def _unflatten(builder: Builder, x: Any, dim: Any, sizes: Any) -> Any:
     return view(builder, x, [*x.shape[:axis], *sizes, *x.shape[axis + 1 :]])
 
 
-def _permute(builder: Builder, x: Any, dims: Any) -> View | Tensor:
-    if isinstance(x, Tensor):
-        return Tensor(x.type, x.array.transpose(dims))
+def _permute(builder: Builder, x: Any, dims: Any) -> View:
     return tensor(x).permuted(dims)
 
 
-def _transpose(builder: Builder, x: Any, dim0: Any, dim1: Any) -> View | Tensor:
-    order = list(range(len(shape_of(x))))
+def _transpose(builder: Builder, x: Any, dim0: Any, dim1: Any) -> View:
+    order = list(range(len(tensor(x).shape)))
     order[dim0], order[dim1] = order[dim1], order[dim0]
     return _permute(builder, x, order)
 
 
-def _t(builder: Builder, x: Any) -> View | Tensor:
-    return _permute(builder, x, list(range(len(shape_of(x))))[::-1])
+def _t(builder: Builder, x: Any) -> View:
+    return _permute(builder, x, list(range(len(tensor(x).shape)))[::-1])
 
 
 def _movedim(builder: Builder, x: Any, source: Any, destination: Any) -> View:
     sources, targets = ([a] if isinstance(a, int) else a for a in (source, destination))
     moved = {tensor(x).axis(target): x.axis(own) for own, target in zip(sources, targets, strict=True)}
     rest = iter(axis for axis in range(len(x.axes)) if axis not in moved.values())
-    return x.permuted([moved[k] if k in moved else next(rest) for k in range(len(x.axes))])
+    return tensor(x).permuted([moved[k] if k in moved else next(rest) for k in range(len(x.axes))])
 
 
-def _unsqueeze(builder: Builder, x: Any, dim: Any) -> View | Tensor:
-    shape = list(shape_of(x))
+def _unsqueeze(builder: Builder, x: Any, dim: Any) -> View:
+    shape = list(tensor(x).shape)
     shape.insert(range(len(shape) + 1)[dim], 1)
     return view(builder, x, shape)
 
 
-def _squeeze(builder: Builder, x: Any, dim: Any) -> View | Tensor:
-    shape = shape_of(x)
+def _squeeze(builder: Builder, x: Any, dim: Any) -> View:
+    shape = tensor(x).shape
     gone = {range(len(shape))[axis] for axis in ([dim] if isinstance(dim, int) else dim)}
     return view(builder, x, [n for axis, n in enumerate(shape) if axis not in gone or n != 1])
 
 
 def _expand(builder: Builder, x: Any, size: Any, implicit: Any = False) -> Any:
-    if isinstance(x, Tensor):
-        missing = len(size) - x.array.ndim
-        return Tensor(x.type, np.broadcast_to(x.array, [
-            x.array.shape[k - missing] if n == -1 else n for k, n in enumerate(size)]))  # fmt: skip
     return tensor(x).expanded(size)
 
 
@@ -121,10 +114,6 @@ def _expand_as(builder: Builder, x: Any, other: Any) -> Any:
 
 
 def _slice(builder: Builder, x: Any, dim: Any = 0, start: Any = None, end: Any = None, step: Any = 1) -> Any:
-    if isinstance(x, Tensor):
-        places = [slice(None)] * x.array.ndim
-        places[dim] = slice(start, end, step)
-        return Tensor(x.type, x.array[tuple(places)])
     return _taken(tensor(x), dim, slice(start, end, step))
 
 
@@ -140,8 +129,8 @@ def _narrow(builder: Builder, x: Any, dim: Any, start: Any, length: Any) -> Any:
 
 
 def _select(builder: Builder, x: Any, dim: Any, index: Any) -> Any:
-    axis = range(len(shape_of(x)))[dim]
-    index = range(shape_of(x)[axis])[index]
+    axis = range(len(tensor(x).shape))[dim]
+    index = range(tensor(x).shape[axis])[index]
     found = _slice(builder, x, axis, index, index + 1)
     return view(builder, found, [n for k, n in enumerate(shape_of(found)) if k != axis])
 
@@ -157,7 +146,7 @@ def _split(builder: Builder, x: Any, sizes: Any, dim: Any = 0) -> tuple[View, ..
     begins = np.cumsum([0, *(whole(n, 1) for n in sizes)]).tolist()
     if begins[-1] != length:
         raise Refused(f"parts {shown(sizes)} of an axis of {length}")
-    return tuple(_taken(x, dim, slice(a, b)) for a, b in zip(begins[:-1], begins[1:], strict=True))
+    return tuple(_taken(x, dim, slice(a, b)) for a, b in pairwise(begins))
 
 
 def _chunk(builder: Builder, x: Any, chunks: Any, dim: Any = 0) -> tuple[View, ...]:
@@ -209,7 +198,8 @@ def _repeat(builder: Builder, x: Any, repeats: Any) -> View:
 
 
 def _repeat_interleave(builder: Builder, x: Any, repeats: Any, dim: Any = None, output_size: Any = None) -> View:
-    return tensor(x).taken(dim, np.repeat(np.arange(x.shape[dim]), whole(repeats, 1)))
+    found = tensor(x)
+    return found.taken(dim, np.repeat(np.arange(found.shape[dim]), whole(repeats, 1)))
 
 
 def _unfold(builder: Builder, x: Any, dimension: Any, size: Any, step: Any) -> View:
@@ -236,9 +226,7 @@ def _im2col(builder: Builder, x: Any, kernel: Any, dilation: Any, padding: Any, 
 # ---- several tensors in one ----
 
 
-def _cat(builder: Builder, tensors: Any, dim: Any = 0) -> Any:
-    if all(isinstance(x, Tensor) for x in tensors):
-        return Tensor("float32", np.concatenate([floats(x) for x in tensors], dim))
+def _cat(builder: Builder, tensors: Any, dim: Any = 0) -> View:
     axis = range(len(shape_of(tensors[0])))[dim]
     begin, parts = 0, []
     shape = list(shape_of(tensors[0]))
@@ -252,8 +240,21 @@ def _cat(builder: Builder, tensors: Any, dim: Any = 0) -> Any:
     return builder.placed(parts, shape)
 
 
-def _stack(builder: Builder, tensors: Any, dim: Any = 0) -> Any:
-    return _cat(builder, [_unsqueeze(builder, x, dim) for x in tensors], dim)
+def _stack(builder: Builder, tensors: Any, dim: Any = 0) -> View:
+    both = [builder.constant(x, shape_of(x)) if isinstance(x, Tensor) else x for x in tensors]
+    return _cat(builder, [_unsqueeze(builder, x, dim) for x in both], dim)
+
+
+def _slice_scatter(
+    builder: Builder, x: Any, source: Any, dim: Any = 0, start: Any = None, end: Any = None, step: Any = 1
+) -> View:
+    axis = tensor(x).axis(dim)
+    places = range(x.shape[axis])[slice(start, end, step)]
+    if len(places) == x.shape[axis]:
+        return tensor(source)
+    ones, begins, steps = (1,) * len(x.axes), [0] * len(x.axes), [1] * len(x.axes)
+    begins[axis], steps[axis] = places.start, places.step
+    return builder.placed([(x, [0] * len(ones), ones), (source, begins, steps)], x.shape)
 
 
 def _constant_pad(builder: Builder, x: Any, pad: Any, value: Any = 0.0) -> View:
@@ -284,9 +285,18 @@ def _pad(builder: Builder, x: Any, pad: Any, mode: Any = "constant", value: Any 
     for axis, (a, b) in enumerate(zip(*_sides(found, pad), strict=True)):
         n = found.shape[axis]
         if a or b:
-            places = np.pad(np.arange(n), (a, b), {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}[mode])
-            found = found.taken(axis, places)
+            found = found.taken(axis, _beyond(n, mode)(np.arange(-a, n + b)))
     return found
+
+
+def _beyond(n: int, mode: Any) -> Callable[[Offsets], Offsets]:
+    """Where the numbers that are outside an axis come from."""
+    known: Mapping[Any, Callable[[Offsets], Offsets]] = {
+        "reflect": lambda i: n - 1 - np.abs(n - 1 - np.abs(i)),
+        "replicate": lambda i: np.clip(i, 0, n - 1),
+        "circular": lambda i: i % n,
+    }
+    return known[mode]
 
 
 def _reflect(builder: Builder, x: Any, padding: Any) -> View:
@@ -337,21 +347,44 @@ def _nearest(builder: Builder, x: Any, size: Any, scales: Any = None, *more: Any
 
 
 def _bilinear(builder: Builder, x: Any, size: Any, align_corners: Any, scales: Any = None, *more: Any) -> View:
-    found = images(x)
-    for axis, (n, new, step) in enumerate(_scaled(found, size, [scales, *more] if more else scales)):
+    return _resampled(builder, x, _scaled(images(x), size, [scales, *more] if more else scales), align_corners, 1)
+
+
+def _bicubic(builder: Builder, x: Any, size: Any, align_corners: Any, scales: Any = None, *more: Any) -> View:
+    return _resampled(builder, x, _scaled(images(x), size, [scales, *more] if more else scales), align_corners, 3)
+
+
+def _resampled(
+    builder: Builder, x: View, sides: list[tuple[int, int, float]], is_aligned: bool, degree: int
+) -> View:  # fmt: skip
+    """Sums of 2 or 4 pixels along each axis, by their distances."""
+    for axis, (n, new, step) in enumerate(sides):
         if n == new and step == 1:
             continue
         i = np.arange(new, dtype=np.float32)
-        if align_corners:
+        if is_aligned:
             place = i * np.float32((n - 1) / (new - 1) if new > 1 else 0)
         else:
-            place = np.maximum(np.float32(step) * (i + np.float32(0.5)) - np.float32(0.5), 0)
-        low = np.minimum(place.astype(np.int64), n - 1)
-        share = np.clip(place - low, 0, 1).astype(np.float32).reshape((-1,) + (1,) * (1 - axis))
-        below = multiply(builder, found.taken(2 + axis, low), Tensor("float32", 1 - share))
-        above = multiply(builder, found.taken(2 + axis, np.minimum(low + 1, n - 1)), Tensor("float32", share))
-        found = tensor(add(builder, below, above))
-    return found
+            place = np.float32(step) * (i + np.float32(0.5)) - np.float32(0.5)
+        place = np.maximum(place, 0) if degree == 1 else place
+        low = np.floor(place).astype(np.int64)
+        parts = []
+        for tap in range(-(degree // 2), degree // 2 + 2):
+            share = _share(np.abs(place - low - tap), degree).astype(np.float32).reshape((-1,) + (1,) * (1 - axis))
+            pixels = x.taken(2 + axis, np.clip(low + tap, 0, n - 1))
+            parts.append(tensor(multiply(builder, pixels, Tensor("float32", share))))
+        x = parts[0]
+        for part in parts[1:]:
+            x = tensor(add(builder, x, part))
+    return x
+
+
+def _share(distance: Floats, degree: int) -> Floats:
+    """The weight of a pixel at this distance; for a cubic curve with the slope -0.75, as torch has it."""
+    d, a = distance, np.float32(-0.75)
+    if degree == 1:
+        return np.maximum(1 - d, 0)
+    return np.where(d <= 1, ((a + 2) * d - (a + 3)) * d * d + 1, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a)
 
 
 LOWERINGS: Mapping[str, Callable[..., Any]] = {
@@ -397,6 +430,7 @@ LOWERINGS: Mapping[str, Callable[..., Any]] = {
     "aten.cat.default": _cat,
     "aten.concat.default": _cat,
     "aten.stack.default": _stack,
+    "aten.slice_scatter.default": _slice_scatter,
     "aten.pad.default": _pad,
     "aten.constant_pad_nd.default": _constant_pad,
     "aten.reflection_pad2d.default": _reflect,
@@ -408,4 +442,6 @@ LOWERINGS: Mapping[str, Callable[..., Any]] = {
     "aten.upsample_nearest2d.default": _nearest,
     "aten.upsample_bilinear2d.vec": _bilinear,
     "aten.upsample_bilinear2d.default": _bilinear,
+    "aten.upsample_bicubic2d.vec": _bicubic,
+    "aten.upsample_bicubic2d.default": _bicubic,
 }

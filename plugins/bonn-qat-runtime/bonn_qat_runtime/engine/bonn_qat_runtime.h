@@ -44,6 +44,10 @@ enum { /* steps of an epilogue, with the row of `vectors` that they take, or the
     BONN_QAT_OVER,
     BONN_QAT_MAXIMUM,
     BONN_QAT_MINIMUM,
+    BONN_QAT_AT_LEAST, /* 1 where value >= residual, value > residual, value <= residual, value < residual, else 0 */
+    BONN_QAT_ABOVE,
+    BONN_QAT_AT_MOST,
+    BONN_QAT_BELOW,
     BONN_QAT_EXP, /* functions of the value; GELU is with erf, GELU_TANH the approximation */
     BONN_QAT_SIGMOID,
     BONN_QAT_SILU,
@@ -56,6 +60,9 @@ enum { /* steps of an epilogue, with the row of `vectors` that they take, or the
     BONN_QAT_SQRT,
     BONN_QAT_RECIPROCAL,
     BONN_QAT_SQUARE,
+    BONN_QAT_ROUND, /* halves to even numbers */
+    BONN_QAT_FLOOR,
+    BONN_QAT_SIGN,
     BONN_QAT_ABS,
 };
 

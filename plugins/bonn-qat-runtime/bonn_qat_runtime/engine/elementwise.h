@@ -16,6 +16,14 @@ INLINE F most(F a, F b) { return pick((I)(b > a) | (I)(b != b), b, a); }
 INLINE F absolute(F x) { return (F)((I)x & 0x7fffffff); }
 INLINE F with_sign_of(F x, F sign) { return (F)((I)x | ((I)sign & (int32_t)0x80000000)); }
 
+INLINE F chosen(I mask) { return pick(mask, fill(1.0f), fill(0.0f)); }
+
+INLINE F rounded(F x) {
+    const float whole = 8388608.0f; /* 2^23: floats from here on have no fractions */
+    F a = absolute(x);
+    return pick((I)(a < whole), with_sign_of((a + whole) - whole, x), x);
+}
+
 INLINE F root(F x) { return __builtin_elementwise_sqrt(x); }
 
 INLINE F power_of_two(I exponent) { return (F)((exponent + 127) << 23); }
@@ -71,6 +79,9 @@ INLINE F function(int64_t code, F x) {
     case BONN_QAT_SQRT: return root(x);
     case BONN_QAT_RECIPROCAL: return 1.0f / x;
     case BONN_QAT_SQUARE: return x * x;
+    case BONN_QAT_ROUND: return rounded(x);
+    case BONN_QAT_FLOOR: return rounded(x) - chosen((I)(rounded(x) > x));
+    case BONN_QAT_SIGN: return chosen((I)(x > 0.0f)) - chosen((I)(x < 0.0f));
     default: return absolute(x);
     }
 }
@@ -91,6 +102,9 @@ static __attribute__((noinline)) void apply(int64_t code, F *values, int count) 
         EACH_VALUE(BONN_QAT_SQRT)
         EACH_VALUE(BONN_QAT_RECIPROCAL)
         EACH_VALUE(BONN_QAT_SQUARE)
+        EACH_VALUE(BONN_QAT_ROUND)
+        EACH_VALUE(BONN_QAT_FLOOR)
+        EACH_VALUE(BONN_QAT_SIGN)
         EACH_VALUE(BONN_QAT_ABS)
 #undef EACH_VALUE
     }
@@ -100,10 +114,16 @@ static __attribute__((noinline)) void apply(int64_t code, F *values, int count) 
 static __attribute__((noinline)) void join(int64_t code, F *values, int count, const float *residual, int64_t pitch) {
     for (int p = 0; p < count; p++, residual += pitch) {
         F x = values[p], other = load(residual);
-        values[p] = code == BONN_QAT_TIMES     ? x * other
-                    : code == BONN_QAT_MINUS   ? x - other
-                    : code == BONN_QAT_OVER    ? x / other
-                    : code == BONN_QAT_MAXIMUM ? most(x, other)
-                                               : least(x, other);
+        switch (code) {
+        case BONN_QAT_TIMES: values[p] = x * other; break;
+        case BONN_QAT_MINUS: values[p] = x - other; break;
+        case BONN_QAT_OVER: values[p] = x / other; break;
+        case BONN_QAT_MAXIMUM: values[p] = most(x, other); break;
+        case BONN_QAT_MINIMUM: values[p] = least(x, other); break;
+        case BONN_QAT_AT_LEAST: values[p] = chosen((I)(x >= other)); break;
+        case BONN_QAT_ABOVE: values[p] = chosen((I)(x > other)); break;
+        case BONN_QAT_AT_MOST: values[p] = chosen((I)(x <= other)); break;
+        default: values[p] = chosen((I)(x < other));
+        }
     }
 }

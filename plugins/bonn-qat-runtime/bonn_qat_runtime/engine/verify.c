@@ -61,7 +61,7 @@ static int verify_finish(const Plan *p, const Row *r) {
     for (int64_t s = 0; s < r->steps; s++) {
         int64_t step = program[2 * s], row = program[2 * s + 1];
         if (!EACH(step, BONN_QAT_SCALE, BONN_QAT_ABS)) return BONN_QAT_BAD_CONSTANT;
-        int is_joint = step == BONN_QAT_RESIDUAL || EACH(step, BONN_QAT_TIMES, BONN_QAT_MINIMUM);
+        int is_joint = step == BONN_QAT_RESIDUAL || EACH(step, BONN_QAT_TIMES, BONN_QAT_BELOW);
         int64_t taken = step == BONN_QAT_FMA || step == BONN_QAT_CLAMP ? 2 : is_joint || step > BONN_QAT_CLAMP ? 0 : 1;
         if (!EACH(row, 0, r->rows - taken)) return BONN_QAT_BAD_CONSTANT;
         if (is_joint && r->residual == -1) return BONN_QAT_BAD_CONSTANT;
