@@ -193,6 +193,19 @@ class Builder:
                 found.append(Part(values, _row_major(shape_of(x)), places))
         return View(self.arrange(found, made.map.shape), made.axes, True)
 
+    def joined(self, tensors: Sequence[Any], axis: int = 0) -> View:
+        """Tensors and constants, one after another along an axis."""
+        shape, begin, parts = list(shape_of(tensors[0])), 0, []
+        axis = range(len(shape))[axis]
+        for x in tensors:
+            own = list(shape_of(x))
+            if own[:axis] + own[axis + 1 :] != shape[:axis] + shape[axis + 1 :]:
+                raise Refused(f"tensors {shape} and {own} as one")
+            parts.append((x, tuple(begin * (k == axis) for k in range(len(own))), (1,) * len(own)))
+            begin += own[axis]
+        shape[axis] = begin
+        return self.placed(parts, shape)
+
     def decoded(self, value: Any) -> Any:
         """An argument of a node."""
         if isinstance(value, list):

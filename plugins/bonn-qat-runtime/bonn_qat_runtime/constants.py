@@ -103,6 +103,12 @@ def _divide(a: Any, b: Any, rounding_mode: str | None = None) -> Any:
     return whole.astype(np.int64) if is_whole else whole
 
 
+def _select_scatter(x: Array, source: Array, dim: int, index: int) -> Array:
+    made = x.copy()
+    np.moveaxis(made, dim, 0)[index] = source
+    return made
+
+
 def _expand(x: Array, size: Any, **rest: Any) -> Array:
     missing = len(size) - x.ndim
     return np.broadcast_to(x, _bounded([x.shape[k - missing] if n == -1 else n for k, n in enumerate(size)]))
@@ -117,6 +123,11 @@ def _slice(x: Array, dim: int = 0, start: Any = None, end: Any = None, step: int
 def _repeat(x: Array, repeats: Any) -> Array:
     _bounded([*repeats, x.size])
     return np.tile(x, repeats)
+
+
+def _repeat_interleave(x: Array, repeats: int, dim: int | None = None, **rest: Any) -> Array:
+    _bounded([repeats, x.size])
+    return np.repeat(x, repeats, dim)
 
 
 def _flatten(x: Array, start_dim: int = 0, end_dim: int = -1) -> Array:
@@ -185,11 +196,14 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "aten.expand.default": _expand,
     "aten.slice.Tensor": _slice,
     "aten.select.int": lambda x, dim, index: x.take(index, dim),
+    "aten.select_scatter.default": _select_scatter,
+    "aten.copy.default": lambda x, source, *rest: np.broadcast_to(source, x.shape),
     "aten.unbind.int": _unbind,
     "aten.split.Tensor": _split,
     "aten.split_with_sizes.default": _split,
     "aten.index.Tensor": _index,
     "aten.repeat.default": _repeat,
+    "aten.repeat_interleave.self_int": _repeat_interleave,
     "aten.roll.default": np.roll,
     "aten.flip.default": np.flip,
     "aten.cat.default": lambda tensors, dim=0: np.concatenate(tensors, dim),

@@ -157,7 +157,10 @@ def _conv2d(
     dilation: Any = 1,
     groups: Any = 1,
 ) -> View:
-    w, channels = floats(weight), images(x).shape[1]
+    w, (count, channels, _, _) = floats(weight), _maps(x).shape
+    if count > 1:  # parts of an image, one after another
+        each = [x.taken(0, slice(n, n + 1)) for n in range(count)]
+        return builder.joined([_conv2d(builder, one, weight, bias, stride, padding, dilation, groups) for one in each])
     if w.ndim != 4 or channels != w.shape[1] * whole(groups, 1) or len(w) % groups:
         raise Refused(f"weights {w.shape} in {groups} groups for {channels} channels")
     (sh, sw), (dh, dw) = pair(stride, 1), pair(dilation, 1)
@@ -277,14 +280,31 @@ def _pool(
 ) -> View:  # fmt: skip
     sizes, dilations = pair(kernel, 1), pair(dilation, 1)
     steps = sizes if stride in (None, []) else pair(stride, 1)
-    sides = zip(images(x).shape[2:], sizes, steps, pair(padding, 0), dilations, strict=True)
+    sides = zip(_maps(x).shape[2:], sizes, steps, pair(padding, 0), dilations, strict=True)
     rows, columns = (_windows(*side, bool(is_ceil)) for side in sides)
     for table in (rows, columns):
         if not counts_padding:
             table[:, 2] = table[:, 1] - table[:, 0]
         if divisor is not None:
             table[:, 2] = whole(divisor, 1) if table is rows else 1
-    return image(pooled(builder, builder.mapped(x), rows, columns, dilations, is_mean))
+    return _pooled_maps(builder, x, rows, columns, dilations, is_mean)
+
+
+def _maps(x: Any) -> View:
+    """Maps ``(N, C, H, W)``: pools take parts of an image as well."""
+    if len(tensor(x).axes) != 4:
+        raise Refused(f"a tensor {x.shape} instead of maps")
+    return tensor(x)
+
+
+def _pooled_maps(
+    builder: Builder, x: View, rows: NDArray[Any], columns: NDArray[Any], dilation: tuple[int, int], is_mean: bool
+) -> View:
+    """Of each of several maps, which are one above the other."""
+    count, channels, height, _ = x.shape
+    moved = np.arange(count)[:, None, None] * height * np.array([1, 1, 0]) + rows
+    y = pooled(builder, builder.mapped(x), moved.reshape(-1, 3), columns, dilation, is_mean)
+    return laid(y, (count, channels, len(rows), len(columns)), 1)
 
 
 def pooled(
@@ -319,8 +339,21 @@ def _avg_pool2d(
 
 
 def _adaptive_avg_pool2d(builder: Builder, x: Any, size: Any) -> View:
-    rows, columns = (_even_windows(*side) for side in zip(images(x).shape[2:], pair(size, 1), strict=True))
-    return image(pooled(builder, builder.mapped(x), rows, columns, (1, 1), is_mean=True))
+    rows, columns = (_even_windows(*side) for side in zip(_maps(x).shape[2:], pair(size, 1), strict=True))
+    return _pooled_maps(builder, x, rows, columns, (1, 1), is_mean=True)
+
+
+def _avg_pool1d(
+    builder: Builder, x: Any, kernel: Any, stride: Any = None, padding: Any = 0, is_ceil: Any = False,
+    counts_padding: Any = True,
+) -> View:  # fmt: skip
+    if len(tensor(x).axes) != 3:
+        raise Refused(f"a tensor {x.shape} instead of rows")
+    sizes = [(kernel if stride in (None, []) else stride), kernel, padding]
+    step, size, side = (n[0] if isinstance(n, list) else n for n in sizes)
+    y = builder.reshaped(x, (*x.shape[:2], 1, x.shape[2]))
+    y = _avg_pool2d(builder, y, [1, size], [1, step], [0, side], is_ceil, counts_padding)
+    return builder.reshaped(y, (*y.shape[:2], y.shape[3]))
 
 
 def _adaptive_avg_pool1d(builder: Builder, x: Any, size: Any) -> View:
@@ -333,8 +366,8 @@ def _adaptive_avg_pool1d(builder: Builder, x: Any, size: Any) -> View:
 
 def _adaptive_max_pool2d(builder: Builder, x: Any, size: Any) -> tuple[View]:
     """The second result, where the maxima lie, is not given."""
-    rows, columns = (_even_windows(*side) for side in zip(images(x).shape[2:], pair(size, 1), strict=True))
-    return (image(pooled(builder, builder.mapped(x), rows, columns, (1, 1), is_mean=False)),)
+    rows, columns = (_even_windows(*side) for side in zip(_maps(x).shape[2:], pair(size, 1), strict=True))
+    return (_pooled_maps(builder, x, rows, columns, (1, 1), is_mean=False),)
 
 
 def _max_pool2d_with_indices(builder: Builder, *args: Any) -> tuple[View]:
@@ -364,6 +397,7 @@ LOWERINGS: Mapping[str, Callable[..., Any]] = {
     "aten.max_pool2d.default": _max_pool2d,
     "aten.max_pool2d_with_indices.default": _max_pool2d_with_indices,
     "aten.avg_pool2d.default": _avg_pool2d,
+    "aten.avg_pool1d.default": _avg_pool1d,
     "aten.adaptive_avg_pool1d.default": _adaptive_avg_pool1d,
     "aten.adaptive_avg_pool2d.default": _adaptive_avg_pool2d,
     "aten._adaptive_avg_pool2d.default": _adaptive_avg_pool2d,

@@ -25,6 +25,10 @@ def _cast(builder: Builder, x: Any, dtype: Any = "float32", **options: Any) -> V
     return tensor(x)
 
 
+def _copy(builder: Builder, x: Any, source: Any, *rest: Any) -> View:
+    return tensor(source).expanded(shape_of(x))
+
+
 def _dropout(builder: Builder, x: Any, share: Any, is_training: Any) -> View:
     if is_training:
         raise Refused("random numbers")
@@ -227,17 +231,7 @@ def _im2col(builder: Builder, x: Any, kernel: Any, dilation: Any, padding: Any, 
 
 
 def _cat(builder: Builder, tensors: Any, dim: Any = 0) -> View:
-    axis = range(len(shape_of(tensors[0])))[dim]
-    begin, parts = 0, []
-    shape = list(shape_of(tensors[0]))
-    for x in tensors:
-        own = list(shape_of(x))
-        if own[:axis] + own[axis + 1 :] != shape[:axis] + shape[axis + 1 :]:
-            raise Refused(f"tensors {shape} and {own} as one")
-        parts.append((x, tuple(begin * (k == axis) for k in range(len(own))), (1,) * len(own)))
-        begin += own[axis]
-    shape[axis] = begin
-    return builder.placed(parts, shape)
+    return builder.joined(tensors, dim)
 
 
 def _stack(builder: Builder, tensors: Any, dim: Any = 0) -> View:
@@ -391,6 +385,7 @@ LOWERINGS: Mapping[str, Callable[..., Any]] = {
     **{f"aten.{name}.default": _same for name in ("clone", "alias", "detach", "contiguous", "lift_fresh_copy")},
     "aten._to_copy.default": _cast,
     "aten.type_as.default": _same,
+    "aten.copy.default": _copy,
     "aten.dropout.default": _dropout,
     "python.getitem": _item,
     "aten.sym_size.int": _size,
