@@ -184,7 +184,7 @@ def examine(family: str, *, quick: bool = False) -> Row:
     row = Row(family=family, model=name, options=options)
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10, **options)
-    _start_zero_heads(model)
+    start_zero_heads(model)
     images, row = images_for(model, row)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about bypassed and dead layers, which the row has
@@ -227,8 +227,8 @@ def images_for(model: nn.Module, row: Row) -> tuple[Tensor, Row]:
 
 
 @torch.no_grad()
-def _start_zero_heads(model: nn.Module) -> None:
-    # Some classifiers start at zero, which would make all outputs equal.
+def start_zero_heads(model: nn.Module) -> None:
+    """Some classifiers start at zero, which would make all outputs equal."""
     for name in policy.decide(model).kept:
         layer = model.get_submodule(name)
         if isinstance(layer, nn.Linear) and not layer.weight.any():

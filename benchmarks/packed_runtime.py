@@ -320,6 +320,7 @@ def packed_family(family: str, scheme: str, path: Path) -> None:
     name, options = backbones.MODELS[family]
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10, **options).eval()
+    backbones.start_zero_heads(model)
     images, _ = backbones.images_for(model, backbones.Row(family=family, model=name, options=options))
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and module.running_var is not None:

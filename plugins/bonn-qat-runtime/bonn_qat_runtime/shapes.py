@@ -1,5 +1,6 @@
 """Shapes: lowerings of what moves, repeats or joins numbers, and of what is only another way to count them."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -7,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bonn_qat_runtime.builder import Builder, Refused, images, number, pair, shape_of, tensor, whole
+from bonn_qat_runtime.builder import LARGEST, Builder, Refused, images, number, pair, shape_of, tensor, whole
 from bonn_qat_runtime.elementwise import add, multiply
 from bonn_qat_runtime.errors import shown
 from bonn_qat_runtime.files import Tensor
@@ -33,6 +34,14 @@ def _dropout(builder: Builder, x: Any, share: Any, is_training: Any) -> View:
     if is_training:
         raise Refused("random numbers")
     return tensor(x)
+
+
+def _filled(value: float, builder: Builder, x: Any, size: Any = None, **options: Any) -> Tensor:
+    """Constants in the shape of a tensor, or another one."""
+    shape = tensor(x).shape if size is None else [whole(n, 0) for n in size]
+    if math.prod(shape) > LARGEST * 64:
+        raise Refused(f"constants of the shape {shown(shape)}")
+    return Tensor("float32", np.full(shape, value, np.float32))
 
 
 def _item(builder: Builder, items: Any, index: Any) -> Any:
@@ -387,6 +396,10 @@ LOWERINGS: Mapping[str, Callable[..., Any]] = {
     "aten.type_as.default": _same,
     "aten.copy.default": _copy,
     "aten.dropout.default": _dropout,
+    **{
+        f"aten.{name}.default": functools.partial(_filled, value)
+        for name, value in (("new_zeros", 0.0), ("new_ones", 1.0), ("zeros_like", 0.0), ("ones_like", 1.0))
+    },
     "python.getitem": _item,
     "aten.sym_size.int": _size,
     "aten.view.default": view,
