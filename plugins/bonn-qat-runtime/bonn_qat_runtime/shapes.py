@@ -261,8 +261,8 @@ def _slice_scatter(
 
 
 def _constant_pad(builder: Builder, x: Any, pad: Any, value: Any = 0.0) -> View:
-    before, after = _sides(tensor(x), pad)
-    kept = x
+    kept = tensor(x)
+    before, after = _sides(kept, pad)
     for axis, (a, b) in enumerate(zip(before, after, strict=True)):
         kept = _taken(kept, axis, slice(max(-a, 0), kept.shape[axis] - max(-b, 0)))
     before, after = [max(n, 0) for n in before], [max(n, 0) for n in after]
