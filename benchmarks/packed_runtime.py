@@ -355,7 +355,7 @@ def plans(args: argparse.Namespace) -> dict[str, Any]:
             packed_family(family, args.scheme, path)
             found[family] = planned(path, min(args.images, backbones.IMAGES))
         except bonn_qat.BonnQatError as error:
-            found[family] = {"stopped": f"it is not packed: {error}"}
+            found[family] = {"stopped": f"bonn-qat refuses it: {error}"}
         print(f"{family:28}{plan_line(found[family])}", flush=True)
     if args.page:
         args.page.write_text(plans_page(found))
@@ -388,7 +388,9 @@ def plans_page(found: Mapping[str, Mapping[str, Any]]) -> str:
         f"timm {settings['timm']}, torch {settings['torch']}, instruction set `{library.chosen_cpu()}`. "
         "Random weights, crops of scikit-learn's two photographs. The difference is that of an image's logits from "
         "`PackedModel`'s, as a share of the largest: floats are added in another order, and where a value lies within "
-        "rounding of a sign's threshold, one sign changes and the logits move.",
+        "rounding of a sign's threshold, one sign changes and the logits move. Sums of signs are whole numbers, and "
+        "some equal the mean that a layer or group norm takes from them (seen in `resnetv2`): there torch's rounding "
+        "decides the sign, and here it is that of 0.",
         "",
         f"- **{len(running)} of {len(found)} families** run wholly in a plan.",
         f"- {sum(apart <= 1e-5 for apart in images)} of {len(images)} images are within 1e-5 of `PackedModel`.",
