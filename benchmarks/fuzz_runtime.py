@@ -11,6 +11,7 @@ refused with an error of the package. A plan is a function of seed and number. E
 
 import argparse
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -198,7 +199,14 @@ def plans(seed: int, count: int, first: int) -> Iterator[tuple[str, Plan]]:
 
 def packed(made: Plan) -> bytes:
     """A plan as the driver reads it."""
-    sizes = [len(made.rows), len(made.constants), made.arena_bytes, made.inputs, int(np.prod(made.result)), made.layout]
+    sizes = [
+        len(made.rows),
+        len(made.constants),
+        made.arena_bytes,
+        made.inputs,
+        sum(map(math.prod, made.results)),
+        made.layout,
+    ]
     return np.array(sizes, np.int64).tobytes() + made.rows.tobytes() + made.constants.tobytes()
 
 

@@ -37,10 +37,11 @@ class Planned:
             except runtime.RuntimeFailure as error:
                 self.reason = str(error).removeprefix("the bytes: ").partition("; use bonn_qat.PackedModel")[0]
 
-    def run(self, images: Tensor) -> Tensor:
-        """The network's outputs, computed by as many threads as torch has."""
+    def run(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The network's outputs, a tuple of several, computed by as many threads as torch has."""
         self.network.threads = torch.get_num_threads()
-        return torch.from_numpy(self.network(images.numpy(force=True)))
+        outputs = self.network(images.numpy(force=True))
+        return tuple(map(torch.from_numpy, outputs)) if isinstance(outputs, tuple) else torch.from_numpy(outputs)
 
     def is_of(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether ``tensors`` are those that it was made of, and have not changed since."""
