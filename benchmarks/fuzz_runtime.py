@@ -62,7 +62,7 @@ def build(folder: Path) -> Path:
 
 
 def network(random: Random) -> PackedFile:
-    """A network of convolutions of floats and of signs with all that may follow, a pool, a linear layer and attention."""
+    """Convolutions of floats and of signs with all that may follow, a pool, a linear layer and attention."""
     groups = int(random.choice([1, 1, 2, 3]))
     inputs, middle = (groups * int(random.choice([1, 5, 8, 16, 33, 40])) for _ in range(2))
     (kh, kw), (sh, sw), (dh, dw) = (random.integers(1, most + 1, 2).tolist() for most in (3, 2, 2))
@@ -169,8 +169,9 @@ def filled(random: Random, made: Plan) -> Plan:
         channels, outputs = random.choice([1, 3, 16, 17, 32], 2)
         row[:] = random.integers(0, 4, len(FIELDS))
         names = {
-            "operation": random.integers(COPY, PRODUCT + 2), "height": sides[0], "width": sides[1], "channels": channels,
-            "pitch": -(-channels // 16) * 16, "outputs": outputs, "out_pitch": -(-outputs // 16) * 16, "steps": 0,
+            "operation": random.integers(COPY, PRODUCT + 2), "height": sides[0], "width": sides[1],
+            "channels": channels, "pitch": -(-channels // 16) * 16,
+            "outputs": outputs, "out_pitch": -(-outputs // 16) * 16, "steps": 0,
             "groups": random.choice([1, 1, 2, 3]), "is_mean": random.integers(2), "classes": random.integers(1, 5),
         }  # fmt: skip
         for name in ("x", "y", "signs", "residual", "program", "vectors", "thresholds", "weight", "scratch", "windows",

@@ -107,14 +107,14 @@ def test_what_the_c_runtime_lacks_is_named_and_runs_node_by_node():
 def test_in_c_several_outputs_are_in_the_container_that_they_are_in_node_by_node(tmp_path):
     model = bonn_qat.binarize(Two(), include=["conv", "positions", "image"], input_size=SIZE).eval()
     packed = pack(model.requires_grad_(False))
-    for network in (packed, PackedModel.load(packed.save(tmp_path / "two.safetensors"))):
-        assert network.runtime == "C"
+    for made in (packed, PackedModel.load(packed.save(tmp_path / "two.safetensors"))):
+        assert made.runtime == "C"
         for count in (0, 1, 3):
             x = odd_images(3, 0)[:count]
             with Watching():
-                expected = network(x)
-            assert type(network(x)) is type(expected)
-            assert all(same(ours, theirs, ROUNDING) for ours, theirs in zip(network(x), expected, strict=True))
+                expected = made(x)
+            assert type(made(x)) is type(expected)
+            assert all(same(ours, theirs, ROUNDING) for ours, theirs in zip(made(x), expected, strict=True))
 
 
 def test_a_state_that_is_loaded_is_the_one_that_is_used_also_by_other_threads():
