@@ -59,7 +59,7 @@ def test_every_instruction_set_gives_the_same_bits(packed, monkeypatch, name, sc
         np.testing.assert_array_equal(logits, found[0])
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "mobilevit_xxs"])
 def test_turns_change_no_result(packed, monkeypatch, name):
     path, found, arenas = packed(name, "bonn", 64), [], []
     for cpu in library.cpus():
