@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bonn_qat.runtime.dry_run import MEMORY
+
 _HALF = 0.5  # of the least normal number is a denormal one
 
 
@@ -31,7 +33,11 @@ class Planned:
             self.reason = "its tensors were made in torch.inference_mode, and so do not tell when they change"
         else:
             try:
-                self.network = runtime.Network(dump())
+                network = runtime.Network(dump())
+                if network.arena_bytes <= MEMORY:
+                    self.network = network
+                else:
+                    self.reason = f"its plan needs {network.arena_bytes:,} bytes for an image"
             except MemoryError:
                 self.reason = "its plan does not fit into memory"
             except runtime.RuntimeFailure as error:

@@ -36,6 +36,7 @@ class Network:
     input_size: tuple[int, int, int]
     preprocessing: Preprocessing | None
     cpu: str  # the instruction set
+    arena_bytes: int  # that each thread needs for an image
     threads: int
 
     def __init__(self, path: str | Path | bytes, *, threads: int = 1) -> None:
@@ -47,7 +48,7 @@ class Network:
         self.preprocessing, self.cpu = file.preprocessing, library.chosen_cpu()
         try:
             made = plan(fuse(lower(file)), file.input_size, library.layout(self.cpu))
-            self._program = library.Program(made, self.cpu)
+            self._program, self.arena_bytes = library.Program(made, self.cpu), made.arena_bytes
         except (InvalidFile, InvalidPlan, UnsupportedOperator) as error:
             raise type(error)(f"{name_of(path)}: {error}") from error
 
