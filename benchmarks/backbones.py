@@ -184,8 +184,8 @@ def examine(family: str, *, quick: bool = False) -> Row:
     row = Row(family=family, model=name, options=options)
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10, **options)
-    _start_zero_heads(model)
-    images, row = _images(model, row)
+    start_zero_heads(model)
+    images, row = images_for(model, row)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about bypassed and dead layers, which the row has
         binary = bonn_qat.binarize(model)
@@ -211,7 +211,8 @@ def examine(family: str, *, quick: bool = False) -> Row:
     return row
 
 
-def _images(model: nn.Module, row: Row) -> tuple[Tensor, Row]:
+def images_for(model: nn.Module, row: Row) -> tuple[Tensor, Row]:
+    """Photographs of 64 pixels, or of the size that the model was made for if it takes no others."""
     own: tuple[int, ...] = model.pretrained_cfg["input_size"]  # type: ignore[index,assignment]
     for size in ((own[0], SIDE, SIDE), own):
         images = photographs(size[1])
@@ -226,8 +227,8 @@ def _images(model: nn.Module, row: Row) -> tuple[Tensor, Row]:
 
 
 @torch.no_grad()
-def _start_zero_heads(model: nn.Module) -> None:
-    # Some classifiers start at zero, which would make all outputs equal.
+def start_zero_heads(model: nn.Module) -> None:
+    """Some classifiers start at zero, which would make all outputs equal."""
     for name in policy.decide(model).kept:
         layer = model.get_submodule(name)
         if isinstance(layer, nn.Linear) and not layer.weight.any():

@@ -71,7 +71,7 @@ def measured(path: Path, rounds: int) -> list[dict[str, Any]]:
     network = bonn_qat_runtime.Network(path)
     more = 8 if np.prod(network.input_size) > 2**14 else 400  # images in the second run of each program
     images = np.random.default_rng(0).standard_normal((1 + more, *network.input_size)).astype(np.float32)
-    expected = network(images).reshape(-1)
+    expected = np.asarray(network(images)).reshape(-1)
     with tempfile.TemporaryDirectory() as folder:
         commands, sizes = arms(path, Path(folder))
         first = {name: list[float]() for name in commands}

@@ -11,6 +11,7 @@ refused with an error of the package. A plan is a function of seed and number. E
 
 import argparse
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -29,7 +30,7 @@ import torch
 from bonn_qat_runtime.files import PackedFile, Tensor
 from bonn_qat_runtime.fuse import fuse
 from bonn_qat_runtime.lower import lower
-from bonn_qat_runtime.plan import BINARY, COPY, FIELDS, FLOAT, RESULT, Plan, plan
+from bonn_qat_runtime.plan import BINARY, COPY, FIELDS, FLOAT, PRODUCT, Plan, plan
 from bonn_qat_runtime.weights import NIBBLES, WORDS
 
 from bonn_qat.environment import environment, processor
@@ -61,7 +62,7 @@ def build(folder: Path) -> Path:
 
 
 def network(random: Random) -> PackedFile:
-    """A network of a convolution of floats, a binary one with all that may follow it, a pool and a linear layer."""
+    """Convolutions of floats and of signs with all that may follow, a pool, a linear layer and attention."""
     groups = int(random.choice([1, 1, 2, 3]))
     inputs, middle = (groups * int(random.choice([1, 5, 8, 16, 33, 40])) for _ in range(2))
     (kh, kw), (sh, sw), (dh, dw) = (random.integers(1, most + 1, 2).tolist() for most in (3, 2, 2))
@@ -95,6 +96,11 @@ def network(random: Random) -> PackedFile:
         ("aten.add.Tensor", "i", ["g"], ["h"]),
         ("aten.flatten.using_ints", "j", ["i"], 1),
         ("aten.linear.default", "k", ["j"], ["last"]),
+        ("aten.flatten.using_ints", "l", ["e"], 2),
+        ("aten.transpose.int", "m", ["l"], 1, 2),
+        ("aten.matmul.default", "n", ["l"], ["m"]),
+        ("aten.softmax.int", "o", ["n"], -1),
+        ("aten.gelu.default", "p", ["o"]),
     ]  # fmt: skip
     known = {"x", *tensors, *(name for _, name, *_ in nodes)}
 
@@ -109,7 +115,7 @@ def network(random: Random) -> PackedFile:
         *({"op": "tensor", "name": name, "tensor": name} for name in tensors),
         {"op": "input", "name": "x"},
         *({"op": op, "name": name, "args": [argument(a) for a in args], "kwargs": {}} for op, name, *args in nodes),
-        {"op": "output", "name": "output", "args": [{"node": "k"}]},
+        {"op": "output", "name": "output", "args": [[{"node": "k"}, {"node": "p"}]]},
     ]  # fmt: skip
     return PackedFile(
         name="", scheme="", input_size=(3, height, width), nodes=entries, tensors=held, preprocessing=None
@@ -163,12 +169,13 @@ def filled(random: Random, made: Plan) -> Plan:
         channels, outputs = random.choice([1, 3, 16, 17, 32], 2)
         row[:] = random.integers(0, 4, len(FIELDS))
         names = {
-            "operation": random.integers(COPY, RESULT + 2), "height": sides[0], "width": sides[1], "channels": channels,
-            "pitch": -(-channels // 16) * 16, "outputs": outputs, "out_pitch": -(-outputs // 16) * 16, "steps": 0,
+            "operation": random.integers(COPY, PRODUCT + 2), "height": sides[0], "width": sides[1],
+            "channels": channels, "pitch": -(-channels // 16) * 16,
+            "outputs": outputs, "out_pitch": -(-outputs // 16) * 16, "steps": 0,
             "groups": random.choice([1, 1, 2, 3]), "is_mean": random.integers(2), "classes": random.integers(1, 5),
         }  # fmt: skip
         for name in ("x", "y", "signs", "residual", "program", "vectors", "thresholds", "weight", "scratch", "windows",
-                     "tables", "sums"):  # fmt: skip
+                     "tables", "sums", "other"):  # fmt: skip
             names[name] = random.choice(places)
         if random.random() < 0.5 and names["operation"] not in (FLOAT, BINARY):
             names |= {"out_height": sides[0], "out_width": sides[1], "outputs": channels, "out_pitch": names["pitch"]}
@@ -198,7 +205,14 @@ def plans(seed: int, count: int, first: int) -> Iterator[tuple[str, Plan]]:
 
 def packed(made: Plan) -> bytes:
     """A plan as the driver reads it."""
-    sizes = [len(made.rows), len(made.constants), made.arena_bytes, made.inputs, int(np.prod(made.result)), made.layout]
+    sizes = [
+        len(made.rows),
+        len(made.constants),
+        made.arena_bytes,
+        made.inputs,
+        sum(map(math.prod, made.results)),
+        made.layout,
+    ]
     return np.array(sizes, np.int64).tobytes() + made.rows.tobytes() + made.constants.tobytes()
 
 

@@ -102,6 +102,7 @@ class PackedModel(nn.Module):
         self.network, self.names = graphs.module(graph, tensors)
         self.layout = graphs.image_layout(graph) if len(input_size) == 3 else torch.contiguous_format
         self._owns = graphs.gives_new_tensors(graph)
+        self._container = tuple if isinstance(graph.output_node().args[0], tuple) else list  # of several outputs
         self._checked: set[int] = set()  # batch sizes that the network is known to take
         self._planned: Planned | None = None
         self.requires_grad_(False).eval()
@@ -132,7 +133,8 @@ class PackedModel(nn.Module):
             )
         if takes(images) and (planned := self._in_c()).network:
             with self.computing():
-                return planned.run(images)
+                outputs = planned.run(images)
+            return outputs if isinstance(outputs, Tensor) else self._container(outputs)
         with neutral():
             if len(images) == 0:
                 return self._nothing(images)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bonn_qat.runtime.dry_run import MEMORY
+
 _HALF = 0.5  # of the least normal number is a denormal one
 
 
@@ -31,16 +33,21 @@ class Planned:
             self.reason = "its tensors were made in torch.inference_mode, and so do not tell when they change"
         else:
             try:
-                self.network = runtime.Network(dump())
+                network = runtime.Network(dump())
+                if network.arena_bytes <= MEMORY:
+                    self.network = network
+                else:
+                    self.reason = f"its plan needs {network.arena_bytes:,} bytes for an image"
             except MemoryError:
                 self.reason = "its plan does not fit into memory"
             except runtime.RuntimeFailure as error:
                 self.reason = str(error).removeprefix("the bytes: ").partition("; use bonn_qat.PackedModel")[0]
 
-    def run(self, images: Tensor) -> Tensor:
-        """The network's outputs, computed by as many threads as torch has."""
+    def run(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The network's outputs, a tuple of several, computed by as many threads as torch has."""
         self.network.threads = torch.get_num_threads()
-        return torch.from_numpy(self.network(images.numpy(force=True)))
+        outputs = self.network(images.numpy(force=True))
+        return tuple(map(torch.from_numpy, outputs)) if isinstance(outputs, tuple) else torch.from_numpy(outputs)
 
     def is_of(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether ``tensors`` are those that it was made of, and have not changed since."""

@@ -96,8 +96,25 @@ def test_in_c_the_whole_network_gives_what_it_gives_node_by_node(seed, monkeypat
 def test_what_the_c_runtime_lacks_is_named_and_runs_node_by_node():
     model = bonn_qat.binarize(Kinds(), include=["conv", "positions", "image"], input_size=SIZE).eval()
     packed = pack(model.requires_grad_(False))
-    assert packed.runtime.startswith("bonn-qat-runtime cannot run the node")
+    assert packed.runtime == "the network returns something else than a tensor for each image"
     assert len(packed(odd_images(2, 0))) == 6
+    lacking = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.LogSoftmax(1), nn.Conv2d(16, 4, 1))
+    packed = pack(bonn_qat.binarize(lacking, input_size=SIZE).eval())
+    assert packed.runtime.startswith("bonn-qat-runtime cannot run the node 'log_softmax'")
+    assert packed(odd_images(2, 0)).shape[:2] == (2, 4)
+
+
+def test_in_c_several_outputs_are_in_the_container_that_they_are_in_node_by_node(tmp_path):
+    model = bonn_qat.binarize(Two(), include=["conv", "positions", "image"], input_size=SIZE).eval()
+    packed = pack(model.requires_grad_(False))
+    for made in (packed, PackedModel.load(packed.save(tmp_path / "two.safetensors"))):
+        assert made.runtime == "C"
+        for count in (0, 1, 3):
+            x = odd_images(3, 0)[:count]
+            with Watching():
+                expected = made(x)
+            assert type(made(x)) is type(expected)
+            assert all(same(ours, theirs, ROUNDING) for ours, theirs in zip(made(x), expected, strict=True))
 
 
 def test_a_state_that_is_loaded_is_the_one_that_is_used_also_by_other_threads():
@@ -188,6 +205,13 @@ class Kinds(nn.Module):
         y = self.conv(self.stem(x))
         tokens = self.positions(y.flatten(2).transpose(1, 2))
         return self.head(self.image(tokens.mean(1))), tokens, y.flatten(0, 1), self.table.view(2, 2), self.table, x
+
+
+class Two(Kinds):
+    """Those of the outputs that are tensors for each image."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return super().forward(x)[:2]
 
 
 def test_no_image_has_outputs_of_every_kind():

@@ -1,14 +1,19 @@
 """Fuse: operations that can be done in the same pass become one."""
 
+from collections import Counter
+
 from bonn_qat_runtime.lower import Lowered
-from bonn_qat_runtime.operations import RESIDUAL, Convolution, Map, Operation, Pointwise, Signs
+from bonn_qat_runtime.operations import RESIDUAL, Map, Operation, Pointwise, Signs
 
 
 class _Fused:
     def __init__(self, lowered: Lowered) -> None:
         self.operations = _used(lowered)
-        self.result = lowered.result
+        self.results = [result.map for result in lowered.results]
         self.became: dict[Operation, Operation] = {}  # what a merged operation is part of
+        # How often each result is read, as floats or by the signs of a convolution.
+        self.readers = Counter(x.source for operation in self.operations for x in operation.reads)
+        self.readers.update(x.source for x in self.results)
 
     def source(self, x: Map) -> Operation | None:
         found = x.source
@@ -16,26 +21,23 @@ class _Fused:
             found = self.became[found]
         return found
 
-    def readers(self, operation: Operation) -> int:
-        """How often the result is read, as floats or by the signs of a convolution."""
-        read = [reads for other in self.operations for reads in _reads(other)] + [self.result]
-        return sum(self.source(x) is operation for x in read)
-
     def takes(self, x: Map | Signs | None, steps_of: Pointwise) -> Operation | None:
         """The operation that computes x, if it can do the steps as well."""
         source = self.source(x) if isinstance(x, Map) else None
-        if source is None or (isinstance(source, Convolution) and source.is_ragged):
+        if source is None or not source.has_epilogue or self.readers[source] != 1:
             return None
         adds_twice = source.residual is not None and steps_of.residual is not None
-        return None if adds_twice or self.readers(source) != 1 else source
+        return None if adds_twice else source
 
     def merge(self, pointwise: Pointwise) -> None:
         source = self.takes(pointwise.x, pointwise)
-        if source is None and [step.code for step in pointwise.steps] == [RESIDUAL]:
-            source = self.takes(pointwise.residual, pointwise)
+        residual = pointwise.residual
+        if source is None and residual is not None and [step.code for step in pointwise.steps] == [RESIDUAL]:
+            assert isinstance(pointwise.x, Map)
+            if residual.pixels == pointwise.x.pixels:
+                source = self.takes(residual, pointwise)
             if source is not None:
-                assert isinstance(pointwise.x, Map)
-                pointwise.x, pointwise.residual = pointwise.residual or pointwise.x, pointwise.x
+                pointwise.x, pointwise.residual = residual, pointwise.x
         if source is None:
             return
         source.steps = source.steps + pointwise.steps
@@ -44,13 +46,12 @@ class _Fused:
         self.operations.remove(source)
         self.operations[self.operations.index(pointwise)] = source
         self.became[pointwise] = source
+        self.readers[source] = self.readers[pointwise]
 
     def redirect(self) -> None:
         """Let every map name the operation that computes it."""
-        for operation in self.operations:
-            for x in _reads(operation):
-                x.source = self.source(x)
-        self.result.source = self.source(self.result)
+        for x in [x for operation in self.operations for x in operation.reads] + self.results:
+            x.source = self.source(x)
 
     def place_signs(self) -> None:
         """Signs are computed with their map; by an operation of their own if that has others."""
@@ -59,8 +60,7 @@ class _Fused:
             if not isinstance(signs, Signs):
                 continue
             source = signs.map.source
-            is_ragged = isinstance(source, Convolution) and source.is_ragged
-            if source is not None and not is_ragged and source.signs in (None, signs):
+            if source is not None and source.has_epilogue and source.signs in (None, signs):
                 source.signs = signs
             elif not any(operation.signs is signs for operation in self.operations):
                 alone = Pointwise(signs.map, signs=signs)
@@ -76,28 +76,22 @@ def fuse(lowered: Lowered) -> Lowered:
             fused.merge(operation)
     fused.redirect()
     fused.place_signs()
-    floats = [x for operation in fused.operations for x in _floats(operation)]
-    read = {x.source for x in [*floats, fused.result]}
+    read = {x.source for operation in fused.operations for x in _floats(operation)}
+    read |= {x.source for x in fused.results}
     for operation in fused.operations:
         operation.wants_floats = operation in read
-    return Lowered(fused.operations, fused.result)
+    return Lowered(fused.operations, lowered.results, lowered.is_single)
 
 
 def _floats(operation: Operation) -> list[Map]:
-    x = [operation.x] if isinstance(operation.x, Map) else []
-    return x if operation.residual is None else [*x, operation.residual]
-
-
-def _reads(operation: Operation) -> list[Map]:
-    x = operation.x.map if isinstance(operation.x, Signs) else operation.x
-    return [x] if operation.residual is None else [x, operation.residual]
+    return operation.reads[1:] if isinstance(operation.x, Signs) else operation.reads
 
 
 def _used(lowered: Lowered) -> list[Operation]:
     """Without operations whose results nothing reads."""
-    used, wanted = list[Operation](), {lowered.result.source}
+    used, wanted = list[Operation](), {result.map.source for result in lowered.results}
     for operation in reversed(lowered.operations):
         if operation in wanted:
             used.append(operation)
-            wanted.update(x.source for x in _reads(operation))
+            wanted.update(x.source for x in operation.reads)
     return used[::-1]

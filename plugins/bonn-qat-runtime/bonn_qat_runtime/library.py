@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import math
 import os
 import sys
 import zlib
@@ -29,6 +30,8 @@ _STATUS = {
     5: "it was made for another instruction set",
     6: "its memory does not begin at a multiple of 64",
 }
+
+Outputs = NDArray[np.float32] | tuple[NDArray[np.float32], ...]
 
 
 class _Plan(ctypes.Structure):
@@ -102,14 +105,14 @@ class Program:
 
     def __init__(self, plan: Plan, cpu: str) -> None:
         self._library, self._cpu, self._plan = load(), _handle(cpu), plan
-        self._outputs = int(np.prod(plan.result))
+        self._sizes = [math.prod(shape) for shape in plan.results]
         # What the library verified must not change.
         self._rows = np.ascontiguousarray(plan.rows, np.int64).copy()
         for array in (self._rows, plan.constants):
             array.flags.writeable = False
         self._c = _Plan(
             self._rows.ctypes.data, len(self._rows), plan.constants.ctypes.data, plan.constants.nbytes,
-            plan.arena_bytes, plan.inputs, self._outputs, plan.layout,
+            plan.arena_bytes, plan.inputs, sum(self._sizes), plan.layout,
         )  # fmt: skip
         row = ctypes.c_int64()
         status = self._library.bonn_qat_verify(ctypes.byref(self._c), ctypes.byref(row))
@@ -118,13 +121,22 @@ class Program:
         self._arenas: list[NDArray[np.uint8]] = []
         self._pool: tuple[tuple[int, int], ThreadPoolExecutor] | None = None
 
-    def __call__(self, images: NDArray[np.float32], threads: int = 1) -> NDArray[np.float32]:
-        """Contiguous images ``(B, ...)`` of ``plan.inputs`` numbers each -> ``(B, *plan.result)``."""
-        results = np.empty((len(images), *self._plan.result), np.float32)
+    def __call__(self, images: NDArray[np.float32], threads: int = 1) -> Outputs:
+        """Contiguous images ``(B, ...)`` of ``plan.inputs`` numbers each -> ``(B, *shape)`` for each result."""
+        results = np.empty((len(images), sum(self._sizes)), np.float32)
+        self._run_all(images, results, threads)
+        parts = np.split(results, np.cumsum(self._sizes)[:-1], axis=1)
+        shaped = [
+            np.ascontiguousarray(part).reshape(len(images), *shape)
+            for part, shape in zip(parts, self._plan.results, strict=True)
+        ]
+        return shaped[0] if self._plan.is_single else tuple(shaped)
+
+    def _run_all(self, images: NDArray[np.float32], results: NDArray[np.float32], threads: int) -> None:
         threads = min(threads, len(images))
         if threads <= 1:
             self._run(images, results)
-            return results
+            return
         # Small parts, because other processes may hold up a thread.
         size = max(1, len(images) // (4 * threads))
         parts = deque(slice(start, start + size) for start in range(0, len(images), size))
@@ -141,7 +153,6 @@ class Program:
         run_parts()
         for other in others:
             other.result()
-        return results
 
     def _helpers(self, count: int) -> "ThreadPoolExecutor":
         # A process that was forked has the object of its parent, without the threads.

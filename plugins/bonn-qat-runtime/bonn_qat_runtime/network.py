@@ -18,10 +18,10 @@ from bonn_qat_runtime.plan import plan
 class Network:
     """A network that ``bonn_qat.pack(model).save(path)`` wrote: images ``(B, C, H, W)`` -> logits ``(B, classes)``.
 
-    It is made from the path of the file, or from its bytes. It computes what ``bonn_qat.PackedModel`` does, without
-    torch. Binary layers are equal to the last bit, float layers up to the order of their sums, and on all CPUs alike.
-    Images are computed one by one, ``threads`` of a call at the same time; several threads may also call a network at
-    once.
+    It is made from the path of the file, or from its bytes. A network that returns several tensors gives a tuple of
+    them. It computes what ``bonn_qat.PackedModel`` does, without torch. Binary layers are equal to the last bit, float
+    layers up to the order of their sums, and on all CPUs alike. Images are computed one by one, ``threads`` of a call
+    at the same time; several threads may also call a network at once.
 
     >>> net = Network("resnet18.safetensors")  # doctest: +SKIP
     >>> net(np.zeros((1, 3, 224, 224), np.float32)).shape  # doctest: +SKIP
@@ -36,6 +36,7 @@ class Network:
     input_size: tuple[int, int, int]
     preprocessing: Preprocessing | None
     cpu: str  # the instruction set
+    arena_bytes: int  # that each thread needs for an image
     threads: int
 
     def __init__(self, path: str | Path | bytes, *, threads: int = 1) -> None:
@@ -47,11 +48,11 @@ class Network:
         self.preprocessing, self.cpu = file.preprocessing, library.chosen_cpu()
         try:
             made = plan(fuse(lower(file)), file.input_size, library.layout(self.cpu))
-            self._program = library.Program(made, self.cpu)
+            self._program, self.arena_bytes = library.Program(made, self.cpu), made.arena_bytes
         except (InvalidFile, InvalidPlan, UnsupportedOperator) as error:
             raise type(error)(f"{name_of(path)}: {error}") from error
 
-    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    def __call__(self, images: NDArray[np.float32]) -> library.Outputs:
         """Raises InvalidFile for images of another size or type: they are neither converted nor scaled here."""
         if not isinstance(images, np.ndarray) or images.dtype != np.float32 or images.shape[1:] != self.input_size:
             given = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__

@@ -1,19 +1,31 @@
 """Operations: a network between the file and the plan, one object for each pass over a map.
 
-A map has the shape ``(channels, height, width)``, for one image. Every operation but the first and the last ends with
-an *epilogue*, a list of steps, and may give the signs of its result.
+A map has the shape ``(channels, height, width)``, for one image. Every operation that computes its values itself ends
+with an *epilogue*, a list of steps, and may give the signs of its result.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-SCALE, ADD, FMA, RESIDUAL, PRELU, CLAMP = range(6)
-ROWS = {SCALE: 1, ADD: 1, FMA: 2, RESIDUAL: 0, PRELU: 1, CLAMP: 2}
+LANES = 16
+(
+    SCALE, ADD, FMA, RESIDUAL, PRELU, CLAMP, TIMES, MINUS, OVER, MAXIMUM, MINIMUM, AT_LEAST, ABOVE, AT_MOST, BELOW, EXP,
+    SIGMOID, SILU, TANH, GELU, GELU_TANH, ERF, HARDSIGMOID, HARDSWISH, SQRT, RECIPROCAL, SQUARE, ROUND, FLOOR, SIGN,
+    ABS,
+) = range(31)  # fmt: skip
+ROWS = {SCALE: 1, ADD: 1, FMA: 2, PRELU: 1, CLAMP: 2}  # that a step takes; none for others
 
 Floats = NDArray[np.float32]
+Offsets = NDArray[np.int64]
+
+
+def up(number: int, step: int) -> int:
+    """The next multiple of ``step``."""
+    return -(-number // step) * step
 
 
 class Step(NamedTuple):
@@ -25,18 +37,27 @@ class Step(NamedTuple):
 
 @dataclass(eq=False)
 class Map:
-    """Floats ``(channels, height, width)``; ``is_flat``: torch has them as one axis. ``source`` computes them."""
+    """Floats ``(channels, height, width)``, the channels of a pixel side by side; ``source`` computes them."""
 
     channels: int
     height: int
     width: int
     source: "Operation | None" = None  # None: the image
-    is_flat: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """``(channels, height, width)``"""
         return self.channels, self.height, self.width
+
+    @property
+    def pitch(self) -> int:
+        """Floats from one pixel to the next."""
+        return up(self.channels, LANES)
+
+    @property
+    def pixels(self) -> int:
+        """Height times width."""
+        return self.height * self.width
 
 
 @dataclass(eq=False)
@@ -49,7 +70,8 @@ class Signs:
 
 @dataclass(eq=False)
 class Operation:
-    """Computes ``result``, a map, from ``x``. The epilogue adds ``residual`` where it has such a step."""
+    """Computes ``result``, a map, from ``x``. Steps of the epilogue may take ``residual``, a map of the same size or,
+    if it has one pixel, that pixel everywhere."""
 
     x: Map | Signs
     result: Map = field(init=False)
@@ -57,6 +79,17 @@ class Operation:
     residual: Map | None = None
     signs: Signs | None = None  # of the result, if they are computed in the same pass
     wants_floats: bool = True  # whether the result itself is read
+
+    @property
+    def has_epilogue(self) -> bool:
+        """Whether it can do steps and signs."""
+        return True
+
+    @property
+    def reads(self) -> list[Map]:
+        """The maps whose floats, or whose signs, it reads."""
+        x = self.x.map if isinstance(self.x, Signs) else self.x
+        return [x] if self.residual is None else [x, self.residual]
 
 
 @dataclass(eq=False)
@@ -93,9 +126,61 @@ class Convolution(Operation):
         return isinstance(self.x, Map) and self.groups == len(self.weight) == self.x.channels > 1
 
     @property
-    def is_ragged(self) -> bool:
-        """Whether its groups do not begin at whole vectors, so that it can have no epilogue."""
-        return self.groups > 1 and not self.is_depthwise and len(self.weight) // self.groups % 16 != 0
+    def has_epilogue(self) -> bool:
+        """Not where its groups do not begin at whole vectors."""
+        return self.groups == 1 or self.is_depthwise or len(self.weight) // self.groups % LANES == 0
+
+
+@dataclass(eq=False)
+class Normalize(Operation):
+    """Each pixel's channels minus their mean, by their standard deviation; or their softmax, if ``eps`` is None."""
+
+    eps: float | None = None
+
+
+@dataclass(eq=False)
+class Product(Operation):
+    """Products of matrices: channel j of pixel i in row b is the sum over k of
+    ``x[first[b] + rows[i] + depth[k]] other[second[b] + across[k] + j]``, with places in floats from a map's begin.
+    """
+
+    other: Map = field(kw_only=True)
+    first: Offsets = field(kw_only=True)
+    rows: Offsets = field(kw_only=True)
+    depth: Offsets = field(kw_only=True)
+    second: Offsets = field(kw_only=True)
+    across: Offsets = field(kw_only=True)
+
+    @property
+    def reads(self) -> list[Map]:
+        """As of every operation, and the other factor."""
+        return [*super().reads, self.other]
+
+
+class Part(NamedTuple):
+    """Numbers of a map, or constants, and where they go: element (i, j, ...) from ``x[0][i] + x[1][j] + ...`` to
+    ``y[0][i] + y[1][j] + ...``."""
+
+    source: Map | Floats
+    x: Sequence[Offsets]
+    y: Sequence[Offsets]
+
+
+@dataclass(eq=False)
+class Arrange(Operation):
+    """A map put together from parts of others; ``x`` is the first of them, or of no meaning if there are none."""
+
+    parts: list[Part] = field(kw_only=True)
+
+    @property
+    def has_epilogue(self) -> bool:
+        """No."""
+        return False
+
+    @property
+    def reads(self) -> list[Map]:
+        """The maps among the parts' sources."""
+        return [part.source for part in self.parts if isinstance(part.source, Map)]
 
 
 def convolved_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:

@@ -10,39 +10,55 @@ from numpy.typing import NDArray
 
 from bonn_qat_runtime.errors import UnsupportedOperator
 from bonn_qat_runtime.lower import Lowered
-from bonn_qat_runtime.operations import Convolution, Floats, Map, Operation, Pool, Signs
-from bonn_qat_runtime.weights import LANES, bit_weight, depthwise_weight, float_weight, start_sums, up
+from bonn_qat_runtime.operations import (
+    LANES,
+    Arrange,
+    Convolution,
+    Floats,
+    Map,
+    Normalize,
+    Offsets,
+    Operation,
+    Part,
+    Pool,
+    Product,
+    Signs,
+    up,
+)
+from bonn_qat_runtime.weights import bit_weight, depthwise_weight, float_weight, start_sums
 
-COPY, POINTWISE, POOL, FLOAT, BINARY, RESULT = range(1, 7)
-DEPTHWISE = 8
+COPY, POINTWISE, POOL, FLOAT, BINARY, RESULT, ARRANGE, DEPTHWISE, NORMALIZE, PRODUCT = range(1, 11)
 FIELDS = (
     "operation", "x", "height", "width", "channels", "pitch", "out_height", "out_width", "outputs", "out_pitch",
     "y", "signs", "residual", "program", "steps", "vectors", "rows", "thresholds",
     "kernel_height", "kernel_width", "stride_y", "stride_x", "dilation_y", "dilation_x", "groups",
     "top", "bottom", "left", "right", "weight", "scratch", "windows", "is_mean",
-    "turns", "band", "ring", "x_ring", "classes", "tables", "sums",
+    "turns", "band", "ring", "x_ring", "classes", "tables", "sums", "other", "residual_pitch", "axes", "run",
 )  # fmt: skip
 _ALIGNMENT = 64
 _PLACES = ("x", "y", "signs", "residual", "program", "vectors", "thresholds", "weight", "scratch", "windows", "tables",
-           "sums")  # fmt: skip
+           "sums", "other")  # fmt: skip
 _MOST_SUMS = 2**26
 _MOST_TURNS = 7
 _LARGE = 2**18  # bytes of a map that would not stay in the caches beside what is computed from it
 _BAND = 96  # pixels that make whole tiles
+_MOST_MERGED = 2**12  # indices of axes that are counted as one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """``rows`` ``(n, len(FIELDS))``, over ``constants``, bytes at a multiple of 64, and an arena of ``arena_bytes``.
 
-    ``result`` is the shape of the result for an image: ``(classes,)`` or ``(C, H, W)``.
+    ``results`` are the shapes of the results for an image, such as ``(classes,)`` or ``(C, H, W)``, which lie one after
+    the other; ``is_single``: there is one, and no tuple.
     """
 
     rows: NDArray[np.int64]
     constants: NDArray[np.uint8]
     arena_bytes: int
     inputs: int
-    result: tuple[int, ...]
+    results: tuple[tuple[int, ...], ...]
+    is_single: bool
     layout: int
 
 
@@ -68,16 +84,19 @@ def plan(lowered: Lowered, input_size: tuple[int, int, int], layout: int) -> Pla
     planner = _Planner(layout)
     for operation in lowered.operations:
         planner.add(operation)
-    y = lowered.result
-    planner.row(RESULT, planner.map_of(y), y, {})
+    begin = 0
+    for result in lowered.results:
+        planner.row(RESULT, planner.map_of(result.map), result.map, {"y": begin})
+        begin += math.prod(result.shape)
     planner.take_turns()
-    arena_bytes = _allocate(planner.buffers)
+    # A product reads whole vectors, which may reach beyond the last pixel.
+    arena_bytes = _allocate(planner.buffers) + _ALIGNMENT
     rows = np.array([[_number(row[name]) for name in FIELDS] for row in planner.rows], np.int64)
     constants = aligned(sum(len(part) for part in planner.constants))
     np.concatenate(planner.constants, out=constants)
     return Plan(
         rows=rows, constants=constants, arena_bytes=arena_bytes, inputs=math.prod(input_size), layout=layout,
-        result=(math.prod(y.shape),) if y.is_flat else y.shape,
+        results=tuple(result.shape for result in lowered.results), is_single=lowered.is_single,
     )  # fmt: skip
 
 
@@ -90,9 +109,7 @@ class _Planner:
         self.end = _ALIGNMENT
         self.maps: dict[Operation | None, _Buffer] = {}
         self.signs: dict[Signs, _Buffer] = {}
-        self.lines: dict[
-            int, NDArray[np.int32]
-        ] = {}  # of pools, by their row: first and last + 1 of each line's window
+        self.lines: dict[int, NDArray[np.int32]] = {}  # of pools, by their row: the windows of their lines
 
     # Rows are numbered in the order in which they are added; a buffer lives until the last row that names it.
 
@@ -127,6 +144,11 @@ class _Planner:
 
     def add(self, operation: Operation) -> None:
         """The row of an operation, and before it one that makes room for padding."""
+        if isinstance(operation, Arrange):
+            y = self.maps[operation] = self.buffer(_map_bytes(operation.result, operation.result.pitch))
+            for part in operation.parts:
+                self.arrange(part, y)
+            return
         source = operation.x
         x = self.signs[source] if isinstance(source, Signs) else None
         beside = None if operation.residual is None else self.map_of(operation.residual)
@@ -136,8 +158,16 @@ class _Planner:
             x, size, pitch = self.padded(operation, source)
         elif isinstance(source, Map):
             x = self.map_of(source)
-        fields = {"residual": -1 if beside is None else beside} | self.finish(operation)
-        if isinstance(operation, Pool):
+        fields: dict[str, Any] = {"residual": -1 if beside is None else beside} | self.residual_pitch(operation)
+        if isinstance(operation, Product):
+            fields |= self.product(operation)
+        fields |= self.finish(operation)
+        if isinstance(operation, Product):
+            self.row(PRODUCT, x, size, fields)
+        elif isinstance(operation, Normalize):
+            eps = -1 if operation.eps is None else self.constant(np.array([operation.eps], np.float32))
+            self.row(NORMALIZE, x, size, fields | {"weight": eps})
+        elif isinstance(operation, Pool):
             self.row(POOL, x, size, fields | self.pool(operation))
         elif not isinstance(operation, Convolution):
             self.row(POINTWISE, x, size, fields)
@@ -149,6 +179,29 @@ class _Planner:
         else:
             fields |= {"weight": self.constant(float_weight(operation.weight, operation.groups))}
             self.row(FLOAT, x, size, fields | self.convolution(operation), pitch)
+
+    def residual_pitch(self, operation: Operation) -> dict[str, int]:
+        """0 for a residual of one pixel that is taken everywhere."""
+        beside, y = operation.residual, operation.result
+        return {"residual_pitch": 0 if beside is None or beside.pixels < y.pixels else y.pitch}
+
+    def arrange(self, part: Part, y: _Buffer) -> None:
+        """A row that moves runs of numbers, each from and to a place for each index along some axes."""
+        axes, run = _merged(part)
+        numbers = [np.concatenate(([len(own)], own, to)) for own, to in axes]
+        fields = {"y": y, "windows": self.constant(np.concatenate(numbers).astype(np.int32)), "axes": len(axes)}
+        if isinstance(part.source, Map):
+            self.row(ARRANGE, self.map_of(part.source), part.source, fields | {"run": run})
+        else:
+            at = self.constant(part.source)
+            self.row(ARRANGE, None, Map(1, 1, len(part.source)), fields | {"run": run, "weight": at}, 1)
+
+    def product(self, product: Product) -> dict[str, Any]:
+        numbers = (product.first, product.second, product.rows, product.depth, product.across)
+        return {
+            "other": self.map_of(product.other), "axes": len(product.depth),
+            "windows": self.constant(np.concatenate(numbers).astype(np.int32)),
+        }  # fmt: skip
 
     def padded(self, convolution: Convolution, source: Map) -> tuple[_Buffer, Map, int]:
         """The map with zeros around it. An image keeps its few channels, which a kernel then reads in one run."""
@@ -239,6 +292,9 @@ class _Planner:
             return False
         if own == COPY:
             return bool(following["operation"] == FLOAT)
+        lines = [self.rows[k][name] for name in ("out_height", "out_width", "out_pitch")]
+        if lines != [following[name] for name in ("height", "width", "pitch")]:  # it reads them as other lines
+            return False
         makes = own in (FLOAT, DEPTHWISE, POOL, POINTWISE) or (own == BINARY and is_first)
         return bool(makes and following["operation"] in (DEPTHWISE, POOL))
 
@@ -263,16 +319,31 @@ class _Planner:
         row = self.rows[k]
         if k in self.lines:
             first, last = self.lines[k][:, 0], self.lines[k][:, 1]
-            return (
-                int((last[lines - 1 :] - first[: len(first) - lines + 1]).max())
-                if lines < len(first)
-                else row["height"]
-            )
+            if lines >= len(first):
+                return int(row["height"])
+            return int((last[lines - 1 :] - first[: len(first) - lines + 1]).max())
         return int((lines - 1) * row["stride_y"] + (row["kernel_height"] - 1) * row["dilation_y"] + 1)
 
 
 def _sides(convolution: Convolution) -> dict[str, Any]:
     return dict(zip(("top", "bottom", "left", "right"), convolution.padding, strict=True))
+
+
+def _merged(part: Part) -> tuple[list[tuple[Offsets, Offsets]], int]:
+    """Axes that lie alike in both become one, and the last one a run where its numbers are next to each other."""
+    axes = list[tuple[Offsets, Offsets]]()
+    for own, to in zip(part.x, part.y, strict=True):
+        if len(own) == 1 and axes:
+            axes[-1] = (axes[-1][0] + own[0], axes[-1][1] + to[0])
+        else:
+            axes.append((own, to))
+    run, (own, to) = 1, axes[-1]
+    if len(own) > 1 and bool((np.diff(own) == 1).all() and (np.diff(to) == 1).all()):
+        run, axes[-1] = len(own), (own[:1], to[:1])
+    while len(axes) > 1 and (len(axes[-1][0]) == 1 or len(axes[-2][0]) * len(axes[-1][0]) <= _MOST_MERGED):
+        (own, to), (more, further) = axes[-2:]
+        axes[-2:] = [((own[:, None] + more).reshape(-1), (to[:, None] + further).reshape(-1))]
+    return axes, run
 
 
 def _map_bytes(x: Map, pitch: int) -> int:

@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 
 from bonn_qat_runtime import library
-from bonn_qat_runtime.errors import InvalidFile, LibraryMissing
-from bonn_qat_runtime.files import PackedFile, Preprocessing, read_packed
+from bonn_qat_runtime.errors import InvalidFile, LibraryMissing, UnsupportedOperator
+from bonn_qat_runtime.files import PackedFile, Preprocessing, name_of, read_packed
 from bonn_qat_runtime.fuse import fuse
 from bonn_qat_runtime.lower import lower
 from bonn_qat_runtime.plan import FIELDS, Plan, plan
@@ -62,7 +62,10 @@ class _Network:
                 f"{', '.join(sorted(taken))} and names with bonn_qat in front are taken"
             )
         self.file, self.name = read_packed(path), name
-        self.plan = plan(fuse(lower(self.file)), self.file.input_size, WORDS)
+        lowered = lower(self.file)
+        if not lowered.is_single:
+            raise UnsupportedOperator(f"{name_of(path)}: it returns a tuple; a network in C has one result")
+        self.plan = plan(fuse(lowered), self.file.input_size, WORDS)
         library.Program(self.plan, library.cpus()[-1])  # which verifies it, because C does not
 
     def filled(self, template: str) -> bytes:
@@ -71,7 +74,7 @@ class _Network:
         values = {
             "TITLE": _title(self.file), "DEFINES": _defines(self.file, self.plan), "ROWS": _rows(self.plan),
             "CONSTANTS": _constants(self.plan) if template == "network.c" else "",
-            "SIZE": json.dumps(self.file.input_size), "OUTPUTS": str(math.prod(self.plan.result)),
+            "SIZE": json.dumps(self.file.input_size), "OUTPUTS": str(math.prod(self.plan.results[0])),
             "KNOWN": "null" if known is None else json.dumps(known.__dict__),
             "PREPROCESSING": "" if known is None else _preprocessing(known),
         }  # fmt: skip
@@ -96,14 +99,14 @@ def _defines(file: PackedFile, made: Plan) -> str:
     channels, height, width = file.input_size
     sizes = {
         "CHANNELS": channels, "HEIGHT": height, "WIDTH": width, "INPUTS": made.inputs,
-        "OUTPUTS": math.prod(made.result), "ARENA_BYTES": made.arena_bytes,
+        "OUTPUTS": math.prod(made.results[0]), "ARENA_BYTES": made.arena_bytes,
     }  # fmt: skip
     lines = [f"#define NET_NAME_{key} {number}" for key, number in sizes.items()]
     if known := file.preprocessing:
         lines.append("\n/* An image is (x - mean) / std of each channel of pixels from 0 to 1. */")
         for key, numbers in (("MEAN", known.mean), ("STD", known.std)):
             lines.append(f"#define NET_NAME_{key} {{{', '.join(f'{float(number)!r}f' for number in numbers)}}}")
-        if len(known.labels) == math.prod(made.result):
+        if len(known.labels) == math.prod(made.results[0]):
             lines.append(f"#define NET_NAME_LABELS {{{', '.join(map(_literal, known.labels))}}}")
     return "\n".join(lines)
 

@@ -5,15 +5,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bonn_qat_runtime.operations import Convolution, Floats
+from bonn_qat_runtime.operations import LANES, Convolution, Floats, up
 
-LANES = 16
 WORDS, NIBBLES = 0, 1
-
-
-def up(number: int, step: int) -> int:
-    """The next multiple of ``step``."""
-    return -(-number // step) * step
 
 
 def float_weight(weight: Floats, groups: int) -> Floats:

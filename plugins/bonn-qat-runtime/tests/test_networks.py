@@ -11,7 +11,11 @@ import bonn_qat
 
 NETWORKS = [
     *(("wrn10_16", scheme, 16) for scheme in ("bonn", "xnor", "bireal", "pcnn", "reactnet")),
+    *(("wrn10_16", scheme, 16) for scheme in ("bwn", "mcn", "dorefa", "tbn", "adabin", "abcnet-5-5")),
     ("wrn22_16", "bonn", 32),
+    ("mobilenetv3_small_050", "bonn", 32),  # squeeze and excite, depthwise convolutions
+    ("convnext_atto", "bonn", 32),  # layer norms
+    ("mobilevit_xxs", "bonn", 64),  # attention
     ("birealnet18", "bireal", 64),
     ("resnet18", "bonn", 64),
     ("mobilenetv2_100", "bonn", 64),
@@ -39,8 +43,11 @@ def test_logits_are_those_of_the_packed_model(packed, name, scheme, pixels):
 
 @pytest.mark.parametrize(
     ("name", "scheme", "pixels"),
-    [("wrn10_16", "reactnet", 16), ("resnet18", "bonn", 64), ("mobilenetv2_100", "bonn", 64)],
-)
+    [
+        ("wrn10_16", "reactnet", 16), ("resnet18", "bonn", 64), ("mobilenetv2_100", "bonn", 64),
+        ("mobilevit_xxs", "bonn", 64),
+    ],
+)  # fmt: skip
 def test_every_instruction_set_gives_the_same_bits(packed, monkeypatch, name, scheme, pixels):
     path, found = packed(name, scheme, pixels), []
     for cpu in library.cpus():
@@ -52,7 +59,7 @@ def test_every_instruction_set_gives_the_same_bits(packed, monkeypatch, name, sc
         np.testing.assert_array_equal(logits, found[0])
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "mobilevit_xxs"])
 def test_turns_change_no_result(packed, monkeypatch, name):
     path, found, arenas = packed(name, "bonn", 64), [], []
     for cpu in library.cpus():
@@ -91,9 +98,10 @@ def test_less_than_one_thread_is_refused(packed, threads):
         bonn_qat_runtime.Network(packed("wrn10_16", "bonn", 16), threads=threads)
 
 
+@pytest.mark.parametrize(("name", "pixels"), [("wrn10_16", 16), ("mobilenetv3_small_050", 32)])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_as_in_the_packed_model(packed, value):
-    path = packed("wrn10_16", "bonn", 16)
+def test_what_is_not_finite_is_as_in_the_packed_model(packed, name, pixels, value):
+    path = packed(name, "bonn", pixels)
     network, model = bonn_qat_runtime.Network(path), bonn_qat.PackedModel.load(path)
     images = images_for(network, 1)
     images[0, 1, 5, 7] = value
@@ -112,10 +120,12 @@ def test_images_of_another_size_or_type_are_refused(packed):
 
 def test_an_operator_that_is_missing_is_named(tmp_path):
     model = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 16, 3), torch.nn.Conv2d(16, 16, 3), torch.nn.Softmax(1), torch.nn.Conv2d(16, 4, 1)
+        torch.nn.Conv2d(3, 16, 3), torch.nn.Conv2d(16, 16, 3), torch.nn.LogSoftmax(1), torch.nn.Conv2d(16, 4, 1)
     )
     path = bonn_qat.pack(bonn_qat.binarize(model, "bireal").eval(), input_size=(3, 8, 8)).save(tmp_path / "net")
-    with pytest.raises(bonn_qat_runtime.UnsupportedOperator, match=r"the node 'softmax', aten\.softmax.*PackedModel"):
+    with pytest.raises(
+        bonn_qat_runtime.UnsupportedOperator, match=r"the node 'log_softmax', aten\.log_softmax.*PackedModel"
+    ):
         bonn_qat_runtime.Network(path)
 
 

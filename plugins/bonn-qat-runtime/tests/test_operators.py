@@ -1,8 +1,10 @@
 """Single operations against torch, in float64 where sums are exact."""
 
 import ctypes
+import functools
 import math
 import mmap
+import operator
 import sys
 from dataclasses import replace
 
@@ -15,7 +17,19 @@ from bonn_qat_runtime import library
 from bonn_qat_runtime.files import PackedFile, Tensor
 from bonn_qat_runtime.fuse import fuse
 from bonn_qat_runtime.lower import lower
-from bonn_qat_runtime.plan import BINARY, FIELDS, aligned, plan
+from bonn_qat_runtime.plan import (
+    ARRANGE,
+    BINARY,
+    DEPTHWISE,
+    FIELDS,
+    NORMALIZE,
+    POINTWISE,
+    PRODUCT,
+    RESULT,
+    aligned,
+    plan,
+)
+from torch import nn
 
 CPUS = library.cpus()
 
@@ -193,6 +207,183 @@ def test_a_fused_step_is_rounded_once():
         assert np.isnan(found[3])
 
 
+FUNCTIONS = {
+    "exp": torch.exp, "sigmoid": torch.sigmoid, "silu": F.silu, "tanh": torch.tanh, "gelu": F.gelu, "erf": torch.erf,
+    "hardsigmoid": F.hardsigmoid, "hardswish": F.hardswish, "sqrt": torch.sqrt, "rsqrt": torch.rsqrt,
+    "reciprocal": torch.reciprocal, "square": torch.square, "abs": torch.abs, "relu6": F.relu6, "neg": torch.neg,
+    "round": torch.round, "floor": torch.floor, "sign": torch.sign,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_is_torchs_in_float64_within_a_few_units_in_the_last_place(name):
+    scales = 10.0 ** np.linspace(-30, 2, 2000)
+    random = np.random.default_rng(6)
+    x = np.concatenate((random.standard_normal(40000) * 3, random.choice([-1, 1], 2000) * scales)).astype(np.float32)
+    special = np.array([0, -0.0, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 88.8, 104, -104, 3e38, -3e38], np.float32)
+    x = np.concatenate((x, special if name != "gelu" else special[4:10]))  # torch's gelu(inf) is NaN
+    x = x.reshape(1, -1, 1, 1)
+    node = call(f"aten.{name.removesuffix('_tanh')}.default", "y", "x")
+    node["kwargs"] = {"approximate": "tanh"} if name == "gelu_tanh" else {}
+    found = [program([node, output("y")], {}, x.shape[1:], cpu)(x) for cpu in CPUS]
+    for other in found[1:]:
+        np.testing.assert_array_equal(found[0], other)
+    exact = FUNCTIONS[name](torch.from_numpy(x).double()).numpy()
+    own = FUNCTIONS[name](torch.from_numpy(x)).numpy()
+    ours = found[0]
+    np.testing.assert_array_equal(np.isnan(ours), np.isnan(own))
+    np.testing.assert_array_equal(ours[np.isinf(own)], own[np.isinf(own)])
+    # Where 1 + erf loses digits, so does torch: the error is one of what is added.
+    added = np.abs(x) if "gelu" in name else np.float32(0)
+    finite = np.isfinite(own)
+    unit = np.spacing(np.maximum(np.abs(own), np.broadcast_to(added, own.shape)))
+    allowed = 4 * unit[finite] + 2 * np.abs(own[finite] - exact[finite])
+    assert (np.abs(ours[finite] - exact[finite]) <= allowed).all()
+
+
+def traced(module, *shape):
+    """The calls of a module as a file has them, its constants, and what torch computes for three images."""
+    exported = torch.export.export(module.eval(), (torch.zeros(1, *shape),)).run_decompositions({})
+    nodes, tensors, held = [], {}, exported.state_dict | exported.constants
+    places = exported.graph_signature.inputs_to_parameters | exported.graph_signature.inputs_to_buffers
+    places |= exported.graph_signature.inputs_to_lifted_tensor_constants
+
+    def encoded(value):
+        if isinstance(value, torch.fx.Node):
+            return {"node": "x" if value.name == image else value.name}
+        if isinstance(value, list | tuple):
+            return [encoded(item) for item in value]
+        if isinstance(value, torch.dtype | torch.device | torch.memory_format | torch.layout):
+            return {"dtype": str(value).removeprefix("torch.")}
+        return {"number": str(value)} if isinstance(value, float) and not math.isfinite(value) else value
+
+    (image,) = exported.graph_signature.user_inputs
+    for node in exported.graph.nodes:
+        if node.op == "placeholder" and node.name != image:
+            tensors[node.name] = held[places[node.name]].detach().numpy()
+        elif node.op == "call_function" and "_assert_" not in str(node.target):
+            name = f"python.{node.target.__name__}" if node.target is operator.getitem else str(node.target)
+            args, kwargs = encoded(node.args), {key: encoded(value) for key, value in node.kwargs.items()}
+            nodes.append({"op": name, "name": node.name, "args": args, "kwargs": kwargs})
+        elif node.op == "output":
+            (returned,) = node.args
+            nodes.append(
+                {"op": "output", "name": "output", "args": [encoded(returned[0] if len(returned) == 1 else returned)]}
+            )
+    return nodes, tensors
+
+
+class Of(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def tokens(x):
+    return x.flatten(2).transpose(1, 2)
+
+
+def windows(x):
+    n, c, h, w = x.shape
+    return x.roll((1, -2), (2, 3)).view(n, c, 2, h // 2, 2, w // 2).permute(0, 2, 4, 3, 5, 1).reshape(-1, h * w // 4, c)
+
+
+def attended(x):
+    q, k, v = tokens(x).reshape(1, x.shape[2] * x.shape[3], 3, 2, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+# Each on a map of 24 channels and 4 by 6 pixels.
+SHAPES = {
+    "cat": lambda x: torch.cat((x[:, 3:8] * 2, x, F.relu(x)[:, ::5]), 1).exp(),
+    "cat of pixels": lambda x: torch.cat((x[:, :, 1:], x.flip(3)), 2) + 1,
+    "cat with a constant": lambda x: torch.cat((torch.ones(1, 1, 24) * 3, tokens(x)), 1) * 2,
+    "split": lambda x: torch.add(*x.split([8, 16], 1)[1].chunk(2, 1)),
+    "squeeze and excite": lambda x: x * x.mean((2, 3), keepdim=True).sigmoid(),
+    "gate of pixels": lambda x: x * x.mean(1, keepdim=True).sigmoid(),
+    "both broadcast": lambda x: x.mean(2, keepdim=True) - x.mean(3, keepdim=True),
+    "quotient": lambda x: x / (x.abs().amax((1, 2), keepdim=True) + 1) + 1 / (x * x + 1) - 2 / (3 + x.abs()),
+    "comparisons": lambda x: (x >= 0.5).float() - (x <= x[:, :1]).float() + (x > x.flip(1)).float() * (x > 1).float(),
+    "extrema": lambda x: torch.maximum(x, -x[:, :1]) + torch.minimum(x.flip(1), x),
+    "sums": lambda x: x.sum((1, 3)) + x.amax(1).sum(1, keepdim=True).sum(-1, keepdim=True)[:, 0],
+    "variance": lambda x: torch.var_mean(x, 1, correction=0, keepdim=True)[0] * x.std(2, correction=1, keepdim=True),
+    "norm of vectors": lambda x: F.normalize(tokens(x), dim=-1) + F.normalize(tokens(x), dim=1),
+    "pools of parts": lambda x: F.max_pool2d(x.view(3, 8, 4, 6), 3, 2).view(1, -1) * F.avg_pool1d(x[:, 0], 6).mean(1),
+    "windows": lambda x: F.gelu(windows(x)).mean(1).reshape(1, -1),
+    "pixel shuffle": lambda x: F.pixel_unshuffle(F.pixel_shuffle(x[:, :12], 2) + 1, 2),
+    "pads": lambda x: F.pad(F.pad(x, (1, 2, 0, 3), value=2.5), (2, 1, 3, 2), mode="reflect")[:, :, :, :5],
+    "other pads": lambda x: F.pad(x, (1, 2, 3, 1), mode="replicate") + F.pad(x, (2, 1, 1, 3), mode="circular"),
+    "nearest": lambda x: F.interpolate(x, scale_factor=2) + F.interpolate(x, (8, 12), mode="nearest"),
+    "bilinear": lambda x: F.interpolate(x, (7, 9), mode="bilinear"),
+    "aligned": lambda x: F.interpolate(x, (7, 9), mode="bilinear", align_corners=True),
+    "bicubic": lambda x: F.interpolate(x, (7, 9), mode="bicubic"),
+    "unfold": lambda x: F.unfold(x, 3, padding=1, stride=2).reshape(1, 24, 9, -1) * 2,
+    "repeat": lambda x: x.repeat(1, 2, 1, 2) + x.repeat_interleave(2, 1).repeat_interleave(2, 3),
+    "softmax": lambda x: x.softmax(1) + tokens(x).softmax(1).transpose(1, 2).reshape(x.shape),
+    "attention": attended,
+    "other attention": lambda x: tokens(x).transpose(1, 2) @ (tokens(x) @ tokens(x).transpose(1, 2)).softmax(-1),
+    "einsum": lambda x: torch.einsum("bchw,bcwd->bhcd", x, x.transpose(2, 3)),
+    "stack": lambda x: torch.stack((x, x.flip(2)), 2).flatten(1, 2) + 1,
+    "positions": lambda x: x + torch.arange(24.0).reshape(1, 4, 6).sin().cumsum(2) / torch.ones(1, 4, 1).cumsum(1),
+}  # fmt: skip
+
+
+def assert_traced(module, *shape, tolerance=2e-6):
+    torch.manual_seed(0)
+    nodes, tensors = traced(module, *shape)
+    x = torch.randn(1, *shape)
+    expected = module(x).detach().numpy()
+    for cpu in CPUS:
+        found = program(nodes, tensors, shape, cpu)(x.numpy())
+        np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_what_moves_numbers_is_torchs(name):
+    assert_traced(Of(SHAPES[name]), 24, 4, 6)
+
+
+LAYERS = {
+    "layer norm": nn.Sequential(Of(tokens), nn.LayerNorm(24), nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 5)),
+    "layer norm of channels": Of(lambda x: F.layer_norm(x.permute(0, 2, 3, 1), [24]).permute(0, 3, 1, 2)),
+    "layer norm of all": nn.LayerNorm([24, 4, 6]),
+    "rms norm": nn.Sequential(Of(tokens), nn.RMSNorm(24)),
+    "group norm": nn.Sequential(nn.GroupNorm(3, 24), nn.SiLU(), nn.GroupNorm(1, 24)),
+    "multi-head attention": nn.Sequential(Of(tokens), nn.TransformerEncoderLayer(24, 3, 48, batch_first=True)),
+    "depthwise": nn.Sequential(nn.Conv2d(24, 24, (3, 5), (2, 1), (1, 3), (1, 2), groups=24), nn.Hardswish()),
+    "depthwise of few": nn.Sequential(Of(lambda x: x[:, :3]), nn.Conv2d(3, 3, 3, padding=1, groups=3)),
+    "transposed": nn.ConvTranspose2d(24, 18, 3, 2, 1, 1, groups=3),
+    "rows": nn.Sequential(Of(lambda x: x.flatten(2)), nn.Conv1d(24, 24, 5, 2, 2, groups=2), nn.Hardsigmoid()),
+    "linear of pixels": nn.Sequential(Of(lambda x: x.permute(0, 2, 3, 1)), nn.Linear(24, 7), nn.Softmax(2)),
+    "classifier": nn.Sequential(Of(lambda x: x.permute(0, 2, 3, 1).flatten(1)), nn.Linear(576, 7)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_is_torchs(name):
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        module = LAYERS[name]
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        assert_traced(module, 24, 4, 6, tolerance=1e-5)
+
+
+def test_several_results_are_a_tuple():
+    nodes, tensors = traced(Of(lambda x: (x.relu(), x.mean((2, 3)))), 20, 3, 5)
+    x = torch.randn(4, 20, 3, 5)
+    found = program(nodes, tensors, (20, 3, 5), CPUS[0])(x.numpy())
+    assert isinstance(found, tuple)
+    for own, other in zip(found, (x.relu(), x.mean((2, 3))), strict=True):
+        np.testing.assert_allclose(own, other.numpy(), rtol=1e-6, atol=1e-6)
+
+
 def guarded(size):
     """Zeros before a page that nobody may touch."""
     if sys.platform != "linux":
@@ -220,15 +411,32 @@ def mutated(made, random):
     return replace(made, rows=rows, constants=fresh)
 
 
-@pytest.mark.parametrize(("name", "scheme", "pixels"), [("wrn10_16", "reactnet", 16), ("mobilenetv2_100", "bonn", 64)])
+@functools.cache
+def attention_plan():
+    """A plan with every operation that a plan of a convolutional network has not."""
+    module = nn.Sequential(
+        nn.Conv2d(24, 24, 3, groups=24), Of(lambda x: x * x.mean((2, 3), keepdim=True).sigmoid()), Of(attended),
+        nn.LayerNorm(8),
+    )  # fmt: skip
+    nodes, tensors = traced(module, 24, 6, 5)
+    return program(nodes, tensors, (24, 6, 5), CPUS[0])._plan
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "pixels"), [("wrn10_16", "reactnet", 16), ("mobilenetv2_100", "bonn", 64), (None, None, None)]
+)
 def test_no_altered_plan_reads_or_writes_elsewhere(packed, monkeypatch, name, scheme, pixels):
+    if name:
+        made = bonn_qat_runtime.Network(packed(name, scheme, pixels))._program._plan
+    else:
+        made = attention_plan()
+        assert {ARRANGE, DEPTHWISE, NORMALIZE, PRODUCT} <= set(made.rows[:, 0])
     monkeypatch.setattr(library, "aligned", guarded)
-    network = bonn_qat_runtime.Network(packed(name, scheme, pixels))
-    made, random, refused = network._program._plan, np.random.default_rng(5), 0
-    images = guarded(4 * made.inputs).view(np.float32).reshape(1, *network.input_size)
+    random, refused = np.random.default_rng(5), 0
+    images = guarded(4 * made.inputs).view(np.float32).reshape(1, -1)
     for _ in range(300):
         try:
-            library.Program(mutated(made, random), network.cpu)(images)
+            library.Program(mutated(made, random), CPUS[0])(images)
         except bonn_qat_runtime.InvalidPlan:
             refused += 1
     assert 100 < refused < 300
@@ -257,3 +465,25 @@ def test_a_row_that_reaches_too_far_is_refused(packed, field, value, reason):
     rows[row, FIELDS.index(field)] = value
     with pytest.raises(bonn_qat_runtime.InvalidPlan, match=f"row {row} of the plan.*{reason}"):
         library.Program(replace(made, rows=rows), network.cpu)
+
+
+@pytest.mark.parametrize(
+    ("operation", "field", "value", "reason"),
+    [
+        (ARRANGE, "x", 2**30, "arena"), (ARRANGE, "y", 2**30, "arena"), (ARRANGE, "run", 2**30, "arena"),
+        (ARRANGE, "run", 0, "range"), (ARRANGE, "axes", 0, "range"), (ARRANGE, "windows", -64, "constants"),
+        (PRODUCT, "x", 2**30, "arena"), (PRODUCT, "other", 2**30, "arena"), (PRODUCT, "other", -1, "arena"),
+        (PRODUCT, "axes", 0, "range"), (PRODUCT, "axes", 2**19, "constants"), (PRODUCT, "y", 2**30, "arena"),
+        (NORMALIZE, "weight", 2**30, "constants"), (NORMALIZE, "x", 8, "arena"),
+        (NORMALIZE, "out_width", 10**4, "arena"), (DEPTHWISE, "weight", 2**30, "constants"),
+        (DEPTHWISE, "groups", 12, "range"), (DEPTHWISE, "outputs", 23, "range"),
+        (POINTWISE, "residual_pitch", 16, "range"), (RESULT, "y", 1, "range"), (RESULT, "y", -1, "range"),
+    ],
+)  # fmt: skip
+def test_a_row_of_attention_that_reaches_too_far_is_refused(operation, field, value, reason):
+    made = attention_plan()
+    rows = made.rows.copy()
+    row = int(np.flatnonzero(rows[:, 0] == operation)[0])
+    rows[row, FIELDS.index(field)] = value
+    with pytest.raises(bonn_qat_runtime.InvalidPlan, match=f"row {row} of the plan.*{reason}"):
+        library.Program(replace(made, rows=rows), CPUS[0])

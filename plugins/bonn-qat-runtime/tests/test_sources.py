@@ -166,3 +166,16 @@ def test_arm_gives_the_bits_of_python_without_a_c_library(small, tmp_path):
 def test_a_name_that_c_does_not_take_is_refused(small, name):
     with pytest.raises(bonn_qat_runtime.InvalidFile, match="cannot name a network in C"):
         c_files(small, name)
+
+
+def test_a_network_with_several_results_is_refused(tmp_path):
+    class Both(nn.Sequential):
+        def forward(self, x):
+            y = super().forward(x)
+            return y, y.mean((2, 3))
+
+    model = bonn_qat.binarize(Both(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 4, 1)), "bonn")
+    path = bonn_qat.pack(model.eval(), input_size=(3, 8, 8)).save(tmp_path / "both.safetensors")
+    assert len(bonn_qat_runtime.Network(path)(np.zeros((2, 3, 8, 8), np.float32))) == 2
+    with pytest.raises(bonn_qat_runtime.UnsupportedOperator, match="it returns a tuple"):
+        c_files(path, "net")

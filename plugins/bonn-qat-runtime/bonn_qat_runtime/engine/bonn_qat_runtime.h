@@ -25,8 +25,11 @@ enum { /* operations of rows */
     BONN_QAT_POOL,      /* the maxima or means of windows of the map x */
     BONN_QAT_FLOAT,     /* a convolution of the map x, which has its padding */
     BONN_QAT_BINARY,    /* a convolution of the signs x */
-    BONN_QAT_RESULT,    /* the map x as (channels, height, width): the outputs for an image */
-    BONN_QAT_DEPTHWISE = 8, /* a convolution of the map x with one filter for each channel */
+    BONN_QAT_RESULT,    /* the map x as (channels, height, width): outputs for an image, from output y on */
+    BONN_QAT_ARRANGE,   /* numbers of the arena, or of the constants if x is -1, moved to other places */
+    BONN_QAT_DEPTHWISE, /* a convolution of the map x with one filter for each channel */
+    BONN_QAT_NORMALIZE, /* each pixel's channels with a mean of 0 and a variance of 1, or their softmax */
+    BONN_QAT_PRODUCT,   /* out_height products of matrices: (out_width, axes) of x and (axes, outputs) of other */
 };
 
 enum { /* steps of an epilogue, with the row of `vectors` that they take, or the first of two */
@@ -36,6 +39,31 @@ enum { /* steps of an epilogue, with the row of `vectors` that they take, or the
     BONN_QAT_RESIDUAL,  /* value + residual */
     BONN_QAT_PRELU,     /* value where it is above 0, else value * row */
     BONN_QAT_CLAMP,     /* value, at least row and at most next row */
+    BONN_QAT_TIMES,     /* value * residual, value - residual, value / residual, the larger, the smaller */
+    BONN_QAT_MINUS,
+    BONN_QAT_OVER,
+    BONN_QAT_MAXIMUM,
+    BONN_QAT_MINIMUM,
+    BONN_QAT_AT_LEAST, /* 1 where value >= residual, value > residual, value <= residual, value < residual, else 0 */
+    BONN_QAT_ABOVE,
+    BONN_QAT_AT_MOST,
+    BONN_QAT_BELOW,
+    BONN_QAT_EXP, /* functions of the value; GELU is with erf, GELU_TANH the approximation */
+    BONN_QAT_SIGMOID,
+    BONN_QAT_SILU,
+    BONN_QAT_TANH,
+    BONN_QAT_GELU,
+    BONN_QAT_GELU_TANH,
+    BONN_QAT_ERF,
+    BONN_QAT_HARDSIGMOID,
+    BONN_QAT_HARDSWISH,
+    BONN_QAT_SQRT,
+    BONN_QAT_RECIPROCAL,
+    BONN_QAT_SQUARE,
+    BONN_QAT_ROUND, /* halves to even numbers */
+    BONN_QAT_FLOOR,
+    BONN_QAT_SIGN,
+    BONN_QAT_ABS,
 };
 
 enum { /* layouts of binary weights, and of the signs that a convolution has spread into its scratch */
@@ -69,9 +97,14 @@ typedef struct {
     int64_t kernel[2], stride[2], dilation[2], groups;
     int64_t padding[4]; /* top, bottom, left, right: of COPY, BINARY and DEPTHWISE */
     int64_t weight;     /* constants: for each group and block of filters; of FLOAT (taps, channels, 16) floats, of
-                           DEPTHWISE (taps, pitch) */
+                           DEPTHWISE (taps, pitch); the numbers that ARRANGE moves; of NORMALIZE what is added to the
+                           variance, -1 for a softmax */
     int64_t scratch;    /* arena: for BINARY, the signs with padding, in the layout of the plan */
-    int64_t windows;    /* constants, of POOL: (out_height + out_width, 3) int32: first, last + 1, divisor */
+    int64_t windows;    /* constants, int32. Of POOL (out_height + out_width, 3): first, last + 1, divisor. Of ARRANGE, for
+                           each of its axes: the length, then for each index along it a place in x, then those in y,
+                           in floats; the sum over the axes is where `run` floats lie. Of PRODUCT places in floats: of
+                           each product's matrices, (2, out_height); of rows in x (out_width); of columns in x and of
+                           rows in other (2, axes) */
     int64_t is_mean;    /* of POOL, whose windows' elements are dilation apart */
     int64_t turns;   /* so many of the rows after this one are computed in turn with it, each as far as the next one needs
                         it, and the last of them `band` lines at a time: their maps stay in the caches */
@@ -80,6 +113,9 @@ typedef struct {
     int64_t classes, tables, sums; /* of BINARY: constants (out_height + out_width) int32, a row's and a column's class,
                                       whose sum is that of a pixel, and (classes, groups, filters in 16s) int32: the sum
                                       of a pixel of this class if no sign differs */
+    int64_t other;          /* arena: the second factor of PRODUCT */
+    int64_t residual_pitch; /* floats between the pixels of the residual: out_pitch, or 0 if it has only one */
+    int64_t axes, run;
 } bonn_qat_row;
 
 typedef struct {

@@ -7,6 +7,8 @@
 #include "bonn_qat_runtime.h"
 #include "vectors.h"
 
+#include "elementwise.h"
+
 #define MOST_PIXELS 8 /* of a tile */
 #define STRIP 96 /* pixels of a convolution that are computed for one block of filters after another */
 #define JOINED(name, suffix) name##_##suffix
@@ -24,7 +26,7 @@ typedef struct {
     const float *vectors, *low, *high, *residual;
     float *y;
     uint16_t *signs;
-    int64_t steps, pitch, gone; /* floats before the first line that is kept of y */
+    int64_t steps, pitch, residual_pitch, gone; /* floats before the first line that is kept of y */
 } Finish;
 
 typedef struct {
@@ -43,7 +45,8 @@ INLINE Finish finish_of(const Task *t) {
     const Row *r = t->row;
     const float *low = constant(t, r->thresholds);
     return (Finish){constant(t, r->program), constant(t, r->vectors), low, low ? low + r->out_pitch : 0,
-                    active(t, r->residual),  active(t, r->y),         active(t, r->signs), r->steps, r->out_pitch, 0};
+                    active(t, r->residual),  active(t, r->y),         active(t, r->signs), r->steps, r->out_pitch,
+                    r->residual_pitch,       0};
 }
 
 /* With `count` pixels, a constant: the loops disappear, and the values stay in registers. */
@@ -71,18 +74,28 @@ INLINE void finish(const Finish *all, F *values, int count, int64_t pixel, int64
             EACH_PIXEL values[p] = fused(values[p], factor, addend);
             break;
         }
-        case BONN_QAT_RESIDUAL: EACH_PIXEL values[p] += load(f.residual + at + p * f.pitch); break;
+        case BONN_QAT_RESIDUAL: EACH_PIXEL values[p] += load(f.residual + (pixel + p) * f.residual_pitch + o); break;
         case BONN_QAT_PRELU: {
             F slope = load(row);
             EACH_PIXEL values[p] = pick((I)(values[p] > 0), values[p], values[p] * slope);
             break;
         }
-        default: { /* CLAMP; comparisons with NaN are false, and it stays */
+        case BONN_QAT_CLAMP: { /* comparisons with NaN are false, and it stays */
             F low = load(row), high = load(row + f.pitch);
             EACH_PIXEL {
                 F raised = pick((I)(values[p] < low), low, values[p]);
                 values[p] = pick((I)(raised > high), high, raised);
             }
+            break;
+        }
+        default: { /* a copy, so that the values themselves stay in registers */
+            F moved[MOST_PIXELS];
+            EACH_PIXEL moved[p] = values[p];
+            if (f.program[2 * s] < BONN_QAT_EXP)
+                join(f.program[2 * s], moved, count, f.residual + pixel * f.residual_pitch + o, f.residual_pitch);
+            else
+                apply(f.program[2 * s], moved, count);
+            EACH_PIXEL values[p] = moved[p];
         }
         }
     }
@@ -126,6 +139,7 @@ OPERATION give_result(const Task *t, float *results) {
     const Row *r = t->row;
     const float *x = active(t, r->x);
     int64_t plane = r->height * r->width;
+    results += r->y;
     for (int64_t p = 0; p < plane; p++)
         for (int64_t c = 0; c < r->channels; c++) results[c * plane + p] = x[p * r->pitch + c];
 }
@@ -136,6 +150,8 @@ OPERATION pointwise(const Task *t) {
     for (int64_t p = t->from * r->width; p < t->to * r->width; p++)
         for (int64_t o = 0; o < r->pitch; o += LANES) finish_one(&t->finish, load(x + p * r->pitch + o), p, o);
 }
+
+#include "arrange.h"
 
 /* ---- pools ---- */
 
@@ -396,6 +412,8 @@ OPERATION convolve_signs(const Task *t) {
     }
 }
 
+#include "products.h"
+
 /* ---- plans ---- */
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -427,6 +445,8 @@ static void compute(Task *t, int64_t from, int64_t to) {
     case BONN_QAT_FLOAT: convolve_floats(t); break;
     case BONN_QAT_DEPTHWISE: convolve_depthwise(t); break;
     case BONN_QAT_BINARY: convolve_signs(t); break;
+    case BONN_QAT_NORMALIZE: normalize(t); break;
+    case BONN_QAT_PRODUCT: multiply_matrices(t); break;
     }
 }
 
@@ -461,6 +481,8 @@ void NAME(run)(const bonn_qat_plan *plan, const float *images, float *results, v
         }
         if (first->operation == BONN_QAT_RESULT)
             give_result(tasks, results);
+        else if (first->operation == BONN_QAT_ARRANGE)
+            arrange(tasks);
         else
             take_turns(tasks, count, first->turns ? first->band : lines_of(first));
         i += count;

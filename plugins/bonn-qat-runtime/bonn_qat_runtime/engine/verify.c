@@ -31,6 +31,7 @@ static int is_pitch(int64_t pitch, int64_t channels) { return pitch % LANES == 0
 static int verify_input(const Plan *p, const Row *r) {
     if (!EACH(r->height, 1, LARGEST) || !EACH(r->width, 1, LARGEST) || !EACH(r->channels, 1, LARGEST))
         return BONN_QAT_BAD_ROW;
+    if (r->operation == BONN_QAT_ARRANGE || r->operation == BONN_QAT_PRODUCT) return BONN_QAT_OK; /* they have tables */
     if (r->operation == BONN_QAT_COPY && r->x == -1)
         return p->inputs == times3(r->channels, r->height, r->width) ? BONN_QAT_OK : BONN_QAT_BAD_ROW;
     /* A convolution of floats may read an image's own channels, without padding. */
@@ -54,7 +55,9 @@ static int verify_finish(const Plan *p, const Row *r) {
     int64_t kept = r->ring ? map_bytes(r->ring, r->out_width, r->out_pitch) : bytes;
     if (r->y != -1 && !in_arena(p, r->y, kept)) return BONN_QAT_BAD_ARENA;
     if (r->signs != -1 && !in_arena(p, r->signs, bytes / 32)) return BONN_QAT_BAD_ARENA;
-    if (r->residual != -1 && !in_arena(p, r->residual, bytes)) return BONN_QAT_BAD_ARENA;
+    if (r->residual_pitch != 0 && r->residual_pitch != r->out_pitch) return BONN_QAT_BAD_ROW;
+    if (r->residual != -1 && !in_arena(p, r->residual, r->residual_pitch ? bytes : 4 * r->out_pitch))
+        return BONN_QAT_BAD_ARENA;
     if ((r->thresholds == -1) != (r->signs == -1)) return BONN_QAT_BAD_ROW;
     if (r->signs != -1 && !in_constants(p, r->thresholds, 8 * r->out_pitch)) return BONN_QAT_BAD_CONSTANT;
     if (r->steps == 0) return BONN_QAT_OK;
@@ -63,10 +66,11 @@ static int verify_finish(const Plan *p, const Row *r) {
     const int64_t *program = constant(p, r->program);
     for (int64_t s = 0; s < r->steps; s++) {
         int64_t step = program[2 * s], row = program[2 * s + 1];
-        if (!EACH(step, BONN_QAT_SCALE, BONN_QAT_CLAMP)) return BONN_QAT_BAD_CONSTANT;
-        int64_t taken = step == BONN_QAT_FMA || step == BONN_QAT_CLAMP ? 2 : step == BONN_QAT_RESIDUAL ? 0 : 1;
+        if (!EACH(step, BONN_QAT_SCALE, BONN_QAT_ABS)) return BONN_QAT_BAD_CONSTANT;
+        int is_joint = step == BONN_QAT_RESIDUAL || EACH(step, BONN_QAT_TIMES, BONN_QAT_BELOW);
+        int64_t taken = step == BONN_QAT_FMA || step == BONN_QAT_CLAMP ? 2 : is_joint || step > BONN_QAT_CLAMP ? 0 : 1;
         if (!EACH(row, 0, r->rows - taken)) return BONN_QAT_BAD_CONSTANT;
-        if (step == BONN_QAT_RESIDUAL && r->residual == -1) return BONN_QAT_BAD_CONSTANT;
+        if (is_joint && r->residual == -1) return BONN_QAT_BAD_CONSTANT;
     }
     return BONN_QAT_OK;
 }
@@ -175,26 +179,73 @@ static int verify_binary(const Plan *p, const Row *r) {
 static int verify_turns(const Plan *p, const Row *r) {
     if (!EACH(r->turns, 0, BONN_QAT_MOST_TURNS) || r->turns >= p->row_count - (r - p->rows)) return BONN_QAT_BAD_ROW;
     if (r->turns && !EACH(r->band, 1, LARGEST)) return BONN_QAT_BAD_ROW;
-    for (int64_t i = 0; r->turns && i <= r->turns; i++)
-        if (r[i].operation == BONN_QAT_RESULT || (i && r[i].operation == BONN_QAT_BINARY)) return BONN_QAT_BAD_ROW;
+    for (int64_t i = 0; r->turns && i <= r->turns; i++) {
+        int64_t own = r[i].operation;
+        int is_by_line = EACH(own, BONN_QAT_COPY, BONN_QAT_FLOAT) || own == BONN_QAT_DEPTHWISE;
+        if (!is_by_line && (own != BONN_QAT_BINARY || i)) return BONN_QAT_BAD_ROW;
+    }
     return BONN_QAT_OK;
 }
 
+/* The largest of some places, -1 if one is negative. */
+static int64_t largest(const int32_t *places, int64_t count) {
+    int64_t most = 0;
+    for (int64_t i = 0; i < count; i++) {
+        if (places[i] < 0) return -1;
+        if (places[i] > most) most = places[i];
+    }
+    return most;
+}
+
+static int verify_arrange(const Plan *p, const Row *r) {
+    if (!EACH(r->axes, 1, 16) || !EACH(r->run, 1, INT32_MAX)) return BONN_QAT_BAD_ROW;
+    int64_t at = r->windows, x = 0, y = 0; /* floats beyond the first run */
+    if (!in_constants(p, at, 4)) return BONN_QAT_BAD_CONSTANT;
+    for (int64_t axis = 0; axis < r->axes; axis++) {
+        if (at > p->constant_bytes - 4) return BONN_QAT_BAD_CONSTANT;
+        const int32_t *table = constant(p, at);
+        if (!EACH(table[0], 1, LARGEST * 64) || 8 * (int64_t)table[0] > p->constant_bytes - 4 - at)
+            return BONN_QAT_BAD_CONSTANT;
+        int64_t from = largest(table + 1, table[0]), to = largest(table + 1 + table[0], table[0]);
+        if (from < 0 || to < 0) return BONN_QAT_BAD_CONSTANT;
+        x += from, y += to, at += 4 + 8 * (int64_t)table[0];
+    }
+    int64_t read = 4 * (x + r->run);
+    if (r->x == -1 && !in_constants(p, r->weight, read)) return BONN_QAT_BAD_CONSTANT;
+    if (r->x != -1 && !in_arena(p, r->x, read)) return BONN_QAT_BAD_ARENA;
+    return in_arena(p, r->y, 4 * (y + r->run)) ? BONN_QAT_OK : BONN_QAT_BAD_ARENA;
+}
+
+static int verify_product(const Plan *p, const Row *r) {
+    if (!EACH(r->axes, 1, LARGEST)) return BONN_QAT_BAD_ROW;
+    if (!in_constants(p, r->windows, 4 * (2 * r->out_height + r->out_width + 2 * r->axes))) return BONN_QAT_BAD_CONSTANT;
+    const int32_t *first = constant(p, r->windows), *rows = first + 2 * r->out_height, *depth = rows + r->out_width;
+    int64_t places[] = {largest(first, r->out_height), largest(first + r->out_height, r->out_height),
+                        largest(rows, r->out_width), largest(depth, r->axes), largest(depth + r->axes, r->axes)};
+    for (int i = 0; i < 5; i++)
+        if (places[i] < 0) return BONN_QAT_BAD_CONSTANT;
+    if (!in_arena(p, r->x, 4 * (places[0] + places[2] + places[3] + 1))) return BONN_QAT_BAD_ARENA;
+    return in_arena(p, r->other, 4 * (places[1] + places[4] + r->out_pitch)) ? BONN_QAT_OK : BONN_QAT_BAD_ARENA;
+}
+
 static int verify_row(const Plan *p, const Row *r) {
-    if (!EACH(r->operation, BONN_QAT_COPY, BONN_QAT_RESULT) && r->operation != BONN_QAT_DEPTHWISE)
-        return BONN_QAT_BAD_ROW;
+    if (!EACH(r->operation, BONN_QAT_COPY, BONN_QAT_PRODUCT)) return BONN_QAT_BAD_ROW;
     int status = verify_turns(p, r);
     if (!status) status = verify_input(p, r);
     if (status) return status;
     if (r->operation == BONN_QAT_COPY) return verify_copy(p, r);
+    if (r->operation == BONN_QAT_ARRANGE) return verify_arrange(p, r);
     if (r->operation == BONN_QAT_RESULT)
-        return p->outputs == times3(r->channels, r->height, r->width) ? BONN_QAT_OK : BONN_QAT_BAD_ROW;
+        return EACH(r->y, 0, p->outputs - times3(r->channels, r->height, r->width)) ? BONN_QAT_OK : BONN_QAT_BAD_ROW;
     status = verify_finish(p, r);
     if (status) return status;
     if (r->operation == BONN_QAT_FLOAT) return verify_float(p, r);
     if (r->operation == BONN_QAT_BINARY) return verify_binary(p, r);
     if (r->operation == BONN_QAT_DEPTHWISE) return verify_depthwise(p, r);
     if (r->operation == BONN_QAT_POOL) return verify_pool(p, r);
+    if (r->operation == BONN_QAT_PRODUCT) return verify_product(p, r);
+    if (r->operation == BONN_QAT_NORMALIZE && r->weight != -1 && !in_constants(p, r->weight, 4))
+        return BONN_QAT_BAD_CONSTANT;
     int is_alike = r->out_height == r->height && r->out_width == r->width && r->out_pitch == r->pitch;
     return is_alike ? BONN_QAT_OK : BONN_QAT_BAD_ROW;
 }
