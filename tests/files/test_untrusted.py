@@ -173,7 +173,7 @@ def test_a_file_runs_no_code(tmp_path, whole):
 def test_texts_among_the_arguments_stay_texts(tmp_path, whole):
     model = loaded(tmp_path, whole, ending(("aten.gelu.default", ["x"]), approximate="tanh"))
     x = torch.randn(2, *model.input_size)
-    assert torch.equal(model(x), torch.nn.functional.gelu(x, approximate="tanh"))
+    torch.testing.assert_close(model(x), torch.nn.functional.gelu(x, approximate="tanh"))
 
 
 def test_whatever_torch_takes_as_a_number_and_reads_as_something_else_is_known():
@@ -255,7 +255,7 @@ HOSTILE: Mapping[str, tuple[Callable[[Header, Tensors], Any], str]] = {
     "small groups, filled up": (
         lambda h, t: (at(h, "tensor").update(geometry=[2**20, 2**20, 1, 3, 1, 1, 0, 0, 0, 0, 1, 1, 2**20]),
                       t.update({at(h, "tensor")["tensor"]: torch.zeros(3 * 2**14, dtype=torch.int64)})),
-        "would need 100,664,224 bytes in memory",
+        "would need 201,328,512 bytes in memory",
     ),
     # what ends a process
     "the least by -1": (
