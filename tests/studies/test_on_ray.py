@@ -180,10 +180,13 @@ def test_an_interruption_brings_the_checkpoints_home_and_the_runs_go_on_without_
     observer = Observer(RECIPES[0], stop)
     with pytest.raises(KeyboardInterrupt):
         comparing.compare(RECIPES, digits, tmp_path, ray=cluster, pm=_manager(observer))
-    assert [seen[-1] for seen in observer.seen.values()] == ["nothing"] * len(observer.seen)
+    # A run on the other node may have ended before.
+    ended = {name for name, seen in observer.seen.items() if seen[-1] == "a result"}
+    assert {seen[-1] for name, seen in observer.seen.items() if name not in ended} == {"nothing"}
+    assert RECIPES[0].name not in ended
     state = read_state(checkpoint_of(tmp_path, RECIPES[0].name)).progress
     assert (len(state.epochs), state.step) >= (2, 0)
-    assert len(read_comparison(tmp_path).missing) == len(RECIPES)
+    assert len(read_comparison(tmp_path).missing) == len(RECIPES) - len(ended)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     _assert_same(tmp_path, alone, comparing.compare(RECIPES, digits, tmp_path))
