@@ -46,7 +46,14 @@ class Planned:
     def run(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The network's outputs, a tuple of several, computed by as many threads as torch has."""
         self.network.threads = torch.get_num_threads()
-        outputs = self.network(images.numpy(force=True))
+        is_flushed = sys.float_info.min * _HALF == 0
+        if is_flushed:
+            torch.set_flush_denormal(False)
+        try:
+            outputs = self.network(images.numpy(force=True))
+        finally:
+            if is_flushed:
+                torch.set_flush_denormal(True)
         return tuple(map(torch.from_numpy, outputs)) if isinstance(outputs, tuple) else torch.from_numpy(outputs)
 
     def is_of(self, tensors: Mapping[str, Tensor]) -> bool:
@@ -58,11 +65,8 @@ class Planned:
 
 
 def takes(images: Tensor) -> bool:
-    """Whether ``images`` are an ordinary tensor on a CPU, in surroundings in which C computes what torch would.
-
-    Not if a mode watches torch's operations, nor if denormal numbers are flushed.
-    """
-    if type(images) is not Tensor or images.device.type != "cpu" or sys.float_info.min * _HALF == 0:
+    """Whether ``images`` are an ordinary tensor on a CPU, and no mode watches torch's operations."""
+    if type(images) is not Tensor or images.device.type != "cpu":
         return False
     return not (torch._C._len_torch_dispatch_stack() or torch._C._functorch.is_functorch_wrapped_tensor(images))
 
