@@ -37,6 +37,11 @@ def modes(model: nn.Module, training: Callable[[nn.Module], bool] = _never) -> I
             module.training = flag
 
 
+def flushes_denormals() -> bool:
+    """Whether the calling thread makes 0 of denormal numbers, as ``torch.set_flush_denormal(True)`` has it."""
+    return sys.float_info.min * _HALF == 0
+
+
 def neutral(*, making: bool = False) -> contextlib.AbstractContextManager[None]:
     """Within the block torch computes as in a fresh process, without gradients, whatever the caller has set.
 
@@ -62,7 +67,7 @@ class _Neutral(contextlib.AbstractContextManager[None]):
     def __enter__(self) -> None:
         self.grad = torch.is_grad_enabled()
         is_other = (
-            self.making or torch.is_inference_mode_enabled() or sys.float_info.min * _HALF == 0
+            self.making or torch.is_inference_mode_enabled() or flushes_denormals()
             or any(map(torch.is_autocast_enabled, _AUTOCAST))
         )  # fmt: skip
         if is_other:
@@ -88,7 +93,7 @@ def _enter(stack: contextlib.ExitStack, making: bool) -> None:
     for kind in _AUTOCAST:
         if torch.is_autocast_enabled(kind):
             stack.enter_context(torch.autocast(kind, enabled=False))
-    if sys.float_info.min * _HALF == 0:
+    if flushes_denormals():
         torch.set_flush_denormal(False)
         stack.callback(torch.set_flush_denormal, True)
     if not making:

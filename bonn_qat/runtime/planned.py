@@ -2,16 +2,14 @@
 
 import functools
 import operator
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bonn_qat.modes import flushes_denormals
 from bonn_qat.runtime.dry_run import MEMORY
-
-_HALF = 0.5  # of the least normal number is a denormal one
 
 
 class Planned:
@@ -46,7 +44,7 @@ class Planned:
     def run(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The network's outputs, a tuple of several, computed by as many threads as torch has."""
         self.network.threads = torch.get_num_threads()
-        is_flushed = sys.float_info.min * _HALF == 0
+        is_flushed = flushes_denormals()
         if is_flushed:
             torch.set_flush_denormal(False)
         try:

@@ -32,8 +32,10 @@ def test_generated_networks_take_odd_numbers_as_the_model_does(index, monkeypatc
     ours = made(x)
     assert same(ours, expected, ROUNDING)
     assert same(PackedModel._from_file(*made._as_data())(x), expected, ROUNDING)
+    # Node by node, also those that run in C.
+    assert same(made.network(x), expected, ROUNDING)
     monkeypatch.setattr(engine, "AVAILABLE", False)
-    assert same(made(x), expected, ROUNDING)
+    assert same(made.network(x), expected, ROUNDING)
 
 
 class Low(ActivationQuantizer):
