@@ -636,3 +636,11 @@ def test_heads_may_share_their_keys(tmp_path):
         expected = model(x.contiguous(memory_format=torch.channels_last))
         torch.testing.assert_close(packed(x), expected)
         torch.testing.assert_close(packed.network(x.contiguous(memory_format=packed.layout)), expected)
+
+
+def test_a_network_of_the_scheme_float_is_packed_as_it_is(tmp_path):
+    model = bonn_qat.binarize(timm.create_model("wrn10_16", num_classes=4), "float", input_size=(3, 16, 16)).eval()
+    packed = PackedModel.load(pack(model).save(tmp_path / "net"))
+    assert (packed.runtime, packed.scheme, packed.layers) == ("C", "float", ())
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(packed(x), model(x).detach())
