@@ -52,6 +52,11 @@ class Inputs:
             raise InvalidModel(f"example_inputs are of one batch; got {counts} samples")
         return made.map(lambda x: x[:_KEPT].detach().cpu().clone())
 
+    @classmethod
+    def batch(cls, images: "Tensor | Inputs") -> "Inputs":
+        """A tensor of images as inputs."""
+        return images if isinstance(images, Inputs) else cls(args=(images,))
+
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors."""

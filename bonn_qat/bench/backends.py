@@ -196,8 +196,7 @@ def _float_file(networks: Networks) -> Path:
 
 
 def _feed(session: Any, images: Tensor | Inputs) -> Run:
-    inputs = images if isinstance(images, Inputs) else Inputs(args=(images,))
-    named = inputs.named([each.name for each in session.get_inputs()])
+    named = Inputs.batch(images).named([each.name for each in session.get_inputs()])
     return engines.feed(session, {name: x.numpy() for name, x in named.items()})
 
 

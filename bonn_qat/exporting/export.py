@@ -44,7 +44,7 @@ class PackageMissing(BonnQatError, ImportError):
 
 
 class Format(NamedTuple):
-    """A format: ``write(model, inputs)`` returns the bytes of a file, ``run(path, inputs)`` runs it in another runtime.
+    """A format: ``write(model, inputs)`` returns the bytes of a file, ``run(path, images)`` runs it in another runtime.
 
     ``write`` is given a frozen copy of the model that it may change, in evaluation mode, on the CPU, in float32;
     ``inputs`` are an example of its inputs. ``files(content, name)`` makes these bytes the files of a folder with this
@@ -54,7 +54,7 @@ class Format(NamedTuple):
     """
 
     write: Callable[[nn.Module, Inputs], bytes]
-    run: Callable[[Path, Inputs], list[Tensor]]
+    run: Callable[[Path, Tensor | Inputs], list[Tensor]]
     needs: tuple[str, ...] = ()
     runs_in: tuple[str, ...] = ()
     refuses: Callable[[BinaryLayer], str | None] = lambda layer: None
@@ -175,8 +175,8 @@ def _write_packed(model: nn.Module, inputs: Inputs) -> bytes:
     return pack(model, example_inputs=inputs).dump()
 
 
-def _run_packed(path: Path, inputs: Inputs) -> list[Tensor]:
-    return outputs_of(inputs.call(PackedModel.load(path)))
+def _run_packed(path: Path, inputs: Tensor | Inputs) -> list[Tensor]:
+    return outputs_of(Inputs.batch(inputs).call(PackedModel.load(path)))
 
 
 FORMATS: Mapping[str, Format] = {

@@ -256,7 +256,7 @@ def write_onnx(model: nn.Module, inputs: Inputs) -> bytes:
     return content
 
 
-def run_onnx(source: Path | bytes, inputs: Inputs) -> list[Tensor]:
+def run_onnx(source: Path | bytes, inputs: Tensor | Inputs) -> list[Tensor]:
     """The outputs of an ONNX file, or of its bytes, in onnxruntime, on the CPU."""
     import onnxruntime
 
@@ -281,7 +281,7 @@ def write_qonnx(model: nn.Module, inputs: Inputs) -> bytes:
     return content
 
 
-def run_qonnx(path: Path, inputs: Inputs) -> list[Tensor]:
+def run_qonnx(path: Path, inputs: Tensor | Inputs) -> list[Tensor]:
     """The outputs of a QONNX file in qonnx's own interpreter, image by image."""
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.core.onnx_exec import execute_onnx

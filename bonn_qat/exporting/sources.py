@@ -44,7 +44,7 @@ def files_of(packed: bytes, name: str, format: str) -> Mapping[str, bytes]:
             ) from error
 
 
-def run_c(path: Path, inputs: Inputs) -> list[Tensor]:
+def run_c(path: Path, inputs: Tensor | Inputs) -> list[Tensor]:
     """What the program of a folder gives, compiled by zig."""
     (source,) = (file for file in path.glob("*.c") if file.with_suffix(".h").exists() and file.stem != "kernels")
     with tempfile.TemporaryDirectory() as folder:
@@ -54,13 +54,13 @@ def run_c(path: Path, inputs: Inputs) -> list[Tensor]:
         return _outputs([program, "--logits"], inputs)
 
 
-def run_wasm(path: Path, inputs: Inputs) -> list[Tensor]:
+def run_wasm(path: Path, inputs: Tensor | Inputs) -> list[Tensor]:
     """What the module of a folder gives in Node."""
     (module,) = path.glob("*.js")
     return _outputs(["node", "--input-type=module", "-e", _SCRIPT, module.resolve().as_uri()], inputs)
 
 
-def _outputs(command: Sequence[str | Path], inputs: Inputs) -> list[Tensor]:
-    (images,) = inputs.tensors
+def _outputs(command: Sequence[str | Path], inputs: Tensor | Inputs) -> list[Tensor]:
+    (images,) = Inputs.batch(inputs).tensors
     done = subprocess.run(command, input=images.numpy().tobytes(), capture_output=True, check=True)
     return [torch.from_numpy(np.array(done.stdout.split(), np.float32)).view(len(images), -1)]

@@ -22,9 +22,9 @@ def outputs_of(result: Any) -> list[Tensor]:
     return list(tensors_in(result))
 
 
-def in_batches(run: Callable[[Inputs], list[Tensor]], inputs: Inputs, batch: int | None) -> list[Tensor]:
+def in_batches(run: Callable[[Inputs], list[Tensor]], inputs: Tensor | Inputs, batch: int | None) -> list[Tensor]:
     """The outputs of ``run`` on parts of ``batch`` samples, None for all at once, joined."""
-    parts = [run(part) for part in inputs.split(batch or len(inputs))]
+    parts = [run(part) for part in Inputs.batch(inputs).split(batch or len(inputs))]
     return [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
 
 
@@ -52,7 +52,7 @@ def trace(model: nn.Module, inputs: Inputs, batch: int | None = None) -> torch.e
     return program
 
 
-def _run(module: nn.Module, batch: int | None, inputs: Inputs) -> list[Tensor]:
+def _run(module: nn.Module, batch: int | None, inputs: Tensor | Inputs) -> list[Tensor]:
     return in_batches(lambda part: outputs_of(part.call(module)), inputs, batch)
 
 
@@ -66,7 +66,7 @@ def write_pt2(model: nn.Module, inputs: Inputs) -> bytes:
     return buffer.getvalue()
 
 
-def run_pt2(path: Path, inputs: Inputs) -> list[Tensor]:
+def run_pt2(path: Path, inputs: Tensor | Inputs) -> list[Tensor]:
     """The outputs of a ``torch.export`` program in a file."""
     program = torch.export.load(io.BytesIO(path.read_bytes()))  # given a path it demands a certain suffix
     with torch.no_grad():

@@ -11,7 +11,6 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import OutputKind
 
 from bonn_qat.errors import InvalidModel
-from bonn_qat.files.plain import one_line
 from bonn_qat.inputs import Inputs
 from bonn_qat.packing.network import Network, Value
 from bonn_qat.packing.ready import quiet, reason
@@ -48,7 +47,10 @@ def trace(model: nn.Module, inputs: Inputs) -> Network:
             network = _decomposed_network(program, batch)
     network.inputs = _inputs(network.graph, inputs, program.call_spec.in_spec)
     if unknown := network.unknown_calls():
-        raise InvalidModel(f"{type(model).__name__} calls {', '.join(unknown)}, which a packed network cannot call")
+        raise InvalidModel(
+            f"{type(model).__name__} calls {', '.join(unknown)}, which a packed network cannot call; "
+            "export(model, path, 'pt2') or 'onnx' writes it, or pack a part without such calls"
+        )
     return network
 
 
@@ -240,10 +242,18 @@ def _shape_output(graph: fx.Graph, spec: Any) -> tuple[str, ...]:
         return tuple(spec.context)
     if not is_flat or not issubclass(kind, list | tuple):
         raise InvalidModel(
-            f"a packed network returns a tensor, or a list, tuple or dict of tensors; this one returns "
-            f"{one_line(str(spec))}; pack a part of it, as in model.backbone = pack(model.backbone, size)"
+            "a packed network returns a tensor, or a list, tuple or dict of tensors; this one returns "
+            f"{_form(spec, iter(outputs))}; pack a part of it, as in model.backbone = pack(model.backbone, size)"
         )
     return ()
+
+
+def _form(spec: Any, outputs: Iterator[Any]) -> str:
+    """The form of what a model returns, as in ``list[dict[tensor]]``."""
+    if spec.is_leaf():
+        return "tensor" if isinstance(output := next(outputs), fx.Node) else str(output)
+    parts = dict.fromkeys(_form(child, outputs) for child in spec.children())
+    return f"{spec.type.__name__}[{', '.join(parts)}]"
 
 
 @contextlib.contextmanager

@@ -155,8 +155,8 @@ def test_a_named_tuple_is_a_tuple_and_what_is_nested_is_refused() -> None:
     ours = pack(model)(x)
     assert isinstance(ours, tuple)
     assert torch.equal(ours[1], -ours[0])
-    model.how = lambda y: {"maps": [y, y]}
-    with pytest.raises(InvalidModel, match=r"a list, tuple or dict of tensors; this one returns .*; pack a part of it"):
+    model.how = lambda y: {"maps": [y, y], "none": None}
+    with pytest.raises(InvalidModel, match=r"this one returns dict\[list\[tensor\], None\]; pack a part of it"):
         pack(model)
 
 

@@ -441,7 +441,7 @@ def shorten(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         (resigned(lambda h, t: h.pop("layers")), "its header is invalid: its keys differ"),
         (resigned(lambda h, t: h.update(input_size=[3, 0, 9])), r"input_size is \(3, 0, 9\)"),
         (resigned(lambda h, t: h.update(nodes=None)), "a list of tables"),
-        (nodes(lambda n: n.pop()), "one input, and one output"),
+        (nodes(lambda n: n.pop()), "inputs, and one output at its end"),
         (nodes(lambda n: n[-2].update(op="aten.from_file.default")), "cannot call"),
         (nodes(lambda n: n[-2].update(op="aten.add_.Tensor")), "cannot call"),
         (nodes(lambda n: n[-2].update(op="os.system")), "cannot call"),
