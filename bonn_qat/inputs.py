@@ -40,7 +40,8 @@ class Inputs:
         if isinstance(example, Mapping):
             made = cls(kwargs=dict(example))
         else:
-            made = cls(args=tuple(example) if isinstance(example, Sequence) else (example,))
+            is_one = isinstance(example, str) or not isinstance(example, Sequence)
+            made = cls(args=(example,) if is_one else tuple(example))
         tensors = made.tensors
         if not tensors or not all(isinstance(x, Tensor) and x.ndim and len(x) for x in tensors):
             kinds = ", ".join(type(x).__name__ for x in tensors)
