@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 from bonn_qat.environment import environment, processor
 from bonn_qat.plotting import PALETTE
@@ -79,13 +80,18 @@ def table(runs: list[dict[str, Any]]) -> str:
 def draw(task: str, made: Mapping[str, Any], folder: Path) -> None:
     """Write the picture of a run, whose names are ``made``, as a PNG."""
     figure = PICTURES[task](made)
-    figure.savefig(folder / f"{task}.png", dpi=110, bbox_inches="tight", pil_kwargs={"optimize": True})
+    path = folder / f"{task}.png"
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
+    with Image.open(path) as image:
+        small = image.convert("RGB").quantize(256)
+    small.save(path, optimize=True)
 
 
 def _label(made: Mapping[str, Any], scheme: str) -> str:
     name, value = next(iter(made["results"][scheme].items()))
-    return f"{TITLES.get(scheme, scheme)}\n{name.removesuffix(' %')} {value:.1f}{' %' if name.endswith('%') else ''}"
+    metric, unit = name.rsplit(" ", 1)
+    return f"{TITLES.get(scheme, scheme)}\n{metric} {value:.{1 if unit == '%' else 2}f} {unit}"
 
 
 def _grid(rows: int, titles: list[str], size: float) -> tuple[Any, Any]:
@@ -128,16 +134,16 @@ def _detection(made: Mapping[str, Any]) -> Any:
             for box, label, score in zip(objects["boxes"], objects["labels"], scores, strict=True):
                 if score > 0.3:
                     x, y, right, bottom = box.tolist()
-                    edge = {"edgecolor": PALETTE[int(label)], "linewidth": 2, "fill": False}
-                    place.add_patch(Rectangle((x, y), right - x, bottom - y, **edge))
+                    colour = PALETTE[int(label)]
+                    place.add_patch(Rectangle((x, y), right - x, bottom - y, edgecolor=colour, linewidth=2, fill=False))
     return figure
 
 
 def _super_resolution(made: Mapping[str, Any]) -> Any:
     schemes = ["bicubic", *TITLES]
-    figure, axes = _grid(2, ["truth", *(_label(made, scheme) for scheme in schemes)], 2.0)
-    for axis, which, (top, left) in zip(axes, (0, 1), ((130, 290), (180, 240)), strict=True):
-        part = (slice(top, top + 80), slice(left, left + 80))
+    figure, axes = _grid(2, ["truth", *(_label(made, scheme) for scheme in schemes)], 1.6)
+    for axis, which, (top, left) in zip(axes, (0, 1), ((170, 290), (200, 260)), strict=True):
+        part = (slice(top, top + 56), slice(left, left + 56))
         images = [made["test"][which], *(made["outputs"][scheme][which] for scheme in schemes)]
         for place, image in zip(axis, images, strict=True):
             _shown(place, image[0][:, *part])

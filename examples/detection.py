@@ -17,6 +17,7 @@ from bonn_qat.bench import BACKENDS, bench
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--epochs", type=int, default=12)
 parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--schemes", nargs="+", default=["float", "xnor", "bonn"])
 parser.add_argument("--scenes", type=int, default=512, help="of the training; the test has a quarter as many")
 parser.add_argument("--lr", type=float, default=2e-3)
 arguments = parser.parse_args()
@@ -63,8 +64,8 @@ class Detector(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, WIDTH, 6, STRIDE, 1), nn.BatchNorm2d(WIDTH))
         self.backbone = nn.Sequential(*(Block() for _ in range(5)), nn.BatchNorm2d(WIDTH))
         self.classes, self.sides = nn.Conv2d(WIDTH, CLASSES, 1), nn.Conv2d(WIDTH, 4, 1)
-        nn.init.constant_(self.classes.bias, -3.0)  # most cells are empty
-        nn.init.constant_(self.sides.bias, 0.9)  # a box of 20 pixels
+        nn.init.constant_(self.classes.get_parameter("bias"), -3.0)  # most cells are empty
+        nn.init.constant_(self.sides.get_parameter("bias"), 0.9)  # a box of 20 pixels
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.backbone(self.stem(x))
@@ -92,7 +93,9 @@ def loss(outputs: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor]) -> Tens
     count = is_object.sum()
     focal = sigmoid_focal_loss(logits.flatten(2).transpose(1, 2), wanted.float(), reduction="sum") / count
     truth = boxes.gather(1, owner[..., None].expand(-1, -1, 4))
-    return focal + generalized_box_iou_loss(decoded(sides)[is_object], truth[is_object], reduction="sum") / count
+    overlap = generalized_box_iou_loss(decoded(sides)[is_object], truth[is_object], reduction="sum") / count
+    total: Tensor = focal + overlap
+    return total
 
 
 @torch.no_grad()
@@ -112,7 +115,7 @@ images, boxes, classes = scenes(arguments.scenes, generator)
 test_images, test_boxes, test_classes = scenes(arguments.scenes // 4, generator)
 truth = [{"boxes": b, "labels": c} for b, c in zip(test_boxes, test_classes, strict=True)]
 results, outputs = {}, {}
-for scheme in ("float", "xnor", "bonn"):
+for scheme in arguments.schemes:
     torch.manual_seed(arguments.seed)
     network = Detector()
     model = bonn_qat.binarize(network, scheme, input_size=(3, SIZE, SIZE))

@@ -16,6 +16,7 @@ from bonn_qat.bench import BACKENDS, bench
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--epochs", type=int, default=8)
 parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--schemes", nargs="+", default=["float", "xnor", "bonn"])
 parser.add_argument("--pictures", type=int, default=512, help="of the training; the test has a quarter as many")
 parser.add_argument("--lr", type=float, default=4e-3)
 arguments = parser.parse_args()
@@ -34,7 +35,8 @@ def textures(kind: Tensor, generator: torch.Generator) -> Tensor:
     waves = (0.5 + 0.5 * (u / 6).sin(), (u.sin() > 0).float(), (both > 0).float(), (both > 0.4).float())
     share = torch.stack(waves, 1)[torch.arange(len(kind)), kind][:, None]
     first, second = torch.rand(2, len(kind), 3, 1, 1, generator=generator)
-    return share * first + (1 - share) * second
+    mixed: Tensor = share * first + (1 - share) * second
+    return mixed
 
 
 def pictures(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -95,7 +97,7 @@ generator = torch.Generator().manual_seed(arguments.seed)
 inputs, targets = pictures(arguments.pictures, generator)
 test_inputs, test_targets = pictures(arguments.pictures // 4, generator)
 results, outputs = {}, {}
-for scheme in ("float", "xnor", "bonn"):
+for scheme in arguments.schemes:
     torch.manual_seed(arguments.seed)
     network = UNet()
     model = bonn_qat.binarize(network, scheme, input_size=(3, SIZE, SIZE))

@@ -18,6 +18,7 @@ from bonn_qat.bench import BACKENDS, bench
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--steps", type=int, default=300)
 parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--schemes", nargs="+", default=["float", "xnor", "bonn"])
 parser.add_argument("--validate", action="store_true", help="on a photograph beside the training and the test")
 parser.add_argument("--lr", type=float, default=4e-3)
 arguments = parser.parse_args()
@@ -89,7 +90,7 @@ def patches(generator: torch.Generator) -> Tensor:
 outputs = {"bicubic": [F.interpolate(x, scale_factor=2.0, mode="bicubic") for x in low]}
 results = {"bicubic": {"PSNR dB": mean_psnr(outputs["bicubic"], test)}}
 print(f"bicubic: PSNR dB {results['bicubic']['PSNR dB']:.2f}")
-for scheme in ("float", "xnor", "bonn"):
+for scheme in arguments.schemes:
     torch.manual_seed(arguments.seed)
     network = EDSR()
     nn.init.zeros_(network.tail.weight)

@@ -20,6 +20,7 @@ from bonn_qat.bench import BACKENDS, bench
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--epochs", type=int, default=6)
 parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--schemes", nargs="+", default=["float", "xnor", "bonn"])
 parser.add_argument("--texts", type=int, default=300, help="of each package in the training; the test has a third")
 parser.add_argument("--validate", action="store_true", help="on other files than the test's")
 arguments = parser.parse_args()
@@ -58,7 +59,7 @@ config = BertConfig(
     max_position_embeddings=WORDS, num_labels=len(PACKAGES),
 )  # fmt: skip
 results, outputs = {}, {}
-for scheme in ("float", "xnor", "bonn"):
+for scheme in arguments.schemes:
     torch.manual_seed(arguments.seed)
     network = BertForSequenceClassification(config)
     model = bonn_qat.binarize(network, scheme, example_inputs=inputs[:8])
