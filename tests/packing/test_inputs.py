@@ -135,6 +135,27 @@ def test_a_part_is_packed_in_its_place_and_the_rest_stays() -> None:
         same(ours, theirs)
 
 
+class Siamese(nn.Module):
+    """How far two images are apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*(nn.Conv2d(3 if i == 0 else 8, 8, 3) for i in range(3)))
+
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        return (self.net(one) - self.net(other)).mean((2, 3))
+
+
+def test_two_images_are_two_images_also_where_the_runtime_in_c_takes_one() -> None:
+    torch.manual_seed(0)
+    one, other = torch.randn(2, 3, 3, 9, 9)
+    model = bonn_qat.binarize(Siamese(), example_inputs=(one, other)).eval().requires_grad_(False)
+    made = pack(model)
+    assert made.runtime != "C"
+    torch.testing.assert_close(made(one, other), model(one, other))
+    torch.testing.assert_close(made(other, other=one), model(other, one))
+
+
 Pair = namedtuple("Pair", ["one", "two"])
 
 
