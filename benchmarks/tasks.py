@@ -58,21 +58,19 @@ def main() -> None:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Rows of Markdown: the metric of each scheme over the seeds, sizes, and medians of the latencies."""
+    """Rows of Markdown: the metric of each scheme, mean ± std over the seeds; sizes; medians of the latencies."""
     rows = []
     for task in dict.fromkeys(run["task"] for run in runs):
         found = [run["results"] for run in runs if run["task"] == task]
-        metric = next(iter(found[0]["float"]))
-        cells = [task, metric]
-        for scheme in ("bicubic", *TITLES):
-            values = [each[scheme][metric] for each in found if scheme in each]
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 and scheme != "bicubic" else ""
-            cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "")
+        metric, unit = next(iter(found[0]["float"])).rsplit(" ", 1)
+        cells = [task, f"{metric}, {unit}", str(len(found))]
+        for scheme in TITLES:
+            values = [each[scheme][f"{metric} {unit}"] for each in found]
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.2f}{spread}")
         cells.append(" / ".join(f"{found[0][scheme]['Mbit']:.2f}" for scheme in TITLES))
-        binary = [each[scheme] for each in found for scheme in ("xnor", "bonn")]
-        for backend in ("onnxruntime float ms",):
-            cells.append(f"{statistics.median(each[backend] for each in binary):.2f}")
-        cells.append(" / ".join(f"{statistics.median(e[s]['packed ms'] for e in found):.2f}" for s in ("xnor", "bonn")))
+        times = [("xnor", "onnxruntime float ms"), ("xnor", "packed ms"), ("bonn", "packed ms")]
+        cells += [f"{statistics.median(each[scheme][name] for each in found):.2f}" for scheme, name in times]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

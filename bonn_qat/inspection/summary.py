@@ -120,9 +120,9 @@ def _calls(model: nn.Module, layers: list[nn.Module], inputs: Inputs) -> dict[nn
             one = inputs.map(lambda x: x[:1].to(reference if x.is_floating_point() else reference.device))
             one.call(model)
     except Exception as error:  # whatever a model raises
+        what = f"an image of {inputs.size}" if inputs.is_images else f"the example_inputs {inputs}"
         raise InvalidModel(
-            f"{type(model).__name__} does not take an image of {inputs.size}: {one_line(error)}; "
-            "give input_size=(C, H, W), or example_inputs"
+            f"{type(model).__name__} does not take {what}: {one_line(error)}; give input_size=(C, H, W), or example_inputs"
         ) from error
     finally:
         for hook in hooks:
