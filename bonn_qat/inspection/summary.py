@@ -122,7 +122,8 @@ def _calls(model: nn.Module, layers: list[nn.Module], inputs: Inputs) -> dict[nn
     except Exception as error:  # whatever a model raises
         what = f"an image of {inputs.size}" if inputs.is_images else f"the example_inputs {inputs}"
         raise InvalidModel(
-            f"{type(model).__name__} does not take {what}: {one_line(error)}; give input_size=(C, H, W), or example_inputs"
+            f"{type(model).__name__} does not take {what}: {one_line(error)}; "
+            "give input_size=(C, H, W), or example_inputs"
         ) from error
     finally:
         for hook in hooks:
