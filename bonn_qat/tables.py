@@ -80,6 +80,14 @@ class Table:
     def __str__(self) -> str:
         return as_text(self)
 
+    def _repr_html_(self) -> str:
+        table = self.shown
+        sides = ["left" if column.text else "right" for column in table.columns]
+        lines = [_html("th", [column.name for column in table.columns], sides)] if table.has_headings else []
+        lines += [_html("td", row, sides) for row in table.rows]
+        title = f"<caption>{escape(self.title)}</caption>" if self.title else ""
+        return f"<table>{title}{''.join(lines)}</table>"
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         table = self.shown._fitted(options.max_width)
         drawn = RichTable(
@@ -136,6 +144,25 @@ def as_text(renderable: RenderableType) -> str:
     console.print(renderable, markup=False, emoji=False, highlight=False)
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).rstrip("\n")
+
+
+def as_html(*parts: RenderableType) -> str:
+    """What a notebook shows: tables, and the rest as paragraphs; all text is escaped.
+
+    >>> as_html("a < b", facts([("size", "1")]))[:30]
+    '<p>a &lt; b</p><table><tr><td '
+    """
+    filled = (part for part in parts if isinstance(part, Table) or str(part))
+    return "".join(x._repr_html_() if isinstance(x, Table) else f"<p>{escape(str(x))}</p>" for x in filled)
+
+
+def _html(tag: str, cells: Sequence[str], sides: Sequence[str]) -> str:
+    pairs = (
+        (side, cell.__html__() if isinstance(cell, Strong) else escape(cell))
+        for side, cell in zip(sides, cells, strict=True)
+    )
+    drawn = (f'<{tag} style="text-align: {side}; white-space: pre-line">{cell}</{tag}>' for side, cell in pairs)
+    return f"<tr>{''.join(drawn)}</tr>"
 
 
 def _rich(cell: str) -> Text:

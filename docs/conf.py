@@ -25,6 +25,8 @@ include_patterns = [
 ]
 exclude_patterns = [".*", "build", "results", "mlruns", "tests"]  # nothing to look for
 
+CHILDREN = {"docs/adr/README": "0*", "docs/pretrained": "../plugins/bonn-qat-weights/cards/*"}
+
 html_theme = "furo"
 html_title = "bonn-qat"
 html_static_path = ["static"]
@@ -32,7 +34,6 @@ html_css_files = ["site.css"]
 html_additional_pages = {"index": "redirect.html"}
 templates_path = ["templates"]
 
-myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 4
 nb_custom_formats = {"_nb.py": ["jupytext.reads", {"fmt": "py:percent"}]}
 nb_execution_mode = "cache"
@@ -51,10 +52,12 @@ autodoc_inherit_docstrings = False
 autodoc_preserve_defaults = True
 
 
-def _links(app: Sphinx, name: str, text: list[str]) -> None:
-    """What leads to a folder on a forge leads to a page here."""
+def _adapt(app: Sphinx, name: str, text: list[str]) -> None:
+    """Where a forge would show a folder, lead to its page; put pages that a page lists below it in the sidebar."""
     text[0] = re.sub(r"(?<=\]\()((?:\.\./)*)(?:\.\.|\.\./README\.md)(?=\))", r"\1../docs/index.md", text[0])
     text[0] = text[0].replace("](../plugins/bonn-qat-runtime)", "](../plugins/bonn-qat-runtime/README.md)")
+    if name in CHILDREN:
+        text[0] += f"\n```{{toctree}}\n:hidden:\n:glob:\n\n{CHILDREN[name]}\n```\n"
 
 
 def _missing(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
@@ -67,7 +70,7 @@ def _inherited(app: Sphinx, what: str, name: str, thing: Any, skip: bool, option
 
 
 def setup(app: Sphinx) -> None:
-    """Mend links to folders; let a public name without a docstring fail the build."""
-    app.connect("source-read", _links)
+    """Adapt the pages; let a public name without a docstring fail the build."""
+    app.connect("source-read", _adapt)
     app.connect("autodoc-process-docstring", _missing)
     app.connect("autodoc-skip-member", _inherited)
