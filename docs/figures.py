@@ -69,7 +69,9 @@ def latents() -> str:
     return svg()
 
 
+DRAWINGS = {"estimators": estimators, "kernel_loss": kernel_loss, "latents": latents}
+
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
-    for draw in (estimators, kernel_loss, latents):
-        (FOLDER / f"{draw.__name__}.svg").write_text(draw() + "\n", encoding="utf-8")
+    for name, draw in DRAWINGS.items():
+        (FOLDER / f"{name}.svg").write_text(draw() + "\n", encoding="utf-8")

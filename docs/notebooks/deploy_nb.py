@@ -15,6 +15,7 @@
 import tempfile
 from pathlib import Path
 
+import timm
 import torch
 
 import bonn_qat
@@ -63,9 +64,8 @@ print("same class:", bool((expected.argmax(1) == got.argmax(1)).all()))
 
 # %%
 from bonn_qat.bench import bench
-from bonn_qat.training.network import float_network
 
-report = bench(float_network(model.recipe), model, size, batches=[1], threads=[1], rounds=ROUNDS)
+report = bench(timm.create_model("wrn22_16", num_classes=10), model, size, batches=[1], threads=[1], rounds=ROUNDS)
 report
 
 # %% [markdown]
