@@ -161,7 +161,7 @@ def _html(tag: str, cells: Sequence[str], sides: Sequence[str]) -> str:
         (side, cell.__html__() if isinstance(cell, Strong) else escape(cell))
         for side, cell in zip(sides, cells, strict=True)
     )
-    drawn = (f'<{tag} style="text-align: {side}; white-space: pre-line">{cell}</{tag}>' for side, cell in pairs)
+    drawn = (f'<{tag} style="text-align: {side}; padding: 0 0.6em; white-space: pre-line">{cell}</{tag}>' for side, cell in pairs)
     return f"<tr>{''.join(drawn)}</tr>"
 
 

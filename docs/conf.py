@@ -39,6 +39,7 @@ nb_custom_formats = {"_nb.py": ["jupytext.reads", {"fmt": "py:percent"}]}
 nb_execution_mode = "cache"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
+nb_output_stderr = "remove"
 
 nitpicky = True
 nitpick_ignore_regex = [  # the types in signatures: other libraries', and our own that nobody makes
@@ -47,30 +48,36 @@ nitpick_ignore_regex = [  # the types in signatures: other libraries', and our o
 ]
 suppress_warnings = ["ref.python"]  # a field called "type", where a signature has Python's
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "undoc-members": True}
+autodoc_default_options = {"members": True}
 autodoc_inherit_docstrings = False
 autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 88
 
 
 def _adapt(app: Sphinx, name: str, text: list[str]) -> None:
-    """Where a forge would show a folder, lead to its page; put pages that a page lists below it in the sidebar."""
-    text[0] = re.sub(r"(?<=\]\()((?:\.\./)*)(?:\.\.|\.\./README\.md)(?=\))", r"\1../docs/index.md", text[0])
-    text[0] = text[0].replace("](../plugins/bonn-qat-runtime)", "](../plugins/bonn-qat-runtime/README.md)")
+    """Let links lead to pages where a forge would show a folder, and show titles where it shows the names of files."""
+    page = re.sub(r"(?<=\]\()((?:\.\./)*)(?:\.\.|\.\./README\.md)(?=\))", r"\1../docs/index.md", text[0])
+    page = page.replace("](../plugins/bonn-qat-runtime)", "](../plugins/bonn-qat-runtime/README.md)")
+    text[0] = re.sub(r"\[[\w./-]+\.md\]\(", "[](", page)
     if name in CHILDREN:
         text[0] += f"\n```{{toctree}}\n:hidden:\n:glob:\n\n{CHILDREN[name]}\n```\n"
 
 
-def _missing(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    if not any(lines) and what != "attribute" and str(getattr(thing, "__module__", "")).startswith("bonn_qat"):
-        logging.getLogger(__name__).warning("%s has no docstring", name)
+def _signature(app: Sphinx, what: str, name: str, thing: Any, options: Any, given: str, returned: str) -> Any:
+    return given and given.replace("<factory>", "..."), returned
 
 
-def _inherited(app: Sphinx, what: str, name: str, thing: Any, skip: bool, options: Any) -> bool | None:
-    return True if not getattr(thing, "__doc__", None) and inspect.getdoc(thing) else None
+def _complain(app: Sphinx, what: str, name: str, thing: Any, *_: Any) -> None:
+    """Warn of a function or class of ours that neither says what it is nor overrides one that does."""
+    if inspect.isroutine(thing) or inspect.isclass(thing) or isinstance(thing, property):
+        where = str((thing.fget if isinstance(thing, property) else thing).__module__)
+        if where.startswith("bonn_qat") and name[0] != "_" and not inspect.getdoc(thing):
+            logging.getLogger(__name__).warning("%s of %s has no docstring", name, where)
 
 
 def setup(app: Sphinx) -> None:
     """Adapt the pages; let a public name without a docstring fail the build."""
     app.connect("source-read", _adapt)
-    app.connect("autodoc-process-docstring", _missing)
-    app.connect("autodoc-skip-member", _inherited)
+    app.connect("autodoc-process-signature", _signature)
+    app.connect("autodoc-process-docstring", _complain)
+    app.connect("autodoc-skip-member", _complain)
