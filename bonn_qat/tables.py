@@ -17,6 +17,10 @@ from bonn_qat.files.plain import printable
 
 _GAP = 2  # characters between two columns
 _NARROW = 24  # a column that wraps shrinks to this width before other columns are left out
+_STYLES = {
+    True: "text-align: left; padding: 0 0.6em; white-space: pre-line",
+    False: "text-align: right; padding: 0 0.6em; white-space: pre",
+}
 _RULE = box.Box("    \n    \n ── \n    \n    \n    \n    \n    \n")  # one line, below the headings
 
 
@@ -82,9 +86,8 @@ class Table:
 
     def _repr_html_(self) -> str:
         table = self.shown
-        sides = ["left" if column.text else "right" for column in table.columns]
-        lines = [_html("th", [column.name for column in table.columns], sides)] if table.has_headings else []
-        lines += [_html("td", row, sides) for row in table.rows]
+        lines = [_html("th", table.columns, [column.name for column in table.columns])] if table.has_headings else []
+        lines += [_html("td", table.columns, row) for row in table.rows]
         title = f"<caption>{escape(self.title)}</caption>" if self.title else ""
         return f"<table>{title}{''.join(lines)}</table>"
 
@@ -156,12 +159,10 @@ def as_html(*parts: RenderableType) -> str:
     return "".join(x._repr_html_() if isinstance(x, Table) else f"<p>{escape(str(x))}</p>" for x in filled)
 
 
-def _html(tag: str, cells: Sequence[str], sides: Sequence[str]) -> str:
-    pairs = (
-        (side, cell.__html__() if isinstance(cell, Strong) else escape(cell))
-        for side, cell in zip(sides, cells, strict=True)
-    )
-    drawn = (f'<{tag} style="text-align: {side}; padding: 0 0.6em; white-space: pre-line">{cell}</{tag}>' for side, cell in pairs)
+def _html(tag: str, columns: Sequence[Column], cells: Sequence[str]) -> str:
+    texts = [cell.__html__() if isinstance(cell, Strong) else escape(cell) for cell in cells]
+    pairs = zip((_STYLES[column.text] for column in columns), texts, strict=True)
+    drawn = (f'<{tag} style="{style}">{text}</{tag}>' for style, text in pairs)
     return f"<tr>{''.join(drawn)}</tr>"
 
 

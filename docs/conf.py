@@ -36,7 +36,7 @@ templates_path = ["templates"]
 
 myst_heading_anchors = 4
 nb_custom_formats = {"_nb.py": ["jupytext.reads", {"fmt": "py:percent"}]}
-nb_execution_mode = "cache"
+nb_execution_mode = "auto"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
 nb_output_stderr = "remove"
@@ -67,12 +67,15 @@ def _signature(app: Sphinx, what: str, name: str, thing: Any, options: Any, give
     return given and given.replace("<factory>", "..."), returned
 
 
-def _complain(app: Sphinx, what: str, name: str, thing: Any, *_: Any) -> None:
+def _complain(app: Sphinx, what: str, name: str, thing: Any, *_: Any) -> bool | None:
     """Warn of a function or class of ours that neither says what it is nor overrides one that does."""
+    if str(getattr(thing, "__doc__", "")).startswith("Alias for field number"):
+        return True  # a field of a named tuple, which its class describes
     if inspect.isroutine(thing) or inspect.isclass(thing) or isinstance(thing, property):
         where = str((thing.fget if isinstance(thing, property) else thing).__module__)
         if where.startswith("bonn_qat") and name[0] != "_" and not inspect.getdoc(thing):
             logging.getLogger(__name__).warning("%s of %s has no docstring", name, where)
+    return None
 
 
 def setup(app: Sphinx) -> None:

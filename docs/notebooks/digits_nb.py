@@ -86,7 +86,7 @@ for name, losses in curves.items():
     plt.plot(range(1, EPOCHS + 1), losses, label=name)
 plt.xlabel("epoch")
 plt.ylabel("training loss")
-plt.legend()
+_ = plt.legend()
 
 # %% [markdown]
 # ## What the signs do
@@ -98,7 +98,7 @@ name, layer = list(bonn_qat.binary_layers(model))[-1]
 value, scale = layer.weight_quant.quantize(layer.weight)
 print(f"{name}: {layer.weight.numel():,} latent weights, the scale is {scale.mean():.4f}")
 plt.hist(layer.weight.detach().flatten(), bins=60)
-plt.xlabel("latent weight")
+_ = plt.xlabel("latent weight")
 
 # %% [markdown]
 # The share of the weights that ended with another sign than they began with, by layer:
