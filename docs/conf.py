@@ -3,12 +3,15 @@
 The source directory is the root of the repository, so that the links in the pages hold here as on a forge.
 """
 
+import dataclasses
 import inspect
 import re
+import typing
 from typing import Any
 
 from sphinx.application import Sphinx
 from sphinx.util import logging
+from sphinx.util.typing import stringify_annotation
 
 project = "bonn-qat"
 copyright = "the authors of bonn-qat, Apache-2.0"
@@ -64,7 +67,17 @@ def _adapt(app: Sphinx, name: str, text: list[str]) -> None:
 
 
 def _signature(app: Sphinx, what: str, name: str, thing: Any, options: Any, given: str, returned: str) -> Any:
-    return given and given.replace("<factory>", "..."), returned
+    """Of a dataclass, give the fields without the checks in their types, and defaults that Sphinx can read."""
+    if not (given and dataclasses.is_dataclass(thing)):
+        return given, returned
+    hints = typing.get_type_hints(thing)
+    fields = list(inspect.signature(thing).parameters.values())
+    shown = ["*"] if fields[0].kind is inspect.Parameter.KEYWORD_ONLY else []
+    for field in fields:
+        hint = stringify_annotation(getattr(hints[field.name], "type", hints[field.name]), "smart")
+        default = getattr(field.default, "__name__", None) or re.sub("<.*>", "...", repr(field.default))
+        shown.append(f"{field.name}: {hint}" + (f" = {default}" if field.default is not field.empty else ""))
+    return f"({', '.join(shown)})", returned
 
 
 def _complain(app: Sphinx, what: str, name: str, thing: Any, *_: Any) -> bool | None:
