@@ -1,13 +1,11 @@
-"""How fast packed networks are, and how equal to their models: five questions, one command each.
+"""How equal packed networks are to their models: three questions, one command each.
 
-``layers``: 3x3 binary convolutions against torch's float ones, alternating. ``parts``: where the time of a network that
-runs node by node is spent. ``equality``: logits, predictions and features against those of the
-binarized model in evaluation mode, on CIFAR-10's test images. ``families``: the same for one network of each of twenty
-families of timm, on random images. ``plans``: which families of timm the runtime in C runs, what stops the others, and
-how equal its logits are to those of ``PackedModel``; packed files are kept in ``--files``. Each prints a table and,
-with ``--output``, writes JSON. Examples::
+``equality``: logits, predictions and features against those of the binarized model in evaluation mode, on CIFAR-10's
+test images. ``families``: the same for one network of each of twenty families of timm, on random images. ``plans``:
+which families of timm the runtime in C runs, what stops the others, and how equal its logits are to those of
+``PackedModel`` node by node; packed files are kept in ``--files``. Each prints a table and, with ``--output``, writes
+JSON. Examples::
 
-    python benchmarks/packed_runtime.py layers --output layers.json
     python benchmarks/packed_runtime.py plans --files FOLDER --output plans.json --page docs/plans.md
     python benchmarks/packed_runtime.py equality --data FOLDER --model wrn22_16 --size 32 --weights WEIGHTS.safetensors
 """
@@ -16,9 +14,9 @@ import argparse
 import json
 import os
 import statistics
-import time
+import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,30 +26,19 @@ import numpy as np
 import timm
 import torch
 from bonn_qat_runtime import library
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import bonn_qat
 from bonn_qat.environment import environment, processor
 from bonn_qat.files.tensors import read_tensors
-from bonn_qat.runtime import layout
-from bonn_qat.runtime.epilogue import SCALE
-from bonn_qat.runtime.layout import Geometry
 from bonn_qat.training.data import load
 
-SHAPES = ((64, 56), (128, 28), (256, 14), (512, 7))  # channels, height and width: ResNet-18's
 # Small members, with images that they take.
 FAMILIES: Mapping[str, int] = {
     "resnet18": 64, "mobilenetv2_100": 64, "efficientnet_b0": 64, "densenet121": 64, "vgg11_bn": 64, "regnety_002": 64,
     "convnext_atto": 64, "vit_tiny_patch16_224": 224, "deit_tiny_patch16_224": 224, "mixer_s32_224": 224,
     "swin_tiny_patch4_window7_224": 224, "resnest14d": 64, "ghostnet_100": 64, "mobilenetv3_small_100": 64,
     "inception_v3": 96, "dla34": 64, "nf_regnet_b0": 64, "cspresnet50": 64, "xception41": 96, "res2net50_14w_8s": 64,
-}  # fmt: skip
-OPS = torch.ops.bonn_qat
-GROUPS = {
-    "aten.conv2d.default": "float convolutions", "aten.linear.default": "classifier",
-    "bonn_qat.sign_codes.default": "packing on its own",
-    "bonn_qat.elementwise.default": "norms and PReLUs on their own",
-    "aten.max_pool2d.default": "max pool", "bonn_qat.max_pool2d.default": "max pool",
 }  # fmt: skip
 
 
@@ -63,8 +50,7 @@ def main() -> None:
     # Names instead of paths, which belong to this machine.
     options = {key: value.name if isinstance(value, Path) else value for key, value in vars(args).items()}
     found = {"environment": dict(environment(torch.device("cpu"))), "machine": processor(), "options": options}
-    result = {"layers": layers, "parts": parts, "equality": equality, "families": families,
-              "plans": plans}[args.question](args)  # fmt: skip
+    result = {"equality": equality, "families": families, "plans": plans}[args.question](args)
     if args.output:
         args.output.write_text(json.dumps(found | {"results": result}, indent=1))
 
@@ -72,13 +58,11 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", choices=("layers", "parts", "equality", "families", "plans"))
+    parser.add_argument("question", choices=("equality", "families", "plans"))
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--scheme", default="bonn")
     parser.add_argument("--size", type=int, default=224, help="height and width of an image")
-    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--data", type=Path, help="the folder of CIFAR-10")
     parser.add_argument("--weights", type=Path, help="a run's weights; by default the norms are random")
@@ -87,109 +71,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--page", type=Path, help="the Markdown page of the plans")
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
-
-
-def in_turns(arms: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each function, one for each round; every round has another order."""
-    names = list(arms)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for arm in arms.values():
-        arm()
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = time.perf_counter()
-            arms[name]()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return times
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """The 25th, 50th and 75th percentile."""
-    low, middle, high = statistics.quantiles(values, n=4)
-    return low, middle, high
-
-
-def convolutions(x: Tensor, weight: Tensor, geometry: Geometry) -> dict[str, Callable[[], Tensor]]:
-    """A float convolution, a binary one of codes, and one of floats."""
-    dense = weight.contiguous(memory_format=torch.channels_last)
-    octets, thresholds, ones = layout.encode_weight(weight >= 0), torch.zeros(2, x.shape[1]), torch.ones(1, len(weight))
-    numbers = geometry.numbers
-    thresholds[1] = torch.inf
-    packed = OPS.sign_codes(x, thresholds, numbers)
-
-    def binary(codes: Tensor) -> Tensor:
-        return cast(Tensor, OPS.binary_conv2d(codes, octets, numbers, [SCALE, 0], ones, None))
-
-    return {
-        "float": lambda: torch.conv2d(x, dense, None, 1, 1),
-        "binary": lambda: binary(packed),
-        "with packing": lambda: binary(OPS.sign_codes(x, thresholds, numbers)),
-    }
-
-
-def layers(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Binary and float convolutions of the four shapes; a binary one reads codes, as it does in a network."""
-    rows = []
-    print(f"{'channels':>9}{'pixels':>9}{'float ms':>10}{'binary ms':>11}{'+ packing':>11}{'times faster':>22}")
-    for channels, size in SHAPES:
-        geometry = Geometry(channels, channels, (3, 3), padding=(1, 1, 1, 1))
-        x = torch.randn(args.batch, channels, size, size).contiguous(memory_format=torch.channels_last)
-        weight = torch.randn(channels, channels, 3, 3)
-        arms = convolutions(x, weight, geometry)
-        times = in_turns(arms, args.rounds)
-        ratios = quartiles([a / b for a, b in zip(times["float"], times["binary"], strict=True)])
-        middle = {name: statistics.median(values) for name, values in times.items()}
-        print(
-            f"{channels:>9}{f'{size}x{size}':>9}{middle['float']:>10.3f}{middle['binary']:>11.3f}"
-            f"{middle['with packing']:>11.3f}{ratios[1]:>10.2f} ({ratios[0]:.2f} to {ratios[2]:.2f})"
-        )
-        rows.append({"channels": channels, "size": size, "milliseconds": times, "times_faster": ratios})
-    return rows
-
-
-class Timed(fx.Interpreter):
-    """Runs a graph and notes how long each node takes."""
-
-    def __init__(self, network: fx.GraphModule) -> None:
-        super().__init__(network)
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    def run_node(self, n: fx.Node) -> Any:
-        start = time.perf_counter()
-        result = super().run_node(n)
-        name = str(n.target)
-        is_first = name == "aten.conv2d.default" and n.name == "conv2d"
-        is_binary = name.startswith("bonn_qat.binary")
-        group = (
-            "first convolution" if is_first else "binary convolutions" if is_binary else GROUPS.get(name, "all else")
-        )
-        self.seconds[group] += time.perf_counter() - start
-        return result
-
-
-def parts(args: argparse.Namespace) -> dict[str, Any]:
-    """Where the time of a network goes that runs node by node."""
-    model = made(args.model, args.scheme, args.size)
-    packed = bonn_qat.pack(model, (3, args.size, args.size))
-    x = torch.randn(args.batch, 3, args.size, args.size).contiguous(memory_format=packed.layout)
-    whole, by_group = [], defaultdict(list)
-    for _ in range(args.rounds):
-        start = time.perf_counter()
-        packed(x)
-        whole.append(1e3 * (time.perf_counter() - start))
-        timed = Timed(packed.network)
-        with torch.no_grad():
-            timed.run(x)
-        for group, seconds in timed.seconds.items():
-            by_group[group].append(1e3 * seconds)
-    report = bonn_qat.summary(packed)
-    total = statistics.median(whole)
-    print(f"{args.model}, {args.size} px, batch {args.batch}: {total:.2f} ms (the parts are timed one by one)")
-    for group, values in sorted(by_group.items(), key=lambda item: -statistics.median(item[1])):
-        print(f"  {group:32}{statistics.median(values):>9.2f} ms")
-    rate = args.batch * report.binary_macs / statistics.median(by_group["binary convolutions"]) / 1e6
-    print(f"  binary products: {rate:,.0f} G/s")
-    return {"total": whole, "parts": by_group, "binary_macs": report.binary_macs, "rate": rate}
 
 
 def made(name: str, scheme: str, size: int, weights: Path | None = None, **options: Any) -> nn.Module:
@@ -309,7 +190,9 @@ def planned(path: Path, count: int) -> dict[str, Any]:
     except bonn_qat_runtime.UnsupportedOperator as error:
         return {"stopped": str(error).split("cannot run ")[-1].partition("; use")[0]}
     images = backbones.photographs(network.input_size[1])[:count]
-    ours, theirs = np.asarray(network(images.numpy())), bonn_qat.PackedModel.load(path)(images).numpy()
+    packed = bonn_qat.PackedModel.load(path)
+    theirs = packed.network(images.contiguous(memory_format=packed.layout)).numpy()  # node by node
+    ours = np.asarray(network(images.numpy()))
     apart = np.abs(ours - theirs).reshape(count, -1).max(1) / np.abs(theirs).reshape(count, -1).max(1)
     return {"differences": apart.tolist(), "same_predictions": bool((ours.argmax(-1) == theirs.argmax(-1)).all())}
 
@@ -356,14 +239,18 @@ def plans_page(found: Mapping[str, Mapping[str, Any]]) -> str:
         "python benchmarks/packed_runtime.py plans --files FOLDER --page docs/plans.md",
         "```",
         "",
-        f"timm {settings['timm']}, torch {settings['torch']}, instruction set `{library.chosen_cpu()}`. "
-        "Random weights, crops of scikit-learn's two photographs. The difference is that of an image's logits from "
-        "`PackedModel`'s, as a share of the largest: floats are added in another order, and where a value lies within "
-        "rounding of a sign's threshold, one sign changes and the logits move. Most of these are sums of signs that "
-        "equal a norm's mean, exactly or nearly, or cancel in attention: there rounding decides, here and in torch. "
-        "With the signs computed here, `PackedModel` agrees within 2e-6 on every image that is farther apart below: "
-        "1 to 200 of up to 15 million signs differ, whose numbers are no farther from the threshold than about a unit "
-        "in the last place of their pixel's largest.",
+        *textwrap.wrap(
+            f"timm {settings['timm']}, torch {settings['torch']}, instruction set `{library.chosen_cpu()}`. Random "
+            "weights, crops of scikit-learn's two photographs. The difference is that of an image's logits from "
+            "`PackedModel`'s node by node, as a share of the largest: floats are added in another order, and where a "
+            "value lies within rounding of a sign's threshold, one sign changes and the logits move. Most of these are "
+            "sums of signs that equal a norm's mean, exactly or nearly, or cancel in attention: there rounding "
+            "decides, here and in torch. That was checked on November 29, 2026: with the signs computed here, "
+            "`PackedModel` agreed within 2e-6 on every image that was farther apart; 1 to 200 of up to 15 million "
+            "signs differed, whose numbers were no farther from the threshold than about a unit in the last place of "
+            "their pixel's largest.",
+            120,
+        ),
         "",
         f"- **{len(running)} of {len(found)} families** run wholly in a plan.",
         f"- {sum(apart <= 1e-5 for apart in images)} of {len(images)} images are within 1e-5 of `PackedModel`.",

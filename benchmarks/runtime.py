@@ -1,10 +1,10 @@
 """How fast the runtime in C is: against onnxruntime, OpenVINO and ``PackedModel``, and against the machine's limit.
 
 The forms of a network take turns in one process (``bonn_qat.bench``): onnxruntime with the float network and with its
-static int8 quantization, OpenVINO with the float network if it is installed, today's ``PackedModel``, and the runtime
-with each instruction set that the machine runs but ``plain``, which takes a hundred times as long. Ratios are to
-onnxruntime with the float network in the same round. One thread unless said, whose CPU time is measured: on a shared
-machine it means more than the time of day. Then:
+static int8 quantization, OpenVINO, if it is installed, with the float network and with its 3x3 convolutions binary,
+``PackedModel``, and the runtime with each instruction set that the machine runs but ``plain``, which takes a hundred
+times as long. Ratios are to onnxruntime with the float network in the same round. One thread unless said, whose CPU
+time is measured: on a shared machine it means more than the time of day. Then:
 
 - ``threads``: images per second with two threads, as a ratio to one, by the time of day, in the fastest calls;
 - ``starts``: CPU seconds of a new process that ends with its first result, and its largest memory;
@@ -50,6 +50,7 @@ import bonn_qat
 from bonn_qat.bench import BACKENDS, bench
 from bonn_qat.bench.backends import Backend, BackendMissing, Networks
 from bonn_qat.bench.engines import Run
+from bonn_qat.binarization.binarize import binary_layers
 
 CPU = "BONN_QAT_RUNTIME_CPU"
 REFERENCE = "onnxruntime float"
@@ -122,6 +123,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     size = (3, case.pixels, case.pixels)
     model_float = timm.create_model(name).eval().requires_grad_(False)
     model_binary = made(name, args.scheme, case.pixels)
+    binary = len(list(binary_layers(model_binary)))
     with tempfile.TemporaryDirectory() as folder:
         packed, onnx = bonn_qat.pack(model_binary, size).save(Path(folder, "net")), Path(folder, "float.onnx")
         try:
@@ -129,7 +131,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         except UnsupportedOperator as error:
             return {"lacks": str(error).replace(f"{packed}: ", "")}
         backends = {key: BACKENDS[key] for key in (REFERENCE, "onnxruntime int8", "packed")}
-        backends |= {"openvino float": openvino(onnx)}
+        backends |= {"openvino float": openvino(onnx, 0), "openvino binary": openvino(onnx, binary)}
         backends |= {f"runtime {cpu}": runtime(packed, cpu) for cpu in library.cpus() if cpu in MCPU}
         backends[REFERENCE] = kept(onnx)
         report = bench(
@@ -180,8 +182,12 @@ def loaded(path: Path, cpu: str, threads: int = 1) -> Network:
         os.environ.pop(CPU) if before is None else os.environ.update({CPU: before})
 
 
-def openvino(path: Path) -> Callable[[Networks], Backend]:
-    """OpenVINO with the float network, in float32; raises BackendMissing without it."""
+def openvino(path: Path, binary: int) -> Callable[[Networks], Backend]:
+    """OpenVINO with the float network, in float32, of which ``binary`` convolutions become binary, or all stay float.
+
+    The binary ones have random weights, a threshold in front of each sign and a scale for each filter. Raises
+    BackendMissing without OpenVINO, or if the network's 3x3 convolutions are not ``binary`` many.
+    """
 
     def make(networks: Networks) -> Backend:
         try:
@@ -193,13 +199,42 @@ def openvino(path: Path) -> Callable[[Networks], Backend]:
             options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
             model = ov.Core().read_model(path)
             model.reshape([len(images), *images.shape[1:]])
+            if binary:
+                make_binary(model, binary)
             request = ov.Core().compile_model(model, "CPU", options).create_infer_request()
             array = images.numpy()
             return lambda: request.infer([array], share_inputs=True)
 
-        return Backend(make=run, size_bytes=path.stat().st_size, note=f"OpenVINO {ov.__version__}, f32, one stream")
+        what = f"{binary} binary convolutions" if binary else "f32"
+        return Backend(make=run, size_bytes=path.stat().st_size, note=f"OpenVINO {ov.__version__}, {what}, one stream")
 
     return make
+
+
+def make_binary(model: Any, binary: int) -> None:
+    """Replace the 3x3 convolutions of an OpenVINO model but the first by binary ones of random weights."""
+    import openvino as ov
+    import openvino.opset8 as ops
+
+    generator = np.random.default_rng(0)
+    low, high = (ops.constant(np.full((1, 1, 1, 1), sign, np.float32)) for sign in (-1, 1))
+    convolutions = [node for node in model.get_ordered_ops() if node.get_type_name() == "Convolution"][1:]
+    found = [node for node in convolutions if list(node.input(1).get_shape())[2:] == [3, 3]]
+    if len(found) != binary:
+        raise BackendMissing(f"{len(found)} convolutions of 3x3, but {binary} binary layers")
+    for node in found:
+        shape = list(node.input(1).get_shape())
+        threshold, scale = (
+            ops.constant(generator.standard_normal((1, size, 1, 1), np.float32)) for size in (shape[1], shape[0])
+        )
+        signs = ops.fake_quantize(node.input_value(0), threshold, threshold, low, high, 2)
+        bits = generator.integers(0, 2, shape, np.uint8).ravel().tolist()
+        geometry = node.get_attributes()
+        sums = ov.opset1.binary_convolution(
+            signs, ov.op.Constant(ov.Type.u1, ov.Shape(shape), bits), geometry["strides"], geometry["pads_begin"],
+            geometry["pads_end"], geometry["dilations"], "xnor-popcount", 0.0,
+        )  # fmt: skip
+        node.output(0).replace(ops.multiply(sums, scale).output(0))
 
 
 def threads(path: Path, rounds: int) -> float:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from bonn_qat.scheme import Scheme, Stage
     from bonn_qat.training.data import load as load_data
     from bonn_qat.training.evaluate import evaluate
+    from bonn_qat.training.hub import from_pretrained, push_to_hub, save_pretrained
     from bonn_qat.training.network import load, save
     from bonn_qat.training.pretrained import create_model, list_models
     from bonn_qat.training.recipe import Recipe
@@ -56,13 +57,16 @@ __all__ = [
     "diagnose",
     "evaluate",
     "export",
+    "from_pretrained",
     "hookimpl",
     "list_models",
     "load",
     "load_data",
     "pack",
     "parameter_groups",
+    "push_to_hub",
     "save",
+    "save_pretrained",
     "summary",
     "train",
 ]
@@ -84,6 +88,7 @@ _NAMES = {
     "scheme": ("Scheme", "Stage"),
     "training.data": ("load as load_data",),
     "training.evaluate": ("evaluate",),
+    "training.hub": ("from_pretrained", "push_to_hub", "save_pretrained"),
     "training.network": ("load", "save"),
     "training.pretrained": ("create_model", "list_models"),
     "training.recipe": ("Recipe",),

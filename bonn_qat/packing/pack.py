@@ -30,7 +30,7 @@ def pack(model: nn.Module, input_size: Sequence[int] | None = None) -> PackedMod
     The model stays as it is; the packed network computes what it computes in evaluation mode, in float32, on the CPU.
     Layers whose weights and inputs have one bit run on bits. If only the weights have one bit (BWN, MCN, DoReFa-Net,
     TBN, AdaBin), these are kept as bits and become floats for the product; several bases (ABC-Net) stay floats.
-    ``layers`` of the result says it for each layer.
+    ``layers`` of the result says it for each layer. A network with the scheme ``float`` is packed as it is.
 
     Raises InvalidModel for a model without binary layers, one in a stage with float weights or activations, one that
     torch cannot export, that returns anything but tensors, whose result is not that of each image alone: one, two and
@@ -74,11 +74,11 @@ def _size(model: nn.Module, given: Sequence[int] | None) -> tuple[int, ...]:
 
 def _check(model: nn.Module) -> None:
     """Raise InvalidModel for a model that is not 1-bit."""
-    layers = list(binary_layers(model))
-    if not layers:
+    layers, record = list(binary_layers(model)), getattr(model, "binarization", None)
+    if not layers and not (isinstance(record, Binarization) and record.scheme.name == "float"):
         raise InvalidModel(
-            f"{type(model).__name__} has no binary layer to pack; binarize it first, and one with layers of Brevitas "
-            "becomes ours by bonn_qat.adapters.brevitas.from_brevitas"
+            f"{type(model).__name__} has no binary layer to pack; binarize it first, with the scheme 'float' if it is "
+            "to stay float, and one with layers of Brevitas becomes ours by bonn_qat.adapters.brevitas.from_brevitas"
         )
     for name, layer in layers:
         if layer.stand_in is not None or not layer.binary_weight:

@@ -307,7 +307,12 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | No
     if {t.dtype for t in (query, key, value)} not in ({torch.float32}, {torch.float64}):
         return "takes queries, keys and values of float32 or float64"
     (*batch, length, width), (*_, sources, _), (*_, depth) = shapes
-    if shapes[1:] != [(*batch, sources, width), (*batch, sources, depth)] or min(length, width, sources, depth) < 1:
+    # Several heads of queries may share keys and values: the multi-query attention of MobileNetV5.
+    shared = all(
+        shape[-2:] == inner and all(m in (1, n) for m, n in zip(shape[:-2], batch, strict=True))
+        for shape, inner in zip(shapes[1:], ((sources, width), (sources, depth)), strict=True)
+    )
+    if not shared or min(length, width, sources, depth) < 1:
         return f"does not take queries, keys and values of sizes {shapes}"
     if attn_mask is None:
         return ""

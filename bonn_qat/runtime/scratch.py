@@ -55,10 +55,18 @@ def _of_convolution(
     return blocked + (0 if has_blocks else windows * len(input))
 
 
-def _of_attention(made: Sequence[Tensor], *, query: Tensor, key: Tensor, **rest: Any) -> int:
-    """The scores, where torch computes them as a whole: with a mask, and softmax and product beside them."""
-    scores = query[..., 0].numel() * key.shape[-2] * query.element_size()
-    return 3 * scores
+def _of_attention(made: Sequence[Tensor], *, query: Tensor, key: Tensor, value: Tensor, **rest: Any) -> int:
+    """The scores, where torch computes them as a whole: with a mask, and softmax and product beside them.
+
+    Keys and values that heads share are repeated for each.
+    """
+    scores = query[..., 0].numel() * key.shape[-2]
+    repeated = sum(
+        query[..., 0, 0].numel() * t[(0,) * (t.ndim - 2)].numel()
+        for t in (key, value)
+        if t.shape[:-2] != query.shape[:-2]
+    )
+    return (3 * scores + repeated) * query.element_size()
 
 
 def _of_ours(name: str, given: Mapping[str, Any], result: Any) -> int:

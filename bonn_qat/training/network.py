@@ -203,30 +203,48 @@ def load(
     an unfinished run or tensors of another network, has a recipe with names that this installation does not know, or
     does not fit into memory. Raises InvalidRecipe for an impossible number of classes or channels.
     """
+    with within_memory(str(path)):
+        tensors, header = read_tensors(path)
+        return restore(
+            tensors, header, path, trained=trained, num_classes=num_classes, in_chans=in_chans,
+            model_options=model_options, pm=pm,
+        )  # fmt: skip
+
+
+def restore(
+    tensors: dict[str, Tensor],
+    content: Mapping[str, Any],
+    path: str | Path,
+    *,
+    trained: bool = True,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    model_options: Mapping[str, Any] | None = None,
+    pm: pluggy.PluginManager | None = None,
+) -> nn.Module:
+    """As :func:`load`, of the tensors and the header of a weights file, which errors call ``path``."""
     for name, count in (("num_classes", num_classes), ("in_chans", in_chans)):
         if count is not None and not 1 <= count <= _LARGEST:
             raise InvalidRecipe(f"{name} is {count}; allowed: 1 to {_LARGEST:,}")
-    with within_memory(str(path)):
-        tensors, content = read_tensors(path)
-        header = _read_header(content, path)
-        channels = header.image[0]
-        header = replace(header, image=(in_chans or channels, *header.image[1:]))
-        try:
-            model = _rebuilt(header, tensors, model_options, pm)
-        except BonnQatError as error:
-            raise InvalidData(f"{path} cannot be restored: {error}") from error
-        if trained and header.image[0] != channels:
-            from timm.models import adapt_input_conv
+    header = _read_header(content, path)
+    channels = header.image[0]
+    header = replace(header, image=(in_chans or channels, *header.image[1:]))
+    try:
+        model = _rebuilt(header, tensors, model_options, pm)
+    except BonnQatError as error:
+        raise InvalidData(f"{path} cannot be restored: {error}") from error
+    if trained and header.image[0] != channels:
+        from timm.models import adapt_input_conv
 
-            for name in (f"{layer}.weight" for layer in metadata(model, "first_conv")):
-                tensors[name] = adapt_input_conv(header.image[0], tensors[name], channels)
-        if trained:
-            _load_tensors(model, tensors, path)
-        if num_classes is not None and num_classes != header.classes:
-            model.reset_classifier(num_classes)  # type: ignore[operator]
-            header = replace(header, preprocessing=header.preprocessing and replace(header.preprocessing, labels=()))
-        model.preprocessing = header.preprocessing if header.image[0] == channels else None  # type: ignore[assignment]
-        model.card = header.card  # type: ignore[assignment]
+        for name in (f"{layer}.weight" for layer in metadata(model, "first_conv")):
+            tensors[name] = adapt_input_conv(header.image[0], tensors[name], channels)
+    if trained:
+        _load_tensors(model, tensors, path)
+    if num_classes is not None and num_classes != header.classes:
+        model.reset_classifier(num_classes)  # type: ignore[operator]
+        header = replace(header, preprocessing=header.preprocessing and replace(header.preprocessing, labels=()))
+    model.preprocessing = header.preprocessing if header.image[0] == channels else None  # type: ignore[assignment]
+    model.card = header.card  # type: ignore[assignment]
     return model
 
 
@@ -274,6 +292,18 @@ def save(
     with a scheme that no plugin offers; and for one that holds NaN or infinity. Raises OSError where the file cannot be
     written.
     """
+    tensors, header = describe(model, model_options=model_options, card=card, pm=pm)
+    return write_tensors(path, tensors, header)
+
+
+def describe(
+    model: nn.Module,
+    *,
+    model_options: Mapping[str, Any] | None = None,
+    card: Mapping[str, Any] | None = None,
+    pm: pluggy.PluginManager | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of the file that :func:`save` would write. Raises InvalidModel as it does."""
     if tensor := non_finite(model):
         raise InvalidModel(f"{tensor} of {type(model).__name__} holds NaN or infinity; save an earlier state of it")
     copied = copy.deepcopy(model).cpu().eval()
@@ -282,9 +312,9 @@ def save(
     try:
         for recipe, classes, image in _descriptions(model, model_options, pm):
             header = _header(recipe, classes, image, preprocessing_of(model), card)
-            rebuilt = _rebuilt(_read_header(header, path), tensors, None, pm)
+            rebuilt = _rebuilt(_read_header(header, "the file"), tensors, None, pm)
             if _are_same(copied, rebuilt, image):
-                return write_tensors(path, tensors, header)
+                return tensors, header
         raise InvalidModel(
             "timm.create_model builds another network from the same name; pass its arguments as model_options"
         )

@@ -337,10 +337,6 @@ COMMANDS: Mapping[str, tuple[Command, ...]] = {
         ),
         Command(gives="export wrn10_16 --img-size 32 --format c --output 1net", names="'1net'"),
         Command(
-            gives="export wrn10_16 --scheme float --img-size 32 --format packed --output a", names="WideResNet",
-            plugins="baselines.float",
-        ),
-        Command(
             gives="export birealnet18 --scheme bonn:shortcut=block --format onnx --output a", names="'shortcut'",
         ),
         Command(

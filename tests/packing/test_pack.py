@@ -617,3 +617,30 @@ def test_what_is_sent_to_a_process_holds_no_shared_memory():
     assert b"rebuild" not in bytes(content)
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(pickle.loads(content)(x), packed(x))
+
+
+def shared_keys(net, x):
+    """The attention of four heads that share keys and values, as MobileNetV5 has it."""
+    tokens = net(x).flatten(2).transpose(1, 2)
+    keys = tokens[:, None, ::2]
+    heads = tokens.unflatten(2, (4, 2)).transpose(1, 2)
+    return nn.functional.scaled_dot_product_attention(heads, keys[..., :2], keys).transpose(1, 2).flatten(2)
+
+
+def test_heads_may_share_their_keys(tmp_path):
+    model = bonn_qat.binarize(Of(shared_keys), include=["net.1"], input_size=(3, 8, 8)).eval()
+    packed = PackedModel.load(pack(model).save(tmp_path / "net"))
+    assert packed.runtime == "C"
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = model(x.contiguous(memory_format=torch.channels_last))
+        torch.testing.assert_close(packed(x), expected)
+        torch.testing.assert_close(packed.network(x.contiguous(memory_format=packed.layout)), expected)
+
+
+def test_a_network_of_the_scheme_float_is_packed_as_it_is(tmp_path):
+    model = bonn_qat.binarize(timm.create_model("wrn10_16", num_classes=4), "float", input_size=(3, 16, 16)).eval()
+    packed = PackedModel.load(pack(model).save(tmp_path / "net"))
+    assert (packed.runtime, packed.scheme, packed.layers) == ("C", "float", ())
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(packed(x), model(x).detach())

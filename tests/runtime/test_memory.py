@@ -107,7 +107,8 @@ def variants() -> Iterator[tuple[str, Any]]:
     tensors |= {"plane": plane, "one": torch.ones(1, 1, 3, 3), "large": torch.ones(1, 1, 15, 15),
                 "deep": torch.ones(1, 64, 48, 48), "each": torch.ones(64, 1, 3, 3), "full": torch.ones(64, 64, 3, 3),
                 "dots": torch.ones(1, 2, 60, 60), "dotted": torch.ones(2, 2, 3, 3), "point": torch.ones(1, 1, 1, 1),
-                "up": torch.ones(64, 4, 4, 4), "long": torch.ones(1, 4, 500, 8)}  # fmt: skip
+                "up": torch.ones(64, 4, 4, 4), "long": torch.ones(1, 4, 500, 8), "few": torch.ones(1, 64, 1, 32),
+                "shared": torch.ones(1, 1, 4000, 32)}  # fmt: skip
     for what, args in {
         "a plane": ["$plane", "$one", None, [1, 1], [1, 1], [1, 1], 1],
         "a large kernel": ["$plane", "$large", None, [1, 1], [7, 7], [1, 1], 1],
@@ -122,6 +123,7 @@ def variants() -> Iterator[tuple[str, Any]]:
     attention = "aten.scaled_dot_product_attention.default"
     yield "attention", hostile.Call(attention, ["$long", "$long", "$long"], {}, tensors)
     yield "scores", hostile.Call(attention, ["$long", "$long", "$long", None, 0.0, True], {}, tensors)
+    yield "shared keys", hostile.Call(attention, ["$few", "$shared", "$shared"], {}, tensors)
     for equation, args in (("abc,adc->abd", ["$wide", "$wide"]), ("abc,abc->a", ["$wide", "$wide"]),
                            ("abc,dec->", ["$tokens", "$tokens"]), ("abcd->dcba", ["$image"])):  # fmt: skip
         yield equation, hostile.Call("aten.einsum.default", [equation, args], {}, tensors)

@@ -1,13 +1,17 @@
 """Sources: a packed network as C, or as WebAssembly, that computes what ``Network`` does to the last bit."""
 
+import functools
 import json
 import math
+import operator
 import re
 import string
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import numpy as np
 
 from bonn_qat_runtime import library
 from bonn_qat_runtime.errors import InvalidFile, LibraryMissing, UnsupportedOperator
@@ -73,7 +77,7 @@ class _Network:
         known = self.file.preprocessing
         values = {
             "TITLE": _title(self.file), "DEFINES": _defines(self.file, self.plan), "ROWS": _rows(self.plan),
-            "CONSTANTS": _constants(self.plan) if template == "network.c" else "",
+            "CONSTANTS": _constants(self.plan) if template == "network.c" else "", "NEEDS": _needs(self.plan),
             "SIZE": json.dumps(self.file.input_size), "OUTPUTS": str(math.prod(self.plan.results[0])),
             "KNOWN": "null" if known is None else json.dumps(known.__dict__),
             "PREPROCESSING": "" if known is None else _preprocessing(known),
@@ -133,6 +137,22 @@ def _initializers(row: list[int], members: list[tuple[str, int]]) -> list[str]:
         if any(numbers):
             parts.append(f".{name} = " + (str(numbers[0]) if size == 1 else f"{{{', '.join(map(str, numbers))}}}"))
     return parts
+
+
+def _needs(made: Plan) -> str:
+    """The operations of the rows and the steps of their epilogues, a bit for each."""
+    operation, program, steps = (FIELDS.index(name) for name in ("operation", "program", "steps"))
+    codes = [
+        code
+        for row in made.rows.tolist()
+        if row[steps]
+        for code in made.constants[row[program] :][: 16 * row[steps]].view(np.int64)[::2].tolist()
+    ]
+    needed = {"OPERATIONS": made.rows[:, operation].tolist(), "STEPS": codes}
+    return "\n".join(
+        f"#define {name} UINT64_C({functools.reduce(operator.or_, (1 << code for code in found), 0):#x})"
+        for name, found in needed.items()
+    )
 
 
 def _constants(made: Plan) -> str:

@@ -89,7 +89,7 @@ INLINE F function(int64_t code, F x) {
 /* Functions are not inlined where an epilogue is: they are many, and epilogues are in every kernel. */
 static __attribute__((noinline)) void apply(int64_t code, F *values, int count) {
     switch (code) {
-#define EACH_VALUE(name) case name: for (int p = 0; p < count; p++) values[p] = function(name, values[p]); break;
+#define EACH_VALUE(name) STEP_CASE(name) for (int p = 0; p < count; p++) values[p] = function(name, values[p]); break;
         EACH_VALUE(BONN_QAT_EXP)
         EACH_VALUE(BONN_QAT_SIGMOID)
         EACH_VALUE(BONN_QAT_SILU)

@@ -7,6 +7,15 @@
 #include "bonn_qat_runtime.h"
 #include "vectors.h"
 
+/* What rows and steps may be, a bit for each code: a program for one network is compiled with no others. */
+#ifndef OPERATIONS
+#define OPERATIONS ~UINT64_C(0)
+#define STEPS ~UINT64_C(0)
+#endif
+#define IN(set, code) ((set) >> (code) & 1)
+#define STEP_CASE(code) case code: if (!IN(STEPS, code)) break;
+#define ROW_CASE(code) case code: if (!IN(OPERATIONS, code)) break;
+
 #include "elementwise.h"
 
 #define MOST_PIXELS 8 /* of a tile */
@@ -59,28 +68,28 @@ INLINE void finish(const Finish *all, F *values, int count, int64_t pixel, int64
     for (int64_t s = 0; s < f.steps; s++) {
         const float *row = f.vectors + f.program[2 * s + 1] * f.pitch + o;
         switch (f.program[2 * s]) {
-        case BONN_QAT_SCALE: {
+        STEP_CASE(BONN_QAT_SCALE) {
             F factor = load(row);
             EACH_PIXEL values[p] *= factor;
             break;
         }
-        case BONN_QAT_ADD: {
+        STEP_CASE(BONN_QAT_ADD) {
             F addend = load(row);
             EACH_PIXEL values[p] += addend;
             break;
         }
-        case BONN_QAT_FMA: {
+        STEP_CASE(BONN_QAT_FMA) {
             F factor = load(row), addend = load(row + f.pitch);
             EACH_PIXEL values[p] = fused(values[p], factor, addend);
             break;
         }
-        case BONN_QAT_RESIDUAL: EACH_PIXEL values[p] += load(f.residual + (pixel + p) * f.residual_pitch + o); break;
-        case BONN_QAT_PRELU: {
+        STEP_CASE(BONN_QAT_RESIDUAL) EACH_PIXEL values[p] += load(f.residual + (pixel + p) * f.residual_pitch + o); break;
+        STEP_CASE(BONN_QAT_PRELU) {
             F slope = load(row);
             EACH_PIXEL values[p] = pick((I)(values[p] > 0), values[p], values[p] * slope);
             break;
         }
-        case BONN_QAT_CLAMP: { /* comparisons with NaN are false, and it stays */
+        STEP_CASE(BONN_QAT_CLAMP) { /* comparisons with NaN are false, and it stays */
             F low = load(row), high = load(row + f.pitch);
             EACH_PIXEL {
                 F raised = pick((I)(values[p] < low), low, values[p]);
@@ -439,14 +448,14 @@ static void compute(Task *t, int64_t from, int64_t to) {
     t->from = from, t->to = to;
     t->finish.gone = r->ring ? (from - from % r->ring) * r->out_width * r->out_pitch : 0;
     switch (r->operation) {
-    case BONN_QAT_COPY: copy(t); break;
-    case BONN_QAT_POINTWISE: pointwise(t); break;
-    case BONN_QAT_POOL: pool(t); break;
-    case BONN_QAT_FLOAT: convolve_floats(t); break;
-    case BONN_QAT_DEPTHWISE: convolve_depthwise(t); break;
-    case BONN_QAT_BINARY: convolve_signs(t); break;
-    case BONN_QAT_NORMALIZE: normalize(t); break;
-    case BONN_QAT_PRODUCT: multiply_matrices(t); break;
+    ROW_CASE(BONN_QAT_COPY) copy(t); break;
+    ROW_CASE(BONN_QAT_POINTWISE) pointwise(t); break;
+    ROW_CASE(BONN_QAT_POOL) pool(t); break;
+    ROW_CASE(BONN_QAT_FLOAT) convolve_floats(t); break;
+    ROW_CASE(BONN_QAT_DEPTHWISE) convolve_depthwise(t); break;
+    ROW_CASE(BONN_QAT_BINARY) convolve_signs(t); break;
+    ROW_CASE(BONN_QAT_NORMALIZE) normalize(t); break;
+    ROW_CASE(BONN_QAT_PRODUCT) multiply_matrices(t); break;
     }
 }
 

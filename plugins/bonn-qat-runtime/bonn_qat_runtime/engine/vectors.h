@@ -49,17 +49,20 @@ INLINE float fused_one(float a, float b, float c) {
     return (float)__builtin_bit_cast(double, bits);
 }
 
+static __attribute__((noinline, cold)) F fused_apart(F a, F b, F c) {
+    F result;
+    for (int l = 0; l < LANES; l++) result[l] = fused_one(a[l], b[l], c[l]);
+    return result;
+}
+
 INLINE F fused(F a, F b, F c) {
     D sum = __builtin_convertvector(a, D) * __builtin_convertvector(b, D) + __builtin_convertvector(c, D);
-    F result = __builtin_convertvector(sum, F);
     /* Rounding twice is wrong only if the first result lies halfway between two floats, or below the normal ones. */
     L bits = (L)sum & 0x7fffffffffffffff;
     L odd = (L)((bits & 0x1fffffff) == 0x10000000) | (L)((bits - 1) < 0x380fffffffffffff);
     uint64_t any = 0;
     for (int l = 0; l < LANES; l++) any |= odd[l];
-    if (__builtin_expect(any != 0, 0))
-        for (int l = 0; l < LANES; l++) result[l] = fused_one(a[l], b[l], c[l]);
-    return result;
+    return __builtin_expect(any != 0, 0) ? fused_apart(a, b, c) : __builtin_convertvector(sum, F);
 }
 #endif
 

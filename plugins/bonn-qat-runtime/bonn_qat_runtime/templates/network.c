@@ -2,6 +2,7 @@
 
 #define VARIANT net_name
 #define WORDS_ONLY
+NEEDS
 #include "kernels.c"
 #include "net_name.h"
 
