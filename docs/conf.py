@@ -6,7 +6,11 @@ The source directory is the root of the repository, so that the links in the pag
 import dataclasses
 import inspect
 import re
+import shutil
+import subprocess
+import sys
 import typing
+from pathlib import Path
 from typing import Any
 
 from sphinx.application import Sphinx
@@ -91,9 +95,20 @@ def _complain(app: Sphinx, what: str, name: str, thing: Any, *_: Any) -> bool | 
     return None
 
 
+def _demo(app: Sphinx, error: Exception | None) -> None:
+    """Put the page that runs networks in the browser beside the others, with its networks."""
+    if not error:
+        source, folder = Path(app.confdir, "demo"), Path(app.outdir, "docs", "demo")
+        shutil.copytree(
+            source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py", "nets", "__pycache__")
+        )
+        subprocess.run([sys.executable, source / "make.py", "--output", folder / "nets"], check=True)
+
+
 def setup(app: Sphinx) -> None:
     """Adapt the pages; let a public name without a docstring fail the build."""
     app.connect("source-read", _adapt)
     app.connect("autodoc-process-signature", _signature)
     app.connect("autodoc-process-docstring", _complain)
     app.connect("autodoc-skip-member", _complain)
+    app.connect("build-finished", _demo)
