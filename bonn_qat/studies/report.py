@@ -50,6 +50,7 @@ def html(comparison: Comparison) -> str:
         setting=_setting(comparison),
         finished=len(finished),
         planned=len(comparison.planned),
+        seeds=max((len(row.seeds) for row in statistics.rows(comparison)), default=0),
         unfinished=unfinished,
         results=results(comparison),
         differences=statistics.differences(comparison),

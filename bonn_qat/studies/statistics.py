@@ -77,8 +77,8 @@ class Row:
 
     @property
     def accuracy(self) -> str:
-        """Mean ± standard deviation in percent."""
-        return f"{self.top1:.2f} ± {'n/a' if self.std is None else f'{self.std:.2f}'}"
+        """Mean ± standard deviation in percent; of one seed its accuracy alone."""
+        return f"{self.top1:.2f}" + ("" if self.std is None else f" ± {self.std:.2f}")
 
 
 @dataclass(frozen=True, kw_only=True)
