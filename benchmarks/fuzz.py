@@ -442,7 +442,7 @@ def read_packed(path: Path) -> None:
     """
     model = bonn_qat.PackedModel.load(path)
     bonn_qat.summary(model)
-    needed = dry_run(model.network.graph, dict(model.network.named_buffers()), model.input_size, 1)
+    needed = dry_run(model.network.graph, dict(model.network.named_buffers()), [(model.input_size, torch.float32)], 1)
     if math.prod(model.input_size) > TOO_LARGE or needed > TOO_LARGE:
         return
     image = torch.linspace(-2, 2, math.prod(model.input_size)).view(1, *model.input_size)

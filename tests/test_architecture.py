@@ -21,7 +21,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # for a host that may be absent.
 RANKS = (
     ("errors", "engine", "modes", "environment", "conv_types"),
-    ("files", "functional", "heads", "plotting", "distributed"),
+    ("files", "functional", "heads", "inputs", "plotting", "distributed"),
     ("quantizers", "runtime", "tables"),
     ("scheme", "regularizers"),
     ("hookspecs",),

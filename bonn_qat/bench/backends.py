@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from bonn_qat.bench.engines import Run
 from bonn_qat.binarization.binarize import binary_layers
 from bonn_qat.errors import BonnQatError
 from bonn_qat.files.tensors import write_tensors
+from bonn_qat.inputs import Inputs
 
 _CALIBRATION_IMAGES = 16
 
@@ -27,13 +29,18 @@ class BackendMissing(BonnQatError, ImportError):
 class Networks:
     """The networks to measure, on the CPU and in evaluation mode; a backend must not change them.
 
-    ``size`` is that of an image, ``(C, H, W)``; the backends write their files to ``directory``.
+    ``size`` is that of an image, ``(C, H, W)``, or other inputs; the backends write their files to ``directory``.
     """
 
     float_model: nn.Module
     binary_model: nn.Module
-    size: tuple[int, ...]
+    size: tuple[int, ...] | Inputs
     directory: Path
+
+    @property
+    def inputs(self) -> Inputs:
+        """An example of what the networks take."""
+        return self.size if isinstance(self.size, Inputs) else Inputs.images(self.size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +56,12 @@ class Launch:
 class Backend:
     """One form of a network, ready to be measured.
 
-    ``make(threads, images)`` returns a function that runs the float images ``(B, C, H, W)`` once; torch is already set
-    to ``threads`` threads. ``launch()`` tells how to start it in a new process; None if that is not possible. ``note``
-    tells what the measurement includes.
+    ``make(threads, images)`` returns a function that runs the float images ``(B, C, H, W)``, or other ``Inputs``, once;
+    torch is already set to ``threads`` threads. ``launch()`` tells how to start it in a new process; None if that is
+    not possible. ``note`` tells what the measurement includes.
     """
 
-    make: Callable[[int, Tensor], Run]
+    make: Callable[[int, Any], Run]
     size_bytes: int  # on disk
     note: str
     launch: Callable[[], Launch] | None = None
@@ -95,7 +102,7 @@ def onnxruntime_int8(networks: Networks) -> Backend:
 
     class Noise(quantization.CalibrationDataReader):  # type: ignore[misc]  # untyped
         def __init__(self) -> None:
-            self.batches = _noise(networks.size)
+            self.batches = _noise(networks.inputs, [each.name for each in onnx.load(source).graph.input])
 
         def get_next(self) -> dict[str, Any] | None:
             return next(self.batches, None)
@@ -117,7 +124,7 @@ def packed(networks: Networks) -> Backend:
     from bonn_qat.packing.pack import pack
     from bonn_qat.runtime.packed import PackedModel
 
-    path = pack(networks.binary_model, networks.size).save(networks.directory / "packed.safetensors")
+    path = pack(networks.binary_model, example_inputs=networks.inputs).save(networks.directory / "packed.safetensors")
     model = PackedModel.load(path)
     bits = sum(layer.kind == "bits" for layer in model.layers)
     how = "all of it in C" if model.runtime == "C" else f"node by node in torch: {model.runtime}"
@@ -158,7 +165,7 @@ def _torch(model: nn.Module, stem: Path, note: str) -> Backend:
 
 def _onnxruntime(path: Path, note: str) -> Backend:
     return Backend(
-        make=lambda threads, images: engines.feed(engines.session(path, threads), images.numpy()),
+        make=lambda threads, images: _feed(engines.session(path, threads), images),
         size_bytes=path.stat().st_size,
         note=note,
         launch=lambda: Launch(engine="onnxruntime", path=path),
@@ -173,11 +180,14 @@ def _float_file(networks: Networks) -> Path:
         return path
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    images = torch.zeros(2, *networks.size)  # two, because a batch of one is exported as a constant
-    exported = torch.onnx.export(
-        networks.float_model, (images,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},),
-        input_names=["images"], output_names=["logits"], verbose=False,
-    )  # fmt: skip
+    given = networks.inputs.drawn(2, seed=0)  # two, because a batch of one is exported as a constant
+    with warnings.catch_warnings():
+        # Of several inputs, the first alone names the axis.
+        warnings.filterwarnings("ignore", "# The axis name", UserWarning)
+        exported = torch.onnx.export(
+            networks.float_model, given.args, kwargs=dict(given.kwargs), dynamo=True, verbose=False,
+            dynamic_shapes=given.dynamic_shapes(networks.float_model, torch.export.Dim("batch")),
+        )  # fmt: skip
     assert exported is not None
     # Metadata about the source code must not count as size.
     ClearMetadataAndDocStringPass()(exported.model)
@@ -185,10 +195,14 @@ def _float_file(networks: Networks) -> Path:
     return path
 
 
-def _noise(size: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(_CALIBRATION_IMAGES):
-        yield {"images": torch.randn(1, *size, generator=generator).numpy()}
+def _feed(session: Any, images: Tensor | Inputs) -> Run:
+    named = Inputs.batch(images).named([each.name for each in session.get_inputs()])
+    return engines.feed(session, {name: x.numpy() for name, x in named.items()})
+
+
+def _noise(inputs: Inputs, names: list[str]) -> Iterator[dict[str, Any]]:
+    for seed in range(_CALIBRATION_IMAGES):
+        yield {name: x.numpy() for name, x in inputs.drawn(1, seed).named(names).items()}
 
 
 def _require(*packages: str) -> None:

@@ -32,25 +32,25 @@ def session(path: Path, threads: int) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def feed(session: Any, images: Any) -> Run:
-    """A call of ``session`` with ``images``, a numpy array ``(B, C, H, W)``."""
-    inputs = {session.get_inputs()[0].name: images}
+def feed(session: Any, inputs: Mapping[str, Any]) -> Run:
+    """A call of ``session`` with ``inputs``, numpy arrays by name."""
     return lambda: session.run(None, inputs)
 
 
 def forward(model: Any, images: Any) -> Run:
     """A call of a PyTorch ``model`` with ``images``, a tensor ``(B, C, H, W)``, in inference mode and channels_last.
 
-    A packed network that runs in C gets them as they are.
+    A packed network that runs in C gets them as they are, and other inputs stay as they are: tensors of other shapes,
+    and :class:`bonn_qat.inputs.Inputs`.
     """
     import torch
 
-    if getattr(model, "runtime", "") != "C":
+    if getattr(model, "runtime", "") != "C" and getattr(images, "ndim", 0) == 4:
         images = images.contiguous(memory_format=torch.channels_last)
 
     def run() -> object:
         with torch.inference_mode():
-            return model(images)
+            return model(images) if isinstance(images, torch.Tensor) else images.call(model)
 
     return run
 
@@ -59,7 +59,11 @@ def _onnxruntime() -> Load:
     import numpy
     import onnxruntime  # noqa: F401 (before the memory is read)
 
-    return lambda path, threads, shape: feed(session(path, threads), numpy.zeros(shape, numpy.float32))
+    def load(path: Path, threads: int, shape: Sequence[int]) -> Run:
+        made = session(path, threads)
+        return feed(made, {made.get_inputs()[0].name: numpy.zeros(shape, numpy.float32)})
+
+    return load
 
 
 def _torch() -> Load:

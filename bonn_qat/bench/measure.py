@@ -22,6 +22,8 @@ from bonn_qat.bench.startup import first_line, startup
 from bonn_qat.binarization.binarize import Binarization
 from bonn_qat.environment import environment, processor
 from bonn_qat.errors import BonnQatError, UnknownName
+from bonn_qat.inputs import Example, Inputs
+from bonn_qat.inspection.summary import inputs_of
 
 REFERENCE = "onnxruntime float"
 WARMUP = 3  # calls before the first round, for compilation, allocation and the choice of kernels
@@ -38,8 +40,9 @@ class InvalidBenchmark(BonnQatError, ValueError):
 def bench(
     model_float: nn.Module,
     model_binary: nn.Module,
-    size: Sequence[int],
+    size: Sequence[int] | None = None,
     *,
+    example_inputs: Example | None = None,
     name: str | None = None,
     batches: Sequence[int] = (1, 32),
     threads: Sequence[int] | None = None,
@@ -52,6 +55,9 @@ def bench(
     watch: Watch | None = None,
 ) -> BenchReport:
     """Measure ``backends`` on random images of ``size`` ``(C, H, W)``, on the CPU; the models stay as they are.
+
+    ``example_inputs`` are a batch of other inputs, as for :func:`bonn_qat.pack`. Without either it is what
+    ``model_binary`` was binarized for.
 
     For each of ``threads`` (None: 1 and all cores) and ``batches``, the backends take turns in ``rounds`` rounds; each
     round starts with a different backend. A turn makes as many calls as fit into ``turn_seconds``, at least one, and
@@ -67,14 +73,16 @@ def bench(
     _check(batches=batches, threads=counts, rounds=[rounds])
     if reference not in backends:
         raise UnknownName("backend", reference, backends)
-    tell, load = watch or _ignore, _load()
+    tell, load, inputs = watch or _ignore, _load(), inputs_of(model_binary, size, example_inputs)
+    if startup_rounds and not inputs.is_images:
+        raise InvalidBenchmark("the start-up is measured with images alone; give startup_rounds=0")
     turn = functools.partial(_turn, seconds=turn_seconds, clock=clock)
     latencies: list[Latency] = []
     with tempfile.TemporaryDirectory() as folder, _restored_threads():
         networks = Networks(
             float_model=_inference_copy(model_float),
             binary_model=_inference_copy(model_binary),
-            size=tuple(size),
+            size=inputs.size if inputs.is_images else inputs,
             directory=Path(folder),
         )
         made, missing, failures = _make(backends, networks, tell)
@@ -82,15 +90,16 @@ def bench(
         for count, batch in itertools.product(counts, dict.fromkeys(batches)):
             torch.set_num_threads(count)
             tell(f"threads {count}, batch {batch}")
-            images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
+            drawn = inputs.drawn(batch, seed=0)
+            images = drawn.args[0] if inputs.is_images else drawn
             runs = _warm(made, images, count, turn, failures)
             latencies += _latencies(_alternate(runs, rounds, turn), batch, count, base)
-        startups, broken = startup(made, size, rounds=startup_rounds, watch=tell) if startup_rounds else ((), {})
+        startups, broken = startup(made, inputs.size, rounds=startup_rounds, watch=tell) if startup_rounds else ((), {})
     record = getattr(model_binary, "binarization", None)
     return BenchReport(
         model=name or type(model_float).__name__,
         scheme=record.scheme.name if isinstance(record, Binarization) else "none",
-        input_size=tuple(size),
+        input_size=inputs.size,
         rounds=rounds,
         reference=base,
         latencies=tuple(latencies),
@@ -155,7 +164,7 @@ def _make(
 
 
 def _warm(
-    backends: Mapping[str, Backend], images: Tensor, threads: int, turn: Turn, failures: dict[str, str]
+    backends: Mapping[str, Backend], images: Tensor | Inputs, threads: int, turn: Turn, failures: dict[str, str]
 ) -> dict[str, Run]:
     """A warmed-up call of each backend; backends that fail are added to ``failures``."""
     runs: dict[str, Run] = {}

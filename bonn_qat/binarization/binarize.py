@@ -22,6 +22,7 @@ from bonn_qat.binarization.fast_paths import close_fast_paths
 from bonn_qat.conv_types import MATRICES
 from bonn_qat.engine.kept import lean
 from bonn_qat.errors import InvalidModel, InvalidRecipe, check_model
+from bonn_qat.inputs import Example, Inputs
 from bonn_qat.layers import BINARY, BinaryLayer, check_contract, check_start, is_own
 from bonn_qat.scheme import Scheme, WatchedScheme
 from bonn_qat.tables import as_html, facts
@@ -50,8 +51,9 @@ class Binarization:
 
     ``binary``: names of the binary layers. ``kept``: the float layers, each with the reason. ``schemes``: the binary
     layers with another scheme than ``scheme``. ``revived``: norms and gains that were all zero and are now one.
-    ``input_size``: that of the policy's dry run, None without one. ``added`` and ``removed``: the keys of the state
-    dict that only the binary or only the float model has. ``skip`` and ``include`` are as given to :func:`binarize`.
+    ``input_size``: that of the policy's dry run, None without one; ``inputs``: the example of other inputs than images.
+    ``added`` and ``removed``: the keys of the state dict that only the binary or only the float model has.
+    ``skip`` and ``include`` are as given to :func:`binarize`.
     ``logits``: the layers that produce an output ``(B, classes)``, None without a dry run.
     """
 
@@ -61,6 +63,7 @@ class Binarization:
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     revived: tuple[str, ...] = ()
     input_size: tuple[int, ...] | None = None
+    inputs: Inputs | None = field(default=None, compare=False, repr=False)
     added: frozenset[str] = field(default=frozenset(), repr=False)
     skip: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
@@ -85,6 +88,7 @@ def binarize(
     predicate: policy.Predicate | None = None,
     schemes: Mapping[str, str | Scheme] | None = None,
     input_size: Sequence[int] | None = None,
+    example_inputs: Example | None = None,
     inplace: bool = False,
     pm: pluggy.PluginManager | None = None,
 ) -> nn.Module:
@@ -95,7 +99,9 @@ def binarize(
     arguments overrule it:
     ``skip`` and ``include``, which are names of modules or globs, and ``predicate(name, layer) -> bool | None``.
     ``schemes`` maps names or globs to other schemes, of which the last match counts; a scheme with float weights keeps
-    a layer float. ``input_size`` ``(C, H, W)`` is the size of the model's images; None finds it out.
+    a layer float. ``input_size`` ``(C, H, W)`` is the size of the model's images; None finds it out. A model of tokens
+    or of several inputs gets ``example_inputs`` instead: a batch of what it is called with, as a tensor, a tuple of
+    tensors, or a dict of tensors by name.
 
     A norm before each sign and the scheme's nonlinearity in place of each ReLU keep the signs informative; the model's
     own norms stay where they are, but for blocks that give their own binary form, as the paper's networks do. Norms and
@@ -116,6 +122,7 @@ def binarize(
     ('2',)
     """
     _check_arguments(model, input_size)
+    inputs = None if example_inputs is None else Inputs.of(example_inputs)
     model = unwrapped(model)
     chosen = plugins.find_scheme(scheme, pm)
     if isinstance(getattr(model, "binarization", None), Binarization):
@@ -123,14 +130,16 @@ def binarize(
                            "binarize the float model instead")  # fmt: skip
     skip, include = (tuple([x] if isinstance(x, str) else x) for x in (skip, include))
     others = _Schemes(chosen, {p: plugins.find_scheme(s, pm) for p, s in (schemes or {}).items()}, model)
-    decision = policy.decide(model, skip=skip, include=include, predicate=predicate, input_size=input_size)
+    decision = policy.decide(
+        model, skip=skip, include=include, predicate=predicate, input_size=input_size, inputs=inputs
+    )
     kept = decision.kept | {n: f"scheme {others.of(n).name!r}" for n in decision.binary if others.of(n).weight is None}
     if chosen.weight is None and not others.patterns:
         others.check_options(model)
         result = model if inplace else copied(model, ", or give inplace=True")
         result.binarization = Binarization(  # type: ignore[assignment]
             scheme=chosen, binary=(), kept=decision.kept, input_size=decision.input_size, skip=skip, include=include,
-            logits=decision.logits,
+            logits=decision.logits, inputs=inputs,
         )  # fmt: skip
         return result
     if len(kept) == len(decision.kept) + len(decision.binary):
@@ -162,6 +171,7 @@ def binarize(
         schemes={name: others.of(name) for name in layers if others.of(name) is not chosen},
         revived=tuple(_revive_zero_scales(result)),
         input_size=decision.input_size,
+        inputs=inputs,
         added=added,
         skip=skip,
         include=include,
@@ -308,7 +318,8 @@ def _warn(model: nn.Module, decision: policy.Decision) -> None:
     kind = type(model).__name__
     if decision.unseen:
         words = f"names and classes decide which layers of {kind} stay float, because {decision.unseen}"
-        warnings.warn(f"{words}; give input_size=(C, H, W), or choose with skip and include", UnseenModel, stacklevel=3)
+        todo = "give input_size=(C, H, W) or example_inputs, or choose with skip and include"
+        warnings.warn(f"{words}; {todo}", UnseenModel, stacklevel=3)
     _warn_of_floats(model, decision)
 
 

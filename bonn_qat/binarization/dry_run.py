@@ -27,6 +27,7 @@ from bonn_qat.binarization.fast_paths import close_fast_paths
 from bonn_qat.binarization.guesses import Guesses
 from bonn_qat.conv_types import macs
 from bonn_qat.errors import is_out_of_memory
+from bonn_qat.inputs import Inputs
 
 BATCH = 2
 
@@ -82,10 +83,10 @@ _PASSES = (
 _SAME_WITHOUT_GRAD = {"torch", "torchvision", "timm", "bonn_qat"}
 
 
-def dry_run(model: nn.Module, layers: Iterable[str], input_size: Sequence[int]) -> DryRun:
-    """Pass two images of ``input_size`` ``(C, H, W)`` through ``model`` and observe ``layers``.
+def dry_run(model: nn.Module, layers: Iterable[str], inputs: Inputs | Sequence[int]) -> DryRun:
+    """Pass two samples like ``inputs``, or images of that size ``(C, H, W)``, through ``model`` and observe ``layers``.
 
-    It passes them in evaluation mode with gradients and in inference mode, then one image without gradients under
+    It passes them in evaluation mode with gradients and in inference mode, then one sample without gradients under
     autocast, and two in training mode; what the model refuses is left out. Not seen is what code does for more images,
     in other combinations of these modes, and only while torch traces it, which pack and export compare with the model.
     The model is not changed. Raises CannotBeCopied, and whatever the model raises in evaluation mode.
@@ -94,6 +95,7 @@ def dry_run(model: nn.Module, layers: Iterable[str], input_size: Sequence[int]) 
     torch.Size([2, 8, 30, 30])
     """
     layers = list(layers)
+    inputs = inputs if isinstance(inputs, Inputs) else Inputs.images(inputs)
     seen: list[_Watch] = []
     error: Exception | None = None
     libraries = {type(module).__module__.partition(".")[0] for module in model.modules()}
@@ -103,7 +105,7 @@ def dry_run(model: nn.Module, layers: Iterable[str], input_size: Sequence[int]) 
         if one.training and not seen:
             break
         try:
-            seen.append(_try(model, layers, input_size, one))
+            seen.append(_try(model, layers, inputs, one))
         except Exception as caught:  # a model may raise anything
             if isinstance(caught, CannotBeCopied) or is_out_of_memory(caught):
                 raise
@@ -121,32 +123,38 @@ def dry_run(model: nn.Module, layers: Iterable[str], input_size: Sequence[int]) 
     )
 
 
-def _try(model: nn.Module, layers: list[str], input_size: Sequence[int], one: _Pass) -> "_Watch":
+def _try(model: nn.Module, layers: list[str], inputs: Inputs, one: _Pass) -> "_Watch":
     first, second = one.devices
     try:
-        return _follow(model, layers, input_size, one, first)
+        return _follow(model, layers, inputs, one, first)
     except Exception as error:
         if isinstance(error, CannotBeCopied) or is_out_of_memory(error):
             raise
-        return _follow(model, layers, input_size, one, second)
+        return _follow(model, layers, inputs, one, second)
 
 
-def _follow(model: nn.Module, layers: list[str], input_size: Sequence[int], one: _Pass, device: str) -> "_Watch":
+def _follow(model: nn.Module, layers: list[str], inputs: Inputs, one: _Pass, device: str) -> "_Watch":
     fake = FakeTensorMode(allow_non_fake_inputs=True) if device == "cpu" else None
     copied = ghost(model, fake).train(one.training)
     close_fast_paths(copied)
     with _unnoticed(), fake or torch.device(device):
         reference = next((p for p in copied.parameters() if p.is_floating_point()), torch.empty(0))
-        image = torch.empty(1 if one.serves else BATCH, *input_size, dtype=reference.dtype, device=device)
+        count = 1 if one.serves else BATCH
+
+        def given(x: Tensor) -> Tensor:
+            kind = reference.dtype if x.is_floating_point() else x.dtype
+            made = torch.empty(count, *x.shape[1:], dtype=kind, device=device)
+            # No leaf, because layers must not change a leaf in place.
+            return made.requires_grad_() * 1 if one.grad and x.is_floating_point() else made
+
         watch = _Watch(copied, layers, guesses=Guesses() if fake else None)
         autocast = torch.autocast("cpu", enabled=one.serves, cache_enabled=False)
         # Not both at once: in inference mode autocast would not see into operations such as einsum.
         inference = torch.inference_mode(not one.grad and not one.serves)
         with inference, torch.set_grad_enabled(one.grad), autocast, watch:
-            if one.grad:
-                image = image.requires_grad_() * 1  # no leaf, because layers must not change a leaf in place
-            watch.start(image)
-            watch.finish(copied(image))
+            passed = inputs.map(given)
+            watch.start(passed.tensors)
+            watch.finish(passed.call(copied))
     return watch
 
 
@@ -215,9 +223,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._set(weight, _Origin(weights=frozenset([name])))
             module.forward = self._followed(name, module.forward, module if name in layers else None)
 
-    def start(self, image: Tensor) -> None:
-        """``image`` is the input of the model."""
-        self._set(image, _Origin(image=True, sees=True))
+    def start(self, inputs: Iterable[Tensor]) -> None:
+        """``inputs`` are those of the model."""
+        for tensor in inputs:
+            # Whole numbers are looked up or masks; a layer behind them does not read the numbers.
+            self._set(tensor, _Origin(image=tensor.is_floating_point(), sees=True))
 
     def finish(self, output: object) -> None:
         """``output`` is the model's."""

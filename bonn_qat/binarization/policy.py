@@ -15,6 +15,7 @@ from bonn_qat.conv_types import CONVOLUTIONS, conv_type
 from bonn_qat.errors import InvalidModel, UnknownName, is_out_of_memory
 from bonn_qat.files.plain import one_line
 from bonn_qat.heads import metadata
+from bonn_qat.inputs import Inputs
 
 Predicate = Callable[[str, nn.Module], bool | None]
 
@@ -55,6 +56,7 @@ def decide(
     include: Iterable[str] = (),
     predicate: Predicate | None = None,
     input_size: Sequence[int] | None = None,
+    inputs: Inputs | None = None,
 ) -> Decision:
     """Decide for every layer of ``model``. The first rule that applies decides.
 
@@ -69,17 +71,17 @@ def decide(
        with one input channel; gates, as of squeeze-and-excite, which are layers on pooled features before other layers
        on unpooled ones; and layers that the image does not reach.
 
-    A dry run with images of ``input_size`` ``(C, H, W)`` finds out most of that. If it is None, usual sizes are tried;
-    a model that takes none of them is decided by names and classes alone: the first convolution and the last linear
-    layer stay float. Raises UnknownName for a pattern that matches no module, and InvalidModel for an ``input_size``
-    that the model refuses, or an ``include`` that names no layer that can be binary.
+    A dry run with images of ``input_size`` ``(C, H, W)``, or with ``inputs``, finds out most of that. If both are None,
+    usual sizes are tried; a model that takes none of them is decided by names and classes alone: the first convolution
+    and the last linear layer stay float. Raises UnknownName for a pattern that matches no module, and InvalidModel for
+    an ``input_size`` or ``inputs`` that the model refuses, or an ``include`` that names no layer that can be binary.
 
     >>> decide(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 60 * 60, 10))).kept
     {'0': 'first layer', '3': 'classifier'}
     """
     include = [include] if isinstance(include, str) else list(include)
     layers = {name: module for name, module in model.named_modules() if name and _has_matrix(module)}
-    run, size, unseen = _observe(model, list(layers), input_size)
+    run, size, unseen = _observe(model, list(layers), input_size, inputs)
     impossible = _impossible(model, layers, run)
     kept = {n: r for n, r in named(model, skip, "skip").items() if n in layers}
     wanted = named(model, include, "include")
@@ -263,14 +265,16 @@ def _is_shortcut(model: nn.Module, name: str, conv: nn.Module) -> bool:
 
 
 def _observe(
-    model: nn.Module, layers: list[str], input_size: Sequence[int] | None
+    model: nn.Module, layers: list[str], input_size: Sequence[int] | None, inputs: Inputs | None
 ) -> tuple[DryRun | None, tuple[int, ...] | None, str | None]:
     """The dry run, its size, and without one the reason."""
+    if inputs is not None:
+        input_size = inputs.size
     tried: list[tuple[int, ...]] = []
     error: Exception | None = None
     for size in dict.fromkeys(_sizes(model) if input_size is None else [tuple(input_size)]):
         try:
-            return dry_run(model, layers, size), size, None
+            return dry_run(model, layers, inputs or size), size, None
         except CannotBeCopied as refusal:
             return None, tuple(input_size) if input_size else None, one_line(refusal)
         except Exception as caught:  # a model may raise anything for a size that does not fit
@@ -282,10 +286,9 @@ def _observe(
         given = ", ".join(map(str, tried[:3])) + (" and others" if len(tried) > 3 else "")
         return None, None, f"it takes no image of {given}: {one_line(error)}" if error else "no size is known to try"
     assert error is not None
-    raise InvalidModel(
-        f"{type(model).__name__} does not take an image of {tuple(input_size)}: {one_line(error)}; "
-        "give input_size=(C, H, W)"
-    ) from error
+    what = f"an image of {tuple(input_size)}" if inputs is None else f"the example_inputs {inputs}"
+    todo = "give input_size=(C, H, W)" if inputs is None else "give what the model is called with"
+    raise InvalidModel(f"{type(model).__name__} does not take {what}: {one_line(error)}; {todo}") from error
 
 
 def _sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:

@@ -23,7 +23,8 @@ from bonn_qat.exporting.onnx import beyond_bipolar, run_onnx, run_qonnx, write_o
 from bonn_qat.exporting.sources import files_of, run_c, run_wasm
 from bonn_qat.exporting.trace import outputs_of, run_pt2, write_pt2
 from bonn_qat.files.atomic import check_writable, write_bytes
-from bonn_qat.inspection.summary import input_size_of
+from bonn_qat.inputs import Example, Inputs
+from bonn_qat.inspection.summary import inputs_of
 from bonn_qat.layers import BinaryLayer
 from bonn_qat.modes import modes, neutral
 from bonn_qat.packing.pack import pack
@@ -43,16 +44,17 @@ class PackageMissing(BonnQatError, ImportError):
 
 
 class Format(NamedTuple):
-    """A format: ``write(model, size)`` returns the bytes of a file, ``run(path, images)`` runs it in another runtime.
+    """A format: ``write(model, inputs)`` returns the bytes of a file, ``run(path, images)`` runs it in another runtime.
 
     ``write`` is given a frozen copy of the model that it may change, in evaluation mode, on the CPU, in float32;
-    ``size`` is ``(C, H, W)``. ``files(content, name)`` makes these bytes the files of a folder with this name. ``run``
-    returns a tensor for each output. ``needs`` are the packages that ``write`` and ``files`` import, ``runs_in``
-    packages or programs of ``run``. ``refuses`` says what the format cannot hold of a layer, None if it can hold it.
+    ``inputs`` are an example of its inputs. ``files(content, name)`` makes these bytes the files of a folder with this
+    name. ``run`` returns a tensor for each output. ``needs`` are the packages that ``write`` and ``files`` import,
+    ``runs_in`` packages or programs of ``run``. ``refuses`` says what the format cannot hold of a layer, None if it can
+    hold it.
     """
 
-    write: Callable[[nn.Module, tuple[int, ...]], bytes]
-    run: Callable[[Path, Tensor], list[Tensor]]
+    write: Callable[[nn.Module, Inputs], bytes]
+    run: Callable[[Path, Tensor | Inputs], list[Tensor]]
     needs: tuple[str, ...] = ()
     runs_in: tuple[str, ...] = ()
     refuses: Callable[[BinaryLayer], str | None] = lambda layer: None
@@ -71,12 +73,16 @@ class Agreement(NamedTuple):
     same: float
 
 
-def export(model: nn.Module, path: str | Path, format: str, *, input_size: Sequence[int] | None = None) -> Path:
+def export(
+    model: nn.Module, path: str | Path, format: str, *, input_size: Sequence[int] | None = None,
+    example_inputs: Example | None = None,
+) -> Path:  # fmt: skip
     """Write a binarized ``model`` to ``path``, atomically; the model stays as it is.
 
     ``format`` is a key of :data:`FORMATS`; for ``c`` and ``wasm``, ``path`` is a folder whose name becomes that of the
-    network. ``input_size`` ``(C, H, W)`` is by default what the model was binarized for, else timm's. The file takes
-    batches of any size where the format and the model's own code allow it, else of one.
+    network. ``input_size`` ``(C, H, W)`` is by default what the model was binarized for, else timm's;
+    ``example_inputs`` are a batch of other inputs, as for :func:`bonn_qat.pack`. The file takes batches of any size
+    where the format and the model's own code allow it, else of one.
 
     Raises UnknownName for another format; PackageMissing; InvalidModel for a model that is not binarized, that cannot
     be copied or traced, of which torch records something else than it computes for one, two and three images, or with a
@@ -94,13 +100,13 @@ def export(model: nn.Module, path: str | Path, format: str, *, input_size: Seque
     _require(format, chosen.needs)
     with neutral(making=True):
         model = unwrapped(model)
-        size = input_size_of(model, input_size)
+        inputs = inputs_of(model, input_size, example_inputs)
         _check(model, format)
         check_writable(path / "file" if chosen.files else path)
         frozen = inference_copy(model)
         for _, layer in binary_layers(frozen):
             layer.freeze()
-        content = chosen.write(frozen, size)
+        content = chosen.write(frozen, inputs)
     if chosen.files is None:
         return write_bytes(path, content)
     for name, part in chosen.files(content, path.resolve().name).items():
@@ -109,18 +115,20 @@ def export(model: nn.Module, path: str | Path, format: str, *, input_size: Seque
 
 
 def verify(
-    model: nn.Module, path: str | Path, format: str, *, input_size: Sequence[int] | None = None, images: int = 8
-) -> Agreement:
-    """Run ``model``, and its file in the format's own runtime, on the same ``images`` of normal random numbers.
+    model: nn.Module, path: str | Path, format: str, *, input_size: Sequence[int] | None = None,
+    example_inputs: Example | None = None, images: int = 8,
+) -> Agreement:  # fmt: skip
+    """Run ``model``, and its file in the format's own runtime, on the same random ``images``, or other inputs.
 
     Raises UnknownName for another format, PackageMissing where its runtime is not installed.
     """
     chosen = _find(format)
     _require(format, chosen.runs_in)
     with neutral(making=True), modes(model):
-        batch = torch.randn(images, *input_size_of(model, input_size), generator=torch.Generator().manual_seed(_SEED))
-        reference = next((p for p in model.parameters() if p.is_floating_point()), batch)
-        ours = [output.cpu().float() for output in outputs_of(model(batch.to(reference)))]
+        batch = inputs_of(model, input_size, example_inputs).drawn(images, _SEED)
+        reference = next((p for p in model.parameters() if p.is_floating_point()), batch.tensors[0])
+        given = batch.map(lambda x: x.to(reference if x.is_floating_point() else reference.device))
+        ours = [output.cpu().float() for output in outputs_of(given.call(model))]
         theirs = chosen.run(Path(path), batch)
     errors = [(own - other.view_as(own)).abs().flatten(1).amax(1) for own, other in zip(ours, theirs, strict=True)]
     differences, same = torch.stack(errors).amax(0), ours[-1].argmax(1) == theirs[-1].argmax(1)
@@ -163,12 +171,12 @@ def _check(model: nn.Module, format: str) -> None:
             )
 
 
-def _write_packed(model: nn.Module, size: tuple[int, ...]) -> bytes:
-    return pack(model, size).dump()
+def _write_packed(model: nn.Module, inputs: Inputs) -> bytes:
+    return pack(model, example_inputs=inputs).dump()
 
 
-def _run_packed(path: Path, images: Tensor) -> list[Tensor]:
-    return outputs_of(PackedModel.load(path)(images))
+def _run_packed(path: Path, inputs: Tensor | Inputs) -> list[Tensor]:
+    return outputs_of(Inputs.batch(inputs).call(PackedModel.load(path)))
 
 
 FORMATS: Mapping[str, Format] = {

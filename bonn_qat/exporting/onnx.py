@@ -1,8 +1,8 @@
 """ONNX: signs as comparisons and weights as packed bits for onnxruntime; BipolarQuant nodes for QONNX."""
 
 import copy
-import functools
 import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bonn_qat.binarization.binarize import binary_layers
 from bonn_qat.errors import InvalidModel
 from bonn_qat.exporting.trace import in_batches, trace
+from bonn_qat.inputs import Inputs
 from bonn_qat.layers import BinaryLayer
 from bonn_qat.packing.compare import compare
 from bonn_qat.packing.ready import quiet, reason
@@ -56,18 +57,21 @@ class _Dialect(NamedTuple):
     keeps_nan: bool
 
 
-def _onnx(model: nn.Module, size: tuple[int, ...], batch: int | None, dialect: _Dialect) -> bytes:
+def _onnx(model: nn.Module, inputs: Inputs, batch: int | None, dialect: _Dialect) -> bytes:
     import onnx_ir as ir
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     from onnxscript import optimizer
 
     binary = _release(model)
-    program = trace(model, size, batch)
+    program = trace(model, inputs, batch)
+    names = inputs.names(program.graph_signature.user_inputs, program.call_spec.in_spec)
     try:
-        with quiet():
+        with quiet(), warnings.catch_warnings():
+            # Of several inputs, the first alone names the axis.
+            warnings.filterwarnings("ignore", "# The axis name", UserWarning)
             converted: Any = torch.onnx.export(
-                program, dynamo=True, optimize=False, verbose=False, opset_version=_OPSET, input_names=["images"],
-                dynamic_shapes=({0: "batch"},) if program.range_constraints else None,
+                program, dynamo=True, optimize=False, verbose=False, opset_version=_OPSET, input_names=names,
+                dynamic_shapes=inputs.dynamic_shapes(model, "batch") if program.range_constraints else None,
             )  # fmt: skip
     except Exception as error:  # whatever the converter raises
         raise InvalidModel(f"torch.onnx cannot convert {type(model).__name__}: {reason(error)}") from error
@@ -236,56 +240,60 @@ def _bipolar(graph: "ir.Graph", x: "ir.Value") -> "list[ir.Node]":
     return [_node("BipolarQuant", [x, _constant(graph, "plus", np.float32(1))], domain=_QONNX)]
 
 
-def write_onnx(model: nn.Module, size: tuple[int, ...]) -> bytes:
+def write_onnx(model: nn.Module, inputs: Inputs) -> bytes:
     """The bytes of an ONNX file that keeps one bit for each binary weight.
 
     If onnxruntime is installed, it computes with them as the model does.
     """
-    content = _onnx(model, size, None, _Dialect(sign=_compare, weight=_unpack, keeps_nan=True))
+    content = _onnx(model, inputs, None, _Dialect(sign=_compare, weight=_unpack, keeps_nan=True))
     if importlib.util.find_spec("onnxruntime"):
         is_exact = all(beyond_bipolar(layer) is None for _, layer in binary_layers(model))
-        run = functools.partial(run_onnx, content)
-        compare(model, run, size, f"onnxruntime does not compute {type(model).__name__}", is_exact=is_exact)
+
+        def run(*args: Tensor, **kwargs: Tensor) -> list[Tensor]:
+            return run_onnx(content, Inputs(args=args, kwargs=kwargs))
+
+        compare(model, run, inputs, f"onnxruntime does not compute {type(model).__name__}", is_exact=is_exact)
     return content
 
 
-def run_onnx(source: Path | bytes, images: Tensor) -> list[Tensor]:
+def run_onnx(source: Path | bytes, inputs: Tensor | Inputs) -> list[Tensor]:
     """The outputs of an ONNX file, or of its bytes, in onnxruntime, on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
-    (given,) = session.get_inputs()
+    given = session.get_inputs()
 
-    def run(part: Tensor) -> list[Tensor]:
-        return [torch.from_numpy(output) for output in session.run(None, {given.name: part.numpy()})]
+    def run(part: Inputs) -> list[Tensor]:
+        named = part.named([each.name for each in given])
+        return [torch.from_numpy(x) for x in session.run(None, {name: x.numpy() for name, x in named.items()})]
 
-    return in_batches(run, images, given.shape[0] if isinstance(given.shape[0], int) else None)
+    return in_batches(run, inputs, given[0].shape[0] if isinstance(given[0].shape[0], int) else None)
 
 
-def write_qonnx(model: nn.Module, size: tuple[int, ...]) -> bytes:
+def write_qonnx(model: nn.Module, inputs: Inputs) -> bytes:
     """The bytes of a QONNX file, with BipolarQuant nodes, for one image."""
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.util.cleanup import cleanup_model
 
     dialect = _Dialect(sign=_bipolar, weight=_bipolar, keeps_nan=False)
-    raw = _onnx(model, size, 1, dialect)  # qonnx needs every shape, so for one image
+    raw = _onnx(model, inputs, 1, dialect)  # qonnx needs every shape, so for one image
     content: bytes = cleanup_model(ModelWrapper(raw)).model.SerializeToString()
     return content
 
 
-def run_qonnx(path: Path, images: Tensor) -> list[Tensor]:
+def run_qonnx(path: Path, inputs: Tensor | Inputs) -> list[Tensor]:
     """The outputs of a QONNX file in qonnx's own interpreter, image by image."""
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.core.onnx_exec import execute_onnx
 
     model = ModelWrapper(str(path))
-    (given,), outputs = model.graph.input, model.graph.output
+    given, outputs = [each.name for each in model.graph.input], model.graph.output
 
-    def run(image: Tensor) -> list[Tensor]:
-        result = execute_onnx(model, {given.name: image.numpy()})
+    def run(one: Inputs) -> list[Tensor]:
+        result = execute_onnx(model, {name: x.numpy() for name, x in one.named(given).items()})
         return [torch.from_numpy(result[output.name]) for output in outputs]
 
-    return in_batches(run, images, 1)
+    return in_batches(run, inputs, 1)
 
 
 def beyond_bipolar(layer: BinaryLayer) -> str | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bonn_qat.errors import InvalidModel
+from bonn_qat.inputs import Inputs
 
 _SCRIPT = """
 import { readFileSync, writeFileSync } from "node:fs";
@@ -43,22 +44,23 @@ def files_of(packed: bytes, name: str, format: str) -> Mapping[str, bytes]:
             ) from error
 
 
-def run_c(path: Path, images: Tensor) -> list[Tensor]:
+def run_c(path: Path, inputs: Tensor | Inputs) -> list[Tensor]:
     """What the program of a folder gives, compiled by zig."""
     (source,) = (file for file in path.glob("*.c") if file.with_suffix(".h").exists() and file.stem != "kernels")
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "program")
         options = ["-O3", "-std=c11", "-ffp-contract=off", path / "main.c", source, "-o", program]
         subprocess.run([sys.executable, "-m", "ziglang", "cc", *map(str, options)], capture_output=True, check=True)
-        return _outputs([program, "--logits"], images)
+        return _outputs([program, "--logits"], inputs)
 
 
-def run_wasm(path: Path, images: Tensor) -> list[Tensor]:
+def run_wasm(path: Path, inputs: Tensor | Inputs) -> list[Tensor]:
     """What the module of a folder gives in Node."""
     (module,) = path.glob("*.js")
-    return _outputs(["node", "--input-type=module", "-e", _SCRIPT, module.resolve().as_uri()], images)
+    return _outputs(["node", "--input-type=module", "-e", _SCRIPT, module.resolve().as_uri()], inputs)
 
 
-def _outputs(command: Sequence[str | Path], images: Tensor) -> list[Tensor]:
+def _outputs(command: Sequence[str | Path], inputs: Tensor | Inputs) -> list[Tensor]:
+    (images,) = Inputs.batch(inputs).tensors
     done = subprocess.run(command, input=images.numpy().tobytes(), capture_output=True, check=True)
     return [torch.from_numpy(np.array(done.stdout.split(), np.float32)).view(len(images), -1)]

@@ -26,7 +26,7 @@ def packed_report(packed: PackedModel) -> Report:
     outputs = _Outputs(packed.network)
     packed.check(1)
     with torch.no_grad(), packed.computing():
-        outputs.run(torch.zeros(1, *packed.input_size).contiguous(memory_format=packed.layout))
+        outputs.run(*packed.zeros(1))
     names = {buffer: name for name, buffer in packed.names.items()}
     rows = _Rows(names, {name: packed.network.get_buffer(buffer).numel() for name, buffer in packed.names.items()})
     for node, (shape, places) in outputs.shapes.items():

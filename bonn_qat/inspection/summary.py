@@ -17,6 +17,7 @@ from bonn_qat.binarization.binarize import Binarization, check_size
 from bonn_qat.conv_types import CONVOLUTIONS, macs
 from bonn_qat.errors import InvalidModel, check_model
 from bonn_qat.files.plain import one_line
+from bonn_qat.inputs import Example, Inputs
 from bonn_qat.inspection.packed_size import packed_report
 from bonn_qat.inspection.size_report import FLOAT_BITS, LayerReport, OtherReport, Report
 from bonn_qat.layers import BinaryLayer
@@ -26,12 +27,13 @@ from bonn_qat.regularizers import binary_weight_layers
 from bonn_qat.runtime.packed import PackedModel
 
 
-def summary(model: nn.Module, input_size: Sequence[int] | None = None) -> Report:
-    """Count the bits and MACs of ``model`` for one image of ``input_size`` ``(C, H, W)``, or an input of other shape.
+def summary(
+    model: nn.Module, input_size: Sequence[int] | None = None, *, example_inputs: Example | None = None
+) -> Report:
+    """Count the bits and MACs of ``model`` for one image of ``input_size`` ``(C, H, W)``, or one of ``example_inputs``.
 
-    By default that is the size that the model was binarized for, else timm's. The model runs once on zeros, in
-    evaluation mode and on its own device, and is left unchanged. Raises InvalidModel if the size is unknown or the
-    model does not take it.
+    By default that is what the model was binarized for, else timm's size. The model runs once, in evaluation mode and
+    on its own device, and is left unchanged. Raises InvalidModel if the size is unknown or the model does not take it.
 
     >>> report = summary(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), (3, 8, 8))
     >>> report.macs, report.parameters
@@ -39,7 +41,7 @@ def summary(model: nn.Module, input_size: Sequence[int] | None = None) -> Report
     """
     if isinstance(model, PackedModel):
         return packed_report(model)
-    size = input_size_of(model, input_size)
+    inputs = inputs_of(model, input_size, example_inputs)
     record = getattr(model, "binarization", None)
     done = record if isinstance(record, Binarization) else None
     kept = dict(done.kept) if done else {}
@@ -48,7 +50,7 @@ def summary(model: nn.Module, input_size: Sequence[int] | None = None) -> Report
         for name, module in model.named_modules()
         if isinstance(module, (*CONVOLUTIONS, nn.Linear)) or name in kept
     }
-    calls = _calls(model, list(rows.values()), size)
+    calls = _calls(model, list(rows.values()), inputs)
     binary = set(binary_weight_layers(model).values())
     counted = {id(p) for layer in model.modules() for p in _training_only(layer)}
     layers, others = [], []
@@ -63,7 +65,7 @@ def summary(model: nn.Module, input_size: Sequence[int] | None = None) -> Report
             others.append((type(module).__name__, sum(p.numel() for p in own.values())))
     return Report(
         model=type(model).__name__,
-        input_size=size,
+        input_size=inputs.size,
         layers=tuple(layers),
         others=_by_type(others),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -73,16 +75,26 @@ def summary(model: nn.Module, input_size: Sequence[int] | None = None) -> Report
     )
 
 
-def input_size_of(model: nn.Module, given: Sequence[int] | None) -> tuple[int, ...]:
-    """``given``, else the size that ``model`` was binarized for, else timm's. Raises InvalidModel if there is none."""
+def inputs_of(model: nn.Module, size: Sequence[int] | None = None, example: Example | None = None) -> Inputs:
+    """Inputs like the ``example``, else images of ``size``, else what ``model`` was binarized for, else timm's size.
+
+    Raises InvalidModel if there is none.
+    """
     check_model(model)
-    check_size(given)
+    check_size(size)
     record, config = getattr(model, "binarization", None), getattr(model, "pretrained_cfg", None)
     said = config.get("input_size") if isinstance(config, dict) else None
-    size = given or (record.input_size if isinstance(record, Binarization) else None) or said
+    done = record if isinstance(record, Binarization) else None
+    if example is not None:
+        return Inputs.of(example)
+    if size is None and done is not None and done.inputs is not None:
+        return done.inputs
+    size = size or (done.input_size if done else None) or said
     if size is None:
-        raise InvalidModel(f"{type(model).__name__} does not say which images it takes; give input_size=(C, H, W)")
-    return tuple(size)
+        raise InvalidModel(
+            f"{type(model).__name__} does not say which images it takes; give input_size=(C, H, W), or example_inputs"
+        )
+    return Inputs.images(size)
 
 
 @dataclass
@@ -91,7 +103,7 @@ class _Call:
     macs: int = 0
 
 
-def _calls(model: nn.Module, layers: list[nn.Module], size: tuple[int, ...]) -> dict[nn.Module, _Call]:
+def _calls(model: nn.Module, layers: list[nn.Module], inputs: Inputs) -> dict[nn.Module, _Call]:
     """The output shape and MACs of each of ``layers`` in one forward pass; those of a shared layer add up."""
     found: dict[nn.Module, _Call] = {}
 
@@ -105,10 +117,13 @@ def _calls(model: nn.Module, layers: list[nn.Module], size: tuple[int, ...]) -> 
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     try:
         with modes(model), torch.no_grad():
-            model(torch.zeros(1, *size, device=reference.device, dtype=reference.dtype))
+            one = inputs.map(lambda x: x[:1].to(reference if x.is_floating_point() else reference.device))
+            one.call(model)
     except Exception as error:  # whatever a model raises
+        what = f"an image of {inputs.size}" if inputs.is_images else f"the example_inputs {inputs}"
         raise InvalidModel(
-            f"{type(model).__name__} does not take an image of {size}: {one_line(error)}; give input_size=(C, H, W)"
+            f"{type(model).__name__} does not take {what}: {one_line(error)}; "
+            "give input_size=(C, H, W), or example_inputs"
         ) from error
     finally:
         for hook in hooks:

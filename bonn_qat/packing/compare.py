@@ -1,6 +1,6 @@
 """Compare: whether what was made of a model computes what the model computes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bonn_qat.binarization.dry_run import tensors_in
 from bonn_qat.errors import InvalidModel, is_out_of_memory
+from bonn_qat.inputs import Inputs
 from bonn_qat.packing.ready import reason
 
 _MOST = 0.25  # of the norm of an output, by which what was made may differ
@@ -15,24 +16,22 @@ _ROUNDING = 1e-3  # of the norm, by which two calls of the model may differ
 
 
 @torch.no_grad()
-def compare(
-    model: nn.Module, made: Callable[[Tensor], Any], size: Sequence[int], failed: str, *, is_exact: bool = True
-) -> None:
+def compare(model: nn.Module, made: Callable[..., Any], inputs: Inputs, failed: str, *, is_exact: bool = True) -> None:
     """Raise InvalidModel, whose message starts with ``failed``, unless ``made`` computes what ``model`` does.
 
     torch.export sees one number of images and one call, so it compares one, two and three images, and the model with
     itself. Without ``is_exact`` rounding may turn so many signs that values tell nothing.
     """
     for count in (1, 2, 3):
-        images = torch.randn(count, *size, generator=torch.Generator().manual_seed(count))
+        drawn = inputs.drawn(count, seed=count)
         try:
-            expected, again = (list(tensors_in(model(images.clone()))) for _ in range(2))
+            expected, again = (list(tensors_in(drawn.map(Tensor.clone).call(model))) for _ in range(2))
         except Exception:  # a model may take some numbers of images only
             continue
         if _differ(expected, again, _ROUNDING):
             raise InvalidModel(f"{failed}: it computes something else in each call")
         try:
-            found = list(tensors_in(made(images)))
+            found = list(tensors_in(drawn.call(made)))
         except Exception as error:  # what torch raises for another number of images than it has seen
             if is_out_of_memory(error):
                 raise

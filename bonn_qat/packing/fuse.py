@@ -101,8 +101,8 @@ def pool_before_elementwise(network: Network) -> None:
 
 def stem_in_planes(network: Network) -> None:
     """``max_pool(conv(images))`` -> the same of images in ``torch.contiguous_format``, which torch computes sooner."""
-    (images,) = network.graph.find_nodes(op="placeholder")
-    readers = [node for node in images.users if node.target is not aten.sym_size.int]
+    images, *others = network.graph.find_nodes(op="placeholder")
+    readers = [node for node in images.users if node.target is not aten.sym_size.int and not others]
     if len(readers) != 1 or readers[0].target is not aten.conv2d.default or len(readers[0].users) != 1:
         return
     (pool,) = readers[0].users

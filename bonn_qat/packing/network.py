@@ -7,6 +7,7 @@ from torch import Tensor, fx
 
 from bonn_qat.runtime import graph as graphs
 from bonn_qat.runtime.layout import Geometry
+from bonn_qat.runtime.packed import Input
 
 aten, ours = torch.ops.aten, torch.ops.bonn_qat
 _ALIASES = (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default)
@@ -22,8 +23,12 @@ class Value(NamedTuple):
 class Network:
     """A graph with its ``tensors`` by name. ``weights`` are those that hold the bits of a convolution.
 
-    ``batch`` is the number of images that the graph takes, None for any.
+    ``batch`` is the number of images that the graph takes, None for any. ``inputs`` are its placeholders; ``outputs``
+    the names of what it returns, empty where that is no dict.
     """
+
+    inputs: tuple[Input, ...] = ()
+    outputs: tuple[str, ...] = ()
 
     def __init__(
         self, graph: fx.Graph, tensors: dict[str, Tensor], weights: dict[str, Geometry], batch: int | None
@@ -93,7 +98,7 @@ class Network:
 
     def tensors_first(self) -> None:
         """Move the nodes of tensors to the beginning."""
-        (first,) = self.graph.find_nodes(op="placeholder")
+        first, *_ = self.graph.find_nodes(op="placeholder")
         for node in self.graph.find_nodes(op="get_attr"):
             first.prepend(node)
 

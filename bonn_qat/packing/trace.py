@@ -2,6 +2,7 @@
 
 import contextlib
 import linecache
+from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -10,9 +11,11 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import OutputKind
 
 from bonn_qat.errors import InvalidModel
+from bonn_qat.inputs import Inputs
 from bonn_qat.packing.network import Network, Value
 from bonn_qat.packing.ready import quiet, reason
 from bonn_qat.runtime.layout import Geometry
+from bonn_qat.runtime.packed import Input
 
 aten = torch.ops.aten
 _COMPARISONS = {
@@ -21,11 +24,12 @@ _COMPARISONS = {
     for overload in getattr(aten, name).overloads() if overload in ("Scalar", "Tensor", "default")
 }  # fmt: skip
 _PROMOTING = ("add", "div", "mul", "pow", "rsub", "sub", "true_divide")  # whole numbers to floats
+_SAME = {getattr(aten, f"__{name}__").Tensor: getattr(aten, f"bitwise_{name}").Tensor for name in ("and", "or", "xor")}
 _DROPOUT = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
 
 
-def trace(model: nn.Module, size: Sequence[int]) -> Network:
-    """The graph of ``model`` for float32 images of ``size`` ``(C, H, W)``, by ``torch.export``.
+def trace(model: nn.Module, inputs: Inputs) -> Network:
+    """The graph of ``model`` for ``inputs``, by ``torch.export``.
 
     The batch is free, unless the model's own code fixes it: then the graph is one for a single image.
 
@@ -33,7 +37,7 @@ def trace(model: nn.Module, size: Sequence[int]) -> Network:
     anything but tensors.
     """
     with _releasing_exports() as programs:
-        program, batch = _export(model, size)
+        program, batch = _export(model, inputs)
         programs.append(program)
         network = _plain_network(program, batch)
         if network is None or network.unknown_calls():
@@ -41,22 +45,25 @@ def trace(model: nn.Module, size: Sequence[int]) -> Network:
                 # Three times as slow as the export. It handles values that are changed in place, and torch.no_grad().
                 program = program.run_decompositions({})
             network = _decomposed_network(program, batch)
+    network.inputs = _inputs(network.graph, inputs, program.call_spec.in_spec)
     if unknown := network.unknown_calls():
-        raise InvalidModel(f"{type(model).__name__} calls {', '.join(unknown)}, which a packed network cannot call")
+        raise InvalidModel(
+            f"{type(model).__name__} calls {', '.join(unknown)}, which a packed network cannot call; "
+            "export(model, path, 'pt2') or 'onnx' writes it, or pack a part without such calls"
+        )
     return network
 
 
-def _export(model: nn.Module, size: Sequence[int]) -> tuple[Any, int | None]:
+def _export(model: nn.Module, inputs: Inputs) -> tuple[Any, int | None]:
     """The exported program, and the batch that it is bound to, None for any."""
-    images = torch.zeros(2, *size)
-    if images.ndim == 4:
-        images = images.contiguous(memory_format=torch.channels_last)
-    shapes = ({0: torch.export.Dim("batch", min=1)},)
+    two = inputs.drawn(2, seed=0).map(lambda x: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x)
+    shapes = inputs.dynamic_shapes(model, torch.export.Dim("batch", min=1))
     with contextlib.suppress(Exception), quiet():  # whatever torch raises for a model that fixes its batch
-        return torch.export.export(model, (images,), dynamic_shapes=shapes), None
+        return torch.export.export(model, two.args, two.kwargs, dynamic_shapes=shapes), None
     try:
         with quiet():
-            return torch.export.export(model, (images[:1],)), 1
+            one, _ = two.split(1)
+            return torch.export.export(model, one.args, one.kwargs), 1
     except Exception as error:  # whatever torch raises
         raise InvalidModel(
             f"torch.export does not take this {type(model).__name__}, so it cannot be packed: {reason(error)}"
@@ -101,14 +108,15 @@ def _network(program: Any, batch: int | None, normalize: Callable[[fx.Graph], bo
             copies[node] = graph.create_node("get_attr", name)
         elif not _is_check(node):
             copies[node] = graph.node_copy(node, copies.__getitem__)
+            copies[node].target = _SAME.get(node.target, node.target)
         if node in copies:
             copies[node].meta = _facts(node)
     _drop_changes(graph, signature.output_specs)
     if not normalize(graph):
         return None
     _name_types(graph)
-    _shape_output(graph, program.call_spec.out_spec)
     network = Network(graph, tensors, {}, batch)
+    network.outputs = _shape_output(graph, program.call_spec.out_spec)
     for node in network.calls(torch.ops.bonn_qat.binary_conv2d.default):
         network.weights[node.args[1].target] = Geometry.of(list(node.args[2]))  # type: ignore[arg-type, index, union-attr]
     network.simplify()
@@ -210,14 +218,42 @@ def _drop_changes(graph: fx.Graph, specs: Sequence[Any]) -> None:
     node.args = (tuple(x for x, spec in zip(outputs, specs, strict=True) if spec.kind == OutputKind.USER_OUTPUT),)
 
 
-def _shape_output(graph: fx.Graph, spec: Any) -> None:
-    """Let the graph return what the model returns: a tensor, or a list or tuple of tensors."""
+def _inputs(graph: fx.Graph, inputs: Inputs, spec: Any) -> tuple[Input, ...]:
+    """What the graph takes."""
+    places = graph.find_nodes(op="placeholder")
+    names = inputs.names([place.name for place in places], spec)
+    values = [place.meta["val"] for place in places]
+    return tuple(
+        Input(name=name, size=value.shape[1:], type=str(value.dtype).removeprefix("torch."))
+        for name, value in zip(names, values, strict=True)
+    )
+
+
+def _shape_output(graph: fx.Graph, spec: Any) -> tuple[str, ...]:
+    """Let the graph return what the model returns: a tensor, or a list or tuple of tensors; of a dict its names."""
     node = graph.output_node()
     outputs = cast(tuple[Any, ...], node.args[0])
     if spec.is_leaf():
         node.args = (outputs[0],)
-    elif spec.type not in (list, tuple) or not all(child.is_leaf() for child in spec.children()):
-        raise InvalidModel(f"a packed network returns a tensor, or a list or tuple of tensors; this one returns {spec}")
+        return ()
+    kind = tuple if spec.type is namedtuple else spec.type
+    is_flat = all(child.is_leaf() for child in spec.children()) and all(isinstance(x, fx.Node) for x in outputs)
+    if is_flat and issubclass(kind, dict) and outputs and all(isinstance(key, str) for key in spec.context):
+        return tuple(spec.context)
+    if not is_flat or not issubclass(kind, list | tuple):
+        raise InvalidModel(
+            "a packed network returns a tensor, or a list, tuple or dict of tensors; this one returns "
+            f"{_form(spec, iter(outputs))}; pack a part of it, as in model.backbone = pack(model.backbone, size)"
+        )
+    return ()
+
+
+def _form(spec: Any, outputs: Iterator[Any]) -> str:
+    """The form of what a model returns, as in ``list[dict[tensor]]``."""
+    if spec.is_leaf():
+        return "tensor" if isinstance(output := next(outputs), fx.Node) else str(output)
+    parts = dict.fromkeys(_form(child, outputs) for child in spec.children())
+    return f"{spec.type.__name__}[{', '.join(parts)}]"
 
 
 @contextlib.contextmanager

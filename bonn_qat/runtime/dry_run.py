@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -18,26 +18,29 @@ MEMORY = 2**32  # bytes that one image may need at once, in addition to the file
 _PIECES = 2**18  # tensors in lists over all calls
 
 
-def dry_run(graph: fx.Graph, tensors: Mapping[str, Tensor], size: tuple[int, ...], batch: int) -> int:
-    """Bytes that ``batch`` float32 images of ``size`` ``(C, H, W)`` need at once, in addition to ``tensors``.
+def dry_run(
+    graph: fx.Graph, tensors: Mapping[str, Tensor], inputs: Sequence[tuple[Sequence[int], torch.dtype]], batch: int
+) -> int:
+    """Bytes that ``batch`` samples of ``inputs`` ``(size, type)`` need at once, in addition to ``tensors``.
 
     Only types and shapes are computed, no values. Raises InvalidData where types, shapes or arguments do not fit, and
     for more than ``MEMORY`` bytes per image.
     """
-    images = torch.empty((batch, *size), dtype=torch.float32, device="meta")
-    return _DryRun(graph, {name: tensor.to("meta") for name, tensor in tensors.items()}, images).run()
+    given = [torch.empty((batch, *size), dtype=kind, device="meta") for size, kind in inputs]
+    return _DryRun(graph, {name: tensor.to("meta") for name, tensor in tensors.items()}, given, batch).run()
 
 
 @final
 class _DryRun:
     """Runs a graph on meta tensors, and counts the bytes that a real run would need."""
 
-    def __init__(self, graph: fx.Graph, tensors: Mapping[str, Tensor], images: Tensor) -> None:
-        self.graph, self.tensors, self.images = graph, tensors, images
+    def __init__(self, graph: fx.Graph, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor], batch: int) -> None:
+        self.graph, self.tensors = graph, tensors
+        self.inputs = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
         self.values: dict[fx.Node, Any] = {}
         self.done: dict[Any, tuple[Any, int]] = {}  # calls, because blocks repeat them
         self.beside = 0  # bytes that the call of a node needs only while it runs
-        self.held, self.most, self.limit = 0, 0, MEMORY * max(1, len(images))  # bytes
+        self.held, self.most, self.limit = 0, 0, MEMORY * max(1, batch)  # bytes
         self.pieces = 0
 
     def run(self) -> int:
@@ -61,7 +64,7 @@ class _DryRun:
     def _value(self, node: fx.Node) -> Any:
         self.beside = 0
         if node.op == "placeholder":
-            return self.images
+            return self.inputs[node]
         if node.op == "get_attr":
             return self.tensors[str(node.target)]
         function: Any = node.target

@@ -144,8 +144,8 @@ def rebuild(nodes: object) -> tuple[fx.Graph, dict[str, Geometry]]:
         raise InvalidData(f"a packed network has {len(nodes):,} nodes; at most {NODES:,} are allowed")
     graph, known, weights = fx.Graph(), dict[str, fx.Node](), dict[str, Geometry]()
     ops = [node.get("op") for node in nodes]
-    if ops.count("input") != 1 or ops.count("output") != 1 or ops[-1] != "output":
-        raise InvalidData("a packed network has one input, and one output at its end")
+    if not ops.count("input") or ops.count("output") != 1 or ops[-1] != "output":
+        raise InvalidData("a packed network has inputs, and one output at its end")
     for entry in nodes:
         if entry["op"] == "output":
             _expect_keys(entry, "name", "args")

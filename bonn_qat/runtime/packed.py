@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, final
 
@@ -15,13 +15,15 @@ from bonn_qat.files import plain
 from bonn_qat.files.atomic import write_bytes
 from bonn_qat.files.preprocessing import Preprocessing
 from bonn_qat.files.tensors import digest, dump_tensors, load_tensors, read_tensors
-from bonn_qat.files.validate import Allowed, Line, read_own
+from bonn_qat.files.validate import Allowed, Line, OneOf, read_own
 from bonn_qat.modes import neutral
 from bonn_qat.runtime import graph as graphs
 from bonn_qat.runtime.dry_run import dry_run
 from bonn_qat.runtime.layout import Geometry
 from bonn_qat.runtime.planned import Planned, takes
 
+MOST_INPUTS = 16
+_TYPES = {"float32": torch.float32, "int64": torch.int64, "int32": torch.int32, "bool": torch.bool}
 FORMAT = 2  # 2: thresholds are intervals
 
 
@@ -53,6 +55,30 @@ def _are_sizes(*numbers: int) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Input:
+    """A tensor that a packed network takes: ``(B, *size)`` of ``type``, such as ``"float32"``, by position or name."""
+
+    name: Line
+    size: _Size
+    type: Annotated[str, OneOf(_TYPES)] = "float32"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type as torch's."""
+        return _TYPES[self.type]
+
+    def __str__(self) -> str:
+        return f"{self.type} {self.name} ({', '.join(map(str, ('B', *self.size)))})"
+
+
+_Inputs = Annotated[
+    list[Input], Allowed(f"at most {MOST_INPUTS}, of different names", lambda given: (
+        len({each.name for each in given}) == len(given) <= MOST_INPUTS))
+]  # fmt: skip
+_Outputs = Annotated[list[Line], Allowed("different names", lambda names: len(set(names)) == len(names))]
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Header:
     """The header of a file."""
 
@@ -65,11 +91,16 @@ class _Header:
     layers: list[PackedLayer]
     nodes: Any
     preprocessing: Preprocessing | None = None
+    inputs: _Inputs = field(default_factory=list)  # none: images
+    outputs: _Outputs = field(default_factory=list)  # none: no dict
 
 
 @final
 class PackedModel(nn.Module):
     """A packed network: images ``(B, C, H, W)``, float32 of ``input_size`` -> the model's outputs. For inference only.
+
+    Tokens and several tensors are taken too, by position or by name: ``inputs``. Of a model that returns a dict of
+    tensors, or an object of transformers that is one, the outputs are a dict.
 
     ``layers`` says how each binary layer was packed, ``preprocessing`` how the images of the training were standardised
     and what the classes are called, if that is known. Made by :func:`pack` or :meth:`load`. The outputs do not depend
@@ -89,60 +120,84 @@ class PackedModel(nn.Module):
         *,
         name: str,
         scheme: str,
-        input_size: tuple[int, ...],
+        inputs: Sequence[Input],
         batch: int | None,
         layers: Sequence[PackedLayer],
+        outputs: Sequence[str] = (),
         preprocessing: Preprocessing | None = None,
     ) -> None:
         super().__init__()
         self.preprocessing = preprocessing
-        self.name, self.scheme, self.input_size, self.batch = name, scheme, input_size, batch
+        self.name, self.scheme, self.batch = name, scheme, batch
+        self.inputs, self.outputs, self.input_size = tuple(inputs), tuple(outputs), inputs[0].size
         self.layers = tuple(layers)
         self._nodes, self._weights = graph, dict(weights)
         self.network, self.names = graphs.module(graph, tensors)
-        self.layout = graphs.image_layout(graph) if len(input_size) == 3 else torch.contiguous_format
+        self.layout = graphs.image_layout(graph) if len(self.input_size) == 3 else torch.contiguous_format
         self._owns = graphs.gives_new_tensors(graph)
         self._container = tuple if isinstance(graph.output_node().args[0], tuple) else list  # of several outputs
         self._checked: set[int] = set()  # batch sizes that the network is known to take
         self._planned: Planned | None = None
         self.requires_grad_(False).eval()
 
-    def forward(self, images: Tensor) -> Any:
-        """Raises InvalidData for images of another size or type, or if the network cannot be computed on them.
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
+        """Raises InvalidData for inputs of another size or type, or if the network cannot be computed on them.
 
-        The type is float32 alone: others are neither converted nor scaled here, so that nobody gives raw bytes by
+        Images are float32 alone: others are neither converted nor scaled here, so that nobody gives raw bytes by
         mistake.
         """
-        if not isinstance(images, Tensor):
-            raise InvalidData(f"a packed network takes a tensor of images; got {type(images).__name__}")
-        if images.shape[1:] != self.input_size or images.dtype != torch.float32:
-            is_other = images.dtype != torch.float32
-            todo = "convert them as for the model" if is_other else "for another size pack it with input_size=(C, H, W)"
+        outputs = self._computed(self._given(args, kwargs))
+        return dict(zip(self.outputs, outputs, strict=True)) if self.outputs else outputs
+
+    def _given(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The tensors in the order of ``inputs``."""
+        names = [each.name for each in self.inputs]
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        if len(args) + len(kwargs) != len(names) or named.keys() != set(names):
             raise InvalidData(
-                f"this network was packed for float32 images (B, {', '.join(map(str, self.input_size))}); got "
-                f"{images.dtype} {tuple(images.shape)}; {todo}"
+                f"this network was packed for {', '.join(map(str, self.inputs))}; got {len(args)} by position"
+                + (f" and {', '.join(kwargs)} by name" if kwargs else "")
             )
+        tensors = [named[name] for name in names]
+        for each, x in zip(self.inputs, tensors, strict=True):
+            if not isinstance(x, Tensor):
+                raise InvalidData(f"a packed network takes a tensor of {each.name}; got {type(x).__name__}")
+            if x.shape[1:] != each.size or x.dtype != each.dtype:
+                is_other = x.dtype != each.dtype
+                todo = (
+                    "convert them as for the model"
+                    if is_other
+                    else "for another size pack it with "
+                    + ("input_size=(C, H, W)" if x.is_floating_point() else "example_inputs")
+                )
+                raise InvalidData(f"this network was packed for {each}; got {x.dtype} {tuple(x.shape)}; {todo}")
+        if len({len(x) for x in tensors}) > 1:
+            raise InvalidData(f"the inputs are of one batch; got {', '.join(str(len(x)) for x in tensors)} samples")
+        return tensors
+
+    def _computed(self, tensors: list[Tensor]) -> Any:
+        first = tensors[0]
         if torch.compiler.is_compiling():
-            kind = images.device.type
+            kind = first.device.type
             with torch.no_grad(), torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING:
-                return self._run(images)
+                return self._run(tensors)
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise InvalidModel(
                 "torch.jit.trace would record a packed network for one number of images; use torch.export or "
                 "torch.compile, or save it with packed.save(path)"
             )
-        if takes(images) and (planned := self._in_c()).network:
+        if takes(first) and (planned := self._in_c()).network:
             with self.computing():
-                outputs = planned.run(images)
+                outputs = planned.run(first)
             return outputs if isinstance(outputs, Tensor) else self._container(outputs)
         with neutral():
-            if len(images) == 0:
-                return self._nothing(images)
-            count = len(images) if self.batch is None else self.batch
-            for size in {count, len(images) % count or count} - self._checked:
+            if len(first) == 0:
+                return self._nothing(tensors)
+            count = len(first) if self.batch is None else self.batch
+            for size in {count, len(first) % count or count} - self._checked:
                 self.check(size)
             with self.computing():
-                return self._run(images)
+                return self._run(tensors)
 
     @property
     def runtime(self) -> str:
@@ -155,17 +210,22 @@ class PackedModel(nn.Module):
             self._planned = Planned(tensors, self.dump)
         return self._planned
 
-    def _run(self, images: Tensor) -> Any:
-        images = images.contiguous(memory_format=self.layout)
-        parts = [images] if self.batch is None else list(torch.split(images, self.batch))
-        result = _joined([self.network(part) for part in parts])
+    def _run(self, tensors: list[Tensor]) -> Any:
+        tensors = [x.contiguous(memory_format=self.layout if x.ndim == 4 else torch.contiguous_format) for x in tensors]
+        parts = [tensors] if self.batch is None else zip(*(torch.split(x, self.batch) for x in tensors), strict=True)
+        result = _joined([self.network(*part) for part in parts])
         return result if self._owns else _mapped(Tensor.clone, result)
 
-    def _nothing(self, images: Tensor) -> Any:
+    def zeros(self, count: int, device: torch.device | None = None) -> list[Tensor]:
+        """Inputs that are all zero, ``count`` of each."""
+        made = [torch.zeros(count, *each.size, dtype=each.dtype, device=device) for each in self.inputs]
+        return [x.contiguous(memory_format=self.layout) if x.ndim == 4 else x for x in made]
+
+    def _nothing(self, tensors: list[Tensor]) -> Any:
         """The outputs for no image at all, which some operators do not take: their sizes follow from others'."""
-        count = self.batch or 1
-        one = self.forward(images.new_zeros((count, *self.input_size)))
-        two = self.forward(images.new_ones((2 * count, *self.input_size)))
+        count, device = self.batch or 1, tensors[0].device
+        one = self._computed(self.zeros(count, device))
+        two = self._computed([x + 1 if x.is_floating_point() else x for x in self.zeros(2 * count, device)])
 
         def empty(x: Tensor, y: Tensor) -> Tensor:
             shape = [2 * a - b for a, b in zip(x.shape, y.shape, strict=True)]
@@ -188,9 +248,13 @@ class PackedModel(nn.Module):
         except (RuntimeError, IndexError, ValueError, MemoryError) as error:
             raise InvalidData(f"{self.name} cannot be computed on these images: {first_line(error)}") from error
 
+    @property
+    def _sizes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        return [(each.size, each.dtype) for each in self.inputs]
+
     def check(self, count: int) -> None:
         """Raise InvalidData if the network does not take ``count`` images at once."""
-        dry_run(self.network.graph, dict(self.network.named_buffers()), self.input_size, count)
+        dry_run(self.network.graph, dict(self.network.named_buffers()), self._sizes, count)
         self._checked.add(count)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedModel":
@@ -234,6 +298,10 @@ class PackedModel(nn.Module):
         }  # fmt: skip
         if self.preprocessing:
             header["preprocessing"] = asdict(self.preprocessing)
+        if self.inputs != (Input(name="images", size=self.input_size),):
+            header["inputs"] = [asdict(each) for each in self.inputs]
+        if self.outputs:
+            header["outputs"] = list(self.outputs)
         return tensors, header | {"sha256": digest(tensors, header)}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -247,8 +315,8 @@ class PackedModel(nn.Module):
         with neutral(making=True):
             held = {name: self.network.get_buffer(buffer).clone() for name, buffer in self.names.items()}
             return PackedModel(
-                self._nodes, held, self._weights, name=self.name, scheme=self.scheme, input_size=self.input_size,
-                batch=self.batch, layers=self.layers, preprocessing=self.preprocessing,
+                self._nodes, held, self._weights, name=self.name, scheme=self.scheme, inputs=self.inputs,
+                outputs=self.outputs, batch=self.batch, layers=self.layers, preprocessing=self.preprocessing,
             )  # fmt: skip
 
     @classmethod
@@ -288,8 +356,15 @@ class PackedModel(nn.Module):
         if header.pop("sha256", None) != digest(tensors, header):
             raise InvalidData("the file was altered after it was written: its checksum does not match")
         given = vars(read_own(_Header, header, "its header is invalid"))
-        given = {key: value for key, value in given.items() if key not in ("kind", "format", "nodes")}
+        size = given["input_size"]
+        given = {key: value for key, value in given.items() if key not in ("kind", "format", "nodes", "input_size")}
+        given["inputs"] = given["inputs"] or [Input(name="images", size=size)]
         graph, weights = graphs.rebuild(header["nodes"])
+        places, returned = graph.find_nodes(op="placeholder"), graph.output_node().args[0]
+        if len(places) != len(given["inputs"]) or given["inputs"][0].size != size:
+            raise InvalidData("its inputs do not match its nodes")
+        if given["outputs"] and not (isinstance(returned, list | tuple) and len(returned) == len(given["outputs"])):
+            raise InvalidData("its outputs do not match its nodes")
         used = [node.target for node in graph.nodes if node.op == "get_attr"]
         if missing := sorted(set(used) ^ set(tensors)):
             raise InvalidData(f"its tensors do not match its nodes: {plain.shown(missing[0])} is missing or unused")
@@ -297,7 +372,7 @@ class PackedModel(nn.Module):
         shapes = {name: torch.empty(weights[name].words_shape, dtype=torch.int32, device="meta")
                   if name in weights else tensor.to("meta") for name, tensor in tensors.items()}  # fmt: skip
         count = given["batch"] or 1
-        dry_run(graph, shapes, given["input_size"], count)
+        dry_run(graph, shapes, [(each.size, each.dtype) for each in given["inputs"]], count)
         held = {
             name: graphs.from_words(tensors[name], weights[name]) if name in weights else tensors[name]
             for name in tensors

@@ -440,6 +440,12 @@ CALLS: Mapping[str, tuple[Call, ...]] = {
             gives="bonn_qat.binarize(model, input_size=(1, 8, 8))", names="(1, 8, 8)", error=InvalidModel,
             varies=(r"(?<=8\): ).*(?=; give)",),
         ),
+        Call(gives='bonn_qat.binarize(model, example_inputs="images")', names="str", error=InvalidModel),
+        Call(gives="bonn_qat.binarize(model, example_inputs=images.double())", names="float64", error=InvalidModel),
+        Call(
+            gives="bonn_qat.binarize(model, example_inputs=targets)", names="int64 (B)", error=InvalidModel,
+            varies=(r"(?<=B\): ).*(?=; give)",),
+        ),
         Call(gives="bonn_qat.summary(model)", names="Net", error=InvalidModel),
     ),
     "Losses": (
@@ -475,6 +481,8 @@ CALLS: Mapping[str, tuple[Call, ...]] = {
             "nn.Sequential(nn.Conv3d(3, 3, 1), nn.Conv3d(3, 9, 3), nn.Conv3d(9, 3, 1))))",
             names="1 is a BinaryConv3d", error=InvalidModel,
         ),
+        Call(gives="bonn_qat.pack(binary, (3, 2, 8, 8))", names="(3, 2, 8, 8)", error=InvalidModel),
+        Call(gives="packed(images, images)", names="2 by position", error=InvalidData),
         Call(gives='bonn_qat.export(model, "a", "pt2", input_size=(3, 8, 8))', names="Net", error=InvalidModel),
         Call(gives="packed(images[:, :, :4])", names="(4, 3, 4, 8)", error=InvalidData),
         Call(gives='bonn_qat.PackedModel.load("a.safetensors")', names="a.safetensors", error=InvalidData),

@@ -14,7 +14,14 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 SEARCH = EXAMPLES / "search_optuna.py"  # trains many times, and writes its results
 FINETUNE = EXAMPLES / "finetune.py"  # trains two networks of other data
 SIGNALS = EXAMPLES / "signals.py"  # trains three networks on sounds
-TRAININGS = sorted(set(EXAMPLES.rglob("*.py")) - {SEARCH, FINETUNE, SIGNALS})
+TASKS = {  # of docs/tasks.md: as little training as they take
+    "detection": ["--epochs", "1", "--scenes", "16"],
+    "segmentation": ["--epochs", "1", "--pictures", "16"],
+    "super_resolution": ["--steps", "1"],
+    "text": ["--epochs", "1", "--texts", "6"],
+}
+OTHERS = {SEARCH, FINETUNE, SIGNALS, *(EXAMPLES / f"{name}.py" for name in TASKS)}
+TRAININGS = sorted(set(EXAMPLES.rglob("*.py")) - OTHERS)
 EPOCHS = 2
 
 
@@ -99,3 +106,13 @@ def test_the_networks_of_sounds_are_small_where_they_are_binary(run_scripts, tmp
     found = re.findall(r"(\w+): accuracy (\d+\.\d\d) % of 32 sounds, (\d+\.\d\d) Mbit\n", done.stdout)
     assert [scheme for scheme, *_ in found] == ["float", "xnor", "bonn"]
     assert all(15 * float(size) < float(found[0][2]) for _, _, size in found[1:])
+
+
+@pytest.mark.slow
+def test_the_networks_of_every_task_are_packed_and_measured(run_scripts, tmp_path):
+    pytest.importorskip("transformers")
+    commands = [[str(EXAMPLES / f"{name}.py"), *options, "--schemes", "bonn"] for name, options in TASKS.items()]
+    for done in run_scripts(*commands, cwd=tmp_path):
+        assert done.returncode == 0, done.stderr
+        last = done.stdout.splitlines()[-1]
+        assert re.fullmatch(r"bonn: .+ \d+\.\d\d, Mbit .+, onnxruntime float ms .+, packed ms \d+\.\d\d", last), last

@@ -487,7 +487,7 @@ def in_a_float_stage() -> nn.Module:
             InvalidModel,
             "1 is in a stage of the training that leaves weights or activations float",
         ),
-        (Branching, "pt2", InvalidModel, r"torch.export cannot trace Branching for an image of \(3, 8, 8\): "),
+        (Branching, "pt2", InvalidModel, r"torch.export cannot trace Branching for float32 \(B, 3, 8, 8\): "),
     ],
     ids=["format", "float", "stage", "branching"],
 )

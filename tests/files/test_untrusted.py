@@ -346,7 +346,8 @@ def test_a_dry_run_counts_what_a_run_needs():
     graph.output(graph.call_function(torch.ops.aten.relu.default, (small,)))
     image = 4 * 3 * 8 * 8
     for batch in (0, 1, 5):
-        assert dry_run(graph, {}, (3, 8, 8), batch) == 2 * (2 * image + 8) * batch  # the mean may copy what it takes
+        # The mean may copy what it takes.
+        assert dry_run(graph, {}, [((3, 8, 8), torch.float32)], batch) == 2 * (2 * image + 8) * batch
 
 
 def test_every_function_that_a_graph_may_call_is_one_of_tensors():

@@ -42,7 +42,7 @@ def model_of(call: Any, size: tuple[int, int, int] = (3, 8, 8)) -> PackedModel:
 
 
 def counted(model: PackedModel) -> int:
-    return dry_run(model.network.graph, dict(model.network.named_buffers()), model.input_size, 1)
+    return dry_run(model.network.graph, dict(model.network.named_buffers()), [(model.input_size, torch.float32)], 1)
 
 
 def isolated(work: Callable[[], Any]) -> str:

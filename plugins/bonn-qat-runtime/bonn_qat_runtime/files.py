@@ -177,6 +177,8 @@ def _checked(tensors: dict[str, Tensor], header: dict[str, Any]) -> PackedFile:
         raise ValueError(f"its images have the impossible size {shown(size)}")
     if len(size) != 3:
         raise UnsupportedOperator(f"the network takes inputs {shown(size)}, not images; use bonn_qat.PackedModel")
+    if header.get("inputs"):
+        raise UnsupportedOperator("the network takes several inputs, or others than images; use bonn_qat.PackedModel")
     if header.get("batch") is not None:
         raise UnsupportedOperator(
             f"the network takes {shown(header['batch'])} images at a time only; use bonn_qat.PackedModel"
