@@ -318,7 +318,7 @@ class BinaryConvolution(BinaryLayer, nn.modules.conv._ConvNd):
     ``weight[:, o]``, so that a scale for each filter is one for each output channel.
 
     Kernels with two values ``+-scale`` are convolved as {-1, +1} and the result is scaled
-    (:func:`functional.binary_convolution`); other kernels are used as they are.
+    (:func:`~bonn_qat.functional.binary_convolution`); other kernels are used as they are.
     """
 
     channels = ("in_channels", "out_channels")

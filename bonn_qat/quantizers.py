@@ -105,9 +105,9 @@ class ActivationQuantizer(Quantizer):
     layer averages it over the kernel's windows and multiplies its output by the result (XNOR-Net's K). Keyword-only
     arguments of a subclass become options of its schemes.
 
-    A subclass that sets ``is_pure`` to true says that :meth:`quantize` changes nothing, that it depends on nothing but
-    x, parameters, buffers and ``training``, and that its scale is no map. A layer then keeps only its float input for
-    the backward pass, and calls :meth:`quantize` again there; else it keeps what autograd keeps.
+    A subclass that sets ``is_pure`` to true says that ``quantize`` changes nothing, that it depends on nothing but x,
+    parameters, buffers and ``training``, and that its scale is no map. A layer then keeps only its float input for the
+    backward pass, and calls ``quantize`` again there; else it keeps what autograd keeps.
 
     >>> class Sign(ActivationQuantizer):
     ...     def quantize(self, x):
@@ -122,9 +122,9 @@ class ActivationQuantizer(Quantizer):
         super().__init__()
 
     def estimator(self) -> Estimator | None:
-        """The estimator, if :meth:`quantize` takes a sign and the training engine has kernels for it; else None.
+        """The estimator, if ``quantize`` takes a sign and the training engine has kernels for it; else None.
 
-        With one, a layer takes the signs itself, as bits, and never calls :meth:`quantize` in a training step on a CPU.
+        With one, a layer takes the signs itself, as bits, and never calls ``quantize`` in a training step on a CPU.
         """
         return None
 
@@ -180,7 +180,7 @@ class FrozenWeight(WeightQuantizer):
 
 @final
 class BonnWeight(WeightQuantizer):
-    """BONN's weights: ``mean(w) * sign(X)`` with a learned modulation w (:func:`functional.bonn_binarize`).
+    """BONN's weights: ``mean(w) * sign(X)`` with a learned modulation w (:func:`~bonn_qat.functional.bonn_binarize`).
 
     ``granularity`` is the shape of ``modulation``: ``"kernel"``, the ICCV paper's reading, is ``(1, I, kh, kw)``,
     shared by all kernels of a layer; ``"plane"``, the reading of the authors' book, is ``(1, 1, kh, kw)``, shared by
@@ -188,8 +188,8 @@ class BonnWeight(WeightQuantizer):
 
     ``reading`` is the meaning of w. With ``"algorithm1"``, X^ is ``mean(w) * sign(X)``, as in the paper's Algorithm 1
     and figures. With ``"inverse"``, X^ is ``sign(X)`` and the layer convolves with ``w^-1 X^``, as in (1) and (3) of
-    the paper and (3.111) of the book, with the mean instead of the elements (:func:`functional.bonn_binarize_inverse`),
-    which keeps the weights at 1 bit. In that reading :meth:`constrain` keeps w at or above 0.01, because the scale
+    the paper and (3.111) of the book, with the mean instead of the elements (``bonn_binarize_inverse``),
+    which keeps the weights at 1 bit. In that reading ``constrain`` keeps w at or above 0.01, because the scale
     would be infinite at 0; weight decay shrinks w and so lets the scale grow.
 
     ``gradient="printed"`` uses (12) and (15). ``gradient="derivative"`` differentiates the value and estimates the sign
@@ -268,7 +268,7 @@ class BonnWeight(WeightQuantizer):
 
 @final
 class SteSign(ActivationQuantizer):
-    """``sign`` forward, clipped straight-through backward (:func:`functional.ste_sign`).
+    """``sign`` forward, clipped straight-through backward (:func:`~bonn_qat.functional.ste_sign`).
 
     Raises InvalidRecipe if ``clip`` is not a number above 0.
     """
@@ -293,7 +293,7 @@ class SteSign(ActivationQuantizer):
 
 @final
 class ApproxSign(ActivationQuantizer):
-    """``sign`` forward, piecewise-linear backward (:func:`functional.approx_sign`)."""
+    """``sign`` forward, piecewise-linear backward (:func:`~bonn_qat.functional.approx_sign`)."""
 
     is_pure = True
 
@@ -306,7 +306,7 @@ class ApproxSign(ActivationQuantizer):
 
 @final
 class SwishSign(ActivationQuantizer):
-    """``sign`` forward, derivative of SignSwish backward (:func:`functional.swish_sign`)."""
+    """``sign`` forward, derivative of SignSwish backward (:func:`~bonn_qat.functional.swish_sign`)."""
 
     is_pure = True
 

@@ -317,7 +317,7 @@ class FeatureLoss(_ClassCentres):
     segmentation, the input ``(B, D, H, W)`` of a convolution has a feature vector at each pixel, and each pixel is a
     sample: the sum runs over all pixels of all images, divided by their number, without those that belong to no class.
     A large image or a frequent class so counts as much as it has pixels, as in the mean of cross entropy. Targets of
-    another resolution are read at the middle of each pixel of the features (:func:`nearest`). The same holds for any
+    another resolution are read at the middle of each pixel of the features (``nearest``). The same holds for any
     number of axes: a Linear on tokens ``(B, N, D)`` takes targets ``(B, N)``.
 
     If the classifier is called several times in a forward pass, as for two views of the images or at two resolutions,

@@ -17,6 +17,10 @@ from bonn_qat.files.plain import printable
 
 _GAP = 2  # characters between two columns
 _NARROW = 24  # a column that wraps shrinks to this width before other columns are left out
+_STYLES = {
+    True: "text-align: left; padding: 0 0.6em; white-space: pre-line",
+    False: "text-align: right; padding: 0 0.6em; white-space: pre",
+}
 _RULE = box.Box("    \n    \n ── \n    \n    \n    \n    \n    \n")  # one line, below the headings
 
 
@@ -80,6 +84,13 @@ class Table:
     def __str__(self) -> str:
         return as_text(self)
 
+    def _repr_html_(self) -> str:
+        table = self.shown
+        lines = [_html("th", table.columns, [column.name for column in table.columns])] if table.has_headings else []
+        lines += [_html("td", table.columns, row) for row in table.rows]
+        title = f"<caption>{escape(self.title)}</caption>" if self.title else ""
+        return f"<table>{title}{''.join(lines)}</table>"
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         table = self.shown._fitted(options.max_width)
         drawn = RichTable(
@@ -136,6 +147,23 @@ def as_text(renderable: RenderableType) -> str:
     console.print(renderable, markup=False, emoji=False, highlight=False)
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).rstrip("\n")
+
+
+def as_html(*parts: RenderableType) -> str:
+    """What a notebook shows: tables, and the rest as paragraphs; all text is escaped.
+
+    >>> as_html("a < b", facts([("size", "1")]))[:30]
+    '<p>a &lt; b</p><table><tr><td '
+    """
+    filled = (part for part in parts if isinstance(part, Table) or str(part))
+    return "".join(x._repr_html_() if isinstance(x, Table) else f"<p>{escape(str(x))}</p>" for x in filled)
+
+
+def _html(tag: str, columns: Sequence[Column], cells: Sequence[str]) -> str:
+    texts = [cell.__html__() if isinstance(cell, Strong) else escape(cell) for cell in cells]
+    pairs = zip((_STYLES[column.text] for column in columns), texts, strict=True)
+    drawn = (f'<{tag} style="{style}">{text}</{tag}>' for style, text in pairs)
+    return f"<tr>{''.join(drawn)}</tr>"
 
 
 def _rich(cell: str) -> Text:

@@ -1,4 +1,4 @@
-"""A third-party scheme: written as the README says, installed as a package, used by name.
+"""A third-party scheme: written as docs/plugins.md says, installed as a package, used by name.
 
 The package is built and installed for real, by uv and setuptools without a network, into a folder of its own.
 """

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from markupsafe import escape
 from rich.console import Console
 
-from bonn_qat.tables import Column, Strong, Table, facts
+from bonn_qat.tables import Column, Strong, Table, as_html, facts
 
 COLUMNS = [
     Column("name", text=True, wraps=True), Column("first", drop=1), Column("second", drop=2), Column("top-1 (%)"),
@@ -64,6 +64,16 @@ def test_markdown_and_page_escape_what_is_markup_there() -> None:
         "| one two | 1,000 | 2 | 3 |", r"| x \| &lt;i> | 4 | 5 | **6** |",
     ]  # fmt: skip
     assert escape(Strong("<b>")) == "<strong>&lt;b&gt;</strong>"
+
+
+def test_a_notebook_gets_escaped_tables_and_paragraphs() -> None:
+    page = as_html("a < b", "", Table(COLUMNS, TABLE.rows, title="<b>"))
+    assert page.startswith("<p>a &lt; b</p><table><caption>&lt;b&gt;</caption><tr><th ")
+    assert "x | &lt;i&gt;</td>" in page
+    assert "<strong>6</strong></td>" in page
+    assert page.count("<tr>") == 3
+    assert "rare" not in page
+    assert "<th" not in as_html(facts([("size", "1")]))
 
 
 @settings(deadline=None, max_examples=50)

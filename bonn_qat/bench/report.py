@@ -10,7 +10,7 @@ from rich.text import Text
 
 from bonn_qat.files.plain import printable
 from bonn_qat.plotting import HERO_COLOUR, canvas, digits, plain_text
-from bonn_qat.tables import Column, Table, as_text, facts
+from bonn_qat.tables import Column, Table, as_html, as_text, facts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -125,6 +125,9 @@ class BenchReport:
 
     def __str__(self) -> str:
         return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(*self.__rich__().renderables)
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float]:

@@ -25,6 +25,7 @@ from bonn_qat.errors import InvalidModel, InvalidRecipe, check_model
 from bonn_qat.inputs import Example, Inputs
 from bonn_qat.layers import BINARY, BinaryLayer, check_contract, check_start, is_own
 from bonn_qat.scheme import Scheme, WatchedScheme
+from bonn_qat.tables import as_html, facts
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 _SCALE = re.compile(r"gain|gamma|scale")
@@ -68,6 +69,14 @@ class Binarization:
     include: tuple[str, ...] = ()
     removed: frozenset[str] = field(default=frozenset(), repr=False)
     logits: tuple[str, ...] | None = None
+
+    def _repr_html_(self) -> str:
+        rows = {"scheme": self.scheme.title, f"binary ({len(self.binary)})": ", ".join(self.binary)}
+        for name, scheme in self.schemes.items():
+            rows[f"{name}: scheme"] = scheme.title
+        for reason in dict.fromkeys(self.kept.values()):
+            rows[f"float: {reason}"] = ", ".join(name for name, why in self.kept.items() if why == reason)
+        return as_html(facts(rows.items()))
 
 
 def binarize(

@@ -111,7 +111,7 @@ def decide(
 
 
 def float_layers(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, str]:
-    """The layers of ``model`` that stay float, by name, each with the reason (:func:`decide`)."""
+    """The layers of ``model`` that stay float, by name, each with the reason (see ``decide``)."""
     return decide(model, skip=skip).kept
 
 

@@ -7,7 +7,7 @@ from rich.console import Group
 from rich.text import Text
 
 from bonn_qat.files.plain import printable
-from bonn_qat.tables import Column, Table, as_text, facts
+from bonn_qat.tables import Column, Table, as_html, as_text, facts
 
 FLOAT_BITS = 32
 
@@ -167,6 +167,9 @@ class Report:
 
     def __str__(self) -> str:
         return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(*self.__rich__().renderables)
 
 
 def _table(report: Report) -> Table:

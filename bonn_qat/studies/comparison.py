@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from bonn_qat.files.atomic import read_json, write_json
 from bonn_qat.files.plain import shown
 from bonn_qat.files.validate import Allowed, read_own
+from bonn_qat.tables import as_html
 from bonn_qat.training.results import RUNS, RunResult, read_run
 
 MANIFEST, PAGE = "comparison.json", "report.html"
@@ -68,6 +69,13 @@ class Comparison(Manifest):
         """Planned runs that have neither a result nor a failure."""
         done = {result.name for result in self.results} | set(self.failures)
         return [name for name in self.planned if name not in done]
+
+    def _repr_html_(self) -> str:
+        from bonn_qat.studies import report, statistics
+
+        unfinished = [f"failed: {name}: {why}" for name, why in self.failures.items()]
+        unfinished += [f"missing: {name}" for name in self.missing]
+        return as_html(report.results(self), *map(str, statistics.differences(self)), *unfinished)
 
 
 def write_manifest(comparison: Comparison) -> Path:

@@ -83,7 +83,7 @@ def at_once(
     waits: bool = False,
     around: Path | None = None,
 ) -> None:
-    """As :func:`bonn_qat.studies.run.in_turn`, in ``jobs`` processes that each take the next run that is free.
+    """As ``bonn_qat.studies.run.in_turn``, in ``jobs`` processes that each take the next run that is free.
 
     Each process loads the installed plugins of ``pm`` and calls the observers itself. When one dies, another takes its
     place and resumes its run from the last checkpoint; a run whose process has died twice has failed. An exception in a

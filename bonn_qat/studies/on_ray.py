@@ -70,7 +70,7 @@ def on_ray(
     pm: pluggy.PluginManager,
     waits: bool = False,
 ) -> None:
-    """As :func:`bonn_qat.studies.run.in_turn`, with each run as a task of its own; bonn-qat is installed on each node.
+    """As ``bonn_qat.studies.run.in_turn``, with each run as a task of its own; bonn-qat is installed on each node.
 
     The data are put into Ray's object store once. Checkpoints come back as they are written, so a run whose worker or
     node is lost resumes from the last one on another; results and weights come back at the end. Observers are called

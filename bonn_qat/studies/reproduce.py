@@ -53,7 +53,7 @@ def reproduce(
     instead of the test set; the arm then takes the best rate. ``settings`` change every recipe, such as
     ``batch_size=64``, or the recipes whose scheme has the option, such as ``scheme_options.reading=inverse``. ``data``
     replaces the study's data; a study of an image folder needs it. Other arguments as for
-    :func:`bonn_qat.training.data.load` and :func:`bonn_qat.studies.compare.compare`.
+    :func:`bonn_qat.load_data` and :func:`bonn_qat.studies.compare.compare`.
 
     Several studies may share a directory; finished runs are not run again. After an interruption the page is written
     with the runs that are finished, and the interruption is raised again.

@@ -80,7 +80,7 @@ class Study:
     """A table or figure of a paper.
 
     With ``chain`` each arm is compared with the row above it. ``figures`` are names of
-    :data:`bonn_qat.studies.figures.TITLES`.
+    ``bonn_qat.studies.figures.TITLES``.
 
     Raises InvalidRecipe for fewer than one seed, UnknownName for another figure.
     """

@@ -97,7 +97,7 @@ class Data(ABC):
 class TensorData(Data):
     """Images in memory as uint8 ``(N, C, H, W)``, augmented in whole batches: pad, random crop, random flip.
 
-    :meth:`to` moves them into a GPU's memory; then only the random numbers of an epoch are copied there. ``train`` and
+    ``to`` moves them into a GPU's memory; then only the random numbers of an epoch are copied there. ``train`` and
     ``test`` are images and class indices ``(N,)`` of any integer type or bool, ``labels`` the names of the classes.
 
     Raises InvalidData for empty sets, images of another shape, that are not numbers or hold NaN, and for other labels.

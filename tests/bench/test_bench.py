@@ -140,8 +140,10 @@ def test_a_turn_is_the_median_of_the_calls_that_fit(
 def test_the_report_names_every_backend_with_time_size_and_note() -> None:
     clock = Clock()
     backends = {"quick": clock.backend("quick", 0.001), "slow one": clock.backend("slow one", 0.002)}
-    lines = rows(measured(clock, backends, batches=[1, 32], name="resnet18"))
-    assert lines[0] == "resnet18, scheme none, images of 3 x 2 x 2"
+    report = measured(clock, backends, batches=[1, 32], name="<resnet18>")
+    assert report._repr_html_().startswith("<p>&lt;resnet18&gt;, scheme none, images of 3 x 2 x 2</p><table>")
+    lines = rows(report)
+    assert lines[0] == "<resnet18>, scheme none, images of 3 x 2 x 2"
     assert lines[2].endswith("speed-up over quick in the same round")
     assert "1 1 quick 1.00 1.00\N{EN DASH}1.00 1,000 1.00 1.00\N{EN DASH}1.00" in lines
     assert "1 32 slow one 2.00 2.00\N{EN DASH}2.00 16,000 0.500 0.500\N{EN DASH}0.500" in lines

@@ -120,6 +120,8 @@ def test_resnet18_has_sixteen_binary_convolutions(name):
     assert list(model.binarization.binary) == binary
     projections = {f"layer{i}.0.downsample.0": "shortcut projection" for i in (2, 3, 4)}
     assert model.binarization.kept == {"conv1": "first layer", "fc": "classifier"} | projections
+    page = model.binarization._repr_html_()
+    assert all(word in page for word in ("<td", ", ".join(binary), ">float: shortcut projection<"))
     assert all(type(model.get_submodule(name)) in (nn.Conv2d, nn.Linear) for name in model.binarization.kept)
     assert not any(isinstance(module, nn.ReLU) for module in model.modules())
 

@@ -1,86 +1,93 @@
+"""The code of the README and of the guides: it runs, its recipe is one, its commands take their options."""
+
 import contextlib
 import re
 import shlex
 import sys
 import tomllib
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-import bonn_qat
-from bonn_qat import cli, hookspecs, plugins
+from bonn_qat import cli
 from bonn_qat.exporting.export import FORMATS
 from bonn_qat.studies import study
 from bonn_qat.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CODE = {
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in ("docs/start.md", "docs/backbones.md", "docs/schemes.md")
+}
+GUIDES = ("start", "schemes", "reproduce", "long_runs", "export", "pretrained", "plugins")
 
 
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+def _blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-@pytest.fixture(scope="module")
-def namespace(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """The namespace after running the README's Python blocks one after the other in an empty folder."""
-    module = types.ModuleType("readme")
-    sys.modules["readme"] = module
-    with contextlib.chdir(tmp_path_factory.mktemp("readme")):
-        for index, block in enumerate(_blocks("python")):
-            exec(compile(block, f"README.md, block {index}", "exec"), module.__dict__)
-    return module.__dict__
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], dict[str, object]]:
+    """Run the Python blocks of a page one after the other in an empty folder, and return their namespace."""
+
+    def run(page: str, text: str) -> dict[str, object]:
+        module = types.ModuleType("page")
+        monkeypatch.setitem(sys.modules, "page", module)
+        with contextlib.chdir(tmp_path):
+            for index, block in enumerate(_blocks(text, "python")):
+                exec(compile(block, f"{page}, block {index}", "exec"), module.__dict__)
+        return module.__dict__
+
+    return run
+
+
+def test_the_readme_is_short_and_its_code_makes_a_packed_file(run, tmp_path: Path) -> None:
+    assert len(README.splitlines()) <= 150
+    (block,) = _blocks(README, "python")
+    assert len([line for line in block.splitlines() if line]) <= 13
+    namespace = run("README.md", README)
+    assert len(namespace["model"].binarization.binary) == 16
+    assert (tmp_path / "net.safetensors").is_file()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # Brevitas' own, at its import
-def test_the_python_blocks_run(namespace: dict[str, object]) -> None:
-    assert len(namespace["model"].binarization.binary) == 16
+@pytest.mark.parametrize("page", CODE)
+def test_the_python_blocks_of_a_guide_run(page: str, run) -> None:
+    assert run(page, CODE[page])
 
 
-def test_the_example_plugin_is_found_by_name(namespace: dict[str, object]) -> None:
-    pm = plugins.create_manager(entry_points=False)
-    pm.register(sys.modules["readme"], name="readme")
-    binarized = bonn_qat.binarize(namespace["timm"].create_model("resnet18"), "bonn-hard", pm=pm)
-    objective = bonn_qat.Objective(binarized, regularizers={"bound": 1.0}, pm=pm)
-    assert objective.regularizers["bound"]() == 0  # every latent starts inside
-
-
-def test_the_toml_blocks_are_an_entry_point_of_our_group_and_a_recipe() -> None:
-    entry_points, recipe = _blocks("toml")
-    assert list(tomllib.loads(entry_points)["project"]["entry-points"]) == [hookspecs.PROJECT]
+def test_the_recipe_of_the_guide_is_one() -> None:
+    (recipe,) = _blocks((ROOT / "docs" / "recipes.md").read_text(encoding="utf-8"), "toml")
     assert Recipe.from_dict(tomllib.loads(recipe)).skip == ("layer3.*",)
 
 
 def test_the_commands_are_environments_of_tox() -> None:
     sections = re.findall(r"^\[(.*)\]", (ROOT / "tox.ini").read_text(), re.MULTILINE)
-    assert [block.strip() for block in _blocks("sh")[1:3]] == [
+    assert [block.strip() for block in _blocks(README, "sh")[1:]] == [
         "pip install tox-uv && tox -e compare",
         "pip install tox-uv && tox",
     ]
-    assert "testenv:compare" in sections
+    assert {f"testenv:{name}" for name in re.findall(r"tox -e (\w+)", README)} <= set(sections)
 
 
-def test_the_other_commands_name_known_studies_settings_and_options() -> None:
-    lines = [shlex.split(line, comments=True) for block in _blocks("sh")[3:] for line in block.splitlines()]
-    lines = [words for words in lines if words]
+@pytest.mark.parametrize("guide", GUIDES)
+def test_the_commands_of_a_guide_name_known_studies_formats_and_options(guide: str) -> None:
+    text = (ROOT / "docs" / f"{guide}.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for block in _blocks(text, "sh") for line in block.splitlines()]
+    ours = [words for words in lines if {"bonn-qat", "bonn_qat"} & set(words) and "install" not in words]
+    assert ours
     commands = cli.app.commands
-    names = []
-    for words in lines:
+    for words in ours:
         name = next(word for word in words if word in commands)
         given = commands[name].make_context(name, words[words.index(name) + 1 :]).params
-        names.append(name)
         if name == "reproduce":
-            studies = study.load(given["study"]).only([part for part in given["only"].split(",") if part])
+            studies = study.load(given["study"]).only([part for part in (given["only"] or "").split(",") if part])
             assert studies.settings
         if name == "export":
             assert given["format"] in FORMATS
-    assert names == ["export", "bench", *3 * ["train"], "compare", *4 * ["reproduce"]]
-
-
-@pytest.mark.parametrize("hook", [name for name in vars(hookspecs) if name.startswith("bonn_qat_")])
-def test_every_hook_is_in_the_readme(hook: str) -> None:
-    assert f"`{hook}`" in README
 
 
 def test_every_picture_exists() -> None:

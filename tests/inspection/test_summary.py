@@ -151,6 +151,13 @@ def test_a_terminal_is_never_too_narrow(report, width):
     assert bool(left_out) == (width < 120)
 
 
+def test_a_notebook_shows_the_same_and_escapes_it(report):
+    page = dataclasses.replace(report, model="<i>")._repr_html_()
+    assert page.startswith("<p>&lt;i&gt;, scheme bonn, one image of 3 x 224 x 224</p><table>")
+    assert all(f">{layer.name}</td>" in page for layer in report.layers)
+    assert "first layer: conv1" in page
+
+
 def test_control_characters_do_not_reach_the_terminal(report):
     odd = dataclasses.replace(report, model="a\x1b[31m", layers=(dataclasses.replace(report.layers[0], name="\x07"),))
     assert not any(character in "".join(printed(odd, 80)) for character in "\x1b\x07")

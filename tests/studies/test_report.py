@@ -286,6 +286,17 @@ def test_text_is_shown_as_it_was_given() -> None:
     assert Page(page).text.count(MARKUP) >= 8
 
 
+def test_a_notebook_shows_table_differences_and_what_is_missing() -> None:
+    page = PAGES["markup"]._repr_html_()
+    assert "<b>" not in page
+    assert MARKUP in Page(page).text
+    of = comparison(*arm("bonn", [50.0]), *arm("xnor", [49.0]), missing=["lost-0"], failures={"broken-0": "<NaN>"})
+    text = Page(of._repr_html_()).text
+    assert "BONN is 1.00 points ahead of XNOR" in text
+    assert "failed: broken-0: <NaN>" in text
+    assert "missing: lost-0" in text
+
+
 def test_runs_that_are_not_there_are_named_before_the_results() -> None:
     of = comparison(*arm("bonn", [50.0]), missing=["lost-0", "broken-0"], failures={"broken-0": "loss became NaN"})
     text = Page(report.html(of)).text

@@ -1,0 +1,77 @@
+"""Draw the figures of docs/concepts.md from the package's own functions: ``python docs/figures.py``."""
+
+from pathlib import Path
+
+import torch
+
+import bonn_qat
+from bonn_qat import functional
+from bonn_qat.plotting import HERO_COLOUR, PALETTE, canvas, row
+
+FOLDER = Path(__file__).parent / "figures"
+ESTIMATORS = {
+    "ste_sign: BNN, XNOR-Net, BONN": functional.ste_sign,
+    "approx_sign: Bi-Real Net": functional.approx_sign,
+    "swish_sign": functional.swish_sign,
+    "ede_sign, t = 2: IR-Net": lambda x: functional.ede_sign(x, torch.tensor(2.0)),
+}
+
+
+def estimators() -> str:
+    """The sign, and what each estimator takes for its derivative."""
+    with canvas("estimators", height=3.4, title="The sign, and the derivatives that estimators take for it") as (
+        fig,
+        svg,
+    ):
+        forward, backward = fig.subplots(1, 2, width_ratios=(2, 3))
+        grid = torch.linspace(-2, 2, 401)
+        forward.step(grid, functional.sign(grid), color=HERO_COLOUR)
+        forward.set(title="forward: sign(x)", xlabel="x")
+        for colour, (name, estimator) in zip((HERO_COLOUR, *PALETTE), ESTIMATORS.items(), strict=False):
+            x = grid.clone().requires_grad_()
+            estimator(x).sum().backward()
+            backward.plot(grid, x.grad, color=colour, label=name)
+        backward.set(title="backward: what stands in for the derivative", xlabel="x")
+        backward.legend(fontsize=9)
+    return svg()
+
+
+def kernel_loss() -> str:
+    """The kernel loss of one latent weight: its two modes, by nu."""
+    with canvas("kernel", height=3.2, title="The kernel loss of one latent weight, with two modes") as (fig, svg):
+        grid, mu, sigma, w = torch.linspace(-0.4, 0.4, 401), torch.tensor([0.2]), torch.tensor([0.05]), torch.ones(1, 1)
+        weak, strong = row(fig, 2)
+        for axis, nu in ((weak, 1e-4), (strong, 1e-2)):
+            values = [functional.kernel_loss(x.reshape(1, 1), w, mu, sigma, nu=nu, scale=0.2 * w.mean()) for x in grid]
+            axis.plot(grid, torch.stack(values), color=HERO_COLOUR)
+            axis.axvline(0.2, color=PALETTE[0], linestyle=":")
+            axis.axvline(-0.2, color=PALETTE[0], linestyle=":")
+            axis.set(title=f"nu = {nu:g}", xlabel="latent weight")
+    return svg()
+
+
+def latents() -> str:
+    """The latent weights of a trained layer, and the values that the network computes with."""
+    model = bonn_qat.create_model("wrn22_16.bonn_cifar10", pretrained=True)
+    layers = dict(bonn_qat.binary_layers(model))
+    chosen = list(layers)[len(layers) // 2], list(layers)[-1]
+    with canvas("latents", height=3.2, title="Latent weights of two trained layers, and their binary values") as (
+        fig,
+        svg,
+    ):
+        for axis, name in zip(fig.subplots(1, 2), chosen, strict=True):
+            layer = layers[name]
+            scale = layer.weight_quant.quantize(layer.weight)[1]
+            axis.hist(layer.weight.detach().flatten(), bins=80, color=HERO_COLOUR)
+            for sign in (-1, 1):
+                axis.axvline(sign * float(scale.mean()), color=PALETTE[0])
+            axis.set(title=name, xlabel="latent weight")
+    return svg()
+
+
+DRAWINGS = {"estimators": estimators, "kernel_loss": kernel_loss, "latents": latents}
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for name, draw in DRAWINGS.items():
+        (FOLDER / f"{name}.svg").write_text(draw() + "\n", encoding="utf-8")
