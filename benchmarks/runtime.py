@@ -89,7 +89,7 @@ STARTS = {
     "net = PackedModel.load(sys.argv[1]); net(torch.zeros(1, *net.input_size))",
     REFERENCE: "import sys, numpy, onnxruntime as o; s = o.SessionOptions(); s.intra_op_num_threads = 1; "
     "net = o.InferenceSession(sys.argv[2], s); "
-    "net.run(None, {'images': numpy.zeros([1, *net.get_inputs()[0].shape[1:]], numpy.float32)})",
+    "net.run(None, {net.get_inputs()[0].name: numpy.zeros([1, *net.get_inputs()[0].shape[1:]], numpy.float32)})",
 }
 END = (
     "import os, re, time; print(time.process_time(), re.search('VmHWM: *\\t* *([0-9]+)', "
