@@ -53,7 +53,8 @@ def test_a_packed_network_is_served_without_torch(packed, tmp_path):
 def test_a_network_is_logged_to_the_active_run(packed, directory):
     mlflow.set_tracking_uri(f"sqlite:///{directory}/mlflow.db")
     try:
-        with mlflow.start_run() as run:
+        place = mlflow.create_experiment("models", artifact_location=str(directory / "models"))
+        with mlflow.start_run(experiment_id=place) as run:
             info = bonn_qat_mlflow.log_model(packed, "net", metadata={"top1": 12.5})
         images = torch.randn(2, 3, 16, 16)
         logits = mlflow.pyfunc.load_model(info.model_uri).predict(images.numpy())
