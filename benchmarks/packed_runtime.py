@@ -191,7 +191,7 @@ def planned(path: Path, count: int) -> dict[str, Any]:
         return {"stopped": str(error).split("cannot run ")[-1].partition("; use")[0]}
     images = backbones.photographs(network.input_size[1])[:count]
     packed = bonn_qat.PackedModel.load(path)
-    theirs = packed.network(images.contiguous(memory_format=packed.layout)).numpy()  # node by node
+    theirs = packed.node_by_node(images).numpy()
     ours = np.asarray(network(images.numpy()))
     apart = np.abs(ours - theirs).reshape(count, -1).max(1) / np.abs(theirs).reshape(count, -1).max(1)
     return {"differences": apart.tolist(), "same_predictions": bool((ours.argmax(-1) == theirs.argmax(-1)).all())}

@@ -65,7 +65,7 @@ def pack(
         )  # fmt: skip
         # A product of floats may be rounded to the other side of a threshold in every layer.
         is_exact = all(layer.kind == "bits" for layer in layers)
-        compare(ready, made, inputs, f"{made.name} cannot be packed", is_exact=is_exact)
+        compare(ready, made.node_by_node, inputs, f"{made.name} cannot be packed", is_exact=is_exact)
         return made
 
 

@@ -175,7 +175,12 @@ class PackedModel(nn.Module):
             raise InvalidData(f"the inputs are of one batch; got {', '.join(str(len(x)) for x in tensors)} samples")
         return tensors
 
-    def _computed(self, tensors: list[Tensor]) -> Any:
+    def node_by_node(self, *args: Tensor, **kwargs: Tensor) -> Any:
+        """What a call gives, computed in torch whatever :attr:`runtime` is, which adds floats as the model does."""
+        outputs = self._computed(self._given(args, kwargs), in_c=False)
+        return dict(zip(self.outputs, outputs, strict=True)) if self.outputs else outputs
+
+    def _computed(self, tensors: list[Tensor], in_c: bool = True) -> Any:
         first = tensors[0]
         if torch.compiler.is_compiling():
             kind = first.device.type
@@ -186,7 +191,7 @@ class PackedModel(nn.Module):
                 "torch.jit.trace would record a packed network for one number of images; use torch.export or "
                 "torch.compile, or save it with packed.save(path)"
             )
-        if takes(first) and (planned := self._in_c()).network:
+        if in_c and takes(first) and (planned := self._in_c()).network:
             with self.computing():
                 outputs = planned.run(first)
             return outputs if isinstance(outputs, Tensor) else self._container(outputs)

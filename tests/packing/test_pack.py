@@ -638,6 +638,12 @@ def test_heads_may_share_their_keys(tmp_path):
         torch.testing.assert_close(packed.network(x.contiguous(memory_format=packed.layout)), expected)
 
 
+def test_a_network_is_not_refused_for_what_rounds_otherwise_in_c(monkeypatch):
+    """There one more sign may change, and of a network of random weights that may be another output."""
+    monkeypatch.setattr("bonn_qat.runtime.planned.Planned.run", lambda self, images: images + 1e3)
+    assert pack(bonn_qat.binarize(Of(lambda net, x: net(x)), include=["net.1"], input_size=(3, 8, 8))).runtime == "C"
+
+
 def test_a_network_of_the_scheme_float_is_packed_as_it_is(tmp_path):
     model = bonn_qat.binarize(timm.create_model("wrn10_16", num_classes=4), "float", input_size=(3, 16, 16)).eval()
     packed = PackedModel.load(pack(model).save(tmp_path / "net"))
