@@ -22,7 +22,7 @@ import bonn_qat
 from bonn_qat.files.preprocessing import preprocessing_of
 
 HERE = Path(__file__).parent
-BINARY, FLOAT = "wrn22_16.bonn_cifar10", "wrn22_16.float_cifar10"
+NAMES = {"binary": "wrn22_16.bonn_cifar10", "float": "wrn22_16.float_cifar10"}
 SHOWN = ("layer1.1.conv1", "layer2.1.conv1", "layer3.1.conv1")  # whose inputs' signs the page shows
 
 
@@ -50,13 +50,11 @@ def make(folder: Path) -> None:
     """Write the networks, ``nets.json`` and a picture into the folder."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    binary = bonn_qat.create_model(BINARY, pretrained=True).eval()
+    networks = {key: (name, bonn_qat.create_model(name, pretrained=True).eval()) for key, name in NAMES.items()}
+    binary = networks["binary"][1]
     known = preprocessing_of(binary)
     assert known is not None
     facts: dict[str, Any] = {"labels": known.labels, "mean": known.mean, "std": known.std, "networks": {}}
-    networks = {"binary": (BINARY, binary)}
-    if FLOAT in bonn_qat.list_models(pretrained=True):
-        networks["float"] = (FLOAT, bonn_qat.create_model(FLOAT, pretrained=True).eval())
     for key, (name, model) in networks.items():
         sizes = write(model, (3, 32, 32), key, folder)
         facts["networks"][key] = {"name": name, "top1": model.card["top1"], **sizes}  # type: ignore[index]
