@@ -621,6 +621,17 @@ def largest_errors(dtype: torch.dtype = torch.float64) -> dict[str, float]:
     return errors
 
 
+@pytest.mark.parametrize("shape", [(1, 5, 3, 2), (1, 1, 3, 2), (4, 1, 1, 1), (5, 3, 2), ()], ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_a_sum_over_filters_has_the_order_of_its_weights(shape, last):
+    x = torch.randn(4, 5, 3, 2, dtype=torch.float64)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    total = functional.summed_to(x, shape)
+    assert torch.allclose(total, x.sum_to_size(shape), rtol=1e-12)
+    if shape == (1, 5, 3, 2):
+        assert total.stride()[1:] == x.stride()[1:]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_every_gradient_is_within_a_millionth_of_its_formula(dtype, record_property):
     errors = largest_errors(dtype)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bonn_qat import BonnQatError, Scheme, hookimpl
-from bonn_qat.functional import sign
+from bonn_qat.functional import sign, summed_to
 from bonn_qat.quantizers import ParameterRule, WeightQuantizer, sign_activation
 
 
@@ -43,7 +43,7 @@ class _Project(torch.autograd.Function):
             dlatents.append((inside + error) * w)  # (3.51) + (3.52)
             # A product of latents beyond the square root of the largest number would be infinite, and NaN in a sum.
             product = (error * ahead).clamp_(-bound, bound)
-            dprojections.append((inside * latent + product).sum_to_size(w.shape))  # (3.55) + (3.56)
+            dprojections.append(summed_to(inside * latent + product, w.shape))  # (3.55) + (3.56)
         return torch.stack(dlatents).sum(0), torch.cat(dprojections), None, None, None
 
 
