@@ -125,8 +125,9 @@ def binarize(
     inputs = None if example_inputs is None else Inputs.of(example_inputs)
     model = unwrapped(model)
     chosen = plugins.find_scheme(scheme, pm)
-    if isinstance(getattr(model, "binarization", None), Binarization):
-        raise InvalidModel(f"{type(model).__name__} is already binarized ({model.binarization.scheme.name}); "  # type: ignore[union-attr]
+    record = getattr(model, "binarization", None)
+    if isinstance(record, Binarization) and record.binary:  # not a network of the scheme "float", which is as it was
+        raise InvalidModel(f"{type(model).__name__} is already binarized ({record.scheme.name}); "
                            "binarize the float model instead")  # fmt: skip
     skip, include = (tuple([x] if isinstance(x, str) else x) for x in (skip, include))
     others = _Schemes(chosen, {p: plugins.find_scheme(s, pm) for p, s in (schemes or {}).items()}, model)

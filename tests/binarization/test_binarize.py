@@ -260,6 +260,7 @@ def test_a_scheme_without_weights_leaves_the_network_as_it_is():
     result = bonn_qat.binarize(model, FLOAT)
     assert result is not model
     assert equal(model, result)
+    assert equal(bonn_qat.binarize(result), bonn_qat.binarize(model))
     assert result.binarization.binary == ()
     assert str(result) == str(model)
 
