@@ -178,6 +178,9 @@ class FrozenWeight(WeightQuantizer):
         return (x.to(self.scale.dtype) * self.scale if self.scaled_sign else x), self.scale
 
 
+_STARTS = ("mean_magnitude", "msra", "msra_fan_out")
+
+
 @final
 class BonnWeight(WeightQuantizer):
     """BONN's weights: ``mean(w) * sign(X)`` with a learned modulation w (:func:`~bonn_qat.functional.bonn_binarize`).
@@ -195,13 +198,14 @@ class BonnWeight(WeightQuantizer):
     ``gradient="printed"`` uses (12) and (15). ``gradient="derivative"`` differentiates the value and estimates the sign
     alone: with c the scale, ``c G [|X| <= 1]`` to X and ``dc/dw sum G sign(X)`` to w.
 
-    ``start`` is the initial scale: the mean of ``|weight|`` over the elements that share it (``"mean_magnitude"``; of
-    the float weights, before ``latent_std`` rescales them), or the standard deviation of the MSRA initialization, with
-    the inputs, ``sqrt(2 / (I kh kw))`` (``"msra"``), or the outputs, ``sqrt(2 / (O kh kw))`` (``"msra_fan_out"``). Our
-    ``wrn`` and ``birealnet`` networks are initialized with the outputs, so that their mean magnitude is 0.8 times the
-    last. The paper does not say; its Fig. 5 begins at about 0.062, 0.046 and 0.032 in the layers 2, 8 and 14 of WRN-22,
-    with 64, 128 and 256 outputs, where the last is 0.059, 0.042 and 0.029. Every element of w starts at that scale, or
-    at its inverse, which is bounded where the weights are 0. Raises InvalidRecipe for any other value of an option.
+    ``start`` is the initial scale: a number, or the mean of ``|weight|`` over the elements that share it
+    (``"mean_magnitude"``; of the float weights, before ``latent_std`` rescales them), or the standard deviation of the
+    MSRA initialization, with the inputs, ``sqrt(2 / (I kh kw))`` (``"msra"``), or the outputs, ``sqrt(2 / (O kh kw))``
+    (``"msra_fan_out"``). Our ``wrn`` and ``birealnet`` networks are initialized with the outputs, so that their mean
+    magnitude is 0.8 times the last. The paper does not say; its Fig. 5 begins at about 0.062, 0.046 and 0.032 in the
+    layers 2, 8 and 14 of WRN-22, with 64, 128 and 256 outputs, where the last is 0.059, 0.042 and 0.029. Every element
+    of w starts at that scale, or at its inverse, which is bounded where the weights are 0. Raises InvalidRecipe for any
+    other value of an option.
 
     >>> quantizer = BonnWeight(torch.tensor([[[[0.5, -0.3]]], [[[0.1, 0.3]]]]))
     >>> quantizer.modulation.shape, quantizer(torch.randn(2, 1, 1, 2)).scale
@@ -218,13 +222,14 @@ class BonnWeight(WeightQuantizer):
         granularity: Literal["kernel", "plane", "filter"] = "kernel",
         reading: Literal["algorithm1", "inverse"] = "algorithm1",
         gradient: Literal["printed", "derivative"] = "printed",
-        start: Literal["mean_magnitude", "msra", "msra_fan_out"] = "mean_magnitude",
+        start: Literal["mean_magnitude", "msra", "msra_fan_out"] | float = "mean_magnitude",
     ) -> None:
         super().__init__()
         _check_choice("granularity of BONN's modulation", granularity, ("kernel", "plane", "filter"))
         _check_choice("reading of BONN's modulation", reading, ("algorithm1", "inverse"))
         _check_choice("gradient of BONN's weights", gradient, ("printed", "derivative"))
-        _check_choice("start of BONN's modulation", start, ("mean_magnitude", "msra", "msra_fan_out"))
+        if not number(start) > 0:
+            _check_choice("start of BONN's modulation, if it is not a number above 0,", start, _STARTS)
         self.granularity, self.reading, self.gradient, self.start = granularity, reading, gradient, start
         shape = [1, *weight.shape[1:]]
         if granularity == "plane" and weight.ndim > 2:
@@ -237,7 +242,9 @@ class BonnWeight(WeightQuantizer):
     @torch.no_grad()
     def adopt(self, weight: Tensor) -> None:
         magnitude = weight.abs()
-        if self.start != "mean_magnitude":
+        if isinstance(self.start, int | float):
+            scale = magnitude.new_full((), self.start)
+        elif self.start != "mean_magnitude":
             fan = weight.numel() / weight.shape[0 if self.start == "msra" else 1]
             scale = magnitude.new_full((), (2 / fan) ** 0.5)
         elif self.granularity == "filter":

@@ -78,7 +78,7 @@ def test_a_modulation_of_filters_starts_at_the_mean_magnitude_of_each():
     assert BonnWeight(WEIGHT, granularity="plane").constants(WEIGHT) == 1
 
 
-@pytest.mark.parametrize("start", ["mean_magnitude", "msra", "msra_fan_out"])
+@pytest.mark.parametrize("start", ["mean_magnitude", "msra", "msra_fan_out", 0.05])
 @pytest.mark.parametrize("granularity", ["kernel", "plane", "filter"])
 def test_both_readings_start_at_the_same_values(granularity, start):
     one, other = (BonnWeight(WEIGHT, granularity=granularity, reading=r, start=start) for r in READINGS)
@@ -87,9 +87,9 @@ def test_both_readings_start_at_the_same_values(granularity, start):
     torch.testing.assert_close(scale, inverse_scale)
     assert scale.shape == inverse_scale.shape
     torch.testing.assert_close(other.modulation, 1 / one.modulation)
-    if start != "mean_magnitude":
-        channels = {"msra": 4, "msra_fan_out": 6}[start]
-        torch.testing.assert_close(scale, torch.full_like(scale, (2 / (channels * 3 * 3)) ** 0.5))
+    expected = {"msra": (2 / (4 * 3 * 3)) ** 0.5, "msra_fan_out": (2 / (6 * 3 * 3)) ** 0.5, 0.05: 0.05}
+    if start in expected:
+        torch.testing.assert_close(scale, torch.full_like(scale, expected[start]))
 
 
 def test_the_papers_networks_start_at_the_mean_magnitude_of_the_msra_initialization():
@@ -146,7 +146,7 @@ def test_the_inverse_modulation_stays_above_zero_and_no_other_is_touched():
         ("granularity", "granularity of BONN's modulation must be 'kernel', 'plane' or 'filter'; got 'none'"),
         ("reading", "reading of BONN's modulation must be 'algorithm1' or 'inverse'; got 'none'"),
         ("gradient", "gradient of BONN's weights must be 'printed' or 'derivative'; got 'none'"),
-        ("start", "start of BONN's modulation must be 'mean_magnitude', 'msra' or 'msra_fan_out'; got 'none'"),
+        ("start", "start of .*a number above 0, must be 'mean_magnitude', 'msra' or 'msra_fan_out'; got 'none'"),
     ],
 )
 def test_an_unknown_value_of_an_option_is_an_error(option, words):
