@@ -30,7 +30,7 @@ LAYERS = "BONN_QAT_MLFLOW_LAYERS"  # the environment variable that switches the 
 EPOCH = "epoch"  # the last metric of each epoch: a step that has it has all the others
 _EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",  # "Machine learning" in the UI
-    "mlflow.experiment.primaryMetric.name": "test/top1",  # the first chart
+    "mlflow.experiment.primaryMetric.name": "test/top1",
     "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
 }
 # The data is at fault; any other code means trouble with the store, the network or permissions.
@@ -201,7 +201,8 @@ def _parts(run: LoggedRun, steps: set[int], params: Mapping[str, str]) -> Iterat
         commit, dirty, _ = run.result.environment.get("commit", "unknown").partition("-dirty")
         tags |= {f"environment.{allowed(key)}": str(value) for key, value in run.result.environment.items()}
         tags |= {"mlflow.source.git.commit": commit, "mlflow.source.git.dirty": str(bool(dirty))}
-        numbers = {"seconds": run.result.seconds, **{f"size/{key}": size for key, size in run.result.size.items()}}
+        # Without a prefix, because the UI draws them after the curves then.
+        numbers = {"seconds": run.result.seconds, **run.result.size}
     yield {
         "tags": [RunTag(key, value) for key, value in tags.items()],
         "metrics": [Metric(allowed(key), float(value), _ms(run.ended), 0) for key, value in numbers.items()],

@@ -57,7 +57,7 @@ def test_a_comparison_is_a_parent_run_with_a_child_per_recipe(rehearsal, directo
     assert child.data.tags.items() >= expected.items()
     assert child.data.tags["mlflow.user"]
     assert child.data.params["skip"] == "stem, *.conv1"
-    assert child.data.metrics["size/mbit"] == 0.5
+    assert child.data.metrics["mbit"] == 0.5
     (data,) = child.inputs.dataset_inputs
     assert (data.dataset.name, data.tags[0].value) == ("digits", "train")
     history = client.get_metric_history(child.info.run_id, "train/loss")
