@@ -19,7 +19,7 @@ from sphinx.util.typing import stringify_annotation
 
 project = "bonn-qat"
 copyright = "the authors of bonn-qat, Apache-2.0"
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx_click", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx_click", "sphinx_copybutton", "sphinx_llms_txt"]
 root_doc = "docs/index"
 include_patterns = [
     "docs/**.md",
