@@ -2,10 +2,11 @@
 
 A run becomes ``MODEL.SCHEME_DATA``. Latent weights of binary layers are rounded to bfloat16, which keeps their signs,
 and large weights of float networks to float16, so that the files stay small. Accuracies are those of the files as they
-are shipped, read back, on the whole test set. ``--table`` measures nothing and writes cards and table from the files.
-Examples::
+are shipped, read back, on the whole test set. ``--again`` measures all shipped files anew, so that latencies are of
+one machine; ``--table`` measures nothing and writes cards and table from the files. Examples::
 
     python benchmarks/make_pretrained.py runs/one runs/two --data-dir data
+    python benchmarks/make_pretrained.py --again --data-dir data
     python benchmarks/make_pretrained.py --table
 """
 
@@ -14,7 +15,7 @@ import csv
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,15 @@ def make(directory: Path, data_dir: Path | None, machine: str) -> Iterator[Path]
         )  # fmt: skip
         tensors, header = read_tensors(target)
         yield write_tensors(target, tensors, header | {"card": asdict(card)})
+
+
+def again(data_dir: Path | None) -> Iterator[Path]:
+    """Measure all shipped networks, and write what was found into their cards."""
+    for name, card in cards().items():
+        path = FILES / f"{name}.safetensors"
+        fresh = replace(card, **measured(path, bonn_qat.load_data(card.data, directory=data_dir)))
+        tensors, header = read_tensors(path)
+        yield write_tensors(path, tensors, header | {"card": asdict(fresh)})
 
 
 def rounded(tensors: Mapping[str, Tensor], latents: set[str]) -> dict[str, Tensor]:
@@ -187,10 +197,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--machine", default=processor(), help="the processor they were trained on; by default this one"
     )
+    parser.add_argument("--again", action="store_true", help="measure all shipped files anew")
     parser.add_argument("--table", action="store_true", help="write only cards and table")
     args = parser.parse_args(argv)
-    if args.table == bool(args.directories):
-        parser.error("give the directories of comparisons, or --table")
+    if args.table + args.again + bool(args.directories) != 1:
+        parser.error("give the directories of comparisons, or --again, or --table")
     return args
 
 
@@ -199,4 +210,6 @@ if __name__ == "__main__":
     for directory in args.directories:
         for path in make(directory, args.data_dir, args.machine):
             print(path.name)
+    for path in again(args.data_dir) if args.again else ():
+        print(path.name)
     write_pages(cards())
