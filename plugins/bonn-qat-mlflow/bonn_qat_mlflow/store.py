@@ -32,6 +32,14 @@ _EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",  # "Machine learning" in the UI
     "mlflow.experiment.primaryMetric.name": "test/top1",
     "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
+    # What the UI shows with viewStateShareKey=bonn_qat in its address.
+    "mlflow.sharedViewState.bonn_qat": json.dumps(
+        {
+            "selectedColumns": ["metrics.`test/top1`", "params.`scheme`"],
+            "orderByKey": "metrics.`test/top1`",
+            "orderByAsc": False,
+        }
+    ),
 }
 # The data is at fault; any other code means trouble with the store, the network or permissions.
 _REFUSALS = ("BAD_REQUEST", "INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST")

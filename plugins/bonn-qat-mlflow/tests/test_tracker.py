@@ -1,5 +1,6 @@
 """What the store holds after the timeline's calls, by a real database."""
 
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -75,6 +76,11 @@ def test_a_new_experiment_is_one_of_model_training_and_shows_accuracy_first(rehe
     tags = client.get_experiment_by_name("digits").tags
     assert tags["mlflow.experimentKind"] == "custom_model_development"
     assert tags["mlflow.experiment.primaryMetric.name"] == "test/top1"
+    run = client.search_runs(["1"], "params.scheme != ''")[0]
+    columns = json.loads(tags["mlflow.sharedViewState.bonn_qat"])["selectedColumns"]
+    assert columns == ["metrics.`test/top1`", "params.`scheme`"]
+    assert "test/top1" in run.data.metrics
+    assert "scheme" in run.data.params
 
 
 def test_an_experiment_of_the_users_stays_what_it_is(rehearsal, directory, rehearsed):
