@@ -44,17 +44,26 @@ def _inside(grad: Tensor, x: Tensor, clip: float) -> Tensor:
     return cast(Tensor, torch.ops.aten.hardtanh_backward(grad, x, -bound, bound))
 
 
+def _order(x: Tensor) -> list[int]:
+    """The axes of ``x`` in the order of memory."""
+    strides = x.stride()
+    return sorted(range(x.ndim), key=lambda axis: -strides[axis])
+
+
+def _restored(x: Tensor, order: list[int]) -> Tensor:
+    """``x`` with its axes as they were before ``permute(order)``."""
+    return x.permute([order.index(axis) for axis in range(x.ndim)])
+
+
 def summed_to(x: Tensor, shape: Sequence[int]) -> Tensor:
     """``x.sum_to_size(shape)``, with the axes in the order of memory.
 
     torch sums to a contiguous tensor; over the filters of a large weight in ``channels_last`` that takes 40 times as
     long as a sum whose result has the order of ``x``.
     """
-    sizes = [1] * (x.ndim - len(shape)) + list(shape)
-    strides = x.stride()
-    order = sorted(range(x.ndim), key=lambda axis: -strides[axis])
+    sizes, order = [1] * (x.ndim - len(shape)) + list(shape), _order(x)
     total = x.permute(order).sum_to_size([sizes[axis] for axis in order])
-    return total.permute([order.index(axis) for axis in range(x.ndim)]).reshape(shape)
+    return _restored(total, order).reshape(shape)
 
 
 class _SteSign(torch.autograd.Function):
@@ -229,6 +238,27 @@ def bonn_scale(modulation: Tensor, *, inverse: bool = False) -> Tensor:
     return values.mean() if len(values) == 1 else values.mean(tuple(range(1, values.ndim)), keepdim=True)
 
 
+class _Filters:
+    """Latent weights and tensors like them as rows, one for each filter, with its elements in the order of memory."""
+
+    def __init__(self, latent: Tensor) -> None:
+        order = _order(latent)
+        self._order = [0, *(axis for axis in order if axis)]
+        self._sizes = [latent.shape[axis] for axis in self._order[1:]]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``(O, ...) -> (O, N)``."""
+        return x.permute(self._order).reshape(len(x), -1).contiguous()
+
+    def shared(self, modulation: Tensor) -> Tensor:
+        """``(1, ...) -> (N,)``; a plane is repeated."""
+        return modulation.permute(self._order).expand(1, *self._sizes).reshape(-1).contiguous()
+
+    def back(self, rows: Tensor) -> Tensor:
+        """``(O, N) -> (O, ...)``."""
+        return _restored(rows.reshape(len(rows), *self._sizes), self._order)
+
+
 class _BonnBinarize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, latent: Tensor, modulation: Tensor) -> Tensor:
@@ -239,7 +269,11 @@ class _BonnBinarize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         latent, modulation = ctx.saved_tensors
-        inside = _inside(grad, modulation * latent, 1.0)
+        if operators.takes_filters(latent, modulation) and grad.dtype == latent.dtype:
+            filters = _Filters(latent)
+            dlatent, dmodulation = operators.latent_gradient(filters(grad), filters(latent), filters.shared(modulation))
+            return filters.back(dlatent), filters.back(dmodulation[None]).sum_to_size(modulation.shape)
+        inside = _inside(grad, latent * modulation, 1.0)
         return inside * modulation, summed_to(inside * latent, modulation.shape)  # (12), (15)
 
 
@@ -268,7 +302,7 @@ class _BonnBinarizeInverse(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         latent, modulation, scale = ctx.saved_tensors
-        inside = _inside(grad, modulation * latent, 1.0) * scale
+        inside = _inside(grad, latent * modulation, 1.0) * scale
         through_scale = summed_to(grad * sign(latent), scale.shape) * (scale.numel() / modulation.numel())
         to_modulation = summed_to(inside * latent, modulation.shape) - through_scale / modulation.square()
         return inside * modulation, to_modulation
@@ -448,7 +482,7 @@ class _KernelLoss(torch.autograd.Function):
     def _parts(latent: Tensor, modulation: Tensor, scale: Tensor, mu: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
         # With s = sign(X): X^ - w X = s (scale - w |X|), so everything but (13) depends on |X| alone.
         magnitude = latent.abs()
-        error = (modulation * magnitude).sub_(scale)
+        error = (magnitude * modulation).sub_(scale)  # in this order it has the layout of the latents
         spread = magnitude - mu.reshape(*mu.shape, *[1] * (latent.ndim - mu.ndim))
         precision = sigma.square().reciprocal_()
         mahalanobis = spread.square().mean(_elements(latent, mu)).mul_(precision)
@@ -487,6 +521,46 @@ class _KernelLoss(torch.autograd.Function):
         return grad * dlatent, grad * dmodulation, None, grad * dmu, grad * dsigma, None, None
 
 
+class _KernelLossOfFilters(torch.autograd.Function):
+    """The same of one layer whose filters share a modulation, in one pass over the latents each way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        latent: Tensor,
+        modulation: Tensor,
+        scale: Tensor,
+        mu: Tensor,
+        sigma: Tensor,
+        nu: float,
+        per_element: bool,
+    ) -> Tensor:
+        filters = _Filters(latent)
+        shared, scales = filters.shared(modulation), scale.reshape(-1).expand(len(mu)).contiguous()
+        totals = operators.kernel_sums(filters(latent), shared, scales, mu)
+        wrong, spread, square = totals.unbind(1)
+        count = latent.numel() // len(mu)
+        mahalanobis = square / count / sigma.square()
+        prior = count * (mahalanobis + 2 * sigma.log()).sum()
+        spread = (spread / count).to(mu.dtype)
+        ctx.save_for_backward(latent, shared, scales, mu.clone(), sigma.clone(), spread, mahalanobis.to(mu.dtype))
+        ctx.shape, ctx.nu, ctx.rate = modulation.shape, nu, nu if per_element else nu * count
+        loss: Tensor = 0.5 * (wrong.sum() + nu * prior)
+        return loss.to(latent.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        latent, shared, scales, mu, sigma, spread, mahalanobis = ctx.saved_tensors
+        filters, precision = _Filters(latent), sigma.square().reciprocal_()
+        factor = precision * ctx.nu
+        dlatent, dmodulation = operators.kernel_gradient(grad, filters(latent), shared, scales, mu, factor)
+        dmu = spread.mul(precision).mul_(-ctx.rate)  # (17)
+        dsigma = (1 - mahalanobis).mul_(ctx.rate).div_(sigma)  # (18)
+        dmodulation = filters.back(dmodulation[None]).sum_to_size(ctx.shape)
+        return filters.back(dlatent), dmodulation, None, grad * dmu, grad * dsigma, None, None
+
+
 def kernel_loss(
     latent: Tensor,
     modulation: Tensor,
@@ -513,7 +587,11 @@ def kernel_loss(
     if scale is None:
         kernels = modulation.detach().flatten(mu.ndim).mean(-1)
         scale = kernels.reshape(*kernels.shape, *[1] * (latent.ndim - kernels.ndim))
-    return cast(Tensor, _KernelLoss.apply(latent, modulation, scale, mu, sigma, nu, per_element))
+    is_one_layer = mu.ndim == 1 and mu.dtype == sigma.dtype == latent.dtype
+    function: Any = (
+        _KernelLossOfFilters if is_one_layer and operators.takes_filters(latent, modulation) else _KernelLoss
+    )
+    return cast(Tensor, function.apply(latent, modulation, scale, mu, sigma, nu, per_element))
 
 
 def feature_loss(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bonn_qat import functional
+from bonn_qat.engine import operators
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16]
 quick = settings(database=None, deadline=None, max_examples=60)
@@ -619,6 +620,47 @@ def largest_errors(dtype: torch.dtype = torch.float64) -> dict[str, float]:
     )
     record("centres", array(numerator / (1 + counts)), centre_steps(f, targets, c))
     return errors
+
+
+@pytest.mark.skipif(not operators.AVAILABLE, reason="without kernels")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("shape", "shared"),
+    [
+        ((70, 33, 3, 3), (1, 33, 3, 3)),
+        ((6, 5, 3, 2), (1, 1, 3, 2)),
+        ((9, 24), (1, 24)),
+        ((300, 16, 3, 3), (1, 16, 3, 3)),
+    ],
+    ids=str,
+)
+def test_kernels_of_latents_give_the_gradients_of_torchs_operations(shape, shared, last, threads, monkeypatch):
+    latent = 0.01 * torch.randn(shape)
+    latent[0].view(-1)[:3] = torch.tensor([0.0, -0.0, 0.25])
+    modulation = 0.1 * torch.rand(shared) + 0.01
+    modulation.view(-1)[2] = 4.0  # times 0.25 is on the bound of the estimator
+    if last and latent.ndim == 4:
+        latent = latent.contiguous(memory_format=torch.channels_last)
+    spreads = [0.01 * torch.rand(shape[0]), 0.01 * torch.rand(shape[0]) + 0.005]
+    grad = torch.randn(shape)
+
+    def gradients(dtype: torch.dtype) -> list[Tensor]:
+        x, w, mu, sigma = (t.to(dtype).clone().requires_grad_() for t in (latent, modulation, *spreads))
+        loss = functional.kernel_loss(x, w, mu, sigma, nu=1e-3)
+        found = [loss.detach(), *torch.autograd.grad(3 * loss, [x, w, mu, sigma])]
+        assert found[1].stride() == latent.stride()
+        return found + list(torch.autograd.grad(functional.bonn_binarize(x, w), [x, w], grad.to(dtype)))
+
+    assert operators.takes_filters(latent, modulation)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    found = gradients(torch.float32)
+    torch.set_num_threads(before)
+    monkeypatch.setattr(operators, "takes_filters", lambda *_: False)
+    for one, other in zip(found, gradients(torch.float64), strict=True):
+        assert one.shape == other.shape
+        assert (one - other).abs().max() <= 1e-6 * other.abs().max()
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 3, 2), (1, 1, 3, 2), (4, 1, 1, 1), (5, 3, 2), ()], ids=str)

@@ -308,6 +308,61 @@ PART(prelu_gradient) {
 }
 PASS(prelu_gradient)
 
+/* ---- passes over latent weights: maps whose pixels are filters, and whose channels are the elements of a filter ---- */
+
+/* BONN's (12): the gradient c of the binary weights becomes that of the latents a, c alpha where |alpha a| <= 1. The sums
+   are those of c a there, (15). */
+PART(latent_gradient) {
+    F w = load(k->alpha, c, lanes, 0), sum = {0};
+    for (; p < stop; p++) {
+        int64_t at = p * k->channels + c;
+        F x = load(k->a, at, lanes, half);
+        F gradient = pick((I)(magnitude(x * w) > 1), fill(0), load(k->c, at, lanes, half));
+        put(k, at, gradient * w, lanes, half);
+        sum += gradient * x;
+    }
+    add_up(sums + c, sum, lanes);
+}
+PASS(latent_gradient)
+
+/* Of BONN's kernel loss, with a number for each filter in threshold (its scale), mean (mu) and k1 (the factor of the
+   second part): clip times the gradient of a, (13), and the sums of |a| (alpha |a| - threshold), (16). */
+PART(kernel_gradient) {
+    F w = load(k->alpha, c, lanes, 0), sum = {0};
+    for (; p < stop; p++) {
+        int64_t at = p * k->channels + c;
+        F x = load(k->a, at, lanes, half), size = magnitude(x), error = w * size - k->threshold[p];
+        F gradient = (error * w + (size - k->mean[p]) * k->k1[p]) * k->clip;
+        put(k, at, pick((I)(x >= 0), gradient, -gradient), lanes, half);
+        sum += size * error;
+    }
+    add_up(sums + c, sum, lanes);
+}
+PASS(kernel_gradient)
+
+/* The sums over each filter of (alpha |a| - threshold)^2, |a| - mean and its square, into sums: (filters, 3). */
+static void kernel_sums_work(const void *task, int thread, int threads) {
+    const Task *k = task;
+    int64_t end = border(k->pixels, 1, thread + 1, threads);
+    for (int64_t p = border(k->pixels, 1, thread, threads); p < end; p++) {
+        F error = {0}, spread = {0}, square = {0};
+        for (int64_t c = 0; c < k->channels; c += LANES) {
+            int lanes = k->channels - c < LANES ? (int)(k->channels - c) : LANES;
+            F size = magnitude(load(k->a, p * k->channels + c, lanes, 0)), w = load(k->alpha, c, lanes, 0);
+            F wrong = w * size - k->threshold[p], far = size - k->mean[p];
+            if (lanes < LANES)
+                for (int l = lanes; l < LANES; l++) wrong[l] = far[l] = 0;
+            error += wrong * wrong;
+            spread += far;
+            square += far * far;
+        }
+        double *sums = k->sums + 3 * p;
+        sums[0] = sums[1] = sums[2] = 0;
+        for (int l = 0; l < LANES; l++) sums[0] += error[l], sums[1] += spread[l], sums[2] += square[l];
+    }
+}
+EXPORT void NAME(kernel_sums)(const Task *task, int threads) { in_threads(kernel_sums_work, task, threads); }
+
 /* ---- convolution ---- */
 
 typedef struct {

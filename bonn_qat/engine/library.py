@@ -55,6 +55,9 @@ class Library:
     gradient: Pass
     prelu: Pass
     prelu_gradient: Pass
+    latent_gradient: Pass
+    kernel_gradient: Pass
+    kernel_sums: Pass
     convolve: Callable[[Convolution, int], None]
 
 
@@ -126,7 +129,10 @@ def bind(shared: ctypes.CDLL, variant: str) -> Library:
         use_threads(*(ctypes.cast(getattr(linked, name), ctypes.c_void_p) for name in names))
         # A forked process has none of the threads, and OpenMP would wait for them forever.
         os.register_at_fork(after_in_child=lambda: use_threads(None, None, None))
-    passes = ("moments", "signs", "spread", "gradient_sums", "gradient", "prelu", "prelu_gradient")
+    passes = (
+        "moments", "signs", "spread", "gradient_sums", "gradient", "prelu", "prelu_gradient", "latent_gradient",
+        "kernel_gradient", "kernel_sums",
+    )  # fmt: skip
     return Library(
         variant=variant, convolve=kernel("convolve", Convolution), **{name: kernel(name, Task) for name in passes}
     )

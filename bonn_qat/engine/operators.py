@@ -59,8 +59,21 @@ def _threads(elements: int) -> int:
     return torch.get_num_threads() if elements >= _PARALLEL else 1
 
 
-def _run(name: str, like: Tensor, tensors: Mapping[str, Tensor], *, sums: int = 0, **values: Any) -> list[Tensor]:
-    """Run a pass over maps of the shape of ``like``; returns ``sums`` of its sums over pixels, in double."""
+def _run(
+    name: str,
+    like: Tensor,
+    tensors: Mapping[str, Tensor],
+    *,
+    sums: int = 0,
+    of_pixels: Sequence[str] = (),
+    into: Tensor | None = None,
+    **values: Any,
+) -> list[Tensor]:
+    """Run a pass over maps of the shape of ``like``; returns ``sums`` of its sums over pixels, in double.
+
+    Tensors that are not maps have a number for each channel, but those ``of_pixels`` for each pixel. ``into`` gets the
+    sums of a pass whose sums are not over pixels.
+    """
     batch, channels, height, width = like.shape
     pixels, threads = batch * height * width, _threads(like.numel())
     partial = torch.zeros(threads, 2, channels, dtype=torch.float64) if sums else None
@@ -70,11 +83,13 @@ def _run(name: str, like: Tensor, tensors: Mapping[str, Tensor], *, sums: int = 
             good = good and tensor.is_contiguous(memory_format=torch.channels_last)
         else:
             size, dtype = (pixels * -(-channels // 32), torch.int32) if key == "words" else (channels, torch.float32)
+            size = pixels if key in of_pixels else size
             good = tensor.is_contiguous() and tensor.numel() == size and tensor.dtype == dtype
         if not good:
             raise RuntimeError(f"{name}: {key} is {tensor.dtype} {tuple(tensor.shape)}; the map {tuple(like.shape)}")
         values[key] = tensor.data_ptr()
-    values["sums"] = None if partial is None else partial.data_ptr()
+    sums_of = into if partial is None else partial
+    values["sums"] = None if sums_of is None else sums_of.data_ptr()
     kernels = library.load()
     assert kernels is not None
     task = library.Task(pixels=pixels, channels=channels, half=like.dtype == torch.bfloat16, **values)
@@ -231,3 +246,63 @@ def prelu_gradient(grad: Tensor, x: Tensor, slope: Tensor) -> tuple[Tensor, Tens
     out = torch.empty_like(x)
     (sums,) = _run("prelu_gradient", x, {"a": x, "c": grad, "alpha": slope, "out": out}, sums=1)
     return out, sums.float()
+
+
+def takes_filters(latent: Tensor, modulation: Tensor) -> bool:
+    """Whether there are kernels for latents ``(O, ...)`` of which all filters share a modulation ``(1, ...)``."""
+    if not AVAILABLE or torch.compiler.is_compiling():  # a compiler makes one pass of torch's own operations
+        return False
+    is_plain = type(latent) in (Tensor, torch.nn.Parameter) and latent.device.type == "cpu"
+    is_single = latent.dtype == modulation.dtype == torch.float32
+    return is_plain and is_single and latent.ndim == modulation.ndim > 1 and modulation.shape[0] == 1
+
+
+@_operator(
+    "latent_gradient(Tensor grad, Tensor latent, Tensor modulation) -> (Tensor, Tensor)",
+    lambda grad, latent, modulation: (torch.empty_like(latent), torch.empty_like(modulation)),
+)
+def latent_gradient(grad: Tensor, latent: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of latents X ``(O, N)`` and modulation w ``(N,)`` by BONN's (12) and (15), from that of X^."""
+    out = torch.empty_like(latent)
+    tensors = {"a": _filters(latent), "c": _filters(grad), "alpha": modulation, "out": _filters(out)}
+    (sums,) = _run("latent_gradient", tensors["a"], tensors, sums=1)
+    return out, sums.float()
+
+
+@_operator(
+    "kernel_sums(Tensor latent, Tensor modulation, Tensor scale, Tensor mu) -> Tensor",
+    lambda latent, modulation, scale, mu: latent.new_empty((len(latent), 3), dtype=torch.float64),
+)
+def kernel_sums(latent: Tensor, modulation: Tensor, scale: Tensor, mu: Tensor) -> Tensor:
+    """Of each filter the sums of ``(w |X| - scale)^2``, ``|X| - mu`` and its square; ``(O, 3)`` in double.
+
+    Latents ``(O, N)``, modulation w ``(N,)``, scale and mu ``(O,)``.
+    """
+    totals = latent.new_empty((len(latent), 3), dtype=torch.float64)
+    tensors = {"a": _filters(latent), "alpha": modulation, "threshold": scale, "mean": mu}
+    _run("kernel_sums", tensors["a"], tensors, of_pixels=("threshold", "mean"), into=totals)
+    return totals
+
+
+@_operator(
+    "kernel_gradient(Tensor grad, Tensor latent, Tensor modulation, Tensor scale, Tensor mu, Tensor factor) "
+    "-> (Tensor, Tensor)",
+    lambda grad, latent, modulation, *_: (torch.empty_like(latent), torch.empty_like(modulation)),
+)
+def kernel_gradient(
+    grad: Tensor, latent: Tensor, modulation: Tensor, scale: Tensor, mu: Tensor, factor: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of latents and modulation in BONN's kernel loss, (13) and (16), times ``grad`` ``()``.
+
+    ``factor`` ``(O,)`` is ``nu / sigma^2``; the rest as for :func:`kernel_sums`.
+    """
+    out, times = torch.empty_like(latent), float(grad)
+    tensors = {"a": _filters(latent), "alpha": modulation, "threshold": scale, "mean": mu, "k1": factor}
+    tensors["out"] = _filters(out)
+    of_pixels = ("threshold", "mean", "k1")
+    (sums,) = _run("kernel_gradient", tensors["a"], tensors, sums=1, of_pixels=of_pixels, clip=times)
+    return out, (sums * times).float()
+
+
+def _filters(rows: Tensor) -> Tensor:
+    return rows.reshape(*rows.shape, 1, 1)
