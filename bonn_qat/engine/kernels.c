@@ -1,4 +1,4 @@
-/* The passes over activations in a training step of a binary network, and its binary convolutions.
+/* The passes over activations and latent weights in a training step of a binary network, and its binary convolutions.
 
    Activations are (pixels, channels), the channels of a pixel next to each other, in float32 or bfloat16; `half` says
    which. Signs are bits of 32-bit words, and each pixel starts a word: bit i of word j is 1 where channel 32 j + i is
