@@ -1,14 +1,18 @@
-"""Draw the figures of docs/concepts.md from the package's own functions: ``python docs/figures.py``."""
+"""Draw the figures of the documentation from the package's own functions and results: ``python docs/figures.py``."""
 
+import json
+from collections import defaultdict
 from pathlib import Path
 
 import torch
 
 import bonn_qat
 from bonn_qat import functional
-from bonn_qat.plotting import HERO_COLOUR, PALETTE, canvas, row
+from bonn_qat.plotting import FLOAT_COLOUR, HERO_COLOUR, PALETTE, canvas, row
+from bonn_qat.plugins import find_scheme
 
 FOLDER = Path(__file__).parent / "figures"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 ESTIMATORS = {
     "ste_sign: BNN, XNOR-Net, BONN": functional.ste_sign,
     "approx_sign: Bi-Real Net": functional.approx_sign,
@@ -69,7 +73,29 @@ def latents() -> str:
     return svg()
 
 
-DRAWINGS = {"estimators": estimators, "kernel_loss": kernel_loss, "latents": latents}
+def deeper() -> str:
+    """The accuracies of two depths by epoch, each seed a thin line, the mean over them a thick one."""
+    with canvas("deeper", height=3.4, title="Accuracy of ResNet-18 and ResNet-34 over five epochs") as (fig, svg):
+        axes = fig.subplots(1, 2, sharey=True)
+        for axis, depth in zip(axes, (18, 34), strict=True):
+            runs = json.loads((RESULTS / f"2026-11-30-deeper-birealnet{depth}.json").read_text(encoding="utf-8"))[
+                "runs"
+            ]
+            curves = defaultdict(list)
+            for run in runs:
+                curves[run["recipe"]["scheme"]].append([epoch["test/top1"] for epoch in run["epochs"]])
+            for colour, name in zip((FLOAT_COLOUR, PALETTE[0], HERO_COLOUR), ("float", "xnor", "bonn"), strict=True):
+                points = torch.tensor(curves[name]).T
+                epochs = range(1, len(points) + 1)
+                axis.plot(epochs, points, color=colour, linewidth=0.6, alpha=0.6)
+                axis.plot(epochs, points.mean(1), color=colour, linewidth=2, label=find_scheme(name).title)
+            axis.set(title=f"ResNet-{depth}", xlabel="epoch", xticks=epochs)
+        axes[0].set_ylabel("test top-1 (%)")
+        axes[0].legend(fontsize=9)
+    return svg()
+
+
+DRAWINGS = {"estimators": estimators, "kernel_loss": kernel_loss, "latents": latents, "deeper": deeper}
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)

@@ -33,11 +33,11 @@ def test_every_page_is_in_the_menu() -> None:
     assert {re.sub("_nb$", "", path.stem) for path in NOTEBOOKS} <= set(menu.splitlines())
 
 
-def test_the_figures_of_the_concepts_are_those_of_the_script() -> None:
+def test_the_figures_of_the_pages_are_those_of_the_script() -> None:
     spec = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
     figures = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(figures)
-    text = (DOCS / "concepts.md").read_text(encoding="utf-8")
+    text = "\n".join(page.read_text(encoding="utf-8") for page in DOCS.glob("*.md"))
     assert {f"{name}.svg" for name in figures.DRAWINGS} == set(re.findall(r"figures/(\w+\.svg)", text))
 
 
