@@ -60,6 +60,11 @@ def summed_to(x: Tensor, shape: Sequence[int]) -> Tensor:
 
     torch sums to a contiguous tensor; over the filters of a large weight in ``channels_last`` that takes 40 times as
     long as a sum whose result has the order of ``x``.
+
+    >>> summed_to(torch.ones(4, 3, 2), (1, 3, 1))
+    tensor([[[8.],
+             [8.],
+             [8.]]])
     """
     sizes, order = [1] * (x.ndim - len(shape)) + list(shape), _order(x)
     total = x.permute(order).sum_to_size([sizes[axis] for axis in order])
