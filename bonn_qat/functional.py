@@ -482,6 +482,13 @@ def _elements(latent: Tensor, mu: Tensor) -> list[int]:
     return list(range(mu.ndim, latent.ndim))
 
 
+def _mode_gradients(
+    spread: Tensor, mahalanobis: Tensor, precision: Tensor, sigma: Tensor, rate: float
+) -> tuple[Tensor, Tensor]:
+    """The gradients of mu (17) and sigma (18), of the mean of ``|X| - mu`` and that of its square over sigma^2."""
+    return spread.mul(precision).mul_(-rate), (1 - mahalanobis).mul_(rate).div_(sigma)
+
+
 class _KernelLoss(torch.autograd.Function):
     @staticmethod
     def _parts(latent: Tensor, modulation: Tensor, scale: Tensor, mu: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
@@ -517,8 +524,7 @@ class _KernelLoss(torch.autograd.Function):
         latent, modulation, scale, mu, sigma = ctx.saved_tensors
         magnitude, error, spread, precision, mahalanobis = _KernelLoss._parts(latent, modulation, scale, mu, sigma)
         rate = ctx.nu if ctx.per_element else ctx.nu * (latent.numel() // mu.numel())
-        dmu = spread.mean(_elements(latent, mu)).mul_(precision).mul_(-rate)  # (17)
-        dsigma = (1 - mahalanobis).mul_(rate).div_(sigma)  # (18)
+        dmu, dsigma = _mode_gradients(spread.mean(_elements(latent, mu)), mahalanobis, precision, sigma, rate)
         dmodulation = summed_to(magnitude.mul_(error), modulation.shape)  # (16)
         per_kernel = (*mu.shape, *[1] * (latent.ndim - mu.ndim))
         dlatent = error.mul_(modulation).addcmul_(spread, precision.reshape(per_kernel), value=ctx.nu)
@@ -560,8 +566,7 @@ class _KernelLossOfFilters(torch.autograd.Function):
         filters, precision = _Filters(latent), sigma.square().reciprocal_()
         factor = precision * ctx.nu
         dlatent, dmodulation = operators.kernel_gradient(grad, filters(latent), shared, scales, mu, factor)
-        dmu = spread.mul(precision).mul_(-ctx.rate)  # (17)
-        dsigma = (1 - mahalanobis).mul_(ctx.rate).div_(sigma)  # (18)
+        dmu, dsigma = _mode_gradients(spread, mahalanobis, precision, sigma, ctx.rate)
         dmodulation = filters.back(dmodulation[None]).sum_to_size(ctx.shape)
         return filters.back(dlatent), dmodulation, None, grad * dmu, grad * dsigma, None, None
 

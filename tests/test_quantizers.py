@@ -237,5 +237,7 @@ def test_every_reading_of_bonns_weights_compiles_as_one_graph(options, granulari
         results.append((value.detach(), scale, *gradients))
     for mine, compiled in zip(results[0][:3], results[1][:3], strict=True):
         assert torch.equal(mine, compiled)
-    torch.testing.assert_close(results[0][3], results[1][3], rtol=1e-6, atol=1e-7)  # the kernel adds in another order
+    # The kernel, which has the printed reading with one w for all filters, adds in another order.
+    by_kernel = granularity == "kernel" and not options
+    torch.testing.assert_close(results[0][3], results[1][3], rtol=1e-6 * by_kernel, atol=1e-7 * by_kernel)
     assert results[0][3].any()
