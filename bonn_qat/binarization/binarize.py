@@ -170,7 +170,7 @@ def binarize(
         binary=tuple(layers),
         kept={name: kept[name] for name, _ in model.named_modules() if name in kept},
         schemes={name: others.of(name) for name in layers if others.of(name) is not chosen},
-        revived=tuple(_revive_zero_scales(result)),
+        revived=tuple(_revive_zero_scales(result, added)),
         input_size=decision.input_size,
         inputs=inputs,
         added=added,
@@ -355,18 +355,22 @@ def _place_what_is_new(model: nn.Module, originals: list[nn.Module]) -> None:
             module.to(device=reference.device, dtype=reference.dtype)
 
 
-def _scales(model: nn.Module) -> Iterator[str]:
-    """The keys of the parameters that scale a branch: the weights of norms, and gains by their names."""
+def _scales(model: nn.Module, added: Set[str]) -> Iterator[str]:
+    """The keys of the parameters that scale a branch: the weights of norms, and gains by their names.
+
+    Those gains are the float model's: what a scheme ``added`` starts as the scheme says, such as RPReLU's gamma at 0.
+    """
     for name, module in model.named_modules(remove_duplicate=False):
-        for key, parameter in module._parameters.items():
-            is_scale = key == "weight" if isinstance(module, NORMS) else _SCALE.search(key)
+        for own, parameter in module._parameters.items():
+            key = f"{name}.{own}" if name else own
+            is_scale = own == "weight" if isinstance(module, NORMS) else _SCALE.search(own) and key not in added
             if is_scale and parameter is not None and parameter.is_floating_point():
-                yield f"{name}.{key}" if name else key
+                yield key
 
 
-def _revive_zero_scales(model: nn.Module) -> Iterator[str]:
+def _revive_zero_scales(model: nn.Module, added: Set[str]) -> Iterator[str]:
     parameters = dict(model.named_parameters())  # each once
-    for key in _scales(model):
+    for key in _scales(model, added):
         parameter = parameters.get(key)
         if parameter is not None and not parameter.is_meta and not parameter.detach().any():
             nn.init.ones_(parameter)
@@ -446,7 +450,7 @@ def _complete_float_state_dict(
         if _is_part_given(key, given, expected):
             like = state_dict[f"{prefix}{next(iter(loaded))}.weight"] if assign else own[key]
             state_dict[prefix + key] = value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
-    for key in (prefix + scale for scale in _scales(model)):
+    for key in (prefix + scale for scale in _scales(model, added)):
         scale = state_dict.get(key)
         if scale is not None and not scale.is_meta and not scale.any():
             state_dict[key] = torch.ones_like(scale)

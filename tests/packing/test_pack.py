@@ -30,7 +30,19 @@ from bonn_qat.plugins import find_scheme
 SIZE = (3, 32, 32)
 # What is said in docs/packed.md: schemes by what their layers become.
 KINDS = {
-    "bits": ["abcnet", "bireal", "bireal-staged", "bnn", "bonn", "irnet", "pcnn", "reactnet", "recu", "xnor"],
+    "bits": [
+        "abcnet",
+        "bireal",
+        "bireal-staged",
+        "bnn",
+        "bonn",
+        "bonn-plus",
+        "irnet",
+        "pcnn",
+        "reactnet",
+        "recu",
+        "xnor",
+    ],
     "weights": ["adabin", "bwn", "dorefa", "mcn", "tbn"],
     "float": ["abcnet-5-5"],
 }

@@ -24,6 +24,7 @@ FILES = {
     "pcnn": ("pcnn",),
     "mcn": ("mcn",),
     "reactnet": ("reactnet",),
+    "bonn-plus": ("bonn-plus",),
     "irnet": ("irnet",),
     "recu": ("recu",),
     "adabin": ("adabin",),
@@ -168,6 +169,17 @@ def test_a_float_checkpoint_starts_anew_whatever_was_learned_before(pm, variant)
     assert model.state_dict().keys() == expected.keys()
     for key, value in model.state_dict().items():
         assert torch.equal(value, expected[key]), key
+
+
+@pytest.mark.parametrize("name", ["bonn-plus", "reactnet", "adabin"])
+def test_nonlinearities_start_as_the_scheme_makes_them(pm, name):
+    scheme, donor = scheme_of(name, pm), network(0)
+    model, restored = bonn_qat.binarize(donor, scheme), bonn_qat.binarize(network(1), scheme)
+    restored.load_state_dict(donor.state_dict())
+    made = {key: set(value.tolist()) for key, value in scheme.nonlinearity(1).double().state_dict().items()}
+    for nonlinearity in (model[1], model[3], restored[1], restored[3]):
+        assert {key: set(value.tolist()) for key, value in nonlinearity.state_dict().items()} == made
+    assert model.binarization.revived == ()
 
 
 @pytest.mark.parametrize("variant", QUANTIZED)
