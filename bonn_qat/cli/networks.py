@@ -215,10 +215,9 @@ def _is_file(source: str) -> bool:
 
 def _load(source: str) -> "nn.Module":
     """The network of a weights file or of a pretrained network, in evaluation mode."""
-    from bonn_qat import plugins
-    from bonn_qat.training.network import load
+    from bonn_qat.training.network import load, weights_file
 
-    return load(source if _is_file(source) else plugins.find_pretrained(source).weights)
+    return load(weights_file(source))
 
 
 def _trained(source: str, packed: bool = False) -> tuple["nn.Module", tuple[int, ...]]:

@@ -95,7 +95,7 @@ def _build(recipe: Recipe, classes: int, image: tuple[int, ...], pm: pluggy.Plug
     start = replace(scheme, latent_std=None) if float_first else scheme
     model = binarize(model, start, skip=recipe.skip, include=recipe.include, inplace=True, pm=pm)
     if recipe.checkpoint:
-        load_file(model, recipe.checkpoint)
+        load_file(model, weights_file(recipe.checkpoint, pm))
     elif recipe.norm_start == "uniform" and not recipe.model_options.get("pretrained"):
         _draw_norms(model, recipe.seed)
     for _, layer in binary_layers(model):
@@ -157,6 +157,17 @@ def _load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: str | P
         raise InvalidData(
             f"{path} is not a checkpoint of this {type(model).__name__}: {one_line(' '.join(rest) or first)}"
         ) from error
+
+
+def weights_file(source: str, pm: pluggy.PluginManager | None = None) -> Path:
+    """``source`` as a path, or the file of the trained network of a plugin by this name.
+
+    A name is what has no directory, no suffix ``.safetensors`` and is not the name of a file. Raises UnknownName.
+    """
+    path = Path(source)
+    if path.suffix == ".safetensors" or path.is_file() or len(path.parts) != 1:
+        return path
+    return plugins.find_pretrained(source, pm).weights
 
 
 def weights_header(recipe: Recipe, data: Data) -> dict[str, Any]:

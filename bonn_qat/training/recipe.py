@@ -60,9 +60,10 @@ class Recipe:
 
     ``regularizer_options`` are keyword arguments of the regularizers, such as ``{"kernel": {"nu": 1e-3}}``. Without
     ``stages`` the scheme's are used. ``checkpoint`` is a safetensors file with the state dict to start from, of the
-    float network or of a binary one, such as the weights beside a comparison's results. ``teacher`` is one of the
-    float network; its logits at ``temperature`` then make up the part ``distillation`` of the task's loss (timm's
-    ``LogitDistillationTask``).
+    float network or of a binary one, such as the weights beside a comparison's results. ``teacher`` is the weights file
+    of any network with the same classes, or the state dict of the float network; its logits at ``temperature`` then
+    make up the part ``distillation`` of the task's loss (timm's ``LogitDistillationTask``). Both may be names of
+    trained networks, such as ``"wrn22_16.float_cifar10"``.
 
     For speed: ``channels_last`` is the memory format of convolutions, ``compile`` a mode of ``torch.compile`` for
     network and losses (``"reduce-overhead"`` uses CUDA graphs; empty does not compile), and ``precision`` that of the

@@ -11,11 +11,14 @@ import torch
 from torch import nn
 
 from bonn_qat import distributed, plugins
+from bonn_qat.errors import InvalidData
+from bonn_qat.files.preprocessing import preprocessing_of
+from bonn_qat.files.tensors import read_tensors
 from bonn_qat.objective import CrossEntropy, in_float32
 from bonn_qat.training.checkpoint import Checkpointer
 from bonn_qat.training.data import Data
 from bonn_qat.training.interrupts import deferred_interrupts
-from bonn_qat.training.network import float_network, load_file, to_memory_format
+from bonn_qat.training.network import float_network, load_file, restore, to_memory_format, weights_file
 from bonn_qat.training.precision import matmul_precision, warn_if_slow
 from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.results import RunResult
@@ -59,7 +62,7 @@ def train(
     if distributed.rank() == 0:
         warn_if_slow(recipe.precision, device)
     task = CrossEntropy(label_smoothing=recipe.label_smoothing)
-    teacher = _teacher(model, task, recipe, data, device) if recipe.teacher else None
+    teacher = _teacher(model, task, recipe, data, device, pm) if recipe.teacher else None
     torch.manual_seed(recipe.seed + distributed.rank())
     run = Trainer(model, recipe, data, device, task=task, distillation=teacher, pm=pm)
     done = resume(run, checkpoint) if checkpoint and Path(checkpoint).exists() else 0
@@ -90,12 +93,29 @@ def train(
     return result
 
 
-def _teacher(model: nn.Module, task: nn.Module, recipe: Recipe, data: Data, device: torch.device) -> nn.Module:
+def _teacher(
+    model: nn.Module, task: nn.Module, recipe: Recipe, data: Data, device: torch.device, pm: pluggy.PluginManager | None
+) -> nn.Module:
     from timm.task import DistillationTeacher, LogitDistillationTask
 
+    path = weights_file(recipe.teacher, pm)
+    tensors, header = read_tensors(path)
     with torch.random.fork_rng():  # the teacher must not change the run's random numbers
-        teacher = float_network(recipe, data.classes, data.image[0])
-    load_file(teacher, recipe.teacher)
+        if "recipe" in header:
+            teacher = restore(tensors, header, path, pm=pm)
+        else:
+            teacher = float_network(recipe, data.classes, data.image[0])
+            load_file(teacher, path)
+    if header.get("classes", data.classes) != data.classes or header.get("image", data.image)[0] != data.image[0]:
+        raise InvalidData(
+            f"the teacher {recipe.teacher} sorts images of {header['image'][0]} channels into {header['classes']} "
+            f"classes; these data have {data.image[0]} and {data.classes}"
+        )
+    seen, own = preprocessing_of(teacher), data.preprocessing
+    if seen and own:
+        # It was trained on images with its own mean and standard deviation.
+        a, b = (torch.tensor([p.mean, p.std], device=device).reshape(2, -1, 1, 1) for p in (own, seen))
+        teacher.register_forward_pre_hook(lambda module, inputs: ((inputs[0] * a[1] + a[0] - b[0]) / b[1],))
     teacher.register_forward_hook(lambda module, inputs, output: in_float32(output))
     distillation: nn.Module = LogitDistillationTask(
         model,

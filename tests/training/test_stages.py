@@ -15,10 +15,11 @@ from bonn_qat import binarize, hookimpl, plugins
 from bonn_qat.binarization.binarize import NORMS, binary_layers
 from bonn_qat.bonn import BONN
 from bonn_qat.errors import InvalidData, InvalidRecipe, UnknownName
+from bonn_qat.files.preprocessing import Preprocessing
 from bonn_qat.layers import BinaryConv2d
 from bonn_qat.scheme import ACTIVATIONS, Scheme, Stage
 from bonn_qat.training import data
-from bonn_qat.training.network import build, to_memory_format
+from bonn_qat.training.network import build, load, save, to_memory_format
 from bonn_qat.training.precision import autocast
 from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.train import train
@@ -229,29 +230,72 @@ def test_a_checkpoint_of_another_network_is_named(tmp_path: Path, digits: data.D
         train(build(recipe, digits), recipe, digits, pm=_manager())
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_teachers_logits_are_a_part_of_the_loss(tmp_path: Path, digits: data.Data, precision: str) -> None:
-    teacher = build(dataclasses.replace(RECIPE, scheme="float", seed=3), digits)
-    path = _save(teacher, tmp_path / "teacher.safetensors")
+class _Offers:
+    """A plugin with one trained network."""
+
+    def __init__(self, name: str, path: str) -> None:
+        self.offered = plugins.Pretrained(name, Path(path))
+
+    @hookimpl
+    def bonn_qat_pretrained(self) -> list[plugins.Pretrained]:
+        return [self.offered]
+
+
+def _teacher(form: str, path: Path, digits: data.Data) -> nn.Module:
+    """A network in a file: the state dict of the float one, or that of a binary one with images of its own kind."""
+    if form == "state dict":
+        teacher = build(dataclasses.replace(RECIPE, scheme="float", seed=3), digits)
+        _save(teacher, path)
+        return teacher
+    teacher = build(dataclasses.replace(RECIPE, model="wrn22_16", seed=3), digits)
+    teacher.preprocessing = Preprocessing(mean=(0.7,), std=(0.2,))  # type: ignore[assignment]
+    save(teacher, path)
+    return teacher
+
+
+@pytest.mark.parametrize(
+    ("form", "precision"),
+    [("state dict", "float32"), ("state dict", "bfloat16"), ("file", "float32"), ("name", "float32")],
+)
+def test_a_teachers_logits_are_a_part_of_the_loss(tmp_path: Path, digits: data.Data, form: str, precision: str) -> None:
+    path = tmp_path / "teacher.safetensors"
+    teacher = _teacher(form, path, digits)
     # One step on all images without augmentation: the loss that is logged is that of the fresh network.
     recipe = dataclasses.replace(
-        RECIPE, epochs=1, batch_size=96, augment=False, teacher=path, distillation=0.7, temperature=3.0,
-        precision=precision,
+        RECIPE, epochs=1, batch_size=96, augment=False, teacher="net.mine" if form == "name" else str(path),
+        distillation=0.7, temperature=3.0, precision=precision,
     )  # fmt: skip
     model = build(recipe, digits)
     student = build(recipe, digits)
     ((images, targets),) = digits.measure_batches()
     images = images.contiguous(memory_format=torch.channels_last)
     to_memory_format(student, torch.channels_last)
+    seen = images
+    if form != "state dict":
+        own = digits.preprocessing
+        assert own is not None
+        seen = (images * own.std[0] + own.mean[0] - 0.7) / 0.2
     with autocast(precision, torch.device("cpu")):
-        logits, ours = teacher.eval()(images).float(), student.train()(images).float()
+        logits, ours = teacher.eval()(seen).float(), student.train()(images).float()
     divergence = F.softmax(logits / 3, 1) * (F.log_softmax(logits / 3, 1) - F.log_softmax(ours / 3, 1))
     expected = 0.3 * F.cross_entropy(ours, targets) + 0.7 * 9 * divergence.sum(1).mean()
-    result = train(model, recipe, digits, pm=_manager())
+    result = train(model, recipe, digits, pm=_manager(_Offers("net.mine", str(path))))
     assert result.epochs[0]["train/task"] == pytest.approx(expected.item(), rel=1e-5)
     plain = train(student := build(RECIPE, digits), dataclasses.replace(RECIPE, epochs=1), digits, pm=_manager())
     assert plain.epochs[0]["train/task"] != result.epochs[0]["train/task"]
     assert student.state_dict().keys() == model.state_dict().keys()  # no teacher in it
+
+
+def test_a_teacher_of_other_classes_is_named(tmp_path: Path, digits: data.Data) -> None:
+    path = tmp_path / "teacher.safetensors"
+    save(build(RECIPE, digits), path)
+    save(load(path, num_classes=7), path)
+    recipe = dataclasses.replace(RECIPE, teacher=str(path))
+    with pytest.raises(InvalidData, match="of 1 channels into 7 classes; these data have 1 and 10"):
+        train(build(recipe, digits), recipe, digits, pm=_manager())
+    recipe = dataclasses.replace(RECIPE, teacher="wrn22_16.nobody")
+    with pytest.raises(UnknownName, match=r"unknown pretrained network .wrn22_16\.nobody."):
+        train(build(recipe, digits), recipe, digits, pm=_manager())
 
 
 @pytest.mark.parametrize(
