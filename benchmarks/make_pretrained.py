@@ -1,7 +1,7 @@
 """Make the files of plugins/bonn-qat-weights from runs of ``bonn-qat compare``, and write their cards and the table.
 
-A run becomes ``MODEL.SCHEME_DATA``. Latent weights of binary layers are rounded to bfloat16, which keeps their signs,
-and large weights of float networks to float16, so that the files stay small. Accuracies are those of the files as they
+A run becomes ``MODEL.SCHEME_DATA``. Latent weights of binary layers are rounded to 8-bit floats of the same sign, and large
+weights of float networks to float16, so that the files stay small. Accuracies are those of the files as they
 are shipped, read back, on the whole test set. ``--again`` measures all shipped files anew, so that latencies are of
 one machine; ``--table`` measures nothing and writes cards and table from the files. Examples::
 
@@ -63,6 +63,7 @@ class Card:
     megabits: float
     milliseconds: float | None
     float_milliseconds: float | None
+    teacher: str = ""
 
 
 def make(directory: Path, data_dir: Path | None, machine: str) -> Iterator[Path]:
@@ -72,16 +73,13 @@ def make(directory: Path, data_dir: Path | None, machine: str) -> Iterator[Path]
         recipe = bonn_qat.Recipe.from_dict(run.recipe)
         data = bonn_qat.load_data(recipe.data, directory=data_dir)
         name = f"{recipe.model}.{recipe.scheme}_{re.sub(r'[^a-z0-9]', '', recipe.data)}"
-        tensors, header = read_tensors(path.with_suffix(".safetensors"))
-        model = bonn_qat.load(path.with_suffix(".safetensors"))
-        latents = {f"{layer}.weight" for layer, _ in binary_layers(model)}
-        target = write_tensors(FILES / f"{name}.safetensors", rounded(tensors, latents), header)
+        tensors, header = rounded(path.with_suffix(".safetensors"))
+        target = write_tensors(FILES / f"{name}.safetensors", tensors, header)
         card = Card(
-            title=run.title, bits=run.bits, epochs=recipe.epochs, lr=recipe.lr, seed=recipe.seed,
+            title=run.title, bits=run.bits, epochs=recipe.epochs, lr=recipe.lr, seed=recipe.seed, teacher=recipe.teacher,
             hours=round(run.seconds / 3600, 2), commit=run.environment["commit"], torch=run.environment["torch"],
             trained_on=f"{machine}, threads: {run.environment['threads']}", **measured(target, data),
         )  # fmt: skip
-        tensors, header = read_tensors(target)
         yield write_tensors(target, tensors, header | {"card": asdict(card)})
 
 
@@ -89,18 +87,27 @@ def again(data_dir: Path | None) -> Iterator[Path]:
     """Measure all shipped networks, and write what was found into their cards."""
     for name, card in cards().items():
         path = FILES / f"{name}.safetensors"
+        tensors, header = rounded(path)
+        write_tensors(path, tensors, header)
         fresh = replace(card, **measured(path, bonn_qat.load_data(card.data, directory=data_dir)))
-        tensors, header = read_tensors(path)
         yield write_tensors(path, tensors, header | {"card": asdict(fresh)})
 
 
-def rounded(tensors: Mapping[str, Tensor], latents: set[str]) -> dict[str, Tensor]:
-    """The tensors, with latent weights in bfloat16; of a float network, without ``latents``, its weights in float16."""
-    kind = torch.bfloat16 if latents else torch.float16
-    return {
-        name: tensor.to(kind) if name in latents or (not latents and tensor.numel() > _SMALL) else tensor
-        for name, tensor in tensors.items()
-    }
+def rounded(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a weights file, with latent weights in float8, or those of a float network in float16."""
+    tensors, header = read_tensors(path)
+    latents = {f"{layer}.weight" for layer, _ in binary_layers(bonn_qat.load(path))}
+    for name, tensor in tensors.items():
+        if name in latents:
+            tensors[name] = _float8(tensor)
+        elif not latents and tensor.numel() > _SMALL:
+            tensors[name] = tensor.half()
+    return tensors, header
+
+
+def _float8(latents: Tensor) -> Tensor:
+    """Rounded to two bits of the mantissa, negative where ``latents`` are: none of them becomes 0, which counts as +1."""
+    return torch.where(latents < 0, latents.clamp(max=-(2.0**-16)), latents).to(torch.float8_e5m2)
 
 
 def measured(path: Path, data: Data) -> dict[str, Any]:
@@ -181,6 +188,7 @@ def page(name: str, card: Card) -> str:
             if card.milliseconds is not None and card.float_milliseconds is not None else []
         ),
         f"| training | {card.epochs} epochs, learning rate {card.lr:g}, seed {card.seed}, {card.hours:g} hours |",
+        *([f"| distilled from | `{card.teacher}` |"] if card.teacher else []),
         f"| trained on | {card.trained_on}; torch {card.torch}; commit {card.commit} |", "",
         "One run, one seed: another seed gives another number. The whole recipe is in the header of the weights file, "
         "`model.recipe` once it is loaded. The network knows the classes of its training data alone and gives one of "

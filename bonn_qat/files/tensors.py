@@ -23,7 +23,7 @@ _KEY = "bonn_qat"
 _TENSORS = 2**15  # in a file; the largest networks of timm have a few thousand
 _AXES = 16
 _HEADER = 2**23  # characters of ours; a network of 2,000 nodes has 300,000
-_TYPES = ("BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64")
+_TYPES = ("BOOL", "U8", "I8", "I16", "I32", "I64", "F8_E5M2", "F16", "BF16", "F32", "F64")
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> Path:
@@ -59,7 +59,8 @@ def digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What :func:`write_tensors` wrote, on the CPU; the header is empty for a file without one.
 
-    The tensors are copies, which do not change with the file. Raises InvalidData naming the file if it cannot be read,
+    The tensors are copies, which do not change with the file. Those of 8-bit floats are float16, which has all their
+    values and in which torch can compute. Raises InvalidData naming the file if it cannot be read,
     and for types, sizes and headers that this package does not write.
     """
     path = Path(path)
@@ -98,4 +99,4 @@ def _tensor(name: str, file: Any) -> Tensor:
     if kind == "BOOL" and bool((tensor.view(torch.uint8) > 1).any()):
         raise ValueError(f"the tensor {plain.shown(name)} is boolean, but holds bytes other than 0 and 1")
     # The tensor is a view of the file, which another process may change or shorten, and may be unaligned.
-    return tensor.clone()
+    return tensor.half() if tensor.dtype == torch.float8_e5m2 else tensor.clone()

@@ -45,6 +45,13 @@ def test_every_dtype_and_shape_comes_back(dtype, shape, path):
     assert header == {}
 
 
+def test_floats_of_8_bits_come_back_in_16_with_the_same_values(path):
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e5m2)
+    read, _ = read_tensors(write_tensors(path, {"x": every}))
+    assert read["x"].dtype == torch.float16
+    torch.testing.assert_close(read["x"].float(), every.float(), rtol=0, atol=0, equal_nan=True)
+
+
 def test_the_ends_of_a_dtype_come_back_bit_for_bit(path):
     info, whole = torch.finfo(torch.float64), torch.iinfo(torch.int64)
     tensors = {
