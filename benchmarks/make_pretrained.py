@@ -1,7 +1,7 @@
 """Make the files of plugins/bonn-qat-weights from runs of ``bonn-qat compare``, and write their cards and the table.
 
-A run becomes ``MODEL.SCHEME_DATA``. Latent weights of binary layers are rounded to 8-bit floats of the same sign, and large
-weights of float networks to float16, so that the files stay small. Accuracies are those of the files as they
+A run becomes ``MODEL.SCHEME_DATA``. Latent weights of binary layers are rounded to 8-bit floats of the same sign, and
+large weights of float networks to float16, so that the files stay small. Accuracies are those of the files as they
 are shipped, read back, on the whole test set. ``--again`` measures all shipped files anew, so that latencies are of
 one machine; ``--table`` measures nothing and writes cards and table from the files. Examples::
 
@@ -76,8 +76,9 @@ def make(directory: Path, data_dir: Path | None, machine: str) -> Iterator[Path]
         tensors, header = rounded(path.with_suffix(".safetensors"))
         target = write_tensors(FILES / f"{name}.safetensors", tensors, header)
         card = Card(
-            title=run.title, bits=run.bits, epochs=recipe.epochs, lr=recipe.lr, seed=recipe.seed, teacher=recipe.teacher,
-            hours=round(run.seconds / 3600, 2), commit=run.environment["commit"], torch=run.environment["torch"],
+            title=run.title, bits=run.bits, epochs=recipe.epochs, lr=recipe.lr, seed=recipe.seed,
+            teacher=recipe.teacher, hours=round(run.seconds / 3600, 2), commit=run.environment["commit"],
+            torch=run.environment["torch"],
             trained_on=f"{machine}, threads: {run.environment['threads']}", **measured(target, data),
         )  # fmt: skip
         yield write_tensors(target, tensors, header | {"card": asdict(card)})
@@ -106,7 +107,7 @@ def rounded(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _float8(latents: Tensor) -> Tensor:
-    """Rounded to two bits of the mantissa, negative where ``latents`` are: none of them becomes 0, which counts as +1."""
+    """Rounded to two bits of the mantissa, and none of the negative ones to 0, which counts as +1."""
     return torch.where(latents < 0, latents.clamp(max=-(2.0**-16)), latents).to(torch.float8_e5m2)
 
 
