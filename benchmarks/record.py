@@ -11,10 +11,14 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from bonn_qat import Recipe
 from bonn_qat.studies import statistics
 from bonn_qat.studies.comparison import Comparison, read_comparison
 
 RESULTS = Path(__file__).parent / "results"
+# What is worth a word where it is not the default.
+_SHARED = ("norm_decay", "label_smoothing", "validation_images", "norm_start", "checkpoint", "teacher", "distillation",
+           "temperature", "compile", "precision")  # fmt: skip
 
 
 def main() -> None:
@@ -36,7 +40,8 @@ def main() -> None:
 
 def _page(comparison: Comparison) -> str:
     data, run = comparison.data, comparison.results[0]
-    settings = ("model", "epochs", "batch_size", "optimizer", "lr", "schedule", "weight_decay")
+    settings = ["model", "epochs", "batch_size", "optimizer", "lr", "schedule", "weight_decay"]
+    settings += [key for key, value in asdict(Recipe()).items() if key in _SHARED and run.recipe[key] != value]
     lines = [
         f"# {data['name']}: {data['train']} training and {data['test']} test images",
         "",
