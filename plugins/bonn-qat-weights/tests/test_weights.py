@@ -13,7 +13,8 @@ from bonn_qat.files.tensors import read_tensors
 
 PLUGIN = Path(__file__).parents[1]
 # Whatever the tests before have left in BONN_QAT_PLUGINS.
-PM = plugins.create_manager(entry_points=["baselines.float", "baselines.reactnet", "baselines.xnor", "weights"])
+SCHEMES = ("bireal", "bonn-plus", "float", "pcnn", "reactnet", "xnor")
+PM = plugins.create_manager(entry_points=["weights", *(f"baselines.{scheme}" for scheme in SCHEMES)])
 NETWORKS = {network.name: network for network in bonn_qat_weights.bonn_qat_pretrained()}
 
 
