@@ -14,10 +14,9 @@ from bonn_qat.plugins import find_scheme
 FOLDER = Path(__file__).parent / "figures"
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 CIFAR10 = (
-    "2026-11-29-cifar10-24-epochs-bfloat16",
-    "2026-11-30-cifar10-24-epochs-more",
-    "2026-11-30-bonn-plus-80-epochs",
-)
+    "2026-11-29-cifar10-24-epochs-bfloat16", "2026-11-30-cifar10-24-epochs-pcnn",
+    "2026-11-30-cifar10-24-epochs-reactnet-bireal", "2026-11-30-bonn-plus-50-epochs",
+)  # fmt: skip
 ESTIMATORS = {
     "ste_sign: BNN, XNOR-Net, BONN": functional.ste_sign,
     "approx_sign: Bi-Real Net": functional.approx_sign,
@@ -101,26 +100,26 @@ def deeper() -> str:
 
 
 def accuracy() -> str:
-    """What each network of CIFAR-10 reaches, with its size: a bar each, from the records of the trainings."""
+    """What each network of CIFAR-10 reaches, with its size: a point each, from the records of the trainings."""
     runs = [
         run for record in CIFAR10
         for run in json.loads((RESULTS / f"{record}.json").read_text(encoding="utf-8"))["runs"]
     ]  # fmt: skip
     runs.sort(key=lambda run: run["epochs"][-1]["test/top1"])
-    with canvas("accuracy", height=3.6, title="Accuracy on CIFAR-10 of the float network and of binary ones") as (
-        fig,
-        svg,
-    ):
+    title = "Accuracy on CIFAR-10 and size of a float network and of the same network with one bit"
+    with canvas("accuracy", height=3.2, title=title) as (fig, svg):
         axis = fig.subplots()
         for place, run in enumerate(runs):
             top1, ours = run["epochs"][-1]["test/top1"], run["scheme"] in ("bonn", "bonn-plus")
             colour = FLOAT_COLOUR if run["scheme"] == "float" else HERO_COLOUR if ours else PALETTE[0]
-            axis.barh(place, top1, color=colour)
-            facts = f"{top1:.1f} %, {run['size']['mbit']:.2f} Mbit, {run['recipe']['epochs']} epochs"
-            axis.text(top1 + 0.2, place, facts, va="center", fontsize=9)
-        axis.set(
-            yticks=range(len(runs)), yticklabels=[run["title"] for run in runs], xlim=(70, 100), xlabel="test top-1 (%)"
-        )
+            axis.plot(top1, place, "o", color=colour, markersize=9)
+            teacher = ", with the float network as teacher" if run["recipe"]["teacher"] else ""
+            facts = f"{top1:.1f} %, {run['size']['mbit']:.2f} Mbit, {run['recipe']['epochs']} epochs{teacher}"
+            axis.text(top1 + 0.25, place, facts, va="center", fontsize=9)
+        axis.set(yticks=range(len(runs)), yticklabels=[run["title"] for run in runs])
+        axis.set(xlim=(76, 98), xticks=range(76, 93, 2), xlabel="WRN-22 (16-16-32-64) on CIFAR-10, test top-1 (%)")
+        axis.grid(visible=False, axis="y")
+        axis.margins(y=0.1)
     return svg()
 
 
