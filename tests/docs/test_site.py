@@ -37,7 +37,8 @@ def test_the_figures_of_the_pages_are_those_of_the_script() -> None:
     spec = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
     figures = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(figures)
-    text = "\n".join(page.read_text(encoding="utf-8") for page in DOCS.glob("*.md"))
+    pages = [DOCS.parent / "README.md", *DOCS.glob("*.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     assert {f"{name}.svg" for name in figures.DRAWINGS} == set(re.findall(r"figures/(\w+\.svg)", text))
 
 

@@ -38,6 +38,7 @@ TWO_VALUES, MORE_VALUES = ("bits", "weights", "float32", "weights"), ("float32",
 FLOAT_INPUTS = (*SIGNS[:3], "weights")
 SCHEMES: Mapping[str, tuple[str, str, str, str]] = {
     "bonn": SIGNS,
+    "bonn-plus": SIGNS,
     "bnn": SIGNS,
     "bwn": FLOAT_INPUTS,
     "xnor": SIGNS,
