@@ -66,13 +66,14 @@ def bench(
     from bonn_qat.bench import bench as measure
     from bonn_qat.files.atomic import check_writable, write_json, write_text
     from bonn_qat.plotting import MatplotlibMissing
+    from bonn_qat.training.network import is_path
 
     if output:
         check_writable(output / "bench.json")
     counts, batches = numbers(threads, "--threads"), numbers(batch_sizes, "--batch-sizes")
     binary, size = _source(source, scheme, img_size, num_classes)
     network = _float_form(binary) if hasattr(binary, "recipe") else _float(source, num_classes or 1000)
-    name = Path(source).stem if _is_file(source) else source
+    name = Path(source).stem if is_path(source) else source
     with console().status("starting") as status:
         found = measure(
             network, binary, size, name=name, batches=batches, threads=counts or None, rounds=rounds,
@@ -197,8 +198,9 @@ def _source(
     """The binary network that ``source`` names, and the size of its images."""
     from bonn_qat import plugins
     from bonn_qat.binarization.binarize import binarize
+    from bonn_qat.training.network import is_path
 
-    if _is_file(source) or source in plugins.pretrained():
+    if is_path(source) or source in plugins.pretrained():
         if scheme is not None or num_classes is not None:
             raise InvalidRecipe(f"{source} holds its scheme and classes; leave out --scheme and --num-classes")
         network = _load(source)
@@ -207,10 +209,6 @@ def _source(
     size = (3, img_size or IMAGE, img_size or IMAGE)
     network = _float(source, 1000 if num_classes is None else num_classes)
     return binarize(network, scheme_of(scheme or "bonn"), input_size=size, inplace=True), size
-
-
-def _is_file(source: str) -> bool:
-    return source.endswith(".safetensors") or Path(source).is_file()
 
 
 def _load(source: str) -> "nn.Module":
@@ -226,8 +224,9 @@ def _trained(source: str, packed: bool = False) -> tuple["nn.Module", tuple[int,
     from bonn_qat.files.tensors import read_tensors
     from bonn_qat.packing.pack import pack
     from bonn_qat.runtime.packed import PackedModel
+    from bonn_qat.training.network import is_path
 
-    file = Path(source) if _is_file(source) else None
+    file = Path(source) if is_path(source) else None
     if file is None and packed:
         file = plugins.find_pretrained(source).packed
     if file and read_tensors(file)[1].get("kind") == "packed":

@@ -19,7 +19,7 @@ from bonn_qat.studies.run import checkpoint_of, in_turn, is_held, is_over, lock_
 from bonn_qat.studies.statistics import REFERENCE
 from bonn_qat.training.data import Data
 from bonn_qat.training.interrupts import deferred_interrupts
-from bonn_qat.training.network import check
+from bonn_qat.training.network import check_trainable
 from bonn_qat.training.recipe import Recipe
 
 ARMS = ("float", "xnor", "bireal", "pcnn", "bonn")
@@ -115,7 +115,7 @@ def compare(
     is_first = distributed.rank() == 0
     observers = plugins.Observers(pm)
     for recipe in recipes:
-        check(recipe, pm)
+        check_trainable(recipe, pm)
     comparison = _begin(recipes, data, directory)
     left = list({recipe.name: recipe for recipe in recipes if recipe.name in comparison.missing}.values())
     unwritten: Exception | None = None

@@ -19,7 +19,7 @@ from bonn_qat.studies.study import FEWEST_TEST_IMAGES, Setting, Study, StudyArm,
 from bonn_qat.studies.study_report import SettingResult, StudyResult, runs_of
 from bonn_qat.training.data import Data
 from bonn_qat.training.data import load as load_data
-from bonn_qat.training.network import check
+from bonn_qat.training.network import check_trainable
 from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.settings import with_settings
 
@@ -81,7 +81,7 @@ def reproduce(
     for paper in study.settings:
         setting = _changed(paper, settings, data, rates, pm)
         for arm in setting.arms:
-            check(arm.recipe, pm)
+            check_trainable(arm.recipe, pm)
         load(setting.arms[0].recipe)
         arms = tuple(_scaled(arm, scale, load) for arm in setting.arms)
         search = {rate: [_searched(arm, rate, scale * search_scale, load) for arm in setting.arms] for rate in rates}

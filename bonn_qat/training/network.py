@@ -68,6 +68,18 @@ def check(recipe: Recipe, pm: pluggy.PluginManager | None = None) -> None:
         plugins.find_regularizer(name, pm)
 
 
+def check_trainable(recipe: Recipe, pm: pluggy.PluginManager | None = None) -> None:
+    """:func:`check`, and raise UnknownName or InvalidData for a checkpoint or a teacher that is not there.
+
+    A trained network loads without them.
+    """
+    check(recipe, pm)
+    for source in filter(None, (recipe.checkpoint, recipe.teacher)):
+        path = weights_file(source, pm)
+        if not path.is_file():
+            raise InvalidData(f"cannot read {path}: no such file")
+
+
 def build(recipe: Recipe, data: Data, pm: pluggy.PluginManager | None = None) -> nn.Module:
     """The recipe's network for ``data``, binarized. The same seed gives every scheme the same float start.
 
@@ -159,15 +171,15 @@ def _load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: str | P
         ) from error
 
 
-def weights_file(source: str, pm: pluggy.PluginManager | None = None) -> Path:
-    """``source`` as a path, or the file of the trained network of a plugin by this name.
-
-    A name is what has no directory, no suffix ``.safetensors`` and is not the name of a file. Raises UnknownName.
-    """
+def is_path(source: str) -> bool:
+    """Whether ``source`` is a path, and not a name: it has a directory or the suffix ``.safetensors``, or is a file."""
     path = Path(source)
-    if path.suffix == ".safetensors" or path.is_file() or len(path.parts) != 1:
-        return path
-    return plugins.find_pretrained(source, pm).weights
+    return path.suffix == ".safetensors" or path.is_file() or len(path.parts) != 1
+
+
+def weights_file(source: str, pm: pluggy.PluginManager | None = None) -> Path:
+    """``source`` as a path, or the file of the trained network of a plugin by this name. Raises UnknownName."""
+    return Path(source) if is_path(source) else plugins.find_pretrained(source, pm).weights
 
 
 def weights_header(recipe: Recipe, data: Data) -> dict[str, Any]:

@@ -58,6 +58,20 @@ def test_a_scheme_comes_with_options_of_its_own(tmp_path: Path, digits: data.Dat
         compare(plan(RECIPE, schemes=["xnor:clop=1"]), digits, tmp_path)
 
 
+@pytest.mark.parametrize("key", ["checkpoint", "teacher"])
+def test_weights_that_are_not_there_are_named_before_anything_is_written(
+    tmp_path: Path, digits: data.Data, key: str
+) -> None:
+    for source, error, words in [
+        ("wrn22_16.nobody", UnknownName, r"unknown pretrained network .wrn22_16\.nobody."),
+        ("there/weights", InvalidData, "cannot read there/weights: no such file"),
+        ("weights.safetensors", InvalidData, r"cannot read weights\.safetensors: no such file"),
+    ]:
+        with pytest.raises(error, match=words):
+            compare(plan(dataclasses.replace(RECIPE, **{key: source})), digits, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
 def test_all_stands_for_every_scheme_with_the_float_network_first_and_bonn_last() -> None:
     names = [recipe.scheme for recipe in plan(RECIPE, schemes=["all"])]
     assert set(names) == set(plugins.schemes())
