@@ -1,7 +1,7 @@
 """Evaluate: the accuracy of a trained network on labelled images, and its answers for image files."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,12 +54,15 @@ def evaluate(model: nn.Module, data: Data) -> Accuracy:
         raise InvalidData(
             f"the network takes images with {channels} channel(s); those of the data have {data.image[0]}"
         )
+    device = _device(model)
+    adapt = restandardise(data.preprocessing, known, device)
+    batches = ((adapt(images.to(device)), targets) for images, targets in data.test_batches())
     with modes(model), torch.no_grad():
-        sums = tally(model, _restandardised(data.test_batches(), data.preprocessing, known), data.classes)
+        sums = tally(model, batches, data.classes)
     top1, top5, loss, spoilt = (sums / data.test_size).tolist()
     if spoilt:
         raise InvalidData(f"images of the test set of {data.name} hold NaN or infinity; remove them")
-    _check_labels(known, data)
+    warn_of_other_labels(known, data, "the accuracy counts the numbers of classes, not their names")
     return Accuracy(100 * top1, 100 * top5 if data.classes > TOP else None, loss, data.test_size)
 
 
@@ -106,7 +109,8 @@ def predict(model: nn.Module, paths: Sequence[str | Path], *, top: int = TOP) ->
         image = read_image(Path(path)).convert("L" if size[0] == 1 else "RGB")
         image = ImageOps.fit(image, (size[2], size[1]), Image.Resampling.BICUBIC)
         pixels = torch.tensor(np.asarray(image), dtype=torch.float32).view(size[1], size[2], size[0])
-        batch = _standardised(pixels.permute(2, 0, 1)[None] / 255, known)
+        mean, std = _statistics(known, pixels.device)
+        batch = (pixels.permute(2, 0, 1)[None] / 255 - mean) / std
         with modes(model), torch.no_grad():
             chances = model(batch.to(_device(model)))[0].float().softmax(0)
         found = chances.topk(min(top, len(chances)))
@@ -119,34 +123,34 @@ def _input_size(model: nn.Module) -> tuple[int, ...] | None:
     return size
 
 
-def _check_labels(known: Preprocessing | None, data: Data) -> None:
+def warn_of_other_labels(known: Preprocessing | None, data: Data, consequence: str) -> None:
+    """Warn, with the ``consequence``, if a network's classes have other names than those of ``data``."""
     own, given = (of.labels if of else () for of in (known, data.preprocessing))
     if own and given and own != given:
         place = next((i for i, (a, b) in enumerate(zip(own, given, strict=False)) if a != b), 0)
         warnings.warn(
             f"class {place} is {shown(own[place])} for the network and {shown(given[place])} in {data.name}; "
-            "the accuracy counts the numbers of classes, not their names",
+            f"{consequence}",
             stacklevel=3,
         )
 
 
-def _restandardised(
-    batches: Iterable[Batch], given: Preprocessing | None, wanted: Preprocessing | None
-) -> Iterator[Batch]:
-    """The batches, standardised as the network's images were instead of as the data's."""
-    is_same = given is None or wanted is None or (given.mean, given.std) == (wanted.mean, wanted.std)
-    for images, targets in batches:
-        if not is_same:
-            assert given
-            assert wanted
-            mean, std = (torch.tensor(x, device=images.device).view(-1, 1, 1) for x in (given.mean, given.std))
-            images = _standardised(images * std + mean, wanted)
-        yield images, targets
+def restandardise(
+    given: Preprocessing | None, wanted: Preprocessing | None, device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """A function of images ``(B, C, H, W)`` on ``device`` that are standardised as ``given``: makes them ``wanted``.
+
+    It changes nothing where either is None.
+    """
+    if given is None or wanted is None or (given.mean, given.std) == (wanted.mean, wanted.std):
+        return lambda images: images
+    (mean, std), (own_mean, own_std) = (_statistics(of, device) for of in (given, wanted))
+    return lambda images: (images * std + mean - own_mean) / own_std
 
 
-def _standardised(images: Tensor, by: Preprocessing) -> Tensor:
-    mean, std = (torch.tensor(x, device=images.device).view(-1, 1, 1) for x in (by.mean, by.std))
-    return (images - mean) / std
+def _statistics(of: Preprocessing, device: torch.device) -> Tensor:
+    """Mean and standard deviation of each channel, ``(2, C, 1, 1)``."""
+    return torch.tensor([of.mean, of.std], device=device)[..., None, None]
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -293,6 +293,12 @@ def test_a_teacher_of_other_classes_is_named(tmp_path: Path, digits: data.Data) 
     recipe = dataclasses.replace(RECIPE, teacher=str(path))
     with pytest.raises(InvalidData, match="of 1 channels into 7 classes; these data have 1 and 10"):
         train(build(recipe, digits), recipe, digits, pm=_manager())
+    teacher = build(RECIPE, digits)
+    assert digits.preprocessing
+    teacher.preprocessing = dataclasses.replace(digits.preprocessing, labels=tuple("1023456789"))  # type: ignore[assignment]
+    save(teacher, path)
+    with pytest.warns(UserWarning, match="class 0 is '1' for the network and '0' in digits; the teacher .*teacher.saf"):
+        train(build(recipe, digits), dataclasses.replace(recipe, epochs=1), digits, pm=_manager())
     recipe = dataclasses.replace(RECIPE, teacher="wrn22_16.nobody")
     with pytest.raises(UnknownName, match=r"unknown pretrained network .wrn22_16\.nobody."):
         train(build(recipe, digits), recipe, digits, pm=_manager())
