@@ -3,7 +3,9 @@
 import ctypes
 import inspect
 import math
+import os
 import platform
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -321,3 +323,23 @@ def test_a_forked_process_and_the_workers_of_a_loader_do_not_wait_for_threads(tm
     script.write_text(FORK)
     (done,) = run_scripts([str(script)], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+FAULTS = """
+import resource, torch, bonn_qat.layers
+def maps():
+    return [torch.ones(31 * 2**18) for _ in range(8)]  # 31 MiB each
+maps()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    maps()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for the GNU allocator")
+@pytest.mark.parametrize(("own", "kept"), [({}, True), ({"MALLOC_MMAP_THRESHOLD_": "1048576"}, False)])
+def test_memory_of_maps_is_used_again_unless_the_environment_says_otherwise(own: dict[str, str], kept: bool) -> None:
+    others = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    found = subprocess.run([sys.executable, "-c", FAULTS], env=others | own, capture_output=True, text=True, check=True)
+    assert (int(found.stdout) < 4 * 63_488 / 5) == kept  # of the pages, 4 KiB each; a map may find another place once
