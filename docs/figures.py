@@ -1,8 +1,11 @@
 """Draw the figures of the documentation from the package's own functions and results: ``python docs/figures.py``."""
 
 import json
+import statistics
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,8 +17,9 @@ from bonn_qat.plugins import find_scheme
 FOLDER = Path(__file__).parent / "figures"
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 CIFAR10 = (
-    "2026-11-29-cifar10-24-epochs-bfloat16", "2026-11-30-cifar10-24-epochs-pcnn",
-    "2026-11-30-cifar10-24-epochs-reactnet-bireal", "2026-11-30-bonn-plus-50-epochs",
+    "2026-11-29-cifar10-24-epochs-bfloat16", "2026-11-30-cifar10-24-epochs-seed1",
+    "2026-11-30-cifar10-24-epochs-pcnn", "2026-11-30-cifar10-24-epochs-reactnet-bireal",
+    "2026-11-30-bonn-plus-50-epochs",
 )  # fmt: skip
 ESTIMATORS = {
     "ste_sign: BNN, XNOR-Net, BONN": functional.ste_sign,
@@ -100,27 +104,35 @@ def deeper() -> str:
 
 
 def accuracy() -> str:
-    """What each network of CIFAR-10 reaches, with its size: a point each, from the records of the trainings."""
-    runs = [
-        run for record in CIFAR10
-        for run in json.loads((RESULTS / f"{record}.json").read_text(encoding="utf-8"))["runs"]
-    ]  # fmt: skip
-    runs.sort(key=lambda run: run["epochs"][-1]["test/top1"])
-    title = "Accuracy on CIFAR-10 and size of a float network and of the same network with one bit"
-    with canvas("accuracy", height=3.2, title=title) as (fig, svg):
+    """What each network of CIFAR-10 reaches, with its size: a point for each seed, from the trainings' records."""
+    arms = defaultdict[str, list[dict[str, Any]]](list)
+    for record in CIFAR10:
+        for run in json.loads((RESULTS / f"{record}.json").read_text(encoding="utf-8"))["runs"]:
+            arms[run["title"]].append(run)
+    means = {title: statistics.mean(map(_top1, runs)) for title, runs in arms.items()}
+    titles = sorted(means, key=lambda title: means[title])
+    caption = "Accuracy on CIFAR-10 and size of a float network and of the same network with one bit"
+    with canvas("accuracy", height=3.2, title=caption) as (fig, svg):
         axis = fig.subplots()
-        for place, run in enumerate(runs):
-            top1, ours = run["epochs"][-1]["test/top1"], run["scheme"] in ("bonn", "bonn-plus")
+        for place, title in enumerate(titles):
+            points, run = [_top1(run) for run in arms[title]], arms[title][0]
+            ours = run["scheme"] in ("bonn", "bonn-plus")
             colour = FLOAT_COLOUR if run["scheme"] == "float" else HERO_COLOUR if ours else PALETTE[0]
-            axis.plot(top1, place, "o", color=colour, markersize=9)
+            axis.plot(points, [place] * len(points), "o", color=colour, markersize=9)
             teacher = ", with the float network as teacher" if run["recipe"]["teacher"] else ""
-            facts = f"{top1:.1f} %, {run['size']['mbit']:.2f} Mbit, {run['recipe']['epochs']} epochs{teacher}"
-            axis.text(top1 + 0.25, place, facts, va="center", fontsize=9)
-        axis.set(yticks=range(len(runs)), yticklabels=[run["title"] for run in runs])
+            noise = f" ± {statistics.stdev(points):.1f}" if len(points) > 1 else ""
+            size, epochs = f"{run['size']['mbit']:.2f} Mbit", f"{run['recipe']['epochs']} epochs"
+            facts = f"{means[title]:.1f}{noise} %, {size}, {epochs}{teacher}"
+            axis.text(max(points) + 0.25, place, facts, va="center", fontsize=9)
+        axis.set(yticks=range(len(titles)), yticklabels=titles)
         axis.set(xlim=(76, 98), xticks=range(76, 93, 2), xlabel="WRN-22 (16-16-32-64) on CIFAR-10, test top-1 (%)")
         axis.grid(visible=False, axis="y")
         axis.margins(y=0.1)
     return svg()
+
+
+def _top1(run: Mapping[str, Any]) -> float:
+    return float(run["epochs"][-1]["test/top1"])
 
 
 DRAWINGS = {
