@@ -18,8 +18,8 @@ from bonn_qat.training.network import build
 from bonn_qat.training.train import train
 
 SCHEMES = sorted(plugins.schemes())
-# Half of the default, as the batch is. At the whole rate two of four seeds of BONN+ and one of three of ReActNet diverged
-# within eight epochs, beginning in the RPReLU behind the last norm; at half of it none of four did.
+# Half of the default, as the batch is. At the whole rate two of four seeds of BONN+ and one of three of ReActNet
+# diverged within eight epochs, beginning in the RPReLU behind the last norm; at half of it none of four did.
 RATES = {"bonn-plus": 0.1, "reactnet": 0.1}
 
 
