@@ -61,11 +61,14 @@ def bonn_qat_pretrained() -> Iterable[Pretrained]:  # type: ignore[empty-body]
 
 
 @hookspec(firstresult=True)
-def bonn_qat_binarize_layer(scheme: Scheme, name: str, layer: nn.Module, parent: nn.Module) -> nn.Module | None:
+def bonn_qat_binarize_layer(
+    scheme: Scheme, name: str, layer: nn.Module, parent: nn.Module, channels: int
+) -> nn.Module | None:
     """Return the module that replaces ``layer``, or None to leave it to the next plugin and the built-in rule.
 
     Called once for each module that the policy does not keep float, a block before its children. Unless the answer is
-    a ``BinaryLayer``, its children come next.
+    a ``BinaryLayer``, its children come next. For a ``layer`` without weights ``channels`` are those of what it reads,
+    ``(B, channels, ...)``; 1 where they are unknown or differ from call to call.
     """
 
 

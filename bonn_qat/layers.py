@@ -638,7 +638,9 @@ def _breach(quantizer: object, pair: Any, source: Tensor, base: type) -> str:
 
 
 @hookimpl(trylast=True)
-def bonn_qat_binarize_layer(scheme: Scheme, name: str, layer: nn.Module, parent: nn.Module) -> nn.Module | None:
+def bonn_qat_binarize_layer(
+    scheme: Scheme, name: str, layer: nn.Module, parent: nn.Module, channels: int
+) -> nn.Module | None:
     """The built-in rule: convolutions of all kinds and linear layers become binary, ReLUs the scheme's nonlinearity.
 
     A block with a method ``binary_form(scheme)`` is replaced by the result. A block with the attribute
@@ -650,5 +652,5 @@ def bonn_qat_binarize_layer(scheme: Scheme, name: str, layer: nn.Module, parent:
     if not isinstance(layer, BinaryLayer) and isinstance(layer, MATRICES):
         return binary_form(layer, scheme, normalize=not getattr(parent, "normalizes_input", False))
     if isinstance(layer, nn.ReLU | nn.ReLU6) and scheme.nonlinearity is not None:
-        return scheme.nonlinearity(1)
+        return scheme.nonlinearity(channels)
     return None

@@ -366,7 +366,7 @@ def _conflict(kind: str, name: str, plugins: Mapping[str, Any]) -> str:
 
 
 def binarize_layer(
-    pm: pluggy.PluginManager | None, scheme: Scheme, name: str, layer: nn.Module, parent: nn.Module
+    pm: pluggy.PluginManager | None, scheme: Scheme, name: str, layer: nn.Module, parent: nn.Module, channels: int
 ) -> nn.Module | None:
     """The first answer to ``bonn_qat_binarize_layer``, or None without one.
 
@@ -378,7 +378,7 @@ def binarize_layer(
         own = plugin in DEFAULT_PLUGINS
         who = f"the scheme {scheme.name!r}" if own else pm.describe(plugin)
         try:
-            found = call(scheme=scheme, name=name, layer=layer, parent=parent)
+            found = call(scheme=scheme, name=name, layer=layer, parent=parent, channels=channels)
         except BonnQatError as error:
             if not own:
                 error.args = (f"{who}: {error}",)

@@ -155,9 +155,9 @@ def layer_map(scheme: str | Scheme) -> dict[type[nn.Module], tuple[Callable[...,
     >>> blacklist = list(float_layers(model))  # first layer, classifier, shortcuts ...
     >>> model = layerwise_quantize(model, compute_layer_map=layer_map("bonn"), name_blacklist=blacklist)
 
-    A ReLU is replaced by the scheme's nonlinearity. Brevitas compares exact classes: subclasses of ``nn.Conv2d``, such
-    as timm's ``Conv2dSame``, stay float. Raises UnknownName for an unknown scheme, InvalidModel for one that leaves
-    weights float.
+    A ReLU is replaced by the scheme's nonlinearity, with one parameter for all channels, which Brevitas does not tell.
+    It compares exact classes: subclasses of ``nn.Conv2d``, such as timm's ``Conv2dSame``, stay float. Raises
+    UnknownName for an unknown scheme, InvalidModel for one that leaves weights float.
     """
     chosen = find_scheme(scheme)
     arguments = {

@@ -11,6 +11,7 @@ This is for training only: ``torch.ao.quantization.convert`` has no binary kerne
 ``layer.freeze()`` reduces a layer to what inference needs. torch.ao turns a layer used in two places into two layers.
 """
 
+import copy
 import functools
 import warnings
 from dataclasses import dataclass
@@ -40,9 +41,13 @@ _REPLACED = (nn.Conv2d, nn.Linear, nn.ReLU, nn.ReLU6)
 
 @dataclass(frozen=True)
 class _SchemeOf:
-    """Takes the place of the weight's fake quantizer factory in a ``QConfig``, and names the scheme."""
+    """Takes the place of the weight's fake quantizer factory in a ``QConfig``, and names the scheme.
+
+    A ReLU is replaced by a copy of ``nonlinearity``, or without one by the scheme's for unknown channels.
+    """
 
     scheme: Scheme
+    nonlinearity: nn.Module | None = None
 
     def __call__(self, **_: Any) -> NoReturn:
         raise InvalidModel(
@@ -59,7 +64,11 @@ def bonn_qconfig(scheme: str | Scheme = "bonn") -> Any:
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
     >>> model[0].qconfig = bonn_qconfig("bonn")
     """
-    return ao.QConfig(activation=nn.Identity, weight=_SchemeOf(find_scheme(scheme)))  # type: ignore[no-untyped-call]
+    return _qconfig(_SchemeOf(find_scheme(scheme)))
+
+
+def _qconfig(of: _SchemeOf) -> Any:
+    return ao.QConfig(activation=nn.Identity, weight=of)  # type: ignore[no-untyped-call]
 
 
 def assign_qconfig(model: nn.Module, scheme: str | Scheme = "bonn", **options: Any) -> None:
@@ -74,7 +83,8 @@ def assign_qconfig(model: nn.Module, scheme: str | Scheme = "bonn", **options: A
     for name, module in model.named_modules():
         is_float = type(replaced.get(name)) is type(module)
         if isinstance(module, _REPLACED) and not is_float and not hasattr(module, "qconfig"):
-            module.qconfig = bonn_qconfig(record.schemes.get(name, record.scheme))
+            nonlinearity = replaced.get(name) if isinstance(module, nn.ReLU | nn.ReLU6) else None
+            module.qconfig = _qconfig(_SchemeOf(record.schemes.get(name, record.scheme), nonlinearity))
     parameters = dict(model.named_parameters())
     for name in record.revived:
         nn.init.ones_(parameters[name if name in parameters else f"{name}.weight"])
@@ -87,7 +97,7 @@ def prepare_qat(model: nn.Module, mapping: dict[Any, Any] | None = None, inplace
     """
     _warn_once()
     mapping = dict(ao.get_default_qat_module_mappings() if mapping is None else mapping)
-    ours = {type(module) for module in model.modules() if _scheme(module) is not None}
+    ours = {type(module) for module in model.modules() if _given(module) is not None}
     for kind in ours:
         mapping[kind] = _from_float_of(mapping.get(kind))
     with warnings.catch_warnings():
@@ -99,9 +109,9 @@ def prepare_qat(model: nn.Module, mapping: dict[Any, Any] | None = None, inplace
     return prepared
 
 
-def _scheme(module: nn.Module) -> Scheme | None:
+def _given(module: nn.Module) -> _SchemeOf | None:
     factory = getattr(getattr(module, "qconfig", None), "weight", None)
-    return factory.scheme if isinstance(factory, _SchemeOf) else None
+    return factory if isinstance(factory, _SchemeOf) else None
 
 
 def _from_float_of(stock: Any) -> type:
@@ -110,19 +120,21 @@ def _from_float_of(stock: Any) -> type:
     class Binary:
         @staticmethod
         def from_float(module: nn.Module, use_precomputed_fake_quant: bool = False) -> nn.Module:
-            scheme = _scheme(module)
-            if scheme is not None:
-                return _replacement(module, scheme)
+            given = _given(module)
+            if given is not None:
+                return _replacement(module, given)
             return module if stock is None else stock.from_float(module)
 
     return Binary
 
 
-def _replacement(module: nn.Module, scheme: Scheme) -> nn.Module:
-    if isinstance(module, nn.ReLU | nn.ReLU6):
-        new = module if scheme.nonlinearity is None else scheme.nonlinearity(1)
+def _replacement(module: nn.Module, given: _SchemeOf) -> nn.Module:
+    if given.nonlinearity is not None:
+        new = copy.deepcopy(given.nonlinearity)
+    elif isinstance(module, nn.ReLU | nn.ReLU6):
+        new = module if given.scheme.nonlinearity is None else given.scheme.nonlinearity(1)
     else:
-        layer = binary_form(module, scheme)
+        layer = binary_form(module, given.scheme)
         layer.to(layer.weight.device, layer.weight.dtype)
         layer.adopt()
         new = layer

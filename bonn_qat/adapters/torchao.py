@@ -72,7 +72,7 @@ def _prepare(module: nn.Module, config: BonnConfig) -> nn.Module:
     if isinstance(module, BinaryLayer):
         raise InvalidModel(f"{type(module).__name__} is already binary; use the step 'prepare' only once")
     if isinstance(module, nn.ReLU | nn.ReLU6) and scheme.nonlinearity is not None:
-        return scheme.nonlinearity(1)
+        return scheme.nonlinearity(1)  # torchao tells a name, but not what the module reads
     if not isinstance(module, nn.Conv2d | nn.Linear) and next(module.children(), None) is not None:
         return binarize(module, scheme, skip=config.skip, include=config.include, inplace=True)
     layer = binary_form(module, scheme)

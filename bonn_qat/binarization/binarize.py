@@ -158,7 +158,7 @@ def binarize(
     originals = list(result.modules())
     # On the CPU, so that what is new has values, which a float state dict is completed with, also in a model on meta.
     with _as_before_after_an_error(result), torch.device("cpu"):
-        _rewrite(result, others, {id(result.get_submodule(name)) for name in names}, pm)
+        _rewrite(result, others, {id(result.get_submodule(name)) for name in names}, decision.channels, pm)
     added = frozenset(set(result.state_dict()) - before)
     initial = _initial_values(result, added)
     _place_what_is_new(result, originals)
@@ -249,7 +249,9 @@ _EFFECTS = {
 }
 
 
-def _rewrite(model: nn.Module, schemes: _Schemes, frozen: set[int], pm: pluggy.PluginManager | None) -> None:
+def _rewrite(
+    model: nn.Module, schemes: _Schemes, frozen: set[int], channels: Mapping[str, int], pm: pluggy.PluginManager | None
+) -> None:
     # New modules are put in place at the end, so that an error leaves the model as it was. Each module is asked about
     # once, so that a layer used at two places stays shared (named_children would leave out its second place);
     # `done` keeps the replaced ones alive, because the id of a collected module may be reused.
@@ -265,7 +267,9 @@ def _rewrite(model: nn.Module, schemes: _Schemes, frozen: set[int], pm: pluggy.P
                 scheme, new = schemes.of(name), None
                 if scheme.weight is not None and not _stays_float(child, frozen):
                     try:
-                        new = plugins.binarize_layer(pm, schemes.watched(name), name, child, parent)
+                        new = plugins.binarize_layer(
+                            pm, schemes.watched(name), name, child, parent, channels.get(name, 1)
+                        )
                     except InvalidModel as error:
                         raise InvalidModel(f"{name}: {error}; skip={name!r} leaves it float") from error
                 new = child if new is None else new

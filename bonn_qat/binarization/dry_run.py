@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bonn_qat.binarization.copies import CannotBeCopied, ghost
 from bonn_qat.binarization.fast_paths import close_fast_paths
 from bonn_qat.binarization.guesses import Guesses
-from bonn_qat.conv_types import macs
+from bonn_qat.conv_types import CONVOLUTIONS, macs
 from bonn_qat.errors import is_out_of_memory
 from bonn_qat.inputs import Inputs
 
@@ -55,7 +55,8 @@ class DryRun:
 
     ``uses``: the layers that were called, by name. ``readers``: which other module read a layer's weight.
     ``inputs``: the layers that read the image. ``outputs``: those that produce an output: it derives from no other
-    layer, or no other layer learns through them. ``macs``: MACs of each layer for one image.
+    layer, or no other layer learns through them. ``macs``: MACs of each layer for one image. ``channels``: how many
+    each module that is no layer reads, where that is axis 1 and the same in every call.
     """
 
     uses: Mapping[str, Use]
@@ -63,6 +64,7 @@ class DryRun:
     inputs: frozenset[str]
     outputs: frozenset[str]
     macs: Mapping[str, int]
+    channels: Mapping[str, int]
 
 
 class _Pass(NamedTuple):
@@ -114,12 +116,17 @@ def dry_run(model: nn.Module, layers: Iterable[str], inputs: Inputs | Sequence[i
         assert error is not None
         raise error
     readers = {name: reader for watch in reversed(seen) for name, reader in watch.readers.items()}
+    counts: dict[str, set[int]] = {}
+    for watch in seen:
+        for name, found in watch.channels.items():
+            counts.setdefault(name, set()).update(found)
     return DryRun(
         uses=seen[0].uses,
         readers=readers,
         inputs=frozenset().union(*(watch.inputs for watch in seen)),
         outputs=frozenset().union(*(watch.outputs() for watch in seen)),
         macs=seen[0].macs,
+        channels={name: count for name, (count, *others) in counts.items() if count and not others},
     )
 
 
@@ -205,6 +212,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.uses: dict[str, Use] = {}
         self.readers: dict[str, str] = {}
         self.macs: dict[str, int] = {}
+        self.channels: dict[str, set[int]] = {}  # 0 where they are unknown
         self.inputs: set[str] = set()
         self._sole: set[str] = set()  # the only layer behind an output
         self._read: set[str] = set()  # read by another layer
@@ -214,8 +222,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._origins: dict[int, tuple[_Origin, Tensor]] = {}
         self._nodes: dict[Node, frozenset[str]] = {}
         self._without_grad: set[str] = set()  # layers whose output autograd does not follow
+        self._convolutions: set[str] = set()
         layers = set(layers)
         for name, module in model.named_modules():
+            if isinstance(module, CONVOLUTIONS):
+                self._convolutions.add(name)
             if isinstance(module, torch.jit.ScriptModule):
                 continue
             weight = module._parameters.get("weight")
@@ -280,6 +291,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         @functools.wraps(forward)
         def call(*args: Any, **kwargs: Any) -> Any:
+            if layer is None and args and isinstance(args[0], Tensor):
+                self.channels.setdefault(name, set()).add(self._channels(args[0]))
             given = list(tensors_in((args, kwargs))) if layer is not None else []
             origin = self._enter(name, given)
             shape = given[0].shape if given else None
@@ -318,6 +331,22 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             learns = self._behind(tensor.grad_fn) | self._without_grad
             self._read |= (self._origin(tensor).layers & learns) - {name}
         return origin
+
+    def _channels(self, x: Tensor) -> int:
+        """Those of features ``(B, C)`` from linear layers and of maps ``(B, C, ...)`` from convolutions; else 0."""
+        makers = self._origin(x).layers
+        shapes = [self.uses[name].output for name in makers]
+        is_map = x.ndim > 2
+        if not makers or x.ndim < 2 or any(len(shape) != x.ndim for shape in shapes):
+            return 0
+        if is_map != (makers <= self._convolutions):
+            return 0
+        sums = 1  # a bit for each sum of channels: some of the maps may have been added up, and others concatenated
+        for shape in shapes:
+            sums |= sums << shape[1]
+        is_first, is_last = (sums >> x.shape[axis] & 1 for axis in (1, -1))
+        # A map may have been split or shuffled too, as long as its channels do not seem to be the last axis.
+        return x.shape[1] if is_first or (is_map and not is_last) else 0
 
     def _behind(self, node: Node | None) -> frozenset[str]:
         """The layers from which a gradient that arrives at ``node`` comes to, with no layer between."""

@@ -36,7 +36,7 @@ class Decision:
     ``bypassed``: the kept layers whose weight another module reads, layer -> module. ``input_size`` ``(C, H, W)``: that
     of the dry run, None if the model ran with no size; ``unseen`` then says why. ``macs``: those of each layer for one
     image. ``asked``: the kept layers that ``skip`` or ``predicate`` keeps. ``logits``: the layers that produce an
-    output ``(B, classes)``, None without a dry run.
+    output ``(B, classes)``, None without a dry run. ``channels``: those of what the other modules read, if known.
     """
 
     binary: tuple[str, ...]
@@ -47,6 +47,7 @@ class Decision:
     macs: Mapping[str, int]
     asked: frozenset[str]
     logits: tuple[str, ...] | None
+    channels: Mapping[str, int]
 
 
 def decide(
@@ -107,6 +108,7 @@ def decide(
         macs=run.macs if run else {},
         asked=frozenset(name for name, reason in kept.items() if reason not in ours),
         logits=tuple(n for n, use in run.uses.items() if n in run.outputs and _is_logits(use)) if run else None,
+        channels=run.channels if run else {},
     )
 
 

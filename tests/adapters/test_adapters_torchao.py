@@ -48,14 +48,18 @@ def test_the_whole_model_becomes_what_binarize_makes_of_it(model: nn.Module, ima
     assert torch.equal(model.eval()(images), expected.eval()(images))
 
 
-def test_layer_by_layer_the_same_but_for_the_norms_at_zero(model: nn.Module, images: Tensor) -> None:
+def test_layer_by_layer_the_same_but_for_norms_at_zero_and_one_slope_for_all_channels(
+    model: nn.Module, images: Tensor
+) -> None:
     expected = bonn_qat.binarize(model)
     quantize_(model, BonnConfig(), of_binarize)
     state, wanted = model.state_dict(), expected.state_dict()
     assert state.keys() == wanted.keys()
-    different = {key for key in state if not torch.equal(state[key], wanted[key])}
+    slopes = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.PReLU)}
+    assert all(torch.equal(state[key].expand_as(wanted[key]), wanted[key]) for key in slopes)
+    different = {key for key in state if key not in slopes and not torch.equal(state[key], wanted[key])}
     assert different == {f"{name}.weight" for name in expected.binarization.revived}
-    model.load_state_dict(wanted)
+    model.load_state_dict({key: value[:1] if key in slopes else value for key, value in wanted.items()})
     assert torch.equal(model.eval()(images), expected.eval()(images))
     assert torch.equal(bonn_qat.KernelLoss(model)(), bonn_qat.KernelLoss(expected)())
 

@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import timm
 import torch
 from bonn_qat_baselines import reactnet
 from bonn_qat_baselines.reactnet import REACTNET, RPReLU, RSign
@@ -188,3 +189,20 @@ def test_what_is_learned_does_not_decay(pm):
     for group in bonn_qat.parameter_groups(model, lr=1.0, weight_decay=0.1):
         if group["weight_decay"]:
             assert learned.isdisjoint(map(id, group["params"]))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "wrn10_16", "mobilenetv2_050"])
+def test_every_parameter_of_a_network_is_for_one_channel(name):
+    # The gradient of one for all channels is the sum of theirs, with which SGD diverged at the usual rates.
+    network = bonn_qat.binarize(timm.create_model(name), REACTNET)
+    read = {}
+
+    def note(module, given):
+        read[module] = given[0].shape[1]
+
+    for module in network.modules():
+        if isinstance(module, RPReLU):
+            module.register_forward_pre_hook(note)
+    network.eval()(torch.randn(1, 3, 64, 64))
+    assert read
+    assert [module.slope.numel() for module in read] == list(read.values())
