@@ -11,7 +11,6 @@ This is for training only: ``torch.ao.quantization.convert`` has no binary kerne
 ``layer.freeze()`` reduces a layer to what inference needs. torch.ao turns a layer used in two places into two layers.
 """
 
-import copy
 import functools
 import warnings
 from dataclasses import dataclass
@@ -43,11 +42,11 @@ _REPLACED = (nn.Conv2d, nn.Linear, nn.ReLU, nn.ReLU6)
 class _SchemeOf:
     """Takes the place of the weight's fake quantizer factory in a ``QConfig``, and names the scheme.
 
-    A ReLU is replaced by a copy of ``nonlinearity``, or without one by the scheme's for unknown channels.
+    ``channels`` are those of what a ReLU reads, 1 if unknown.
     """
 
     scheme: Scheme
-    nonlinearity: nn.Module | None = None
+    channels: int = 1
 
     def __call__(self, **_: Any) -> NoReturn:
         raise InvalidModel(
@@ -83,8 +82,8 @@ def assign_qconfig(model: nn.Module, scheme: str | Scheme = "bonn", **options: A
     for name, module in model.named_modules():
         is_float = type(replaced.get(name)) is type(module)
         if isinstance(module, _REPLACED) and not is_float and not hasattr(module, "qconfig"):
-            nonlinearity = replaced.get(name) if isinstance(module, nn.ReLU | nn.ReLU6) else None
-            module.qconfig = _qconfig(_SchemeOf(record.schemes.get(name, record.scheme), nonlinearity))
+            scheme_of = record.schemes.get(name, record.scheme)
+            module.qconfig = _qconfig(_SchemeOf(scheme_of, record.channels.get(name, 1)))
     parameters = dict(model.named_parameters())
     for name in record.revived:
         nn.init.ones_(parameters[name if name in parameters else f"{name}.weight"])
@@ -129,10 +128,8 @@ def _from_float_of(stock: Any) -> type:
 
 
 def _replacement(module: nn.Module, given: _SchemeOf) -> nn.Module:
-    if given.nonlinearity is not None:
-        new = copy.deepcopy(given.nonlinearity)
-    elif isinstance(module, nn.ReLU | nn.ReLU6):
-        new = module if given.scheme.nonlinearity is None else given.scheme.nonlinearity(1)
+    if isinstance(module, nn.ReLU | nn.ReLU6):
+        new = module if given.scheme.nonlinearity is None else given.scheme.nonlinearity(given.channels)
     else:
         layer = binary_form(module, given.scheme)
         layer.to(layer.weight.device, layer.weight.dtype)

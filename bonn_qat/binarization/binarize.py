@@ -54,7 +54,8 @@ class Binarization:
     ``input_size``: that of the policy's dry run, None without one; ``inputs``: the example of other inputs than images.
     ``added`` and ``removed``: the keys of the state dict that only the binary or only the float model has.
     ``skip`` and ``include`` are as given to :func:`binarize`.
-    ``logits``: the layers that produce an output ``(B, classes)``, None without a dry run.
+    ``logits``: the layers that produce an output ``(B, classes)``, None without a dry run. ``channels``: how many each
+    module of the float model without weights reads, where they are known.
     """
 
     scheme: Scheme
@@ -69,6 +70,7 @@ class Binarization:
     include: tuple[str, ...] = ()
     removed: frozenset[str] = field(default=frozenset(), repr=False)
     logits: tuple[str, ...] | None = None
+    channels: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     def _repr_html_(self) -> str:
         rows = {"scheme": self.scheme.title, f"binary ({len(self.binary)})": ", ".join(self.binary)}
@@ -178,6 +180,7 @@ def binarize(
         include=include,
         removed=frozenset(before - set(result.state_dict())),
         logits=decision.logits,
+        channels=decision.channels,
     )
     for layer in layers.values():
         layer.adopt()

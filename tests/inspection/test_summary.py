@@ -90,8 +90,9 @@ def test_norms_and_nonlinearities_that_the_scheme_adds_are_counted(report):
     others = {other.type: other for other in report.others}
     assert others["BatchNorm2d"].parameters == 9_600 + 2 * (64 * 5 + 128 * 4 + 256 * 4 + 512 * 3)
     assert others["BatchNorm2d"].modules == 20 + 16
-    assert others["PReLU"].parameters == others["PReLU"].modules == 17
-    assert report.parameters == 11_689_512 + 6_784 + 17
+    slopes = 64 + 4 * (64 + 128 + 256 + 512)  # one for each channel
+    assert (others["PReLU"].parameters, others["PReLU"].modules) == (slopes, 17)
+    assert report.parameters == 11_689_512 + 6_784 + slopes
 
 
 def test_kept_layers_say_why(report):
@@ -117,7 +118,7 @@ def test_the_text_shows_every_layer_and_total(report):
     text = str(report)
     for layer in report.layers:
         assert layer.name in text
-    words = ("33.73 Mbit", "1,676,279,808", "first layer", "36 x BatchNorm2d", "bonn", "layer1.*.bn2 (2)", "64x56x56")
+    words = ("33.86 Mbit", "1,676,279,808", "first layer", "36 x BatchNorm2d", "bonn", "layer1.*.bn2 (2)", "64x56x56")
     for word in words:
         assert word in text
     assert "scheme" not in text.splitlines()[2]
