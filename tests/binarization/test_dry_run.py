@@ -87,12 +87,12 @@ def test_what_the_model_raises_comes_through_silently(capfd):
 
 
 class Nonlinearities(nn.Module):
-    """ReLUs behind convolutions, a sum, a concatenation and linear layers, on tokens, and one for two widths."""
+    """ReLUs behind convolutions, a sum, a concatenation and linear layers, of other layouts, and one for two widths."""
 
     def __init__(self) -> None:
         super().__init__()
         self.image, self.stem, self.a, self.b = nn.ReLU(), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 16, 1)
-        self.map, self.sum, self.both, self.tokens, self.last = (nn.ReLU() for _ in range(5))
+        self.map, self.sum, self.both, self.permuted, self.tokens, self.last = (nn.ReLU() for _ in range(6))
         self.shared, self.features = nn.ReLU(inplace=True), nn.ReLU()
         self.mix, self.fc, self.head = nn.Linear(24, 24), nn.Linear(24, 12), nn.Linear(12, 5)
 
@@ -100,14 +100,14 @@ class Nonlinearities(nn.Module):
         x = self.map(self.stem(self.image(x)))
         y = self.shared(self.b(x))
         x = self.sum(x + self.shared(self.a(x)))
-        x = self.both(torch.cat([x, y], 1)).flatten(2).transpose(1, 2)
-        x = self.tokens(self.mix(self.last(x)))
+        x = self.permuted(self.both(torch.cat([x, y], 1)).permute(0, 2, 3, 1))
+        x = self.tokens(self.mix(self.last(x.flatten(1, 2))))
         return self.head(self.features(self.fc(x.mean(1))))
 
 
 def test_the_channels_that_a_nonlinearity_reads_are_seen_where_they_are_axis_1():
     layers = ["stem", "a", "b", "mix", "fc", "head"]
-    run = dry_run(Nonlinearities(), layers, (3, 10, 10))
+    run = dry_run(Nonlinearities(), layers, (3, 12, 12))
     assert {name: count for name, count in run.channels.items() if name} == {
         "map": 8, "sum": 8, "both": 24, "features": 12,
     }  # fmt: skip
