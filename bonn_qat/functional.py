@@ -473,7 +473,7 @@ def prelu(x: Tensor, slope: Tensor) -> Tensor:
     >>> prelu(torch.tensor([[-1.0, 2.0]]), torch.tensor([0.25]))
     tensor([[-0.2500,  2.0000]])
     """
-    by_kernels = operators.trains(x) and x.is_contiguous(memory_format=torch.channels_last)
+    by_kernels = operators.takes(x) and x.is_contiguous(memory_format=torch.channels_last)
     return cast(Tensor, _PReLU.apply(x, slope, by_kernels))
 
 

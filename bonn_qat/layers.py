@@ -212,8 +212,7 @@ class BinaryLayer(nn.Module):
         place: Callable[[Tensor], Tensor],
     ) -> Tensor:  # fmt: skip
         x = self.as_images(input)
-        is_step = self.training and torch.is_grad_enabled()
-        found = self._step(x, norm, addend, geometry, place) if is_step else None
+        found = self._by_engine(x, norm, addend, geometry, place)
         if found is not None:
             y, is_finished = found
         else:
@@ -233,12 +232,12 @@ class BinaryLayer(nn.Module):
             y = y if addend is None else y + addend
         return self.from_images(y, input)
 
-    def _step(
+    def _by_engine(
         self, x: Tensor, outer: nn.Module | None, addend: Tensor | None, geometry: Geometry,
         place: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, bool] | None:  # fmt: skip
-        """The product of a training step from the engine, and whether it is finished; None if that cannot do it."""
-        if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+        """The product from the engine, and whether it is finished; None if that cannot do it or would gain nothing."""
+        if operators.is_traced():
             return None
         if x.ndim != 4 or x.numel() <= x.shape[1] or x.shape[1] != getattr(self, self.channels[0]):
             return None  # norm or convolution say what is wrong
@@ -251,10 +250,11 @@ class BinaryLayer(nn.Module):
         scaled = self.binary_weight and self.weight_quant.scaled_sign
         by_bits = (
             estimator is not None and scaled and place is _unchanged and geometry.groups == 1
-            and not geometry.transposed and operators.trains(x) and dtype in (torch.float32, torch.bfloat16)
+            and not geometry.transposed and operators.takes(x) and dtype in (torch.float32, torch.bfloat16)
             and min(geometry.size(x, self.kernels())) > 0
         )  # fmt: skip
-        if not by_bits and (torch.compiler.is_compiling() or not (quantizer is None or quantizer.is_pure)):
+        saves_memory = self.training and torch.is_grad_enabled() and (quantizer is None or quantizer.is_pure)
+        if not by_bits and (torch.compiler.is_compiling() or not saves_memory):
             return None
         norms = [norm for norm in (outer, self.norm) if norm is not None and not is_idle(norm)]
         inner = norms.pop() if norms and is_plain_norm(norms[-1]) else None

@@ -20,21 +20,20 @@ AVAILABLE = library.load() is not None
 _LIBRARY: Any = torch.library.Library("bonn_qat_engine", "DEF")  # type: ignore[no-untyped-call]
 
 
+def is_traced() -> bool:
+    """Whether the call is recorded as a graph that must consist of torch's own operations: a trace, an export."""
+    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+
+
 def takes(x: Tensor) -> bool:
     """Whether there are kernels for ``x``.
 
     >>> takes(torch.ones(2, 8, 4, 4, dtype=torch.float64))
     False
     """
-    if not (AVAILABLE and isinstance(x, Tensor)):  # torch.fx traces with proxies
+    if not (AVAILABLE and isinstance(x, Tensor)) or is_traced():  # torch.fx traces with proxies
         return False
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.ndim == 4
-
-
-def trains(x: Tensor) -> bool:
-    """Whether a layer that trains uses the kernels for ``x``; traces and exports are made of torch's own operations."""
-    is_traced = torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
-    return takes(x) and torch.is_grad_enabled() and not is_traced
 
 
 def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:

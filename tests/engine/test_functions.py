@@ -57,7 +57,7 @@ def without_engine(module: Any) -> Any:
     module = copy.deepcopy(module)
     for layer in module.modules():
         if isinstance(layer, BinaryLayer):
-            layer._step = lambda *_: None  # type: ignore[method-assign]
+            layer._by_engine = lambda *_: None  # type: ignore[method-assign]
     return module
 
 
@@ -132,10 +132,10 @@ LAYERS: dict[str, tuple[Make, tuple[int, ...]]] = {
 def test_a_layer_takes_the_engine_unless_its_quantizer_says_nothing(case: str) -> None:
     layer, x = binary(case), maps(3, 16, 6, 6)
     is_known = layer.input_quant is None or layer.input_quant.is_pure
-    assert (layer._step(x, None, None, *layer.geometry(x)) is not None) == is_known
+    assert (layer._by_engine(x, None, None, *layer.geometry(x)) is not None) == is_known
     assert is_known != ("tbn" in case or case in ("xnor:input_scale=True", "bnn:activations=stochastic"))
     if case in BY_BITS and operators.AVAILABLE:
-        assert "SignProduct" in type(layer._step(x, None, None, *layer.geometry(x))[0].grad_fn).__name__
+        assert "SignProduct" in type(layer._by_engine(x, None, None, *layer.geometry(x))[0].grad_fn).__name__
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -570,13 +570,31 @@ def test_an_input_without_a_gradient(case: str) -> None:
     check_equal({"weight": found["weight"]}, {"weight": expected["weight"]}, 1e-12)
 
 
-@BOTH
-def test_without_gradients_it_is_the_plain_path(case: str) -> None:
-    layer, x = wide(case)
-    for off in (torch.no_grad, torch.inference_mode):
-        plain = without_engine(layer)
-        with off():
-            assert torch.equal(copy.deepcopy(layer)(x), plain(x))
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_without_gradients_outputs_are_equal(case: str, training: bool, torch_moments: None) -> None:
+    for make, shape in LAYERS.values():
+        layer, x = binary(case, make).train(training), maps(*shape)
+        for off in (torch.no_grad, torch.inference_mode):
+            found, plain = copy.deepcopy(layer), without_engine(layer)
+            with off():
+                torch.manual_seed(0)
+                y = found(x)
+                torch.manual_seed(0)
+                assert torch.equal(y, plain(x))
+            for name, buffer in plain.named_buffers():
+                torch.testing.assert_close(found.get_buffer(name), buffer)
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", BY_BITS)
+def test_evaluation_counts_bits(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = binary(case).eval(), maps(3, 16, 6, 6)
+    monkeypatch.setattr(functions.Geometry, "convolve_as_written", None)
+    with torch.no_grad():
+        layer(x)
+    layer(x.requires_grad_()).sum().backward()
+    assert x.grad is not None
 
 
 @pytest.mark.parametrize("case", ["bonn", "reactnet"])

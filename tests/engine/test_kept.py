@@ -89,7 +89,7 @@ def test_no_output_of_a_binary_layer_outlives_the_forward_pass(net: str, scheme:
 
     def alive(model: nn.Module) -> int:
         seen: list[weakref.ref[Any]] = []
-        forward = BinaryLayer._step
+        forward = BinaryLayer._by_engine
 
         def step(layer: BinaryLayer, x: Tensor, norm: nn.Module | None, addend: Tensor | None, *geometry: Any) -> Any:
             found = forward(layer, x, norm, addend, *geometry)
@@ -100,7 +100,7 @@ def test_no_output_of_a_binary_layer_outlives_the_forward_pass(net: str, scheme:
 
         for layer in model.modules():
             if isinstance(layer, BinaryLayer):
-                layer._step = step.__get__(layer)  # type: ignore[method-assign]
+                layer._by_engine = step.__get__(layer)  # type: ignore[method-assign]
         logits = model(x)
         gc.collect()
         count = sum(reference() is not None for reference in seen)
