@@ -109,6 +109,7 @@ class Training:
         self._forward: Callable[..., Any] = self.objective
         if self.mode is not None:
             self._forward = torch.compile(self.objective, mode=self.mode)
+        self._network: Callable[..., Any] = network if self.mode is None else torch.compile(network, mode=self.mode)
         self._scaler = torch.amp.GradScaler(self.device, enabled=self.precision == "float16")
 
     def batch(self, count: int) -> tuple[Tensor, Tensor]:
@@ -134,6 +135,15 @@ class Training:
             self._scaler.step(self.optimizer)
             self._scaler.update()
         return loss.detach()
+
+    @torch.no_grad()
+    def evaluate(self, images: Tensor, targets: Tensor) -> Tensor:
+        """The logits of a batch in evaluation mode."""
+        self.objective.eval()
+        autocast = torch.autocast(self.device, DTYPES.get(self.precision), enabled=self.precision in DTYPES)
+        with matmul_precision(self.precision), autocast:
+            logits: Tensor = self._network(images)
+        return logits
 
 
 def _to_brevitas(model: nn.Module) -> None:

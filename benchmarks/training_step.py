@@ -2,12 +2,14 @@
 
 All arms, eager and compiled, in all precisions, take turns in one run, each round in another order, so that noise of
 the machine affects all alike; only ratios of the same round are meaningful. ``--against`` adds every arm with the
-package of another checkout, in a process that takes its turns with this one. Examples::
+package of another checkout, in a process that takes its turns with this one; ``--evaluation`` times the evaluation of
+a batch instead of a step. Examples::
 
     python benchmarks/training_step.py --compile --precision float32 bfloat16 --threads 1 2 --output step.json --page
     python benchmarks/training_step.py --model resnet18 --size 224 --batch 8 --arms bonn xnor --against ../before
     python benchmarks/training_step.py --device cuda --batch 128 1024 --precision float32 tf32 bfloat16 \\
         --compile default reduce-overhead --rounds 30 --output step-cuda.json
+    python benchmarks/training_step.py --evaluation --arms bonn xnor reactnet --compile --against ../before
     python benchmarks/training_step.py --input step.json --page
 
 The file of ``--output`` is JSON: ``options`` of the command line, ``environment`` (versions, commit), ``machine``,
@@ -70,14 +72,14 @@ class Arms:
         made, opts = Variant(*variant), Namespace(**options)
         training = Training(made, opts.model, (3, opts.size, opts.size), opts.classes, opts)
         images, targets = training.batch(batch)
-
-        def step() -> None:
-            training.step(images, targets)
-
+        step = functools.partial(training.evaluate if opts.evaluation else training.step, images, targets)
         start = time.perf_counter()
         step()
         synchronize(opts.device)
-        found = {"first_step_seconds": time.perf_counter() - start, "tflop": 6e-12 * training.macs * batch}
+        found = {
+            "first_step_seconds": time.perf_counter() - start,
+            "tflop": (2e-12 if opts.evaluation else 6e-12) * training.macs * batch,
+        }
         for _ in range(opts.warmup):
             step()
         self._timers[made.name] = timer(step, opts)
@@ -199,6 +201,9 @@ def arguments(argv: Sequence[str] | None = None) -> Namespace:
         "--clock", default="wall", choices=["wall", "process"],
         help="process: CPU time, for one thread on a machine with other work",
     )  # fmt: skip
+    parser.add_argument(
+        "--evaluation", action="store_true", help="instead of a step, the forward pass without gradients"
+    )
     args = parse(parser, ARMS, argv)
     args.repeat = args.repeat or (10 if args.device == "cuda" else 1)
     if args.clock == "process" and (args.device == "cuda" or max(args.threads) > 1):

@@ -53,6 +53,7 @@ class BinaryLayer(nn.Module):
     kernel_std: float | None = None
     latent_std: Tensor
     watch: Callable[[Tensor], None] | None = None  # sees each input, or a tensor that is not finite if the input is not
+    any_layout: bool = False  # the output may be in channels_last for contiguous inputs: a copy less
     adoptions: int = 0  # how often the layer started from float weights
 
     def take(self, layer: nn.Module, scheme: Scheme, normalize: bool) -> None:
@@ -260,6 +261,7 @@ class BinaryLayer(nn.Module):
         inner = norms.pop() if norms and is_plain_norm(norms[-1]) else None
         for norm in norms:
             x = norm(x)
+        layout = torch.channels_last if self.any_layout else operators.layout(x)
         if by_bits:
             x = x.contiguous(memory_format=torch.channels_last)
         statistics = Norm.of(cast(nn.BatchNorm2d | None, inner), x)
@@ -274,7 +276,7 @@ class BinaryLayer(nn.Module):
                 is_finished = is_finished and addend.dtype == dtype and not torch.compiler.is_compiling()
                 addend = addend.contiguous(memory_format=torch.channels_last) if is_finished else None
             bias: Tensor | None = self.bias if is_finished else None
-            y = sign_product(x, statistics, estimator, value, scale, bias, addend, geometry, dtype)
+            y = sign_product(x, statistics, estimator, value, scale, bias, addend, geometry, dtype, layout)
             return y, is_finished
         quantize = self.stand_in or (_unchanged if quantizer is None else quantizer.value)
         call = Replay(quantizer, quantize, place, geometry, dtype)

@@ -8,6 +8,7 @@ from, and autograd's graph says what of that a gradient can go through.
 
 import contextlib
 import functools
+import itertools
 import logging
 import random
 import sys
@@ -56,7 +57,8 @@ class DryRun:
     ``uses``: the layers that were called, by name. ``readers``: which other module read a layer's weight.
     ``inputs``: the layers that read the image. ``outputs``: those that produce an output: it derives from no other
     layer, or no other layer learns through them. ``macs``: MACs of each layer for one image. ``channels``: how many
-    each module that is no layer reads, where that is axis 1 and the same in every call.
+    each module that is no layer reads, where that is axis 1 and the same in every call. ``any_layout``: whether the
+    model also runs where convolutions give their outputs in ``torch.channels_last``, which some views refuse.
     """
 
     uses: Mapping[str, Use]
@@ -65,6 +67,7 @@ class DryRun:
     outputs: frozenset[str]
     macs: Mapping[str, int]
     channels: Mapping[str, int]
+    any_layout: bool
 
 
 class _Pass(NamedTuple):
@@ -127,20 +130,25 @@ def dry_run(model: nn.Module, layers: Iterable[str], inputs: Inputs | Sequence[i
         outputs=frozenset().union(*(watch.outputs() for watch in seen)),
         macs=seen[0].macs,
         channels={name: count for name, (count, *others) in counts.items() if count and not others},
+        any_layout=all(watch.channels_last for watch in seen),
     )
 
 
 def _try(model: nn.Module, layers: list[str], inputs: Inputs, one: _Pass) -> "_Watch":
-    first, second = one.devices
-    try:
-        return _follow(model, layers, inputs, one, first)
-    except Exception as error:
-        if isinstance(error, CannotBeCopied) or is_out_of_memory(error):
-            raise
-        return _follow(model, layers, inputs, one, second)
+    caught: list[Exception] = []
+    for device, channels_last in itertools.product(one.devices, (True, False)):
+        try:
+            return _follow(model, layers, inputs, one, device, channels_last)
+        except Exception as error:
+            if isinstance(error, CannotBeCopied) or is_out_of_memory(error):
+                raise
+            caught.append(error)
+    raise caught[-1]
 
 
-def _follow(model: nn.Module, layers: list[str], inputs: Inputs, one: _Pass, device: str) -> "_Watch":
+def _follow(
+    model: nn.Module, layers: list[str], inputs: Inputs, one: _Pass, device: str, channels_last: bool
+) -> "_Watch":
     fake = FakeTensorMode(allow_non_fake_inputs=True) if device == "cpu" else None
     copied = ghost(model, fake).train(one.training)
     close_fast_paths(copied)
@@ -154,7 +162,7 @@ def _follow(model: nn.Module, layers: list[str], inputs: Inputs, one: _Pass, dev
             # No leaf, because layers must not change a leaf in place.
             return made.requires_grad_() * 1 if one.grad and x.is_floating_point() else made
 
-        watch = _Watch(copied, layers, guesses=Guesses() if fake else None)
+        watch = _Watch(copied, layers, Guesses() if fake else None, channels_last)
         autocast = torch.autocast("cpu", enabled=one.serves, cache_enabled=False)
         # Not both at once: in inference mode autocast would not see into operations such as einsum.
         inference = torch.inference_mode(not one.grad and not one.serves)
@@ -207,7 +215,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     replaced.
     """
 
-    def __init__(self, model: nn.Module, layers: Iterable[str], guesses: Guesses | None) -> None:
+    def __init__(self, model: nn.Module, layers: Iterable[str], guesses: Guesses | None, channels_last: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.uses: dict[str, Use] = {}
         self.readers: dict[str, str] = {}
@@ -217,6 +225,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._sole: set[str] = set()  # the only layer behind an output
         self._read: set[str] = set()  # read by another layer
         self._guesses = guesses
+        self.channels_last = channels_last
         self._running: list[str] = []
         # By storage, so that views and changes in place share one entry; the tensor keeps the key from being reused.
         self._origins: dict[int, tuple[_Origin, Tensor]] = {}
@@ -299,6 +308,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._running.append(name)
             try:
                 output = forward(*args, **kwargs)
+                if self.channels_last and name in self._convolutions and isinstance(output, Tensor):
+                    output = output.movedim(1, -1).contiguous().movedim(-1, 1)
             finally:
                 self._running.pop()
             results = list(tensors_in(output)) if layer is not None else []

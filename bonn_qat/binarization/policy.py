@@ -37,6 +37,7 @@ class Decision:
     of the dry run, None if the model ran with no size; ``unseen`` then says why. ``macs``: those of each layer for one
     image. ``asked``: the kept layers that ``skip`` or ``predicate`` keeps. ``logits``: the layers that produce an
     output ``(B, classes)``, None without a dry run. ``channels``: those of what the other modules read, if known.
+    ``any_layout``: whether the model is known to run where convolutions give their outputs in ``channels_last``.
     """
 
     binary: tuple[str, ...]
@@ -48,6 +49,7 @@ class Decision:
     asked: frozenset[str]
     logits: tuple[str, ...] | None
     channels: Mapping[str, int]
+    any_layout: bool
 
 
 def decide(
@@ -109,6 +111,7 @@ def decide(
         asked=frozenset(name for name, reason in kept.items() if reason not in ours),
         logits=tuple(n for n, use in run.uses.items() if n in run.outputs and _is_logits(use)) if run else None,
         channels=run.channels if run else {},
+        any_layout=run is not None and run.any_layout,
     )
 
 

@@ -119,7 +119,7 @@ class _SignProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, threshold: Tensor, value: Tensor, bias: Tensor | None,
         addend: Tensor | None, scale: Tensor, mean: Tensor, invstd: Tensor, estimator: tuple[float, bool],
-        statistics: bool, geometry: Geometry, dtype: torch.dtype,
+        statistics: bool, geometry: Geometry, dtype: torch.dtype, layout: torch.memory_format,
     ) -> Tensor:  # fmt: skip
         alpha, shift = affine(gamma, beta, mean, invstd)
         outputs, channels = value.shape[:2]
@@ -136,8 +136,8 @@ class _SignProduct(torch.autograd.Function):
             geometry.stride, (top, left), geometry.dilation, geometry.size(x, value), dtype,
         )  # fmt: skip
         if addend is None and not torch.compiler.is_compiling():
-            ctx.again, ctx.made = functools.partial(_product, product), None
-        return cast(Tensor, operators.convolve(*product))
+            ctx.again, ctx.made = functools.partial(_product, product, layout), None
+        return _product(product, layout)
 
     @staticmethod
     @once_differentiable
@@ -165,11 +165,11 @@ class _SignProduct(torch.autograd.Function):
             dbias = grad.sum((0, 2, 3), dtype=torch.float32).to(bias_dtype)
         dvalue = None if dvalue is None else dvalue.to(value_dtype)
         daddend = grad if ctx.needs_input_grad[6] else None
-        return (dx, dgamma, dbeta, dthreshold, dvalue, dbias, daddend, *[None] * 7)
+        return (dx, dgamma, dbeta, dthreshold, dvalue, dbias, daddend, *[None] * 8)
 
 
-def _product(arguments: tuple[Any, ...], _: object) -> Tensor:
-    return cast(Tensor, operators.convolve(*arguments))
+def _product(arguments: tuple[Any, ...], layout: torch.memory_format, _: object = None) -> Tensor:
+    return cast(Tensor, operators.convolve(*arguments)).contiguous(memory_format=layout)
 
 
 def affine(gamma: Tensor, beta: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,14 +241,15 @@ def _moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def sign_product(
     x: Tensor, norm: Norm, estimator: Estimator, value: Tensor, scale: Tensor, bias: Tensor | None,
-    addend: Tensor | None, geometry: Geometry, dtype: torch.dtype,
+    addend: Tensor | None, geometry: Geometry, dtype: torch.dtype, layout: torch.memory_format,
 ) -> Tensor:  # fmt: skip
     """``conv2d(sign(norm(x) - threshold), value) + bias + addend`` by bits.
 
     The value ``(O, C, kh, kw)`` is ``scale * {-1, +1}``. The sums are exact; the rest is computed in float32 and
     rounded to ``dtype`` at the end. x ``(B, C, H, W)`` is one that :func:`~bonn_qat.engine.operators.takes` accepts, in
-    ``channels_last``; the addend is None or has the shape, dtype and layout of the output, which is in ``dtype``. The
-    gradients are those of the product to value and to the signs, of the estimator and of the norm; scale has none.
+    ``channels_last``; the addend is None or a map in the shape of the output, in ``dtype`` and ``channels_last``. The
+    output is in ``dtype`` and ``layout``. The gradients are those of the product to value and to the signs, of the
+    estimator and of the norm; scale has none.
     """
     threshold = x.new_zeros((), dtype=torch.float32) if estimator.threshold is None else estimator.threshold
     kind = _above(estimator.clip), estimator.parabola
@@ -256,7 +257,7 @@ def sign_product(
         Tensor,
         _SignProduct.apply(
             x, norm.gamma, norm.beta, threshold, value, bias, addend, scale.detach(), norm.mean, norm.invstd, kind,
-            norm.statistics, geometry, dtype,
+            norm.statistics, geometry, dtype, layout,
         ),
     )  # fmt: skip
 

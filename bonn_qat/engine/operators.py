@@ -36,6 +36,18 @@ def takes(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.ndim == 4
 
 
+def layout(x: Tensor) -> torch.memory_format:
+    """The layout that torch's convolutions give their outputs for x ``(B, C, H, W)``.
+
+    >>> layout(torch.ones(1, 2, 3, 4).to(memory_format=torch.channels_last))
+    torch.channels_last
+    """
+    _, channels, height, width = x.shape
+    image, channel, row, pixel = x.stride()
+    is_last = channel > 0 and channel * channels <= pixel and pixel * width <= row and row * height <= image
+    return torch.channels_last if is_last else torch.contiguous_format
+
+
 def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
     """Register the decorated function as an operator, and return that."""
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import bonn_qat
 from bonn_qat.binarization.dry_run import dry_run
 
 
@@ -111,3 +112,28 @@ def test_the_channels_that_a_nonlinearity_reads_are_seen_where_they_are_axis_1()
     assert {name: count for name, count in run.channels.items() if name} == {
         "map": 8, "sum": 8, "both": 24, "features": 12,
     }  # fmt: skip
+
+
+class Viewed(nn.Module):
+    """The way of old code from maps to features, which refuses maps in channels_last."""
+
+    def __init__(self, axes: int = 2) -> None:
+        super().__init__()
+        conv, pool = (nn.Conv1d, nn.AvgPool1d) if axes == 1 else (nn.Conv2d, nn.AvgPool2d)
+        self.features = nn.Sequential(conv(3, 8, 3), nn.ReLU(), conv(8, 8, 3, padding=1), nn.ReLU(), pool(2))
+        self.classifier = nn.Linear(8 * 3**axes, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).view(len(x), -1))
+
+
+@pytest.mark.parametrize("axes", [1, 2])
+def test_a_model_that_views_maps_runs_as_a_binary_one(axes):
+    for model, any_layout in ((Viewed(axes), False), (nn.Sequential(Viewed(axes).features, nn.Flatten()), True)):
+        size = (3, *[8] * axes)
+        binary = bonn_qat.binarize(model, input_size=size, include=["*2"])
+        assert dry_run(model, [], size).any_layout == any_layout
+        for name, layer in bonn_qat.binary_layers(binary):
+            assert layer.any_layout == any_layout, name
+        for training in (True, False):
+            binary.train(training)(torch.randn(2, *size)).sum().backward()

@@ -1,6 +1,7 @@
 """A binary layer trains on the engine as on the plain path, norm, quantizer and product, whatever is done with it."""
 
 import copy
+import functools
 import math
 import pickle
 from collections.abc import Callable
@@ -557,6 +558,19 @@ def test_inputs_of_every_layout(layout: str, torch_moments: None) -> None:
         layer, x = binary(case), maps(3, 16, 6, 6)
         layer.norm.eval()
         check(layer, x, lambda layer, x: layer(LAYOUTS[layout](x)), error=3e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", ["bonn", "reactnet"])
+def test_an_output_has_the_layout_of_a_float_convolutions(case: str, layout: str) -> None:
+    for conv in (nn.Conv2d(16, 24, 3, padding=1), nn.Conv2d(16, 1, 1), nn.Conv2d(16, 9, 3, 2)):
+        layer, x = binary(case, functools.partial(copy.copy, conv)), LAYOUTS[layout](maps(3, 16, 6, 6))
+        expected = [conv(x).is_contiguous(memory_format=of) for of in (torch.contiguous_format, torch.channels_last)]
+        for y in (layer(x), step(None, layer, x), layer.eval()(x)):
+            assert [
+                y.is_contiguous(memory_format=of) for of in (torch.contiguous_format, torch.channels_last)
+            ] == expected
 
 
 @BOTH
