@@ -352,6 +352,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return 0
         if is_map != (makers <= self._convolutions):
             return 0
+        sizes = [shape[2:] for shape in shapes]
+        if is_map and x.shape[1:-1] in sizes and x.shape[2:] not in sizes:
+            return 0  # permuted: its channels are the last axis
         sums = 1  # a bit for each sum of channels: some of the maps may have been added up, and others concatenated
         for shape in shapes:
             sums |= sums << shape[1]
