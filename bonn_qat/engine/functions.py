@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils.flop_counter import register_flop_formula
 
 from bonn_qat.engine import operators
 
@@ -170,6 +171,15 @@ class _SignProduct(torch.autograd.Function):
 
 def _product(arguments: tuple[Any, ...], layout: torch.memory_format, _: object = None) -> Tensor:
     return cast(Tensor, operators.convolve(*arguments)).contiguous(memory_format=layout)
+
+
+@register_flop_formula(torch.ops.bonn_qat_engine.convolve)
+def _flops(
+    words: Sequence[int], weight: Sequence[int], scale: Sequence[int], bias: object, addend: object, channels: int,
+    stride: object, padding: object, dilation: object, size: Sequence[int], *_: object, **__: object,
+) -> int:  # fmt: skip
+    """Those of the same convolution of floats, for ``FlopCounterMode``; of tensors it gets the shapes."""
+    return 2 * words[0] * math.prod(size) * scale[0] * channels * weight[1] * weight[2]
 
 
 def affine(gamma: Tensor, beta: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import bonn_qat
 from bonn_qat.engine import functions, operators
@@ -571,6 +572,19 @@ def test_an_output_has_the_layout_of_a_float_convolutions(case: str, layout: str
             assert [
                 y.is_contiguous(memory_format=of) for of in (torch.contiguous_format, torch.channels_last)
             ] == expected
+
+
+@pytest.mark.parametrize("case", ["bonn", "reactnet", "irnet"])
+def test_a_step_has_the_flops_of_a_float_convolutions(case: str) -> None:
+    for conv in (nn.Conv2d(16, 24, 3, padding=1), nn.Conv2d(40, 9, 1), nn.Conv2d(16, 9, (3, 2), 2)):
+        layer, x = binary(case, functools.partial(copy.copy, conv)), maps(3, conv.in_channels, 6, 6).requires_grad_()
+        counts = []
+        for module in (conv, layer, layer.eval()):
+            with FlopCounterMode(display=False) as flops:
+                module(x).sum().backward()
+            counts.append(flops.get_total_flops())
+        assert counts[0] > 0
+        assert counts == 3 * counts[:1]
 
 
 @BOTH
