@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import OutputKind
+from torch.overrides import TorchFunctionMode
 
 from bonn_qat.errors import InvalidModel
 from bonn_qat.inputs import Inputs
@@ -58,16 +59,31 @@ def _export(model: nn.Module, inputs: Inputs) -> tuple[Any, int | None]:
     """The exported program, and the batch that it is bound to, None for any."""
     two = inputs.drawn(2, seed=0).map(lambda x: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x)
     shapes = inputs.dynamic_shapes(model, torch.export.Dim("batch", min=1))
-    with contextlib.suppress(Exception), quiet():  # whatever torch raises for a model that fixes its batch
+    with (
+        contextlib.suppress(Exception),
+        quiet(),
+        _AnyLayout(),
+    ):  # whatever torch raises for a model that fixes its batch
         return torch.export.export(model, two.args, two.kwargs, dynamic_shapes=shapes), None
     try:
-        with quiet():
+        with quiet(), _AnyLayout():
             one, _ = two.split(1)
             return torch.export.export(model, one.args, one.kwargs), 1
     except Exception as error:  # whatever torch raises
         raise InvalidModel(
             f"torch.export does not take this {type(model).__name__}, so it cannot be packed: {reason(error)}"
         ) from error
+
+
+class _AnyLayout(TorchFunctionMode):
+    """Views of maps in another layout than the model's code expects are copies."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.view and not any(isinstance(x, torch.dtype) for x in (*args, *(kwargs or {}).values())):
+            func = Tensor.reshape
+        return func(*args, **(kwargs or {}))
 
 
 def _plain_network(program: Any, batch: int | None) -> Network | None:

@@ -662,3 +662,28 @@ def test_a_network_of_the_scheme_float_is_packed_as_it_is(tmp_path):
     assert (packed.runtime, packed.scheme, packed.layers) == ("C", "float", ())
     x = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(packed(x), model(x).detach())
+
+
+class Viewed(nn.Module):
+    """The way of old code from maps to features, in one of its forms."""
+
+    def __init__(self, shape: Callable[[Tensor], tuple[int, ...]]) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)
+        )
+        self.classifier, self.shape = nn.Linear(72, 5), shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).view(self.shape(x)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "batch"), [(lambda x: (x.size(0), -1), None), (lambda x: (-1, 72), None), (lambda x: (len(x), 72), 1)]
+)
+def test_a_model_that_views_maps_is_packed(shape, batch):
+    model = shaken(bonn_qat.binarize(Viewed(shape), input_size=(3, 8, 8))).eval()
+    packed, images = pack(model), torch.randn(3, 3, 8, 8)
+    assert packed.batch == batch
+    torch.testing.assert_close(packed(images), model(images))
+    assert {layer.kind for layer in packed.layers} == {"bits"}
