@@ -183,7 +183,7 @@ def binarize(
         channels=decision.channels,
     )
     for layer in layers.values():
-        layer.any_layout = decision.any_layout
+        layer.any_layout = decision.any_layout and isinstance(layer, nn.Conv2d)
         layer.adopt()
     _refuse_folding(result)
     _take_float_states(result, initial)

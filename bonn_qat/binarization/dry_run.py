@@ -308,8 +308,13 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._running.append(name)
             try:
                 output = forward(*args, **kwargs)
-                if self.channels_last and name in self._convolutions and isinstance(output, Tensor):
-                    output = output.movedim(1, -1).contiguous().movedim(-1, 1)
+                if (
+                    self.channels_last
+                    and name in self._convolutions
+                    and isinstance(output, Tensor)
+                    and output.ndim == 4
+                ):
+                    output = output.contiguous(memory_format=torch.channels_last)
             finally:
                 self._running.pop()
             results = list(tensors_in(output)) if layer is not None else []
