@@ -105,26 +105,25 @@ def deeper() -> str:
 
 def accuracy() -> str:
     """What each network of CIFAR-10 reaches, with its size: a point for each seed, from the trainings' records."""
-    arms = defaultdict[str, list[dict[str, Any]]](list)
+    arms = defaultdict[tuple[str, int], list[dict[str, Any]]](list)
     for record in CIFAR10:
         for run in json.loads((RESULTS / f"{record}.json").read_text(encoding="utf-8"))["runs"]:
-            arms[run["title"]].append(run)
-    means = {title: statistics.mean(map(_top1, runs)) for title, runs in arms.items()}
-    titles = sorted(means, key=lambda title: means[title])
+            arms[run["title"], run["recipe"]["epochs"]].append(run)
+    means = {arm: statistics.mean(map(_top1, runs)) for arm, runs in arms.items()}
+    order = sorted(means, key=lambda arm: means[arm])
     caption = "Accuracy on CIFAR-10 and size of a float network and of the same network with one bit"
     with canvas("accuracy", height=3.2, title=caption) as (fig, svg):
         axis = fig.subplots()
-        for place, title in enumerate(titles):
-            points, run = [_top1(run) for run in arms[title]], arms[title][0]
+        for place, arm in enumerate(order):
+            points, run = [_top1(run) for run in arms[arm]], arms[arm][0]
             ours = run["scheme"] in ("bonn", "bonn-plus")
             colour = FLOAT_COLOUR if run["scheme"] == "float" else HERO_COLOUR if ours else PALETTE[0]
             axis.plot(points, [place] * len(points), "o", color=colour, markersize=9)
             teacher = ", with the float network as teacher" if run["recipe"]["teacher"] else ""
             noise = f" ± {statistics.stdev(points):.1f}" if len(points) > 1 else ""
-            size, epochs = f"{run['size']['mbit']:.2f} Mbit", f"{run['recipe']['epochs']} epochs"
-            facts = f"{means[title]:.1f}{noise} %, {size}, {epochs}{teacher}"
+            facts = f"{means[arm]:.1f}{noise} %, {run['size']['mbit']:.2f} Mbit, {arm[1]} epochs{teacher}"
             axis.text(max(points) + 0.25, place, facts, va="center", fontsize=9)
-        axis.set(yticks=range(len(titles)), yticklabels=titles)
+        axis.set(yticks=range(len(order)), yticklabels=[title for title, _ in order])
         axis.set(xlim=(76, 98), xticks=range(76, 93, 2), xlabel="WRN-22 (16-16-32-64) on CIFAR-10, test top-1 (%)")
         axis.grid(visible=False, axis="y")
         axis.margins(y=0.1)
