@@ -109,13 +109,14 @@ def test_an_unknown_arm_is_an_error(options):
         training("no such scheme", options)
 
 
-def test_a_checkout_takes_turns_in_a_process_of_its_own(options):
+@pytest.mark.parametrize(("evaluation", "passes"), [(False, 3), (True, 1)])
+def test_a_checkout_takes_turns_in_a_process_of_its_own(options, evaluation, passes):
     child = measuring.Child(str(ROOT / "benchmarks" / "training_step.py"), ROOT)
     try:
         assert child.package["torch"] == torch.__version__.partition("+")[0]
         child.call("reset", 1)
-        facts = child.call("add", Variant("bonn", None, "float32"), vars(options), 2)
-        assert facts["tflop"] == 6e-12 * 2 * training("bonn", options).macs
+        facts = child.call("add", Variant("bonn", None, "float32"), {**vars(options), "evaluation": evaluation}, 2)
+        assert facts["tflop"] == passes * 2e-12 * 2 * training("bonn", options).macs
         assert child.call("time", "bonn") > 0
     finally:
         child.close()
