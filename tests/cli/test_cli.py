@@ -509,10 +509,15 @@ def test_export_writes_what_a_comparison_left_and_compares_the_two(
     weights = "results/runs/bonn-0.01-seed0.safetensors"
     assert cli.main(["export", weights, "--format", "pt2", "--output", "nets/net.pt2"]) == 0
     size = Path("nets/net.pt2").stat().st_size / 1e6
-    assert capsys.readouterr().out.splitlines() == [
-        f"nets/net.pt2: {size:.2f} MB",
-        "difference from the network's outputs on random images: at most 0, median 0; the same class for 100.0%",
-    ]
+    file, difference = capsys.readouterr().out.splitlines()
+    assert file == f"nets/net.pt2: {size:.2f} MB"
+    # The file has torch's own convolutions, and float layers round differently where maps have another layout.
+    words = (
+        r"difference from the network's outputs on random images: at most (.+), median .+; the same class for 100.0%"
+    )
+    found = re.fullmatch(words, difference)
+    assert found is not None
+    assert float(found[1]) < 1e-6
     assert 0 < size < 2
 
 
