@@ -1,4 +1,4 @@
-"""Functions: the parts of a binary layer's training step, each with the backward pass that keeps the least.
+"""Functions: the parts of a binary layer, each with the backward pass that keeps the least.
 
 Autograd keeps what a backward pass needs from the forward pass on. Here that is the float input of a layer and, where
 there are kernels for it (:func:`bonn_qat.engine.operators.takes`), the signs as bits; norm, sign and product are

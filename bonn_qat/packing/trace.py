@@ -59,11 +59,8 @@ def _export(model: nn.Module, inputs: Inputs) -> tuple[Any, int | None]:
     """The exported program, and the batch that it is bound to, None for any."""
     two = inputs.drawn(2, seed=0).map(lambda x: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x)
     shapes = inputs.dynamic_shapes(model, torch.export.Dim("batch", min=1))
-    with (
-        contextlib.suppress(Exception),
-        quiet(),
-        _AnyLayout(),
-    ):  # whatever torch raises for a model that fixes its batch
+    # Whatever torch raises for a model that fixes its batch.
+    with contextlib.suppress(Exception), quiet(), _AnyLayout():
         return torch.export.export(model, two.args, two.kwargs, dynamic_shapes=shapes), None
     try:
         with quiet(), _AnyLayout():
