@@ -42,11 +42,12 @@ _REPLACED = (nn.Conv2d, nn.Linear, nn.ReLU, nn.ReLU6)
 class _SchemeOf:
     """Takes the place of the weight's fake quantizer factory in a ``QConfig``, and names the scheme.
 
-    ``channels`` are those of what a ReLU reads, 1 if unknown.
+    ``channels`` are those of what a ReLU reads, 1 if unknown; ``any_layout`` is that of a binary layer.
     """
 
     scheme: Scheme
     channels: int = 1
+    any_layout: bool = False
 
     def __call__(self, **_: Any) -> NoReturn:
         raise InvalidModel(
@@ -80,10 +81,10 @@ def assign_qconfig(model: nn.Module, scheme: str | Scheme = "bonn", **options: A
     record: Any = twin.binarization
     replaced = dict(twin.named_modules())
     for name, module in model.named_modules():
-        is_float = type(replaced.get(name)) is type(module)
-        if isinstance(module, _REPLACED) and not is_float and not hasattr(module, "qconfig"):
-            scheme_of = record.schemes.get(name, record.scheme)
-            module.qconfig = _qconfig(_SchemeOf(scheme_of, record.channels.get(name, 1)))
+        new = replaced.get(name)
+        if isinstance(module, _REPLACED) and type(new) is not type(module) and not hasattr(module, "qconfig"):
+            scheme_of, any_layout = record.schemes.get(name, record.scheme), getattr(new, "any_layout", False)
+            module.qconfig = _qconfig(_SchemeOf(scheme_of, record.channels.get(name, 1), any_layout))
     parameters = dict(model.named_parameters())
     for name in record.revived:
         nn.init.ones_(parameters[name if name in parameters else f"{name}.weight"])
@@ -134,6 +135,7 @@ def _replacement(module: nn.Module, given: _SchemeOf) -> nn.Module:
         layer = binary_form(module, given.scheme)
         layer.to(layer.weight.device, layer.weight.dtype)
         layer.adopt()
+        layer.any_layout = given.any_layout
         new = layer
     # torch.ao passes a qconfig on to child modules, so it is None here; torch.ao copies the hooks itself.
     new.qconfig = None  # type: ignore[assignment]

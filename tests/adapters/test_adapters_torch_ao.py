@@ -46,6 +46,9 @@ def test_the_layers_are_those_of_binarize(model: nn.Module, images: Tensor) -> N
     assert state.keys() == wanted.keys()
     assert all(torch.equal(state[key], wanted[key]) for key in state)
     assert torch.equal(prepared(images), expected(images))
+    layouts = [(name, layer.any_layout) for name, layer in binary_layers(prepared)]
+    assert layouts == [(name, layer.any_layout) for name, layer in binary_layers(expected)]
+    assert dict(layouts) == {name: name != "fc" for name, _ in layouts}
     assert [name for name, _ in binary_layers(model)] == []  # a copy was prepared
 
 
