@@ -62,7 +62,7 @@ def compile_engine(engine: Path, target: str, folder: Path) -> Path:
     for suffix, cpu in VARIANTS[target.partition("-")[0]].items():
         objects.append(folder / f"{suffix}.o")
         run("-c", engine / "kernels.c", f"-mcpu={cpu}", f"-DVARIANT={suffix}", "-o", objects[-1])
-    sources = zlib.crc32(b"".join(path.read_bytes() for path in sorted(engine.glob("*.c"))))
+    sources = zlib.crc32(b"".join(path.read_bytes() for path in sorted(engine.glob("*.[ch]"))))
     system = target.split("-")[1].partition(".")[0]
     library = folder / f"kernels.{ {'linux': 'so', 'macos': 'dylib', 'windows': 'dll'}[system] }"
     alone = ["-nostdlib"] if system == "windows" else []

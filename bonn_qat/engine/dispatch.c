@@ -44,6 +44,11 @@ void *memcpy(void *restrict to, const void *restrict from, size_t size) {
     return to;
 }
 
+void *memset(void *to, int value, size_t size) {
+    for (size_t i = 0; i < size; i++) ((volatile char *)to)[i] = (char)value;
+    return to;
+}
+
 int DllMainCRTStartup(void *library, unsigned reason, void *reserved) {
     (void)library, (void)reason, (void)reserved;
     return 1;

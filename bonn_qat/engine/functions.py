@@ -147,13 +147,9 @@ class _SignProduct(torch.autograd.Function):
         x, alpha, shift, low, mean, invstd, words, weight, magnitude = ctx.saved_tensors
         (clip, parabola), statistics, geometry, dtypes, threshold_shape = ctx.call
         value_dtype, gamma_dtype, beta_dtype, threshold_dtype, bias_dtype = dtypes
-        channels = x.shape[1]
         grad = grad.contiguous(memory_format=torch.channels_last)
-        value = operators.kernel_signs(weight, len(magnitude), channels, grad.dtype)
-        value = value * magnitude.to(grad.dtype).reshape(-1, 1, 1, 1)
-        signs = operators.spread(words, channels, grad.dtype)
         needs = any(ctx.needs_input_grad[:4]), ctx.needs_input_grad[4]
-        dsign, dvalue = geometry.gradients(grad, signs, value, needs)
+        dsign, dvalue = _gradients(grad, words, weight, magnitude, x, geometry, needs)
         dx = dgamma = dbeta = dthreshold = dbias = None
         if dsign is not None:
             dsign = dsign.to(x.dtype).contiguous(memory_format=torch.channels_last)
@@ -169,6 +165,26 @@ class _SignProduct(torch.autograd.Function):
         return (dx, dgamma, dbeta, dthreshold, dvalue, dbias, daddend, *[None] * 8)
 
 
+def _gradients(
+    grad: Tensor, words: Tensor, weight: Tensor, magnitude: Tensor, x: Tensor, geometry: Geometry,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Those of the product to the signs of x and to the weights, None where they are not needed."""
+    channels, image, kernel = x.shape[1], x.shape[2:], weight.shape[1:3]
+    if operators.has_tables(grad):
+        top, _, left, _ = geometry.padding
+        places = geometry.stride, (top, left), geometry.dilation
+        dsign = dvalue = None
+        if needs[0]:
+            dsign = operators.input_gradient(grad, weight, magnitude, channels, image, *places, x.dtype)
+        if needs[1]:
+            dvalue = operators.weight_gradient(grad, words, channels, kernel, *places)
+        return dsign, dvalue
+    value = operators.kernel_signs(weight, len(magnitude), channels, grad.dtype)
+    value = value * magnitude.to(grad.dtype).reshape(-1, 1, 1, 1)
+    return geometry.gradients(grad, operators.spread(words, channels, grad.dtype), value, needs)
+
+
 def _product(arguments: tuple[Any, ...], layout: torch.memory_format, _: object = None) -> Tensor:
     return cast(Tensor, operators.convolve(*arguments)).contiguous(memory_format=layout)
 
@@ -180,6 +196,16 @@ def _flops(
 ) -> int:  # fmt: skip
     """Those of the same convolution of floats, for ``FlopCounterMode``; of tensors it gets the shapes."""
     return 2 * words[0] * math.prod(size) * scale[0] * channels * weight[1] * weight[2]
+
+
+@register_flop_formula(torch.ops.bonn_qat_engine.input_gradient)
+def _input_flops(grad: Sequence[int], weight: Sequence[int], scale: object, channels: int, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(grad) * channels * weight[1] * weight[2]
+
+
+@register_flop_formula(torch.ops.bonn_qat_engine.weight_gradient)
+def _weight_flops(grad: Sequence[int], words: object, channels: int, kernel: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(grad) * channels * math.prod(kernel)
 
 
 def affine(gamma: Tensor, beta: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:

@@ -470,6 +470,11 @@ static void convolve_work(const void *task, int thread, int threads) {
 
 EXPORT void NAME(convolve)(const Convolution *task, int threads) { in_threads(convolve_work, task, threads); }
 
+#if defined(__AVX512F__)
+#include "gradients.h"
+EXPORT int64_t NAME(gradients_size)(void) { return sizeof(Gradients); }
+#endif
+
 /* For the test that the caller has the same structures. */
 EXPORT int64_t NAME(task_size)(void) { return sizeof(Task); }
 EXPORT int64_t NAME(convolution_size)(void) { return sizeof(Convolution); }

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+TILE = 8  # outputs, of kernels with tables
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _FOLDER = Path(__file__).parent
 _FILE = _FOLDER / "lib" / f"kernels.{ {'darwin': 'dylib', 'win32': 'dll'}.get(sys.platform, 'so') }"
@@ -41,7 +42,28 @@ class Convolution(ctypes.Structure):
     )
 
 
+class Gradients(ctypes.Structure):
+    """The gradients of such a convolution to its signs or its weights."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("grad", "x", "w", "scale", "out", "sums", "scratch")),
+        *((name, ctypes.c_int64) for name in ("scratch_size", "batch", "height", "width", "words", "channels")),
+        *((name, ctypes.c_int64) for name in ("out_height", "out_width", "outputs", "rows", "columns")),
+        *((name, ctypes.c_int64 * 2) for name in ("stride", "padding", "dilation")),
+        *((name, ctypes.c_int64) for name in ("half", "out_half")),
+    )
+
+
 Pass = Callable[[Task, int], None]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The kernels that look gradients up in tables. ``scratch_size`` is that of a task, in bytes for each thread."""
+
+    scratch_size: Callable[[Gradients], int]
+    input_gradient: Callable[[Gradients, int], None]
+    weight_gradient: Callable[[Gradients, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +82,7 @@ class Library:
     kernel_gradient: Pass
     kernel_sums: Pass
     convolve: Callable[[Convolution, int], None]
+    tables: Tables | None  # with AVX-512 alone
 
 
 @functools.cache
@@ -99,7 +122,7 @@ def keep_freed_memory() -> None:
 
 def sources() -> int:
     """The checksum of the C sources, which a library compiled from them has too."""
-    return zlib.crc32(b"".join(path.read_bytes() for path in sorted(_FOLDER.glob("*.c"))))
+    return zlib.crc32(b"".join(path.read_bytes() for path in sorted(_FOLDER.glob("*.[ch]"))))
 
 
 def _warn(reason: str) -> None:
@@ -138,6 +161,12 @@ def bind(shared: ctypes.CDLL, variant: str) -> Library:
         "moments", "signs", "spread", "gradient_sums", "gradient", "prelu", "prelu_gradient", "latent_gradient",
         "kernel_gradient", "kernel_sums",
     )  # fmt: skip
+    tables = None
+    if hasattr(shared, f"scratch_size_{variant}"):
+        size = shared[f"scratch_size_{variant}"]
+        size.argtypes, size.restype = (ctypes.POINTER(Gradients),), ctypes.c_int64
+        tables = Tables(size, kernel("input_gradient", Gradients), kernel("weight_gradient", Gradients))
     return Library(
-        variant=variant, convolve=kernel("convolve", Convolution), **{name: kernel(name, Task) for name in passes}
-    )
+        variant=variant, convolve=kernel("convolve", Convolution), tables=tables,
+        **{name: kernel(name, Task) for name in passes},
+    )  # fmt: skip

@@ -5,6 +5,7 @@ channel is float32 ``(C,)``. Signs are ``(B, H, W, ceil(C / 32))`` words, int32.
 are there. Sizes that do not fit raise RuntimeError.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -15,8 +16,11 @@ from bonn_qat.engine import library
 
 _LANES = 16
 library.keep_freed_memory()
+_ROW = 64  # pixels
 _PARALLEL = 2**15  # elements of a map from which a second thread pays
-AVAILABLE = library.load() is not None
+_KERNELS = library.load()
+AVAILABLE = _KERNELS is not None
+_HAS_TABLES = _KERNELS is not None and _KERNELS.tables is not None
 _LIBRARY: Any = torch.library.Library("bonn_qat_engine", "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -152,6 +156,19 @@ def spread(words: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def _as_rows(
+    batch: int, image: Sequence[int], kernel: Sequence[int], *places: Sequence[int]
+) -> tuple[int, Sequence[int]]:
+    """Batch and size of the images, for a matrix product of rows that are long enough to share loads of weights."""
+    stride, padding, _ = places
+    if (*kernel, *stride, *padding) != (1, 1, 1, 1, 0, 0):
+        return batch, image
+    pixels = batch * math.prod(image)
+    width = max(width for width in range(1, _ROW + 1) if pixels % width == 0)
+    width = width if 4 * width >= _ROW else pixels
+    return pixels // width, (1, width)
+
+
 def _no_products(
     words: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, addend: Tensor | None, channels: int,
     stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], size: Sequence[int], dtype: torch.dtype,
@@ -189,6 +206,9 @@ def convolve(
         raise RuntimeError(f"convolve: words {tuple(words.shape)}, weight {tuple(weight.shape)}, {channels} channels")
     kernels = library.load()
     assert kernels is not None
+    if list(size) == [height, width]:
+        batch, (height, width) = _as_rows(batch, size, (rows, columns), stride, padding, dilation)
+        size = height, width
     task = library.Convolution(
         x=words.data_ptr(), w=weight.data_ptr(), scale=scale.data_ptr(), out=out.data_ptr(),
         bias=None if bias is None else bias.data_ptr(), addend=None if addend is None else addend.data_ptr(),
@@ -214,6 +234,91 @@ def kernel_signs(words: Tensor, outputs: int, channels: int, dtype: torch.dtype)
     """The inverse of :func:`kernel_words`: signs ``(O, I, kh, kw)``."""
     rows = words.permute(0, 4, 1, 2, 3).flatten(0, 1)[:outputs].contiguous()
     return cast(Tensor, spread(rows, channels, dtype))
+
+
+def has_tables(grad: Tensor) -> bool:
+    """Whether there are kernels for the gradients of a convolution that are faster than torch's: with AVX-512."""
+    return _HAS_TABLES and grad.dtype == torch.float32
+
+
+def _look_up(
+    name: str, grad: Tensor, tensors: Mapping[str, Tensor], channels: int, image: Sequence[int], kernel: Sequence[int],
+    *places: Sequence[int], half: bool = False,
+) -> Tensor:  # fmt: skip
+    """Run a kernel of :class:`library.Tables`; returns its sums of weights, one for each thread."""
+    kernels = library.load()
+    assert kernels is not None
+    assert kernels.tables is not None
+    batch, outputs, out_height, out_width = grad.shape
+    words = -(-channels // 32)
+    wanted = {
+        "x": ((batch, *image, words), torch.int32), "scale": ((outputs,), torch.float32),
+        "w": ((-(-outputs // _LANES), *kernel, words, _LANES), torch.int32),
+    }  # fmt: skip
+    fits = grad.is_contiguous(memory_format=torch.channels_last) and grad.dtype in (torch.float32, torch.bfloat16)
+    for key, tensor in tensors.items():
+        if key in wanted and not (fits and (tensor.shape, tensor.dtype) == wanted[key] and tensor.is_contiguous()):
+            raise RuntimeError(
+                f"{name}: {key} is {tensor.dtype} {tuple(tensor.shape)}; the gradient {grad.dtype} "
+                f"{tuple(grad.shape)}, of {channels} channels of {tuple(image)}"
+            )
+    stride, padding, dilation = map(tuple, places)
+    if list(image) == [out_height, out_width]:
+        batch, image = _as_rows(batch, image, kernel, *places)
+        out_height, out_width = image
+    task = library.Gradients(
+        grad=grad.data_ptr(), batch=batch, height=image[0], width=image[1], words=words, channels=channels,
+        out_height=out_height, out_width=out_width, outputs=outputs, rows=kernel[0], columns=kernel[1], stride=stride,
+        padding=padding, dilation=dilation, half=grad.dtype == torch.bfloat16, out_half=half,
+        **{key: tensor.data_ptr() for key, tensor in tensors.items()},
+    )  # fmt: skip
+    threads = _threads(grad.numel() * channels // 16)
+    tiles = (-(-outputs // library.TILE), library.TILE, *kernel, -(-channels // _LANES) * _LANES)
+    sums = torch.empty(threads if name == "weight_gradient" else 0, *tiles)
+    size = kernels.tables.scratch_size(task)
+    scratch = torch.empty(threads * size, dtype=torch.uint8)  # where torch allocates, a cache line begins
+    task.scratch_size, task.scratch, task.sums = size, scratch.data_ptr(), sums.data_ptr()
+    getattr(kernels.tables, name)(task, threads)
+    return sums
+
+
+@_operator(
+    "input_gradient(Tensor grad, Tensor weight, Tensor scale, int channels, int[] image, int[] stride, int[] padding, "
+    "int[] dilation, ScalarType dtype) -> Tensor",
+    lambda grad, weight, scale, channels, image, stride, padding, dilation, dtype: _map(
+        len(grad), channels, image[0], image[1], dtype
+    ),
+)
+def input_gradient(
+    grad: Tensor, weight: Tensor, scale: Tensor, channels: int, image: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The gradient ``grad`` of :func:`convolve`'s output becomes that of its signs, a map ``(B, C, *image)``."""
+    height, width = image
+    out = _map(len(grad), channels, height, width, dtype)
+    tensors, kernel, half = {"w": weight, "scale": scale, "out": out}, weight.shape[1:3], dtype == torch.bfloat16
+    _look_up("input_gradient", grad, tensors, channels, image, kernel, stride, padding, dilation, half=half)
+    return out
+
+
+def _no_weights(grad: Tensor, words: Tensor, channels: int, kernel: Sequence[int], *_: Any) -> Tensor:
+    return _map(grad.shape[1], channels, kernel[0], kernel[1], torch.float32)
+
+
+@_operator(
+    "weight_gradient(Tensor grad, Tensor words, int channels, int[] kernel, int[] stride, int[] padding, "
+    "int[] dilation) -> Tensor",
+    _no_weights,
+)
+def weight_gradient(
+    grad: Tensor, words: Tensor, channels: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """The gradient ``grad`` of :func:`convolve`'s output becomes that of its weights ``(O, C, *kernel)``."""
+    image = words.shape[1:3]
+    sums = _look_up("weight_gradient", grad, {"x": words}, channels, image, kernel, stride, padding, dilation)
+    total = sums.sum(0).flatten(0, 1)[: grad.shape[1], ..., :channels]
+    return _no_weights(grad, words, channels, kernel).copy_(total.permute(0, 3, 1, 2))
 
 
 @_operator(

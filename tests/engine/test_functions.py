@@ -174,10 +174,15 @@ def convolutions(draw: st.DrawFn) -> tuple[Make, Tensor]:
 
 
 @needs_kernels
-@given(convolutions(), st.sampled_from(BY_BITS))
-@settings(quick, max_examples=25)
-def test_any_convolution_by_bits_is_equal(drawn: tuple[Make, Tensor], case: str) -> None:
-    make, x = drawn
+@given(convolutions(), st.sampled_from(BY_BITS), st.booleans())
+@settings(quick, max_examples=40)
+def test_any_convolution_by_bits_is_equal(drawn: tuple[Make, Tensor], case: str, tables: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operators, "_HAS_TABLES", operators._HAS_TABLES and tables)
+        check_any_convolution(*drawn, case)
+
+
+def check_any_convolution(make: Make, x: Tensor, case: str) -> None:
     layer = binary(case, make)
     plain = without_engine(layer)
     for norm in (layer.norm, plain.norm):  # frozen, so that both have equal statistics
@@ -631,6 +636,33 @@ def test_it_compiles_without_a_break(case: str) -> None:
     compiled = torch.compile(lambda x: step(None, layer, x, x), fullgraph=True, backend="aot_eager")
     expected = trained(copy.deepcopy(layer), x, lambda layer, x: step(None, layer, x, x))
     check_equal(trained(layer, x, lambda layer, x: compiled(x)), expected, 2e-6)
+
+
+def operators_and_arguments() -> dict[str, tuple[Any, ...]]:
+    """Each operator of a convolution, and arguments that fit, the tensors first."""
+    grad, scale, places = maps(2, 9, 3, 4), torch.ones(9), ((2, 1), (1, 0), (1, 1))
+    words, weight = torch.zeros(2, 6, 6, 2, dtype=torch.int32), torch.zeros(1, 3, 3, 2, 16, dtype=torch.int32)
+    single = torch.float32
+    return {
+        "convolve": (words, weight, scale, scale, grad, 40, *places, (3, 4), single),
+        "input_gradient": (grad, weight, scale, 40, (6, 6), *places, single),
+        "weight_gradient": (grad, words, 40, (3, 3), *places),
+    }
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["convolve", "input_gradient", "weight_gradient"])
+def test_compilers_know_what_an_operator_returns_and_arguments_that_do_not_fit_are_refused(name: str) -> None:
+    if name != "convolve" and not operators.has_tables(torch.ones(1)):
+        pytest.skip("no kernels with tables")
+    operator, arguments = getattr(operators, name), operators_and_arguments()[name]
+    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+    for place, argument in enumerate(arguments):
+        if isinstance(argument, Tensor):
+            wide = argument.long() if argument.dtype == torch.int32 else argument.double()
+            for other in (wide, argument.transpose(0, -1)[:1] if argument.ndim > 1 else argument[1:]):
+                with pytest.raises(RuntimeError, match=name):
+                    operator(*arguments[:place], other, *arguments[place + 1 :])
 
 
 # ---------------------------------------------------------------------------------------------------------- PReLU

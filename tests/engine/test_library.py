@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bonn_qat.engine import library
-from bonn_qat.engine.library import Convolution, Library, Task
+from bonn_qat.engine.library import Convolution, Gradients, Library, Task
 
 SHARED = ctypes.CDLL(str(library._FILE)) if library._FILE.exists() else None
 VARIANTS = [library.bind(SHARED, name) for name in library.variants(SHARED)] if SHARED else []
@@ -172,13 +172,19 @@ def words_of(signs: Tensor) -> Tensor:
     return (bits << torch.arange(32)).sum(-1).to(torch.int32)
 
 
+def kernel_words(w: Tensor) -> Tensor:
+    """(outputs, channels, rows, columns) of -1 and +1 to (blocks of 16 outputs, rows, columns, words, 16)."""
+    words = F.pad(words_of(w.movedim(1, -1)), (0,) * 7 + (-len(w) % 16,))
+    return words.unflatten(0, (-1, 16)).movedim(1, -1).contiguous()
+
+
 @st.composite
-def convolutions(draw: st.DrawFn) -> tuple[Tensor, Tensor, Pair, Pair, Pair]:
+def convolutions(draw: st.DrawFn, widest: int = 17, largest: int = 4) -> tuple[Tensor, Tensor, Pair, Pair, Pair]:
     pair = lambda least, most: draw(st.tuples(*[st.integers(least, most)] * 2))  # noqa: E731
-    kernel, stride, dilation, padding = pair(1, 4), pair(1, 3), pair(1, 3), pair(0, 5)
+    kernel, stride, dilation, padding = pair(1, largest), pair(1, 3), pair(1, 3), pair(0, 5)
     # torch refuses an image that is smaller than the kernel even with its padding.
     least = [(k - 1) * d + 1 - 2 * p for k, d, p in zip(kernel, dilation, padding, strict=True)]
-    size = map(max, pair(1, 17), least)
+    size = map(max, (draw(st.integers(1, 17)), draw(st.integers(1, widest))), least)
     batch, channels, outputs = draw(st.integers(1, 3)), draw(st.integers(1, 70)), draw(st.integers(1, 40))
     return signs(batch, channels, *size), signs(outputs, channels, *kernel), stride, dilation, padding
 
@@ -196,8 +202,7 @@ def check_convolution(
     sums = F.conv2d(x.double(), w.double(), None, stride, padding, dilation)
     expected = (sums.float() * scale.view(-1, 1, 1)).to(dtype)
 
-    x_words, w_words = words_of(x.movedim(1, -1)), words_of(w.movedim(1, -1))
-    w_words = F.pad(w_words, (0,) * 7 + (-outputs % 16,)).unflatten(0, (-1, 16)).movedim(1, -1).contiguous()
+    x_words, w_words = words_of(x.movedim(1, -1)), kernel_words(w)
     out = torch.full_like(expected, 7, memory_format=torch.channels_last)
     task = Convolution(
         x=address(x_words), w=address(w_words), scale=address(scale), out=address(out), batch=batch, height=size[0],
@@ -225,6 +230,51 @@ def test_no_count_of_bits_overflows(kernels: Library, channels: int) -> None:
     check_convolution(kernels, False, 1, x, w, (1, 1), (1, 1), (0, 0))
 
 
+@pytest.mark.parametrize("kernels", [kernels for kernels in VARIANTS if kernels.tables], ids=lambda k: k.variant)
+@given(convolutions(widest=150, largest=7), st.sampled_from([torch.float32, torch.bfloat16]), st.booleans(),
+       st.integers(1, 2), st.integers(0, 9))  # fmt: skip
+@settings(quick, max_examples=100)
+def test_gradients_by_tables_are_those_of_torch(
+    kernels: Library, drawn: tuple[Tensor, Tensor, Pair, Pair, Pair], dtype: torch.dtype, half: bool, threads: int,
+    odd: int,
+) -> None:  # fmt: skip
+    x, w, *places = drawn
+    (batch, channels, *image), (outputs, _, *kernel) = x.shape, w.shape
+    scale = 2.0 ** torch.randint(-3, 3, (outputs,))
+    x.requires_grad_(), w.requires_grad_()
+    stride, dilation, padding = places
+    y = F.conv2d(x.double(), w.double() * scale.view(-1, 1, 1, 1), None, stride, padding, dilation)
+    # Numbers whose sums are exact, and some that are not finite.
+    grad = torch.randint(-9, 10, y.shape).to(dtype)
+    grad.view(-1)[torch.randint(grad.numel(), (odd // 8,))] = math.nan
+    y.backward(grad.double())
+    assert x.grad is not None
+    assert w.grad is not None
+
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    x_words = words_of(x.detach().movedim(1, -1))
+    w_words = kernel_words(w.detach())
+    out = torch.full_like(x, 7, dtype=torch.bfloat16 if half else torch.float32, memory_format=torch.channels_last)
+    sums = torch.full((threads, -(-outputs // 8) * 8, *kernel, -(-channels // 16) * 16), 7.0)
+    task = Gradients(
+        grad=address(grad), x=address(x_words), w=address(w_words), scale=address(scale), out=address(out),
+        sums=address(sums), batch=batch, height=image[0], width=image[1], words=x_words.shape[-1], channels=channels,
+        out_height=y.shape[2], out_width=y.shape[3], outputs=outputs, rows=kernel[0], columns=kernel[1], stride=stride,
+        padding=padding, dilation=dilation, half=dtype == torch.bfloat16, out_half=half,
+    )  # fmt: skip
+    assert kernels.tables is not None
+    task.scratch_size = kernels.tables.scratch_size(task)
+    scratch = torch.full((threads * task.scratch_size + 64,), 255, dtype=torch.uint8)  # as floats, NaN
+    task.scratch = address(scratch)
+    kernels.tables.input_gradient(task, threads)
+    kernels.tables.weight_gradient(task, threads)
+    assert (scratch[-64:] == 255).all()
+    assert torch.equal(out.nan_to_num(99), x.grad.to(out.dtype).nan_to_num(99))
+    found = sums.sum(0)[:outputs, ..., :channels].movedim(-1, 1) * scale.view(-1, 1, 1, 1)
+    found[w.grad.isnan() & (sum(padding) > 0)] = math.nan  # torch multiplies with the padding too
+    assert torch.equal(found.nan_to_num(99), w.grad.nan_to_num(99))
+
+
 # ------------------------------------------------------------------------------------------------- loading
 
 
@@ -243,6 +293,8 @@ def test_the_structures_are_those_of_the_kernels(kernels: Library) -> None:
     assert SHARED is not None
     assert SHARED[f"task_size_{kernels.variant}"]() == ctypes.sizeof(Task)
     assert SHARED[f"convolution_size_{kernels.variant}"]() == ctypes.sizeof(Convolution)
+    if kernels.tables:
+        assert SHARED[f"gradients_size_{kernels.variant}"]() == ctypes.sizeof(Gradients)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="torch's OpenMP library is not found there")
