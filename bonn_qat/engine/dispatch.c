@@ -33,8 +33,15 @@ EXPORT const char *variants(void) {
     unsigned avx512 = 1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 | 1u << 31;
     return ALL(state, 0xe6) && ALL(ebx, avx512) && ALL(ecx, 1u << 14) ? "v4 v3" : "v3";
 }
+
+/* Whether it multiplies bfloat16 in tiles (AMX). */
+EXPORT int has_tiles(void) {
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && edx >> 22 & 1;
+}
 #else
 EXPORT const char *variants(void) { return "neon"; }
+EXPORT int has_tiles(void) { return 0; }
 #endif
 
 #if defined(_WIN32)

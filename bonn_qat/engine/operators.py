@@ -20,7 +20,7 @@ _ROW = 64  # pixels
 _PARALLEL = 2**15  # elements of a map from which a second thread pays
 _KERNELS = library.load()
 AVAILABLE = _KERNELS is not None
-_HAS_TABLES = _KERNELS is not None and _KERNELS.tables is not None
+_BY_TABLES = frozenset() if _KERNELS is None or _KERNELS.tables is None else _KERNELS.tables.faster_for
 _LIBRARY: Any = torch.library.Library("bonn_qat_engine", "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -238,7 +238,7 @@ def kernel_signs(words: Tensor, outputs: int, channels: int, dtype: torch.dtype)
 
 def has_tables(grad: Tensor) -> bool:
     """Whether there are kernels for the gradients of a convolution that are faster than torch's: with AVX-512."""
-    return _HAS_TABLES and grad.dtype == torch.float32
+    return grad.dtype in _BY_TABLES
 
 
 def _look_up(

@@ -178,7 +178,7 @@ def convolutions(draw: st.DrawFn) -> tuple[Make, Tensor]:
 @settings(quick, max_examples=40)
 def test_any_convolution_by_bits_is_equal(drawn: tuple[Make, Tensor], case: str, tables: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(operators, "_HAS_TABLES", operators._HAS_TABLES and tables)
+        patch.setattr(operators, "_BY_TABLES", operators._BY_TABLES if tables else frozenset())
         check_any_convolution(*drawn, case)
 
 
