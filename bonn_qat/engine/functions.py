@@ -171,7 +171,7 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Those of the product to the signs of x and to the weights, None where they are not needed."""
     channels, image, kernel = x.shape[1], x.shape[2:], weight.shape[1:3]
-    if operators.has_tables(grad):
+    if operators.has_tables(grad.dtype, math.prod(kernel)):
         top, _, left, _ = geometry.padding
         places = geometry.stride, (top, left), geometry.dilation
         dsign = dvalue = None

@@ -236,9 +236,12 @@ def kernel_signs(words: Tensor, outputs: int, channels: int, dtype: torch.dtype)
     return cast(Tensor, spread(rows, channels, dtype))
 
 
-def has_tables(grad: Tensor) -> bool:
-    """Whether there are kernels for the gradients of a convolution that are faster than torch's: with AVX-512."""
-    return grad.dtype in _BY_TABLES
+def has_tables(dtype: torch.dtype, taps: int) -> bool:
+    """Whether kernels for the gradients of a convolution by ``taps`` elements of a channel are faster than torch's.
+
+    They need AVX-512. A table serves all taps; torch's matrix products in bfloat16 are faster than tables for one.
+    """
+    return dtype in _BY_TABLES and (dtype == torch.float32 or taps > 1)
 
 
 def _look_up(
