@@ -5,6 +5,7 @@ channel is float32 ``(C,)``. Signs are ``(B, H, W, ceil(C / 32))`` words, int32.
 are there. Sizes that do not fit raise RuntimeError.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -164,9 +165,17 @@ def _as_rows(
     if (*kernel, *stride, *padding) != (1, 1, 1, 1, 0, 0):
         return batch, image
     pixels = batch * math.prod(image)
-    width = max(width for width in range(1, _ROW + 1) if pixels % width == 0)
-    width = width if 4 * width >= _ROW else pixels
+    width = _width(pixels)
     return pixels // width, (1, width)
+
+
+@functools.cache
+def _width(pixels: int) -> int:
+    """A divisor of ``pixels``: the largest up to ``_ROW``, or the next one if that is short."""
+    width = max(width for width in range(1, _ROW + 1) if pixels % width == 0)
+    if 4 * width >= _ROW:
+        return width
+    return min((width for width in range(_ROW, pixels + 1) if pixels % width == 0), default=pixels)
 
 
 def _no_products(
