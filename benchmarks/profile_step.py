@@ -44,6 +44,8 @@ from torch.profiler import DeviceType, ProfilerActivity, profile, record_functio
 
 import bonn_qat
 from bonn_qat import functional
+from bonn_qat.engine import operators
+from bonn_qat.engine.functions import Estimator, Norm, sign_product
 from bonn_qat.layers import BinaryConv2d
 from bonn_qat.regularizers import FeatureLoss, KernelLoss
 from bonn_qat.training.data import TensorData
@@ -58,7 +60,7 @@ PARTS = (
     FLOAT_CONVOLUTION, BINARY_CONVOLUTION, QUANTIZERS, NORM, ACTIVATION, ADDITIONS,
     KERNEL_LOSS, FEATURE_LOSS, CLASSIFIER, OPTIMIZER, DATA, OTHER, WAITING,
 )  # fmt: skip
-REMOVABLE = (QUANTIZERS, NORM, ACTIVATION, KERNEL_LOSS, FEATURE_LOSS, OPTIMIZER, DATA)
+REMOVABLE = (NORM, ACTIVATION, KERNEL_LOSS, FEATURE_LOSS, OPTIMIZER, DATA)
 _RANGE, _BACKWARD = "part: ", "autograd::engine::evaluate_function"
 # The first class that matches a module counts; operations in none of them are additions, or other.
 _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
@@ -264,8 +266,6 @@ class _Training:
             for name, child in module.named_children():
                 if isinstance(child, kinds):
                     setattr(module, name, nn.Identity())
-            if self.without == QUANTIZERS and isinstance(module, BinaryConv2d):
-                module.input_quant, module.binary_weight = None, False
 
     def _mark(self) -> None:
         for module in self.objective.modules():
@@ -321,6 +321,11 @@ def _convolution(layer: nn.Conv2d, inputs: Tensor, *, is_first: bool) -> Callabl
 
     def forward() -> Tensor:
         if isinstance(layer, BinaryConv2d):
+            if operators.takes(x):
+                geometry, norm = layer.geometry(x)[0], Norm.of(None, x)
+                return sign_product(
+                    x, norm, Estimator(), value, scale, None, None, geometry, x.dtype, torch.channels_last
+                )
             return functional.binary_conv2d(x, value, scale, stride, padding)  # type: ignore[arg-type]
         return torch.conv2d(x, weight, None, stride, padding)
 
