@@ -280,7 +280,7 @@ def test_a_compiled_step_keeps_no_mask():
 
 def test_the_page_is_that_of_the_recorded_profile():
     text = measuring.PAGE.read_text(encoding="utf-8")
-    document = json.loads((RESULTS / "2026-11-29-training-step-profile.json").read_text())
+    document = json.loads((RESULTS / "2026-12-01-training-step-profile.json").read_text())
     page = measuring.section(text, "profile_step.py", profile_step.tables(document))
     assert text == page, "run: python benchmarks/profile_step.py --input FILE --page"
     assert len(document["results"]) == 2
