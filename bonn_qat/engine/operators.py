@@ -5,10 +5,9 @@ channel is float32 ``(C,)``. Signs are ``(B, H, W, ceil(C / 32))`` words, int32.
 are there. Sizes that do not fit raise RuntimeError.
 """
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -157,25 +156,27 @@ def spread(words: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _as_rows(
-    batch: int, image: Sequence[int], kernel: Sequence[int], *places: Sequence[int]
-) -> tuple[int, Sequence[int]]:
-    """Batch and size of the images, for a matrix product of rows that are long enough to share loads of weights."""
-    stride, padding, _ = places
-    if (*kernel, *stride, *padding) != (1, 1, 1, 1, 0, 0):
-        return batch, image
-    pixels = batch * math.prod(image)
-    width = _width(pixels)
-    return pixels // width, (1, width)
+class _Part(NamedTuple):
+    """Images that a kernel of a convolution takes at a time, from pixel ``first`` on."""
+
+    first: int
+    batch: int
+    image: Sequence[int]
+    size: Sequence[int]  # of the output
+
+    def pointer(self, map_: Tensor | None, pixels: int) -> int | None:
+        """Where the part begins in a map of ``pixels``, or in their words."""
+        return None if map_ is None else map_.data_ptr() + map_.nbytes // pixels * self.first
 
 
-@functools.cache
-def _width(pixels: int) -> int:
-    """A divisor of ``pixels``: the largest up to ``_ROW``, or the next one if that is short."""
-    width = max(width for width in range(1, _ROW + 1) if pixels % width == 0)
-    if 4 * width >= _ROW:
-        return width
-    return min((width for width in range(_ROW, pixels + 1) if pixels % width == 0), default=pixels)
+def _parts(batch: int, image: Sequence[int], size: Sequence[int], kernel: Sequence[int],
+           stride: Sequence[int], padding: Sequence[int]) -> list[_Part]:  # fmt: skip
+    """All images at once; for a matrix product rows of ``_ROW`` pixels, which share loads of weights, and the rest."""
+    if (*kernel, *stride, *padding, *image) != (1, 1, 1, 1, 0, 0, *size):
+        return [_Part(0, batch, image, size)]
+    rows, rest = divmod(batch * math.prod(image), _ROW)
+    parts = [(0, rows, _ROW), (rows * _ROW, 1, rest)]
+    return [_Part(first, count, (1, width), (1, width)) for first, count, width in parts if count * width]
 
 
 def _no_products(
@@ -215,17 +216,16 @@ def convolve(
         raise RuntimeError(f"convolve: words {tuple(words.shape)}, weight {tuple(weight.shape)}, {channels} channels")
     kernels = library.load()
     assert kernels is not None
-    if list(size) == [height, width]:
-        batch, (height, width) = _as_rows(batch, size, (rows, columns), stride, padding, dilation)
-        size = height, width
-    task = library.Convolution(
-        x=words.data_ptr(), w=weight.data_ptr(), scale=scale.data_ptr(), out=out.data_ptr(),
-        bias=None if bias is None else bias.data_ptr(), addend=None if addend is None else addend.data_ptr(),
-        batch=batch, height=height, width=width, words=count, channels=channels, out_height=size[0], out_width=size[1],
-        outputs=outputs, rows=rows, columns=columns, stride=tuple(stride), padding=tuple(padding),
-        dilation=tuple(dilation), half=dtype == torch.bfloat16,
-    )  # fmt: skip
-    kernels.convolve(task, _threads(out.numel() * channels // 16))
+    pixels = out.numel() // outputs
+    for part in _parts(batch, (height, width), size, (rows, columns), stride, padding):
+        task = library.Convolution(
+            x=part.pointer(words, pixels), w=weight.data_ptr(), scale=scale.data_ptr(), out=part.pointer(out, pixels),
+            bias=None if bias is None else bias.data_ptr(), addend=part.pointer(addend, pixels), batch=part.batch,
+            height=part.image[0], width=part.image[1], words=count, channels=channels, out_height=part.size[0],
+            out_width=part.size[1], outputs=outputs, rows=rows, columns=columns, stride=tuple(stride),
+            padding=tuple(padding), dilation=tuple(dilation), half=dtype == torch.bfloat16,
+        )  # fmt: skip
+        kernels.convolve(task, _threads(out.numel() * channels // 16))
     return out
 
 
@@ -275,23 +275,24 @@ def _look_up(
                 f"{tuple(grad.shape)}, of {channels} channels of {tuple(image)}"
             )
     stride, padding, dilation = map(tuple, places)
-    if list(image) == [out_height, out_width]:
-        batch, image = _as_rows(batch, image, kernel, *places)
-        out_height, out_width = image
-    task = library.Gradients(
-        grad=grad.data_ptr(), batch=batch, height=image[0], width=image[1], words=words, channels=channels,
-        out_height=out_height, out_width=out_width, outputs=outputs, rows=kernel[0], columns=kernel[1], stride=stride,
-        padding=padding, dilation=dilation, half=grad.dtype == torch.bfloat16, out_half=half,
-        **{key: tensor.data_ptr() for key, tensor in tensors.items()},
-    )  # fmt: skip
-    threads = _threads(grad.numel() * channels // 16)
+    pixels, threads = grad.numel() // outputs, _threads(grad.numel() * channels // 16)
+    parts = _parts(batch, image, (out_height, out_width), kernel, stride, padding)
     tiles = (-(-outputs // library.TILE), library.TILE, *kernel, -(-channels // _LANES) * _LANES)
-    sums = torch.empty(threads if name == "weight_gradient" else 0, *tiles)
-    size = kernels.tables.scratch_size(task)
-    scratch = torch.empty(threads * size, dtype=torch.uint8)  # where torch allocates, a cache line begins
-    task.scratch_size, task.scratch, task.sums = size, scratch.data_ptr(), sums.data_ptr()
-    getattr(kernels.tables, name)(task, threads)
-    return sums
+    sums = torch.empty(len(parts), threads if name == "weight_gradient" else 0, *tiles)
+    for part, sum_ in zip(parts, sums, strict=True):
+        task = library.Gradients(
+            grad=part.pointer(grad, pixels), sums=sum_.data_ptr(), batch=part.batch, height=part.image[0],
+            width=part.image[1], words=words, channels=channels, out_height=part.size[0], out_width=part.size[1],
+            outputs=outputs, rows=kernel[0], columns=kernel[1], stride=stride, padding=padding, dilation=dilation,
+            half=grad.dtype == torch.bfloat16, out_half=half,
+            **{key: tensor.data_ptr() for key, tensor in tensors.items() if key in ("w", "scale")},
+            **{key: part.pointer(tensor, pixels) for key, tensor in tensors.items() if key in ("x", "out")},
+        )  # fmt: skip
+        size = kernels.tables.scratch_size(task)
+        scratch = torch.empty(threads * size, dtype=torch.uint8)  # where torch allocates, a cache line begins
+        task.scratch_size, task.scratch = size, scratch.data_ptr()
+        getattr(kernels.tables, name)(task, threads)
+    return sums.flatten(0, 1)
 
 
 @_operator(

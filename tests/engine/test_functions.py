@@ -119,7 +119,7 @@ LAYERS: dict[str, tuple[Make, tuple[int, ...]]] = {
     "conv": (lambda: nn.Conv2d(16, 24, 3, padding=1), (3, 16, 6, 6)),
     "strided, without bias": (lambda: nn.Conv2d(33, 20, 3, 2, (1, 0), bias=False), (3, 33, 9, 7)),
     "dilated, same": (lambda: nn.Conv2d(8, 40, (2, 3), padding="same", dilation=(1, 2)), (2, 8, 6, 6)),
-    "1x1": (lambda: nn.Conv2d(24, 9, 1), (3, 24, 4, 5)),
+    "1x1, more pixels than in a row": (lambda: nn.Conv2d(24, 9, 1), (3, 24, 7, 9)),
     "groups": (lambda: nn.Conv2d(8, 16, 3, padding=1, groups=4), (3, 8, 6, 6)),
     "reflect": (lambda: nn.Conv2d(8, 16, 3, padding=1, padding_mode="reflect"), (3, 8, 6, 6)),
     "signals": (lambda: nn.Conv1d(8, 16, 3, 2, padding=1), (3, 8, 12)),
