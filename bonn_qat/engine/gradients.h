@@ -1,7 +1,7 @@
-/* The gradients of a convolution of signs, by tables. Where the signs are known, a sum of 4 numbers with signs is one of
-   16, which fill a register, and one instruction looks up as many of them as there are lanes: 64 products and sums. The
-   gradients of inputs are sums over outputs, looked up by the signs of weights; those of weights are sums over outputs
-   that are neighbours in a row, looked up by the signs of inputs. All sums are float32. Included by kernels.c. */
+/* The gradients of a convolution of signs, from tables; a part of kernels.c. Where the signs are known, a sum of 4 numbers
+   with signs is one of 16, which fill a register, and one instruction looks up as many of them as there are lanes: 64
+   products and sums. The gradients of inputs are sums over outputs, looked up by the signs of weights; those of weights
+   are sums over outputs that are neighbours in a row, looked up by the signs of inputs. All sums are float32. */
 
 #include <immintrin.h>
 
@@ -70,7 +70,7 @@ INLINE F look_up(const F *table, U bits) { return (F)_mm512_permutexvar_ps((__m5
 typedef struct {
     int64_t blocks, groups, spans; /* of channels, and of outputs */
     int64_t left, wide, depth;     /* tables of a row: the first that is not 0, and all; and rows of tables */
-    U *signs;                      /* (blocks, rows, spans, columns): lane i has the bits of channel i for SPAN outputs */
+    U *signs;                      /* (blocks, rows, spans, columns): lane i has the bits of channel i, SPAN outputs */
     float *values;                 /* (out_width, outputs in whole LANES): a row of gradients, times scale */
     F *tables;                     /* (depth, groups, wide): those of row y are at y % depth */
     const F **lines;               /* (rows): where the tables of the rows begin that a tile of inputs adds up, */
@@ -99,7 +99,8 @@ static void find_signs(const Gradients *k, const Input *n) {
     for (int64_t o = 0; o < k->outputs; o++)
         for (int64_t tap = 0; tap < taps; tap++)
             for (int64_t b = 0; b < n->blocks; b++) {
-                uint32_t word = k->w[((o / LANES * taps + tap) * k->words + b / 2) * LANES + o % LANES] >> b % 2 * LANES;
+                int64_t at = ((o / LANES * taps + tap) * k->words + b / 2) * LANES + o % LANES;
+                uint32_t word = k->w[at] >> b % 2 * LANES;
                 int64_t line = (b * k->rows + tap / k->columns) * n->spans + o / SPAN;
                 n->signs[line * k->columns + tap % k->columns] |= ((word - (U){0}) >> lane & 1) << (uint32_t)(o % SPAN);
             }
@@ -118,8 +119,8 @@ static void row_of_tables(const Gradients *k, const Input *n, int64_t row, F *ta
             tables[g * n->wide + n->left + x] = table_of(n->values + x * padded + g * ITEMS, 1);
 }
 
-/* Adds to a tile of inputs what `taps` taps of `rows` rows give, `step` columns apart; the first table is that of the last
-   tap and the first input. */
+/* Adds to a tile of inputs what `taps` taps of `rows` rows give, `step` columns apart; the first table is that of the
+   last tap and the first input. */
 INLINE void add_taps(const Gradients *k, const Input *n, F *sums, int64_t rows, int64_t step, const int taps) {
     F sum[TILE_INPUTS];
     memcpy(sum, sums, sizeof sum);
@@ -147,7 +148,8 @@ INLINE void add_taps(const Gradients *k, const Input *n, F *sums, int64_t rows, 
 }
 
 /* The tile of inputs in row y whose columns are `residue` modulo the stride, the first at `first` times that. */
-INLINE void input_tile(const Gradients *k, const Input *n, int64_t y, int64_t residue, int64_t first, int64_t b, F *sums) {
+INLINE void input_tile(const Gradients *k, const Input *n, int64_t y, int64_t residue, int64_t first, int64_t b,
+                       F *sums) {
     /* Taps in a row read neighbouring tables where `step` columns of the kernel are a stride of the image. */
     int64_t stride = k->stride[1], dilation = k->dilation[1], step = dilation == 1 ? stride : 1;
     int64_t j = 0;
@@ -292,7 +294,8 @@ static void line_of_words(const Gradients *k, const Weights *n, int64_t row, U *
 /* The tables of a row of outputs, for a tile of them. */
 static void tables_of_row(const Gradients *k, const Weights *n, int64_t row, int64_t o, F *tables) {
     for (int64_t x = 0; x < k->out_width; x++) {
-        F y = load_any(k->grad, (row * k->out_width + x) * k->outputs + o, least(TILE_OUTPUTS, k->outputs - o), k->half);
+        int64_t at = (row * k->out_width + x) * k->outputs + o;
+        F y = load_any(k->grad, at, least(TILE_OUTPUTS, k->outputs - o), k->half);
         memcpy(n->values + x * TILE_OUTPUTS, &y, TILE_OUTPUTS * sizeof(float));
     }
     for (int64_t t = 0; t < n->tables; t++) {
@@ -372,7 +375,8 @@ static void weight_gradient_work(const void *task, int thread, int threads) {
     int64_t end = border(k->batch, n.images, thread + 1, threads);
     for (int64_t image = border(k->batch, n.images, thread, threads); image < end; image += n.images)
         for (int64_t part = 0; part < parts; part++) {
-            int64_t images = least(n.images, end - image), first = part * n.rows, last = least(k->out_height, first + n.rows);
+            int64_t images = least(n.images, end - image), first = part * n.rows;
+            int64_t last = least(k->out_height, first + n.rows);
             for (int64_t m = 0; m < images; m++)
                 for (int64_t l = 0; l < n.lines; l++) {
                     int64_t y = first * k->stride[0] - k->padding[0] + l;
@@ -389,7 +393,9 @@ static void weight_gradient_work(const void *task, int thread, int threads) {
         }
 }
 
-EXPORT void NAME(weight_gradient)(const Gradients *task, int threads) { in_threads(weight_gradient_work, task, threads); }
+EXPORT void NAME(weight_gradient)(const Gradients *task, int threads) {
+    in_threads(weight_gradient_work, task, threads);
+}
 
 /* The bytes of scratch for each thread. */
 EXPORT int64_t NAME(scratch_size)(const Gradients *task) {
