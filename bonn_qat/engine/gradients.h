@@ -1,4 +1,4 @@
-/* The gradients of a convolution of signs, from tables; a part of kernels.c. Where the signs are known, a sum of 4 numbers
+/* The gradients of a convolution of signs, from tables; part of kernels.c. Where the signs are known, a sum of 4 numbers
    with signs is one of 16, which fill a register, and one instruction looks up as many of them as there are lanes: 64
    products and sums. The gradients of inputs are sums over outputs, looked up by the signs of weights; those of weights
    are sums over outputs that are neighbours in a row, looked up by the signs of inputs. All sums are float32. */
