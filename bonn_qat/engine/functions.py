@@ -275,6 +275,49 @@ def _moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
+class _Normalized(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, addend: Tensor | None, mean: Tensor, invstd: Tensor,
+        statistics: bool,
+    ) -> Tensor:  # fmt: skip
+        alpha, shift = affine(gamma, beta, mean, invstd)
+        ctx.save_for_backward(x, alpha, shift, mean, invstd)
+        ctx.call = statistics, gamma.dtype, beta.dtype
+        if addend is None and not torch.compiler.is_compiling():
+            ctx.again = _normalized_again
+        return cast(Tensor, operators.affine(x, alpha, shift, addend))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, alpha, shift, mean, invstd = ctx.saved_tensors
+        statistics, gamma_dtype, beta_dtype = ctx.call
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        # As behind an estimator that passes everything.
+        threshold = torch.zeros_like(mean)
+        dx, total, product = operators.gradient(
+            grad, x, alpha, shift, threshold, mean, invstd, math.inf, False, statistics
+        )
+        daddend = grad if ctx.needs_input_grad[3] else None
+        return dx, (product * invstd).to(gamma_dtype), total.to(beta_dtype), daddend, None, None, None
+
+
+def _normalized_again(ctx: Any) -> Tensor:
+    x, alpha, shift, *_ = ctx.saved_tensors
+    return cast(Tensor, operators.affine(x, alpha, shift, None))
+
+
+def normalized_map(x: Tensor, norm: Norm, addend: Tensor | None) -> Tensor:
+    """``norm(x) + addend`` in one pass, rounded once to the dtype of x.
+
+    x ``(B, C, H, W)`` is one that :func:`~bonn_qat.engine.operators.takes` accepts, in ``channels_last``; the addend is
+    None or a map like it.
+    """
+    statistics = norm.mean, norm.invstd, norm.statistics
+    return cast(Tensor, _Normalized.apply(x, norm.gamma, norm.beta, addend, *statistics))
+
+
 def sign_product(
     x: Tensor, norm: Norm, estimator: Estimator, value: Tensor, scale: Tensor, bias: Tensor | None,
     addend: Tensor | None, geometry: Geometry, dtype: torch.dtype, layout: torch.memory_format,

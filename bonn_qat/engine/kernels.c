@@ -12,6 +12,7 @@
 
 #define LANES 16
 #define BLOCK 64 /* pixels */
+#define SUMS 3   /* at most, of a pass over pixels */
 /* TILE output pixels of a convolution share a load of weights: as many as have their counts in registers. Where bits
    are counted by byte, counts are widened after WORDS words, before a byte overflows. */
 #if defined(__AVX512VPOPCNTDQ__) && __has_builtin(__builtin_elementwise_popcount)
@@ -136,7 +137,7 @@ typedef struct {
     const void *a, *c;                                     /* maps that are read */
     void *out;                                             /* and written */
     const float *alpha, *beta, *threshold, *mean, *k1, *k2; /* a number for each channel */
-    double *sums;                                          /* (threads, 2, channels) */
+    double *sums;                                          /* (threads, SUMS, channels) */
     uint32_t *words;
     int64_t pixels, channels;
     float clip;
@@ -172,7 +173,7 @@ INLINE void publish(void) {
         int64_t end = border(k->pixels, BLOCK, thread + 1, threads);                                      \
         for (int64_t p = border(k->pixels, BLOCK, thread, threads); p < end; p += BLOCK) {                \
             int64_t stop = p + BLOCK < end ? p + BLOCK : end, c = 0;                                      \
-            double *sums = k->sums ? k->sums + 2 * k->channels * thread : 0;                              \
+            double *sums = k->sums ? k->sums + SUMS * k->channels * thread : 0;                           \
             for (; c + LANES <= k->channels; c += LANES) name##_part(k, p, stop, c, LANES, half, sums);   \
             if (k->channels - c == 8)                                                                     \
                 name##_part(k, p, stop, c, 8, half, sums);                                                \
@@ -282,29 +283,52 @@ PART(gradient) {
 }
 PASS(gradient)
 
-/* out = PReLU(a); alpha is its slope. */
-PART(prelu) {
-    F slope = load(k->alpha, c, lanes, 0);
+/* out = alpha a + beta, plus a map c if there is one. */
+PART(affine) {
+    F alpha = load(k->alpha, c, lanes, 0), beta = load(k->beta, c, lanes, 0);
+    const void *addend = k->c;
     (void)sums;
     for (; p < stop; p++) {
         int64_t at = p * k->channels + c;
-        F x = load(k->a, at, lanes, half);
-        put(k, at, pick((I)(x > 0), x, x * slope), lanes, half);
+        F y = normed(k, p, alpha, beta, c, lanes, half);
+        put(k, at, addend ? y + load(addend, at, lanes, half) : y, lanes, half);
+    }
+}
+PASS(affine)
+
+/* out = PReLU(a - threshold) + beta, each rounded; alpha is the slope, and without threshold or beta they are 0. */
+PART(prelu) {
+#pragma clang fp contract(off)
+    F slope = load(k->alpha, c, lanes, 0), before = {0}, after = {0};
+    if (k->threshold) before = load(k->threshold, c, lanes, 0);
+    if (k->beta) after = load(k->beta, c, lanes, 0);
+    (void)sums;
+    for (; p < stop; p++) {
+        int64_t at = p * k->channels + c;
+        F x = load(k->a, at, lanes, half) - before;
+        put(k, at, pick((I)(x > 0), x, x * slope) + after, lanes, half);
     }
 }
 PASS(prelu)
 
-/* The gradient c of PReLU(a) becomes that of a. The sums are those of c a where a is not above 0. */
+/* Its gradient c becomes that of a. The sums are those of c (a - threshold) where that is not above 0, of the gradient
+   of a, and of c. */
 PART(prelu_gradient) {
-    F slope = load(k->alpha, c, lanes, 0), sum = {0};
+    F slope = load(k->alpha, c, lanes, 0), before = {0}, sum = {0}, passed = {0}, given = {0};
+    if (k->threshold) before = load(k->threshold, c, lanes, 0);
     for (; p < stop; p++) {
         int64_t at = p * k->channels + c;
-        F x = load(k->a, at, lanes, half), gradient = load(k->c, at, lanes, half);
+        F x = load(k->a, at, lanes, half) - before, gradient = load(k->c, at, lanes, half);
         I above = (I)(x > 0);
-        put(k, at, pick(above, gradient, gradient * slope), lanes, half);
+        F result = pick(above, gradient, gradient * slope);
+        put(k, at, result, lanes, half);
         sum += pick(above, fill(0), gradient * x);
+        passed += result;
+        given += gradient;
     }
     add_up(sums + c, sum, lanes);
+    add_up(sums + k->channels + c, passed, lanes);
+    add_up(sums + 2 * k->channels + c, given, lanes);
 }
 PASS(prelu_gradient)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+SUMS = 3  # for each channel and thread, of a pass over pixels
 TILE = 8  # outputs, of kernels with tables
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _FOLDER = Path(__file__).parent
@@ -77,6 +78,7 @@ class Library:
     spread: Pass
     gradient_sums: Pass
     gradient: Pass
+    affine: Pass
     prelu: Pass
     prelu_gradient: Pass
     latent_gradient: Pass
@@ -159,8 +161,8 @@ def bind(shared: ctypes.CDLL, variant: str) -> Library:
         # A forked process has none of the threads, and OpenMP would wait for them forever.
         os.register_at_fork(after_in_child=lambda: use_threads(None, None, None))
     passes = (
-        "moments", "signs", "spread", "gradient_sums", "gradient", "prelu", "prelu_gradient", "latent_gradient",
-        "kernel_gradient", "kernel_sums",
+        "moments", "signs", "spread", "gradient_sums", "gradient", "affine", "prelu", "prelu_gradient",
+        "latent_gradient", "kernel_gradient", "kernel_sums",
     )  # fmt: skip
     tables = None
     if hasattr(shared, f"scratch_size_{variant}"):

@@ -77,7 +77,7 @@ def _threads(elements: int) -> int:
 def _run(
     name: str,
     like: Tensor,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | None],
     *,
     sums: int = 0,
     of_pixels: Sequence[str] = (),
@@ -86,13 +86,15 @@ def _run(
 ) -> list[Tensor]:
     """Run a pass over maps of the shape of ``like``; returns ``sums`` of its sums over pixels, in double.
 
-    Tensors that are not maps have a number for each channel, but those ``of_pixels`` for each pixel. ``into`` gets the
-    sums of a pass whose sums are not over pixels.
+    Tensors that are not maps have a number for each channel, but those ``of_pixels`` for each pixel; None is one that
+    the pass does without. ``into`` gets the sums of a pass whose sums are not over pixels.
     """
     batch, channels, height, width = like.shape
     pixels, threads = batch * height * width, _threads(like.numel())
-    partial = torch.zeros(threads, 2, channels, dtype=torch.float64) if sums else None
+    partial = torch.zeros(threads, library.SUMS, channels, dtype=torch.float64) if sums else None
     for key, tensor in tensors.items():
+        if tensor is None:
+            continue
         if key in _MAPS:
             good = tensor.shape == like.shape and tensor.dtype == like.dtype
             good = good and tensor.is_contiguous(memory_format=torch.channels_last)
@@ -358,23 +360,40 @@ def gradient(
     return out, total, product
 
 
-@_operator("prelu(Tensor x, Tensor slope) -> Tensor", lambda x, slope: torch.empty_like(x))
-def prelu(x: Tensor, slope: Tensor) -> Tensor:
-    """``PReLU(x)``, ``slope`` ``(C,)``."""
+@_operator(
+    "affine(Tensor x, Tensor alpha, Tensor beta, Tensor? addend) -> Tensor",
+    lambda x, alpha, beta, addend: torch.empty_like(x),
+)
+def affine(x: Tensor, alpha: Tensor, beta: Tensor, addend: Tensor | None) -> Tensor:
+    """``alpha x + beta``, plus ``addend``, a map like x."""
     out = torch.empty_like(x)
-    _run("prelu", x, {"a": x, "alpha": slope, "out": out})
+    _run("affine", x, {"a": x, "alpha": alpha, "beta": beta, "c": addend, "out": out})
     return out
 
 
 @_operator(
-    "prelu_gradient(Tensor grad, Tensor x, Tensor slope) -> (Tensor, Tensor)",
-    lambda grad, x, slope: (torch.empty_like(x), *_vectors(x, 1)),
+    "prelu(Tensor x, Tensor slope, Tensor? before, Tensor? after) -> Tensor",
+    lambda x, slope, before, after: torch.empty_like(x),
 )
-def prelu_gradient(grad: Tensor, x: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of x in ``PReLU(x)``, and the sums of ``grad x`` over the pixels with ``x <= 0``."""
+def prelu(x: Tensor, slope: Tensor, before: Tensor | None, after: Tensor | None) -> Tensor:
+    """``PReLU(x - before) + after``, all but x ``(C,)``."""
     out = torch.empty_like(x)
-    (sums,) = _run("prelu_gradient", x, {"a": x, "c": grad, "alpha": slope, "out": out}, sums=1)
-    return out, sums.float()
+    _run("prelu", x, {"a": x, "alpha": slope, "threshold": before, "beta": after, "out": out})
+    return out
+
+
+@_operator(
+    "prelu_gradient(Tensor grad, Tensor x, Tensor slope, Tensor? before) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda grad, x, slope, before: (torch.empty_like(x), *_vectors(x, 3)),
+)
+def prelu_gradient(
+    grad: Tensor, x: Tensor, slope: Tensor, before: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradient of :func:`prelu`'s output becomes those of x, slope, before and after."""
+    out = torch.empty_like(x)
+    tensors = {"a": x, "c": grad, "alpha": slope, "threshold": before, "out": out}
+    slopes, passed, given = (sums.float() for sums in _run("prelu_gradient", x, tensors, sums=3))
+    return out, slopes, -passed, given
 
 
 def takes_filters(latent: Tensor, modulation: Tensor) -> bool:

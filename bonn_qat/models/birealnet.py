@@ -10,7 +10,7 @@ from typing import Any, Literal
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from bonn_qat.layers import is_idle, step
+from bonn_qat.layers import is_idle, normalized, step
 from bonn_qat.models.backbone import Backbone, build
 from bonn_qat.scheme import PReLU, Scheme
 
@@ -46,8 +46,10 @@ class OneConvBlock(nn.Module):
         shortcut = self.shortcut(x)
         if self.act_after_add and is_idle(self.bn_after):
             return self.act(step(self.bn, self.conv, x, shortcut))  # type: ignore[no-any-return]
-        y = self.bn_after(step(self.bn, self.conv, x))
-        return self.act(y + shortcut) if self.act_after_add else self.act(y) + shortcut  # type: ignore[no-any-return]
+        y = step(self.bn, self.conv, x)
+        if self.act_after_add:
+            return self.act(normalized(self.bn_after, y, shortcut))  # type: ignore[no-any-return]
+        return self.act(normalized(self.bn_after, y)) + shortcut  # type: ignore[no-any-return]
 
     def binary_form(self, scheme: Scheme) -> nn.Module:
         """This block with the nonlinearity of ``scheme``, its position and that of the norm; the modules are its own.

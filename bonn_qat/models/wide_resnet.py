@@ -3,13 +3,14 @@
 Images are ``(B, in_chans, H, W)`` with H and W at least 8, activations ``(B, C, H, W)``.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from bonn_qat.layers import is_idle, step
+from bonn_qat.layers import is_idle, normalized, step
 from bonn_qat.models.backbone import Backbone, build
 from bonn_qat.scheme import Scheme
 
@@ -87,10 +88,6 @@ class _BinaryBlock(nn.Module):
         self.act_after_add = scheme.nonlinearity_position == "after_add"
         self.training = block.training
 
-    def _join(self, y: Tensor, shortcut: Tensor, act: nn.Module) -> Tensor:
-        joined: Tensor = act(y + shortcut) if self.act_after_add else act(y) + shortcut
-        return joined
-
     def _unit(
         self,
         norm: nn.Module | None,
@@ -101,13 +98,13 @@ class _BinaryBlock(nn.Module):
         act: nn.Module,
     ) -> Tensor:
         """``act(after(conv(norm(x))) + shortcut)``, or with the other position of ``act``."""
-        after = [module for module in after if not is_idle(module)]
-        if self.act_after_add and not after:
-            return act(step(norm, conv, x, shortcut))  # type: ignore[no-any-return]
-        y = step(norm, conv, x)
-        for module in after:
-            y = module(y)
-        return self._join(y, shortcut, act)
+        passes = [functools.partial(step, norm, conv)]
+        passes += [functools.partial(normalized, module) for module in after if not is_idle(module)]
+        for pass_ in passes[:-1]:
+            x = pass_(x)
+        if self.act_after_add:
+            return act(passes[-1](x, shortcut))  # type: ignore[no-any-return]
+        return act(passes[-1](x)) + shortcut  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         return f"act_after_add={self.act_after_add}, norm_position={self.norm_position!r}"
@@ -140,7 +137,7 @@ class ConvShortcutBlock(_BinaryBlock):
             self.bn1_after = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.bn1(x) if self.shares_norm else x
+        x = normalized(self.bn1, x) if self.shares_norm else x
         # In this order, because a compiler that finds a convolution between two uses of x keeps the mask of the sign
         # in memory, which it could recompute.
         if self.pools_last:
@@ -168,7 +165,7 @@ class BlockShortcutBlock(_BinaryBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.shares_norm or self.shortcut is not None:
-            y = self.bn1(x)
+            y = normalized(self.bn1, x)
             shortcut = y if self.shares_norm else x
             shortcut = shortcut if self.shortcut is None else self.shortcut(y)
             y = self.conv1(y)

@@ -48,10 +48,10 @@ class Maps:
         self.alpha, self.beta, self.threshold, self.mean, self.k1, self.k2 = torch.randn(6, channels, generator=draw)
         self.threshold[::3] = self.normed()[0, ::3]  # met exactly
         self.out = torch.full(self.shape, 7, dtype=self.dtype)
-        self.sums = torch.zeros(threads, 2, channels, dtype=torch.float64)
+        self.sums = torch.zeros(threads, library.SUMS, channels, dtype=torch.float64)
         self.words = torch.full((pixels, -(-channels // 32)), -1, dtype=torch.int32)
 
-    def run(self, kernel: Callable[[Task, int], None], **numbers: float) -> None:
+    def run(self, kernel: Callable[[Task, int], None], **numbers: float | None) -> None:
         names = ("a", "b", "c", "out", "alpha", "beta", "threshold", "mean", "k1", "k2", "sums", "words")
         pointers = {name: address(getattr(self, name)) for name in names}
         pixels, channels = self.shape
@@ -142,25 +142,44 @@ def test_gradient_is_that_of_the_norm(kernels: Library, m: Maps, clip: float | N
 
 
 @each_variant
-@given(maps(st.booleans()))
+@given(maps(st.booleans()), st.booleans())
 @quick
-def test_prelu_is_rounded_once(kernels: Library, m: Maps) -> None:
-    m.run(kernels.prelu)
-    x = m.a.float()
-    assert equal(m.out, torch.where(x > 0, x, x * m.alpha).to(m.dtype))
+def test_affine_adds_a_map_to_the_norm(kernels: Library, m: Maps, addend: bool) -> None:
+    m.run(kernels.affine, **({} if addend else {"c": None}))
+    y = m.normed() + m.c.float() if addend else m.normed()
+    assert equal(m.out, y.to(m.dtype))
+
+
+def shifted(m: Maps, shifts: bool) -> tuple[dict[str, None], Tensor, Tensor]:
+    """Arguments of a PReLU, its input without the threshold, and what is added to it."""
+    if shifts:
+        return {}, m.a.float() - m.threshold, m.beta
+    return {"threshold": None, "beta": None}, m.a.float(), torch.tensor(0.0)
 
 
 @each_variant
-@given(maps(st.booleans()))
+@given(maps(st.booleans()), st.booleans())
 @quick
-def test_prelu_gradient_is_that_of_the_input_and_of_the_slope(kernels: Library, m: Maps) -> None:
-    m.run(kernels.prelu_gradient)
-    a, c = m.a.float(), m.c.float()
-    assert equal(m.out, torch.where(a > 0, c, c * m.alpha).to(m.dtype))
-    terms = torch.where(a > 0, 0.0, c * a).double()
-    normal = terms.abs().sum(0) < 1e38
-    m.sums, terms = m.sums[:, :, normal], terms[:, normal]
-    assert m.is_sum(terms, 0, steps=1)
+def test_prelu_is_rounded_as_torchs_operations_in_float32(kernels: Library, m: Maps, shifts: bool) -> None:
+    arguments, x, after = shifted(m, shifts)
+    m.run(kernels.prelu, **arguments)
+    assert equal(m.out, (torch.where(x > 0, x, x * m.alpha) + after).to(m.dtype))
+
+
+@each_variant
+@given(maps(st.booleans()), st.booleans())
+@quick
+def test_prelu_gradient_is_that_of_the_input_and_of_the_vectors(kernels: Library, m: Maps, shifts: bool) -> None:
+    arguments, x, _ = shifted(m, shifts)
+    m.run(kernels.prelu_gradient, **arguments)
+    c = m.c.float()
+    passed = torch.where(x > 0, c, c * m.alpha)
+    assert equal(m.out, passed.to(m.dtype))
+    for row, terms in enumerate((torch.where(x > 0, 0.0, c * x), passed, c)):
+        normal = terms.double().abs().sum(0) < 1e38
+        sums, m.sums = m.sums, m.sums[:, :, normal]
+        assert m.is_sum(terms[:, normal].double(), row, steps=1)
+        m.sums = sums
 
 
 # --------------------------------------------------------------------------------------------- convolution
@@ -353,7 +372,7 @@ class Sums:
         return 4
 
     def __getitem__(self, index):
-        a, sums = torch.arange(16 * 256.0), torch.zeros(2, 2, 16, dtype=torch.float64)
+        a, sums = torch.arange(16 * 256.0), torch.zeros(2, library.SUMS, 16, dtype=torch.float64)
         mean = torch.zeros(16)
         task = library.Task(a=a.data_ptr(), mean=mean.data_ptr(), sums=sums.data_ptr(), pixels=256, channels=16)
         library.load().moments(task, 2)
@@ -365,7 +384,7 @@ if child == 0:
     os._exit(0 if torch.equal(Sums()[0], expected) else 1)
 assert os.waitpid(child, 0)[1] == 0
 for batch in DataLoader(Sums(), batch_size=2, num_workers=2, multiprocessing_context="fork"):
-    assert torch.equal(batch, expected.expand(2, 2, 16))
+    assert torch.equal(batch, expected.expand(2, *expected.shape))
 """
 
 

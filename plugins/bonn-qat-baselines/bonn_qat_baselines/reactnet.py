@@ -64,8 +64,7 @@ class RPReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, ...)`` -> the same shape and dtype."""
-        gamma, zeta = (_along_channels(shift, x).to(x.dtype) for shift in (self.gamma, self.zeta))
-        return prelu(x - gamma, self.slope) + zeta
+        return prelu(x, self.slope, self.gamma, self.zeta)
 
 
 REACTNET = Scheme(
