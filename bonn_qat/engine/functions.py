@@ -149,13 +149,24 @@ class _SignProduct(torch.autograd.Function):
         value_dtype, gamma_dtype, beta_dtype, threshold_dtype, bias_dtype = dtypes
         grad = grad.contiguous(memory_format=torch.channels_last)
         needs = any(ctx.needs_input_grad[:4]), ctx.needs_input_grad[4]
-        dsign, dvalue = _gradients(grad, words, weight, magnitude, x, geometry, needs)
-        dx = dgamma = dbeta = dthreshold = dbias = None
-        if dsign is not None:
-            dsign = dsign.to(x.dtype).contiguous(memory_format=torch.channels_last)
-            dx, total, product = operators.gradient(
-                dsign, x, alpha, shift, low, mean, invstd, clip, parabola, statistics
-            )
+        top, _, left, _ = geometry.padding
+        places, channels, kernel = (geometry.stride, (top, left), geometry.dilation), x.shape[1], weight.shape[1:3]
+        norm = alpha, shift, low, mean, invstd
+        dx = dvalue = dgamma = dbeta = dthreshold = dbias = None
+        by_tables, found = operators.has_tables(grad.dtype, math.prod(kernel)), None
+        if not by_tables:
+            value = operators.kernel_signs(weight, len(magnitude), channels, grad.dtype)
+            value = value * magnitude.to(grad.dtype).reshape(-1, 1, 1, 1)
+            dsign, dvalue = geometry.gradients(grad, operators.spread(words, channels, grad.dtype), value, needs)
+            if dsign is not None:
+                dsign = dsign.to(x.dtype).contiguous(memory_format=torch.channels_last)
+                found = operators.gradient(dsign, x, *norm, clip, parabola, statistics)
+        if by_tables and needs[0]:
+            found = operators.input_gradient(grad, weight, magnitude, x, *norm, *places, clip, parabola, statistics)
+        if by_tables and needs[1]:
+            dvalue = operators.weight_gradient(grad, words, channels, kernel, *places)
+        if found is not None:
+            dx, total, product = found
             dgamma, dbeta = (product * invstd).to(gamma_dtype), total.to(beta_dtype)
             dthreshold = -total.to(threshold_dtype).sum_to_size(threshold_shape)
         if ctx.needs_input_grad[5]:
@@ -163,26 +174,6 @@ class _SignProduct(torch.autograd.Function):
         dvalue = None if dvalue is None else dvalue.to(value_dtype)
         daddend = grad if ctx.needs_input_grad[6] else None
         return (dx, dgamma, dbeta, dthreshold, dvalue, dbias, daddend, *[None] * 8)
-
-
-def _gradients(
-    grad: Tensor, words: Tensor, weight: Tensor, magnitude: Tensor, x: Tensor, geometry: Geometry,
-    needs: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Those of the product to the signs of x and to the weights, None where they are not needed."""
-    channels, image, kernel = x.shape[1], x.shape[2:], weight.shape[1:3]
-    if operators.has_tables(grad.dtype, math.prod(kernel)):
-        top, _, left, _ = geometry.padding
-        places = geometry.stride, (top, left), geometry.dilation
-        dsign = dvalue = None
-        if needs[0]:
-            dsign = operators.input_gradient(grad, weight, magnitude, channels, image, *places, x.dtype)
-        if needs[1]:
-            dvalue = operators.weight_gradient(grad, words, channels, kernel, *places)
-        return dsign, dvalue
-    value = operators.kernel_signs(weight, len(magnitude), channels, grad.dtype)
-    value = value * magnitude.to(grad.dtype).reshape(-1, 1, 1, 1)
-    return geometry.gradients(grad, operators.spread(words, channels, grad.dtype), value, needs)
 
 
 def _product(arguments: tuple[Any, ...], layout: torch.memory_format, _: object = None) -> Tensor:
@@ -199,8 +190,10 @@ def _flops(
 
 
 @register_flop_formula(torch.ops.bonn_qat_engine.input_gradient)
-def _input_flops(grad: Sequence[int], weight: Sequence[int], scale: object, channels: int, *_: Any, **__: Any) -> int:
-    return 2 * math.prod(grad) * channels * weight[1] * weight[2]
+def _input_flops(
+    grad: Sequence[int], weight: Sequence[int], scale: object, x: Sequence[int], *_: Any, **__: Any
+) -> int:
+    return 2 * math.prod(grad) * x[1] * weight[1] * weight[2]
 
 
 @register_flop_formula(torch.ops.bonn_qat_engine.weight_gradient)

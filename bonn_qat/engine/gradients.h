@@ -16,12 +16,13 @@ typedef struct {
     const void *grad;      /* (batch, out_height, out_width, outputs) */
     const uint32_t *x, *w; /* signs of inputs and weights, as in a Convolution */
     const float *scale;    /* of the weights, one for each output */
+    const Task *signs;     /* how the inputs became signs: their map a, norm and estimator */
     void *out;             /* (batch, height, width, channels) */
     float *sums;           /* (threads, outputs in whole tiles, rows, columns, channels in whole LANES) */
     char *scratch;         /* (threads, scratch_size) */
     int64_t scratch_size, batch, height, width, words, channels, out_height, out_width, outputs, rows, columns;
     int64_t stride[2], padding[2], dilation[2];
-    int64_t half, out_half;
+    int64_t half, out_half, scaled; /* `scaled` by the factor of the norm */
 } Gradients;
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -40,15 +41,6 @@ INLINE F load_any(const void *array, int64_t at, int64_t lanes, int64_t half) {
     if (lanes >= LANES) return half ? load(array, at, LANES, 1) : load(array, at, LANES, 0);
     if (lanes == 8) return half ? load(array, at, 8, 1) : load(array, at, 8, 0);
     return load(array, at, (int)lanes, (int)half);
-}
-
-INLINE void store_any(void *array, int64_t at, F x, int64_t lanes, int64_t half) {
-    if (lanes < LANES)
-        store(array, at, x, (int)lanes, (int)half);
-    else if (half)
-        store(array, at, x, LANES, 1);
-    else
-        store(array, at, x, LANES, 0);
 }
 
 /* Entry e is the sum of ITEMS numbers, number i with plus where bit i of e is 1, and else with minus. */
@@ -75,6 +67,7 @@ typedef struct {
     F *tables;                     /* (depth, groups, wide): those of row y are at y % depth */
     const F **lines;               /* (rows): where the tables of the rows begin that a tile of inputs adds up, */
     const U **words;               /* (rows): and the signs */
+    F *sums;                       /* (blocks, 2): of a row of inputs, as in gradient_sums */
 } Input;
 
 static Input input_of(const Gradients *k, char **scratch) {
@@ -89,6 +82,7 @@ static Input input_of(const Gradients *k, char **scratch) {
     n.tables = take(scratch, n.depth * n.groups * n.wide * (int64_t)sizeof(F));
     n.lines = take(scratch, k->rows * (int64_t)sizeof *n.lines);
     n.words = take(scratch, k->rows * (int64_t)sizeof *n.words);
+    n.sums = take(scratch, n.blocks * 2 * (int64_t)sizeof(F));
     return n;
 }
 
@@ -182,28 +176,61 @@ INLINE void input_tile(const Gradients *k, const Input *n, int64_t y, int64_t re
     }
 }
 
+/* A tile of `count` sums for signs, the first of them at `at` and the next `step` numbers apart, becomes the gradient of
+   the inputs. */
+INLINE void finish_lanes(const Gradients *k, const F *tile, int64_t at, int64_t step, int64_t count, int64_t c,
+                         F *sums, int lanes, int half) {
+    const Task *s = k->signs;
+    F alpha = load(s->alpha, c, lanes, 0), beta = load(s->beta, c, lanes, 0), factor = k->scaled ? alpha : fill(1);
+    F threshold = load(s->threshold, c, lanes, 0), mean = load(s->mean, c, lanes, 0), sum = {0}, product = {0};
+    for (int64_t p = 0; p < count; p++, at += step) {
+        F a = load(s->a, at, lanes, half), gradient = estimated(s, a * alpha + beta - threshold, tile[p]);
+        sum += gradient;
+        product += gradient * (a - mean);
+        store(k->out, at, gradient * factor, lanes, half);
+    }
+    sums[0] += sum, sums[1] += product;
+}
+
+INLINE void finish_tile(const Gradients *k, const F *tile, int64_t at, int64_t step, int64_t count, int64_t b,
+                        F *sums) {
+    int64_t c = b * LANES, lanes = k->channels - c;
+    if (lanes < LANES)
+        finish_lanes(k, tile, at, step, count, c, sums, (int)lanes, (int)k->out_half);
+    else if (k->out_half)
+        finish_lanes(k, tile, at, step, count, c, sums, LANES, 1);
+    else
+        finish_lanes(k, tile, at, step, count, c, sums, LANES, 0);
+}
+
 static void input_gradient_work(const void *task, int thread, int threads) {
     const Gradients *k = task;
     char *scratch = k->scratch + thread * k->scratch_size;
     Input n = input_of(k, &scratch);
     find_signs(k, &n);
     memset(n.tables, 0, sizeof(F) * (size_t)(n.depth * n.groups * n.wide));
+    double *sums = k->signs->sums + SUMS * k->channels * thread;
     int64_t rows = k->batch * k->height, stride = k->stride[1], image = -1, made = 0; /* tables of the rows before it */
     for (int64_t row = border(rows, 1, thread, threads); row < border(rows, 1, thread + 1, threads); row++) {
         int64_t y = row % k->height, top = y + k->padding[0] - (k->rows - 1) * k->dilation[0];
         if (row / k->height != image) image = row / k->height, made = most(0, down(top, k->stride[0]));
         for (; made <= least(k->out_height - 1, (y + k->padding[0]) / k->stride[0]); made++)
             row_of_tables(k, &n, image * k->out_height + made, n.tables + made % n.depth * n.groups * n.wide);
+        memset(n.sums, 0, sizeof(F) * 2 * (size_t)n.blocks);
         for (int64_t residue = 0; residue < stride; residue++) {
             int64_t count = up(most(0, k->width - residue), stride);
             for (int64_t first = 0; first < count; first += TILE_INPUTS)
                 for (int64_t b = 0; b < n.blocks; b++) {
-                    F sums[TILE_INPUTS] = {{0}};
-                    input_tile(k, &n, y, residue, first, b, sums);
+                    F tile[TILE_INPUTS] = {{0}};
+                    input_tile(k, &n, y, residue, first, b, tile);
                     int64_t at = (row * k->width + first * stride + residue) * k->channels + b * LANES;
-                    for (int64_t p = 0; p < least(TILE_INPUTS, count - first); p++)
-                        store_any(k->out, at + p * stride * k->channels, sums[p], k->channels - b * LANES, k->out_half);
+                    finish_tile(k, tile, at, stride * k->channels, least(TILE_INPUTS, count - first), b, n.sums + 2 * b);
                 }
+        }
+        for (int64_t c = 0; c < k->channels; c += LANES) {
+            int lanes = (int)least(LANES, k->channels - c);
+            add_up(sums + c, n.sums[c / LANES * 2], lanes);
+            add_up(sums + k->channels + c, n.sums[c / LANES * 2 + 1], lanes);
         }
     }
 }

@@ -245,13 +245,18 @@ PART(spread) {
 }
 PASS(spread)
 
-/* The gradient g of a sign, c, becomes that of its input u = alpha a + beta - threshold: g max(0, 2 - 2|u|) for the
-   parabola, else g where |u| < clip; g where u is NaN, as torch has it. */
-INLINE F estimated(const Task *k, int64_t p, F alpha, F beta, F threshold, int64_t c, int lanes, int half) {
-    F u = normed(k, p, alpha, beta, c, lanes, half) - threshold, size = magnitude(u);
-    F gradient = load(k->c, p * k->channels + c, lanes, half);
+/* The gradient of a sign becomes that of its input u: times max(0, 2 - 2|u|) for the parabola, else itself where
+   |u| < clip; itself where u is NaN, as torch has it. */
+INLINE F estimated(const Task *k, F u, F gradient) {
+    F size = magnitude(u);
     if (k->parabola) return (fill(1) - pick((I)(size > 1), fill(1), size)) * 2 * gradient;
     return pick((I)(size >= k->clip), fill(0), gradient);
+}
+
+/* That of c, for u = alpha a + beta - threshold. */
+INLINE F estimated_at(const Task *k, int64_t p, F alpha, F beta, F threshold, int64_t c, int lanes, int half) {
+    F u = normed(k, p, alpha, beta, c, lanes, half) - threshold;
+    return estimated(k, u, load(k->c, p * k->channels + c, lanes, half));
 }
 
 /* The sums of this gradient and of its product with a - mean. */
@@ -259,7 +264,7 @@ PART(gradient_sums) {
     F alpha = load(k->alpha, c, lanes, 0), beta = load(k->beta, c, lanes, 0), mean = load(k->mean, c, lanes, 0);
     F threshold = load(k->threshold, c, lanes, 0), sum = {0}, product = {0};
     for (; p < stop; p++) {
-        F gradient = estimated(k, p, alpha, beta, threshold, c, lanes, half);
+        F gradient = estimated_at(k, p, alpha, beta, threshold, c, lanes, half);
         sum += gradient;
         product += gradient * (load(k->a, p * k->channels + c, lanes, half) - mean);
     }
@@ -276,7 +281,7 @@ PART(gradient) {
     (void)sums;
     if (k->k1) k1 = load(k->k1, c, lanes, 0), k2 = load(k->k2, c, lanes, 0);
     for (; p < stop; p++) {
-        F gradient = estimated(k, p, alpha, beta, threshold, c, lanes, half);
+        F gradient = estimated_at(k, p, alpha, beta, threshold, c, lanes, half);
         if (k->k1) gradient = gradient - k1 - (load(k->a, p * k->channels + c, lanes, half) - mean) * k2;
         put(k, p * k->channels + c, gradient * alpha, lanes, half);
     }

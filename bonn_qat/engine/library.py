@@ -47,11 +47,13 @@ class Gradients(ctypes.Structure):
     """The gradients of such a convolution to its signs or its weights."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("grad", "x", "w", "scale", "out", "sums", "scratch")),
+        *((name, ctypes.c_void_p) for name in ("grad", "x", "w", "scale")),
+        ("signs", ctypes.POINTER(Task)),
+        *((name, ctypes.c_void_p) for name in ("out", "sums", "scratch")),
         *((name, ctypes.c_int64) for name in ("scratch_size", "batch", "height", "width", "words", "channels")),
         *((name, ctypes.c_int64) for name in ("out_height", "out_width", "outputs", "rows", "columns")),
         *((name, ctypes.c_int64 * 2) for name in ("stride", "padding", "dilation")),
-        *((name, ctypes.c_int64) for name in ("half", "out_half")),
+        *((name, ctypes.c_int64) for name in ("half", "out_half", "scaled")),
     )
 
 

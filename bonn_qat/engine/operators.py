@@ -5,6 +5,7 @@ channel is float32 ``(C,)``. Signs are ``(B, H, W, ceil(C / 32))`` words, int32.
 are there. Sizes that do not fit raise RuntimeError.
 """
 
+import ctypes
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -115,6 +116,7 @@ def _run(
 
 
 _MAPS = {"a", "c", "out"}
+_NORM = ("alpha", "beta", "threshold", "mean")
 
 
 def _vectors(x: Tensor, count: int) -> tuple[Tensor, ...]:
@@ -257,9 +259,12 @@ def has_tables(dtype: torch.dtype, taps: int) -> bool:
 
 def _look_up(
     name: str, grad: Tensor, tensors: Mapping[str, Tensor], channels: int, image: Sequence[int], kernel: Sequence[int],
-    *places: Sequence[int], half: bool = False,
+    *places: Sequence[int], **estimator: Any,
 ) -> Tensor:  # fmt: skip
-    """Run a kernel of :class:`library.Tables`; returns its sums of weights, one for each thread."""
+    """Run a kernel of :class:`library.Tables`; returns its sums, for each part and thread.
+
+    ``estimator`` has the numbers of a Task, and ``scaled``, for the gradient of an input.
+    """
     kernels = library.load()
     assert kernels is not None
     assert kernels.tables is not None
@@ -268,6 +273,7 @@ def _look_up(
     wanted = {
         "x": ((batch, *image, words), torch.int32), "scale": ((outputs,), torch.float32),
         "w": ((-(-outputs // _LANES), *kernel, words, _LANES), torch.int32),
+        **dict.fromkeys((*_NORM, "invstd"), ((channels,), torch.float32)),
     }  # fmt: skip
     fits = grad.is_contiguous(memory_format=torch.channels_last) and grad.dtype in (torch.float32, torch.bfloat16)
     for key, tensor in tensors.items():
@@ -279,17 +285,27 @@ def _look_up(
     stride, padding, dilation = map(tuple, places)
     pixels, threads = grad.numel() // outputs, _threads(grad.numel() * channels // 16)
     parts = _parts(batch, image, (out_height, out_width), kernel, stride, padding)
-    tiles = (-(-outputs // library.TILE), library.TILE, *kernel, -(-channels // _LANES) * _LANES)
-    sums = torch.empty(len(parts), threads if name == "weight_gradient" else 0, *tiles)
+    if name == "weight_gradient":
+        tiles = (-(-outputs // library.TILE), library.TILE, *kernel, -(-channels // _LANES) * _LANES)
+        sums, half, scaled = torch.empty(len(parts), threads, *tiles), False, False
+    else:
+        sums = torch.zeros(len(parts), threads, library.SUMS, channels, dtype=torch.float64)
+        half, scaled = tensors["out"].dtype == torch.bfloat16, estimator.pop("scaled")
     for part, sum_ in zip(parts, sums, strict=True):
         task = library.Gradients(
-            grad=part.pointer(grad, pixels), sums=sum_.data_ptr(), batch=part.batch, height=part.image[0],
-            width=part.image[1], words=words, channels=channels, out_height=part.size[0], out_width=part.size[1],
-            outputs=outputs, rows=kernel[0], columns=kernel[1], stride=stride, padding=padding, dilation=dilation,
-            half=grad.dtype == torch.bfloat16, out_half=half,
+            grad=part.pointer(grad, pixels), batch=part.batch, height=part.image[0], width=part.image[1], words=words,
+            channels=channels, out_height=part.size[0], out_width=part.size[1], outputs=outputs, rows=kernel[0],
+            columns=kernel[1], stride=stride, padding=padding, dilation=dilation, half=grad.dtype == torch.bfloat16,
+            out_half=half, scaled=scaled,
             **{key: tensor.data_ptr() for key, tensor in tensors.items() if key in ("w", "scale")},
             **{key: part.pointer(tensor, pixels) for key, tensor in tensors.items() if key in ("x", "out")},
         )  # fmt: skip
+        if name == "weight_gradient":
+            task.sums = sum_.data_ptr()
+        else:
+            norm = {key: tensors[key].data_ptr() for key in _NORM}
+            signs = library.Task(a=part.pointer(tensors["a"], pixels), sums=sum_.data_ptr(), **norm, **estimator)
+            task.signs = ctypes.pointer(signs)
         size = kernels.tables.scratch_size(task)
         scratch = torch.empty(threads * size, dtype=torch.uint8)  # where torch allocates, a cache line begins
         task.scratch_size, task.scratch = size, scratch.data_ptr()
@@ -298,22 +314,41 @@ def _look_up(
 
 
 @_operator(
-    "input_gradient(Tensor grad, Tensor weight, Tensor scale, int channels, int[] image, int[] stride, int[] padding, "
-    "int[] dilation, ScalarType dtype) -> Tensor",
-    lambda grad, weight, scale, channels, image, stride, padding, dilation, dtype: _map(
-        len(grad), channels, image[0], image[1], dtype
-    ),
+    "input_gradient(Tensor grad, Tensor weight, Tensor scale, Tensor x, Tensor alpha, Tensor beta, Tensor threshold, "
+    "Tensor mean, Tensor invstd, int[] stride, int[] padding, int[] dilation, float clip, bool parabola, "
+    "bool statistics) -> (Tensor, Tensor, Tensor)",
+    lambda grad, weight, scale, x, *_: (torch.empty_like(x), *_vectors(x, 2)),
 )
 def input_gradient(
-    grad: Tensor, weight: Tensor, scale: Tensor, channels: int, image: Sequence[int], stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int], dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """The gradient ``grad`` of :func:`convolve`'s output becomes that of its signs, a map ``(B, C, *image)``."""
-    height, width = image
-    out = _map(len(grad), channels, height, width, dtype)
-    tensors, kernel, half = {"w": weight, "scale": scale, "out": out}, weight.shape[1:3], dtype == torch.bfloat16
-    _look_up("input_gradient", grad, tensors, channels, image, kernel, stride, padding, dilation, half=half)
-    return out
+    grad: Tensor, weight: Tensor, scale: Tensor, x: Tensor, alpha: Tensor, beta: Tensor, threshold: Tensor,
+    mean: Tensor, invstd: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], clip: float,
+    parabola: bool, statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradient ``grad`` of :func:`convolve`'s output becomes that of its signs, and goes on as in :func:`gradient`.
+
+    The second part is rounded less often than there.
+    """
+    fits = x.is_contiguous(memory_format=torch.channels_last) and x.dtype in (torch.float32, torch.bfloat16)
+    if not fits or len(x) != len(grad):
+        raise RuntimeError(f"input_gradient: x is {x.dtype} {tuple(x.shape)}; the gradient {tuple(grad.shape)}")
+    out = torch.empty_like(x)
+    norm = {"alpha": alpha, "beta": beta, "threshold": threshold, "mean": mean}
+    tensors = {"w": weight, "scale": scale, "a": x, "out": out, **norm, "invstd": invstd}
+    sums = _look_up(
+        "input_gradient", grad, tensors, x.shape[1], x.shape[2:], weight.shape[1:3], stride, padding, dilation,
+        clip=clip, parabola=parabola, scaled=not statistics,
+    )  # fmt: skip
+    total, product = (both.float() for both in sums.sum(0)[:2])
+    if statistics:  # the estimator has been applied
+        passes = {"a": x, "c": out, "out": out, **norm, **_mean_factors(total, product, x, invstd)}
+        _run("gradient", x, passes, clip=math.inf, parabola=False)
+    return out, total, product
+
+
+def _mean_factors(total: Tensor, product: Tensor, x: Tensor, invstd: Tensor) -> dict[str, Tensor]:
+    """What goes through the statistics of a norm."""
+    count = x.numel() // x.shape[1]
+    return {"k1": total / count, "k2": product / count * invstd.square()}
 
 
 def _no_weights(grad: Tensor, words: Tensor, channels: int, kernel: Sequence[int], *_: Any) -> Tensor:
@@ -354,8 +389,7 @@ def gradient(
     tensors = {"a": x, "c": grad, "alpha": alpha, "beta": beta, "threshold": threshold, "mean": mean}
     constants: dict[str, Any] = {"clip": clip, "parabola": parabola}
     total, product = (sums.float() for sums in _run("gradient_sums", x, tensors, sums=2, **constants))
-    out, count = torch.empty_like(x), x.numel() // x.shape[1]
-    factors = {"k1": total / count, "k2": product / count * invstd.square()} if statistics else {}
+    out, factors = torch.empty_like(x), _mean_factors(total, product, x, invstd) if statistics else {}
     _run("gradient", x, tensors | factors | {"out": out}, **constants)
     return out, total, product
 

@@ -251,11 +251,11 @@ def test_no_count_of_bits_overflows(kernels: Library, channels: int) -> None:
 
 @pytest.mark.parametrize("kernels", [kernels for kernels in VARIANTS if kernels.tables], ids=lambda k: k.variant)
 @given(convolutions(widest=150, largest=7), st.sampled_from([torch.float32, torch.bfloat16]), st.booleans(),
-       st.integers(1, 2), st.integers(0, 9))  # fmt: skip
+       st.booleans(), st.integers(1, 2), st.integers(0, 9))  # fmt: skip
 @settings(quick, max_examples=100)
 def test_gradients_by_tables_are_those_of_torch(
-    kernels: Library, drawn: tuple[Tensor, Tensor, Pair, Pair, Pair], dtype: torch.dtype, half: bool, threads: int,
-    odd: int,
+    kernels: Library, drawn: tuple[Tensor, Tensor, Pair, Pair, Pair], dtype: torch.dtype, half: bool, scaled: bool,
+    threads: int, odd: int,
 ) -> None:  # fmt: skip
     x, w, *places = drawn
     (batch, channels, *image), (outputs, _, *kernel) = x.shape, w.shape
@@ -275,8 +275,15 @@ def test_gradients_by_tables_are_those_of_torch(
     w_words = kernel_words(w.detach())
     out = torch.full_like(x, 7, dtype=torch.bfloat16 if half else torch.float32, memory_format=torch.channels_last)
     sums = torch.full((threads, -(-outputs // 8) * 8, *kernel, -(-channels // 16) * 16), 7.0)
+    # The signs are those of 2a + 1 - 1, and the estimator passes what is below 2.
+    a = torch.randint(0, 2, x.shape).to(out.dtype).contiguous(memory_format=torch.channels_last)
+    moments, (one, two, mean) = torch.zeros(threads, library.SUMS, channels).double(), torch.tensor([[1.0], [2], [3]])
+    one, two, mean = (vector.repeat(channels) for vector in (one, two, mean))
+    signs = Task(a=address(a), alpha=address(two), beta=address(one), threshold=address(one), mean=address(mean),
+                 sums=address(moments), clip=2)  # fmt: skip
     task = Gradients(
         grad=address(grad), x=address(x_words), w=address(w_words), scale=address(scale), out=address(out),
+        signs=ctypes.pointer(signs), scaled=scaled,
         sums=address(sums), batch=batch, height=image[0], width=image[1], words=x_words.shape[-1], channels=channels,
         out_height=y.shape[2], out_width=y.shape[3], outputs=outputs, rows=kernel[0], columns=kernel[1], stride=stride,
         padding=padding, dilation=dilation, half=dtype == torch.bfloat16, out_half=half,
@@ -288,7 +295,10 @@ def test_gradients_by_tables_are_those_of_torch(
     kernels.tables.input_gradient(task, threads)
     kernels.tables.weight_gradient(task, threads)
     assert (scratch[-64:] == 255).all()
-    assert torch.equal(out.nan_to_num(99), x.grad.to(out.dtype).nan_to_num(99))
+    passed = torch.where(a == 0, x.grad, 0.0)
+    assert torch.equal(out.nan_to_num(99), (passed * (2 if scaled else 1)).to(out.dtype).nan_to_num(99))
+    for found, terms in zip(moments.sum(0), (passed.double(), passed.double() * -3), strict=False):
+        assert equal((found - terms.sum((0, 2, 3))).abs() <= 1e-6 * terms.abs().sum((0, 2, 3)), ~found.isnan())
     found = sums.sum(0)[:outputs, ..., :channels].movedim(-1, 1) * scale.view(-1, 1, 1, 1)
     found[w.grad.isnan() & (sum(padding) > 0)] = math.nan  # torch multiplies with the padding too
     assert torch.equal(found.nan_to_num(99), w.grad.nan_to_num(99))
