@@ -192,15 +192,15 @@ INLINE void finish_lanes(const Gradients *k, const F *tile, int64_t at, int64_t 
     sums[0] += sum, sums[1] += product;
 }
 
-INLINE void finish_tile(const Gradients *k, const F *tile, int64_t at, int64_t step, int64_t count, int64_t b,
-                        F *sums) {
-    int64_t c = b * LANES, lanes = k->channels - c;
-    if (lanes < LANES)
-        finish_lanes(k, tile, at, step, count, c, sums, (int)lanes, (int)k->out_half);
-    else if (k->out_half)
-        finish_lanes(k, tile, at, step, count, c, sums, LANES, 1);
+INLINE void finish_tile(const Gradients *k, const F *tile, int64_t at, int64_t step, int64_t count, int64_t c,
+                        F *sums, int half) {
+    int64_t lanes = k->channels - c;
+    if (lanes >= LANES)
+        finish_lanes(k, tile, at, step, count, c, sums, LANES, half);
+    else if (lanes == 8)
+        finish_lanes(k, tile, at, step, count, c, sums, 8, half);
     else
-        finish_lanes(k, tile, at, step, count, c, sums, LANES, 0);
+        finish_lanes(k, tile, at, step, count, c, sums, (int)lanes, half);
 }
 
 static void input_gradient_work(const void *task, int thread, int threads) {
@@ -223,8 +223,12 @@ static void input_gradient_work(const void *task, int thread, int threads) {
                 for (int64_t b = 0; b < n.blocks; b++) {
                     F tile[TILE_INPUTS] = {{0}};
                     input_tile(k, &n, y, residue, first, b, tile);
-                    int64_t at = (row * k->width + first * stride + residue) * k->channels + b * LANES;
-                    finish_tile(k, tile, at, stride * k->channels, least(TILE_INPUTS, count - first), b, n.sums + 2 * b);
+                    int64_t c = b * LANES, at = (row * k->width + first * stride + residue) * k->channels + c;
+                    int64_t step = stride * k->channels, filled = least(TILE_INPUTS, count - first);
+                    if (k->out_half)
+                        finish_tile(k, tile, at, step, filled, c, n.sums + 2 * b, 1);
+                    else
+                        finish_tile(k, tile, at, step, filled, c, n.sums + 2 * b, 0);
                 }
         }
         for (int64_t c = 0; c < k->channels; c += LANES) {
