@@ -542,7 +542,10 @@ def step(norm: nn.Module | None, layer: nn.Module, x: Tensor, addend: Tensor | N
 
 
 def normalized(norm: nn.Module, x: Tensor, addend: Tensor | None = None) -> Tensor:
-    """``norm(x) + addend``, in one pass of the engine in the training of a plain norm that nobody watches."""
+    """``norm(x) + addend``, in one pass of the engine in the training of a plain norm that nobody watches.
+
+    x ``(B, C, H, W)``; the addend broadcasts over it. Other norms, layouts and devices take torch's operations.
+    """
     is_ours = isinstance(x, Tensor) and norm.training and torch.is_grad_enabled() and is_plain_norm(norm)
     is_ours = is_ours and operators.takes(x) and x.is_contiguous(memory_format=torch.channels_last)
     if is_ours and x.shape[1] == norm.num_features and x.numel() > x.shape[1]:  # else the norm says what is wrong
