@@ -499,7 +499,7 @@ static void convolve_work(const void *task, int thread, int threads) {
 
 EXPORT void NAME(convolve)(const Convolution *task, int threads) { in_threads(convolve_work, task, threads); }
 
-#if defined(__AVX512F__)
+#if defined(__x86_64__)
 #include "gradients.h"
 EXPORT int64_t NAME(gradients_size)(void) { return sizeof(Gradients); }
 #endif

@@ -87,7 +87,7 @@ class Library:
     kernel_gradient: Pass
     kernel_sums: Pass
     convolve: Callable[[Convolution, int], None]
-    tables: Tables | None  # with AVX-512 alone
+    tables: Tables | None  # on x86 alone
 
 
 @functools.cache

@@ -22,6 +22,7 @@ _PARALLEL = 2**15  # elements of a map from which a second thread pays
 _KERNELS = library.load()
 AVAILABLE = _KERNELS is not None
 _BY_TABLES = frozenset() if _KERNELS is None or _KERNELS.tables is None else _KERNELS.tables.faster_for
+_IS_AVX512 = _KERNELS is not None and _KERNELS.variant == "v4"
 _LIBRARY: Any = torch.library.Library("bonn_qat_engine", "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -252,9 +253,9 @@ def kernel_signs(words: Tensor, outputs: int, channels: int, dtype: torch.dtype)
 def has_tables(dtype: torch.dtype, taps: int) -> bool:
     """Whether kernels for the gradients of a convolution by ``taps`` elements of a channel are faster than torch's.
 
-    They need AVX-512. A table serves all taps; torch's matrix products in bfloat16 are faster than tables for one.
+    A table serves all taps; with AVX-512, torch's matrix products in bfloat16 are faster than tables for one.
     """
-    return dtype in _BY_TABLES and (dtype == torch.float32 or taps > 1)
+    return dtype in _BY_TABLES and (dtype == torch.float32 or taps > 1 or not _IS_AVX512)
 
 
 def _look_up(
