@@ -153,7 +153,7 @@ class _SignProduct(torch.autograd.Function):
         places, channels, kernel = (geometry.stride, (top, left), geometry.dilation), x.shape[1], weight.shape[1:3]
         norm = alpha, shift, low, mean, invstd
         dx = dvalue = dgamma = dbeta = dthreshold = dbias = None
-        by_tables, found = operators.has_tables(grad.dtype, math.prod(kernel)), None
+        by_tables, found = operators.has_tables(grad.dtype, kernel, geometry.dilation), None
         if not by_tables:
             value = operators.kernel_signs(weight, len(magnitude), channels, grad.dtype)
             value = value * magnitude.to(grad.dtype).reshape(-1, 1, 1, 1)

@@ -18,6 +18,7 @@ from bonn_qat.engine import library
 _LANES = 16
 library.keep_freed_memory()
 _ROW = 64  # pixels
+_REACH = 1000  # columns, of kernels that there are tables for: offsets have 16 bits
 _PARALLEL = 2**15  # elements of a map from which a second thread pays
 _KERNELS = library.load()
 AVAILABLE = _KERNELS is not None
@@ -250,68 +251,60 @@ def kernel_signs(words: Tensor, outputs: int, channels: int, dtype: torch.dtype)
     return cast(Tensor, spread(rows, channels, dtype))
 
 
-def has_tables(dtype: torch.dtype, taps: int) -> bool:
-    """Whether kernels for the gradients of a convolution by ``taps`` elements of a channel are faster than torch's.
+def has_tables(dtype: torch.dtype, kernel: Sequence[int], dilation: Sequence[int]) -> bool:
+    """Whether tables are faster than torch's operations for the gradients of a convolution by such a kernel.
 
     A table serves all taps; with AVX-512, torch's matrix products in bfloat16 are faster than tables for one.
     """
-    return dtype in _BY_TABLES and (dtype == torch.float32 or taps > 1 or not _IS_AVX512)
+    is_faster = dtype == torch.float32 or math.prod(kernel) > 1 or not _IS_AVX512
+    return dtype in _BY_TABLES and is_faster and (kernel[1] - 1) * dilation[1] <= _REACH
 
 
-def _look_up(
-    name: str, grad: Tensor, tensors: Mapping[str, Tensor], channels: int, image: Sequence[int], kernel: Sequence[int],
-    *places: Sequence[int], **estimator: Any,
-) -> Tensor:  # fmt: skip
-    """Run a kernel of :class:`library.Tables`; returns its sums, for each part and thread.
+class _LookUp:
+    """What both gradients of a convolution need: its sizes, its parts, and the threads for each of them."""
 
-    ``estimator`` has the numbers of a Task, and ``scaled``, for the gradient of an input.
-    """
-    kernels = library.load()
-    assert kernels is not None
-    assert kernels.tables is not None
-    batch, outputs, out_height, out_width = grad.shape
-    words = -(-channels // 32)
-    wanted = {
-        "x": ((batch, *image, words), torch.int32), "scale": ((outputs,), torch.float32),
-        "w": ((-(-outputs // _LANES), *kernel, words, _LANES), torch.int32),
-        **dict.fromkeys((*_NORM, "invstd"), ((channels,), torch.float32)),
-    }  # fmt: skip
-    fits = grad.is_contiguous(memory_format=torch.channels_last) and grad.dtype in (torch.float32, torch.bfloat16)
-    for key, tensor in tensors.items():
-        if key in wanted and not (fits and (tensor.shape, tensor.dtype) == wanted[key] and tensor.is_contiguous()):
-            raise RuntimeError(
-                f"{name}: {key} is {tensor.dtype} {tuple(tensor.shape)}; the gradient {grad.dtype} "
-                f"{tuple(grad.shape)}, of {channels} channels of {tuple(image)}"
-            )
-    stride, padding, dilation = map(tuple, places)
-    pixels, threads = grad.numel() // outputs, _threads(grad.numel() * channels // 16)
-    parts = _parts(batch, image, (out_height, out_width), kernel, stride, padding)
-    if name == "weight_gradient":
-        tiles = (-(-outputs // library.TILE), library.TILE, *kernel, -(-channels // _LANES) * _LANES)
-        sums, half, scaled = torch.empty(len(parts), threads, *tiles), False, False
-    else:
-        sums = torch.zeros(len(parts), threads, library.SUMS, channels, dtype=torch.float64)
-        half, scaled = tensors["out"].dtype == torch.bfloat16, estimator.pop("scaled")
-    for part, sum_ in zip(parts, sums, strict=True):
+    def __init__(
+        self, grad: Tensor, channels: int, image: Sequence[int], kernel: Sequence[int], stride: Sequence[int],
+        padding: Sequence[int], dilation: Sequence[int],
+    ) -> None:  # fmt: skip
+        batch, outputs, out_height, out_width = grad.shape
+        self.grad, self.image, self.kernel = grad, image, kernel
+        self.channels, self.words = channels, -(-channels // 32)
+        self.places = {"stride": tuple(stride), "padding": tuple(padding), "dilation": tuple(dilation)}
+        self.parts = _parts(batch, image, (out_height, out_width), kernel, stride, padding)
+        self.pixels, self.threads = grad.numel() // outputs, _threads(grad.numel() * channels // 16)
+
+    def check(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Raise RuntimeError for a tensor that does not fit."""
+        grad, (batch, outputs) = self.grad, self.grad.shape[:2]
+        wanted = {
+            "x": ((batch, *self.image, self.words), torch.int32), "scale": ((outputs,), torch.float32),
+            "w": ((-(-outputs // _LANES), *self.kernel, self.words, _LANES), torch.int32),
+            **dict.fromkeys((*_NORM, "invstd"), ((self.channels,), torch.float32)),
+        }  # fmt: skip
+        fits = grad.is_contiguous(memory_format=torch.channels_last) and grad.dtype in (torch.float32, torch.bfloat16)
+        for key, tensor in tensors.items():
+            if not (fits and (tensor.shape, tensor.dtype) == wanted[key] and tensor.is_contiguous()):
+                raise RuntimeError(
+                    f"{name}: {key} is {tensor.dtype} {tuple(tensor.shape)}; the gradient {grad.dtype} "
+                    f"{tuple(grad.shape)}, of {self.channels} channels of {tuple(self.image)}"
+                )
+
+    def run(self, name: str, part: _Part, **arguments: Any) -> None:
+        """Run a kernel of :class:`library.Tables` on a part."""
+        kernels = library.load()
+        assert kernels is not None
+        assert kernels.tables is not None
         task = library.Gradients(
-            grad=part.pointer(grad, pixels), batch=part.batch, height=part.image[0], width=part.image[1], words=words,
-            channels=channels, out_height=part.size[0], out_width=part.size[1], outputs=outputs, rows=kernel[0],
-            columns=kernel[1], stride=stride, padding=padding, dilation=dilation, half=grad.dtype == torch.bfloat16,
-            out_half=half, scaled=scaled,
-            **{key: tensor.data_ptr() for key, tensor in tensors.items() if key in ("w", "scale")},
-            **{key: part.pointer(tensor, pixels) for key, tensor in tensors.items() if key in ("x", "out")},
+            grad=part.pointer(self.grad, self.pixels), batch=part.batch, height=part.image[0], width=part.image[1],
+            words=self.words, channels=self.channels, out_height=part.size[0], out_width=part.size[1],
+            outputs=self.grad.shape[1], rows=self.kernel[0], columns=self.kernel[1],
+            half=self.grad.dtype == torch.bfloat16, **self.places, **arguments,
         )  # fmt: skip
-        if name == "weight_gradient":
-            task.sums = sum_.data_ptr()
-        else:
-            norm = {key: tensors[key].data_ptr() for key in _NORM}
-            signs = library.Task(a=part.pointer(tensors["a"], pixels), sums=sum_.data_ptr(), **norm, **estimator)
-            task.signs = ctypes.pointer(signs)
         size = kernels.tables.scratch_size(task)
-        scratch = torch.empty(threads * size, dtype=torch.uint8)  # where torch allocates, a cache line begins
+        scratch = torch.empty(self.threads * size, dtype=torch.uint8)  # where torch allocates, a cache line begins
         task.scratch_size, task.scratch = size, scratch.data_ptr()
-        getattr(kernels.tables, name)(task, threads)
-    return sums.flatten(0, 1)
+        getattr(kernels.tables, name)(task, self.threads)
 
 
 @_operator(
@@ -332,14 +325,21 @@ def input_gradient(
     fits = x.is_contiguous(memory_format=torch.channels_last) and x.dtype in (torch.float32, torch.bfloat16)
     if not fits or len(x) != len(grad):
         raise RuntimeError(f"input_gradient: x is {x.dtype} {tuple(x.shape)}; the gradient {tuple(grad.shape)}")
-    out = torch.empty_like(x)
+    look_up = _LookUp(grad, x.shape[1], x.shape[2:], weight.shape[1:3], stride, padding, dilation)
     norm = {"alpha": alpha, "beta": beta, "threshold": threshold, "mean": mean}
-    tensors = {"w": weight, "scale": scale, "a": x, "out": out, **norm, "invstd": invstd}
-    sums = _look_up(
-        "input_gradient", grad, tensors, x.shape[1], x.shape[2:], weight.shape[1:3], stride, padding, dilation,
-        clip=clip, parabola=parabola, scaled=not statistics,
-    )  # fmt: skip
-    total, product = (both.float() for both in sums.sum(0)[:2])
+    look_up.check("input_gradient", {"w": weight, "scale": scale, **norm, "invstd": invstd})
+    out, pixels = torch.empty_like(x), x.numel() // x.shape[1]
+    vectors = {key: vector.data_ptr() for key, vector in norm.items()}
+    sums = torch.zeros(len(look_up.parts), look_up.threads, library.SUMS, x.shape[1], dtype=torch.float64)
+    for part, sum_ in zip(look_up.parts, sums, strict=True):
+        signs = library.Task(
+            a=part.pointer(x, pixels), sums=sum_.data_ptr(), clip=clip, parabola=parabola, **vectors
+        )  # fmt: skip
+        look_up.run(
+            "input_gradient", part, w=weight.data_ptr(), scale=scale.data_ptr(), signs=ctypes.pointer(signs),
+            out=part.pointer(out, pixels), out_half=x.dtype == torch.bfloat16, scaled=not statistics,
+        )  # fmt: skip
+    total, product = (both.float() for both in sums.sum((0, 1))[:2])
     if statistics:  # the estimator has been applied
         passes = {"a": x, "c": out, "out": out, **norm, **_mean_factors(total, product, x, invstd)}
         _run("gradient", x, passes, clip=math.inf, parabola=False)
@@ -366,9 +366,16 @@ def weight_gradient(
     dilation: Sequence[int],
 ) -> Tensor:  # fmt: skip
     """The gradient ``grad`` of :func:`convolve`'s output becomes that of its weights ``(O, C, *kernel)``."""
-    image = words.shape[1:3]
-    sums = _look_up("weight_gradient", grad, {"x": words}, channels, image, kernel, stride, padding, dilation)
-    total = sums.sum(0).flatten(0, 1)[: grad.shape[1], ..., :channels]
+    outputs, image = grad.shape[1], words.shape[1:3]
+    look_up = _LookUp(grad, channels, image, kernel, stride, padding, dilation)
+    look_up.check("weight_gradient", {"x": words})
+    size = (outputs + -outputs % library.TILE, *kernel, channels + -channels % _LANES)
+    sums = torch.empty(len(look_up.parts), look_up.threads, *size)
+    for part, sum_ in zip(look_up.parts, sums, strict=True):
+        look_up.run(
+            "weight_gradient", part, x=part.pointer(words, words.numel() // words.shape[-1]), sums=sum_.data_ptr()
+        )
+    total = sums.sum((0, 1))[:outputs, ..., :channels]
     return _no_weights(grad, words, channels, kernel).copy_(total.permute(0, 3, 1, 2))
 
 

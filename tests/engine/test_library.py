@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bonn_qat.engine import library
+from bonn_qat.engine import library, operators
 from bonn_qat.engine.library import Convolution, Gradients, Library, Task
 
 SHARED = ctypes.CDLL(str(library._FILE)) if library._FILE.exists() else None
@@ -204,7 +204,7 @@ def convolutions(draw: st.DrawFn, widest: int = 17, largest: int = 4) -> tuple[T
     # torch refuses an image that is smaller than the kernel even with its padding.
     least = [(k - 1) * d + 1 - 2 * p for k, d, p in zip(kernel, dilation, padding, strict=True)]
     size = map(max, (draw(st.integers(1, 17)), draw(st.integers(1, widest))), least)
-    batch, channels, outputs = draw(st.integers(1, 3)), draw(st.integers(1, 70)), draw(st.integers(1, 40))
+    batch, channels, outputs = draw(st.integers(1, 6)), draw(st.integers(1, 70)), draw(st.integers(1, 40))
     return signs(batch, channels, *size), signs(outputs, channels, *kernel), stride, dilation, padding
 
 
@@ -249,19 +249,13 @@ def test_no_count_of_bits_overflows(kernels: Library, channels: int) -> None:
     check_convolution(kernels, False, 1, x, w, (1, 1), (1, 1), (0, 0))
 
 
-@pytest.mark.parametrize("kernels", [kernels for kernels in VARIANTS if kernels.tables], ids=lambda k: k.variant)
-@given(convolutions(widest=150, largest=7), st.sampled_from([torch.float32, torch.bfloat16]), st.booleans(),
-       st.booleans(), st.integers(1, 2), st.integers(0, 9))  # fmt: skip
-@settings(quick, max_examples=100)
-def test_gradients_by_tables_are_those_of_torch(
-    kernels: Library, drawn: tuple[Tensor, Tensor, Pair, Pair, Pair], dtype: torch.dtype, half: bool, scaled: bool,
-    threads: int, odd: int,
+def check_gradients(
+    kernels: Library, x: Tensor, w: Tensor, stride: Pair, dilation: Pair, padding: Pair, dtype: torch.dtype,
+    half: bool, scaled: bool, threads: int, odd: int,
 ) -> None:  # fmt: skip
-    x, w, *places = drawn
     (batch, channels, *image), (outputs, _, *kernel) = x.shape, w.shape
     scale = 2.0 ** torch.randint(-3, 3, (outputs,))
     x.requires_grad_(), w.requires_grad_()
-    stride, dilation, padding = places
     y = F.conv2d(x.double(), w.double() * scale.view(-1, 1, 1, 1), None, stride, padding, dilation)
     # Numbers whose sums are exact, and some that are not finite.
     grad = torch.randint(-9, 10, y.shape).to(dtype)
@@ -302,6 +296,29 @@ def test_gradients_by_tables_are_those_of_torch(
     found = sums.sum(0)[:outputs, ..., :channels].movedim(-1, 1) * scale.view(-1, 1, 1, 1)
     found[w.grad.isnan() & (sum(padding) > 0)] = math.nan  # torch multiplies with the padding too
     assert torch.equal(found.nan_to_num(99), w.grad.nan_to_num(99))
+
+
+with_tables = pytest.mark.parametrize(
+    "kernels", [kernels for kernels in VARIANTS if kernels.tables], ids=lambda k: k.variant
+)
+
+
+@with_tables
+@given(convolutions(widest=150, largest=7), st.sampled_from([torch.float32, torch.bfloat16]), st.booleans(),
+       st.booleans(), st.integers(1, 2), st.integers(0, 9))  # fmt: skip
+@settings(quick, max_examples=100)
+def test_gradients_by_tables_are_those_of_torch(
+    kernels: Library, drawn: tuple[Tensor, Tensor, Pair, Pair, Pair], dtype: torch.dtype, half: bool, scaled: bool,
+    threads: int, odd: int,
+) -> None:  # fmt: skip
+    check_gradients(kernels, *drawn, dtype, half, scaled, threads, odd)
+
+
+@with_tables
+def test_a_kernel_with_tables_may_reach_far(kernels: Library) -> None:
+    x, w, dilation = signs(4, 5, 2, 8), signs(9, 5, 1, 2), (1, operators._REACH)
+    check_gradients(kernels, x, w, (1, 1), dilation, (0, 998), torch.float32, False, False, 1, 0)
+    assert not operators.has_tables(torch.float32, (1, 2), (1, operators._REACH + 1))
 
 
 # ------------------------------------------------------------------------------------------------- loading
@@ -375,7 +392,7 @@ def test_a_library_that_is_older_than_its_sources_is_not_used(fresh, monkeypatch
 FORK = """
 import os, torch
 from torch.utils.data import DataLoader
-from bonn_qat.engine import library
+from bonn_qat.engine import library, operators
 
 class Sums:
     def __len__(self):
