@@ -1,10 +1,10 @@
-/* The gradients of a convolution of signs, from tables; part of kernels.c. Where the signs are known, a sum of 4 numbers
-   with signs is one of 16, so all of them are computed once, and an addition of an entry stands for 4 products and their
-   sum. The gradients of inputs are sums over outputs, looked up by the signs of weights; those of weights are sums over
-   outputs that are neighbours in a row, looked up by the signs of inputs. All sums are float32.
+/* The gradients of a convolution of signs, from tables; part of kernels.c. Where the signs are known, a sum of 4
+   numbers with signs is one of 16. So all of them are computed once, and adding an entry stands for 4 products and
+   their sum. The gradients of inputs are sums over outputs, looked up by the signs of weights; those of weights are
+   sums over outputs that are neighbours in a row, looked up by the signs of inputs. All sums are float32.
 
-   How entries are looked up is in registers.h or memory.h, which define Input and Weights, what both need in scratch
-   memory, and the steps of the work below. */
+   registers.h and memory.h keep tables in one or the other. Each defines the work for a thread on the gradient of
+   inputs, and Weights with the steps of the work on that of weights. */
 
 #define ITEMS 4 /* numbers of a table */
 #define ENTRIES (1 << ITEMS)
@@ -40,8 +40,8 @@ INLINE F load_any(const void *array, int64_t at, int64_t lanes, int64_t half) {
     return load(array, at, (int)lanes, (int)half);
 }
 
-/* A tile of `count` sums for signs, the first of them at `pixel` and the next a stride apart, becomes the gradient of the
-   inputs. */
+/* A tile of `count` sums for signs, the first of them at `pixel` and the next a stride apart, becomes the gradient of
+   the inputs. */
 INLINE void finish_lanes(const Gradients *k, const F *tile, int64_t pixel, int64_t count, int64_t c, F *sums,
                          int lanes, int half) {
     const Task *s = k->signs;

@@ -1,16 +1,17 @@
-/* Tables in memory: the 16 entries of a table are rows, for as many tables as there are lanes, and an address chooses one
-   row for all of them. Lanes are pixels for the gradients of inputs, and outputs for those of weights. Part of
-   gradients.h. */
+/* Tables in memory, for CPUs whose registers do not hold one. Tables lie side by side, one for each lane, and their
+   entries one after the other, so that a load from one address, which the signs give, looks up an entry for all lanes.
+   For the gradients of inputs, lanes are pixels, which share the signs of weights; for those of weights they are
+   outputs, which share the signs of inputs. Part of gradients.h. */
 
-#define WIDTH 8 /* lanes */
-#define VECTORS 4 /* of a tile */
+#define WIDTH 8           /* lanes */
+#define VECTORS 4         /* at most, of a tile of inputs or outputs */
+#define CHANNELS 4        /* at most, that are added up at a time */
+#define TAPS 3            /* likewise */
+#define CACHED (24 << 10) /* bytes of tables at a time */
 #define TILE_INPUTS (VECTORS * WIDTH)
-#define CHANNELS 4        /* of a block of offsets */
-#define TAPS 3            /* at most, of a row of the kernel at a time */
-#define CACHED (24 << 10) /* bytes of tables that are used many times in turn */
 
 typedef float V __attribute__((vector_size(4 * WIDTH), aligned(4)));
-typedef uint16_t Offset; /* of an entry: in floats for the gradients of inputs, and else in Vs */
+typedef uint16_t Offset; /* of an entry, in floats for the gradients of inputs and in Vs for those of weights */
 
 /* Row i becomes column i. */
 INLINE void transpose(V x[WIDTH]) {
@@ -35,8 +36,8 @@ INLINE V load_some(const void *array, int64_t at, int64_t lanes, const int half)
     return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
 }
 
-/* Writes the tables of ITEMS numbers in each lane, entry e `pitch` Vs after entry e - 1: the sum of all numbers, number i
-   with plus where bit i of e is 1, and else with minus. */
+/* Writes the table of ITEMS numbers in each lane, entry e `pitch` Vs after entry e - 1: the sum of all numbers, number
+   i with plus where bit i of e is 1, and else with minus. */
 INLINE void fill_tables(V *table, int64_t pitch, const V *items) {
     V low[4] = {-items[0] - items[1], items[0] - items[1], items[1] - items[0], items[0] + items[1]};
     V high[4] = {-items[2] - items[3], items[2] - items[3], items[3] - items[2], items[2] + items[3]};
@@ -47,18 +48,19 @@ INLINE void fill_tables(V *table, int64_t pitch, const V *items) {
 /* ---- of the input ---- */
 
 typedef struct {
-    int64_t blocks, groups;   /* of channels, and of outputs */
-    int64_t images, across;   /* at a time; and vectors of each in a tile */
-    int64_t before, wide;     /* of the tile's first input the first output, less `first`; outputs that a tile meets */
-    int64_t pitch;            /* Vs of an entry of all images */
-    int64_t share;            /* groups at a time */
-    int64_t depth;            /* rows of inputs that a row of outputs meets */
-    Offset *offsets;          /* (rows, channels / CHANNELS, groups, columns, CHANNELS) */
-    V *tables;                /* (share, ENTRIES, pitch): of a row of outputs */
-    int64_t size;             /* bytes of them */
-    int64_t *taps, *column;   /* (residues), (residues, columns): of a row of the kernel, that meet a class of inputs */
-    V *totals;                /* (depth, residues, channels, VECTORS): of rows of inputs, that of row y at y % depth */
-    F *sums;                  /* (blocks, 2): of a row of inputs, as in gradient_sums */
+    int64_t blocks, groups; /* of channels, and of outputs */
+    int64_t images, across; /* of which a tile has inputs, and vectors of each */
+    int64_t before, wide;   /* inputs from `first` on meet outputs from first + before on, and `wide` of them */
+    int64_t pitch;          /* Vs from entry to entry */
+    int64_t share;          /* groups at a time */
+    int64_t depth;          /* rows of inputs that a row of outputs meets */
+    Offset *offsets;        /* (rows, channels / CHANNELS, groups, columns, CHANNELS) */
+    V *tables;              /* (share, ENTRIES, pitch): of a row of outputs, image after image */
+    int64_t size;           /* bytes of them */
+    int64_t *taps;          /* (stride): how many columns of the kernel meet inputs of this residue, */
+    int64_t *column;        /* (stride, columns): and which */
+    V *totals;              /* (depth, stride, channels, VECTORS): the sums so far, of row y of inputs at y % depth */
+    F *sums;                /* (blocks, 2): of a row of inputs, as in gradient_sums */
 } Input;
 
 static Input input_of(const Gradients *k, char **scratch) {
@@ -107,7 +109,7 @@ static void find_signs(const Gradients *k, const Input *n) {
     }
 }
 
-/* The tables of groups [g, end) of a row of outputs, of those that the inputs from number `first` on meet. */
+/* Tables of the outputs in a row that inputs from `first` on meet, for groups [g, end). */
 INLINE void fill_row(const Gradients *k, const Input *n, int64_t row, int64_t first, int64_t g, int64_t end,
                      float *tables, const int half) {
     int64_t x = most(0, first + n->before), stop = least(k->out_width, first + n->before + n->wide);
@@ -125,8 +127,8 @@ INLINE void fill_row(const Gradients *k, const Input *n, int64_t row, int64_t fi
         }
 }
 
-/* Adds to `vectors` vectors of inputs, for `channels` channels from c on, what they get by taps t to t + taps - 1 of row i
-   of the kernel and by groups [g, end). */
+/* Adds what groups [g, end) give to `channels` channels of inputs, c and the following, by `taps` taps in row i of the
+   kernel. */
 INLINE void add_groups(const Gradients *k, const Input *n, V *totals, const int64_t *columns, int64_t i, int64_t c,
                        int64_t g, int64_t end, const int vectors, const int channels, const int taps) {
     V sums[CHANNELS][VECTORS];
@@ -155,8 +157,9 @@ INLINE void add_groups(const Gradients *k, const Input *n, V *totals, const int6
 }
 
 /* For all channels, as many at a time as have their sums in registers. */
-INLINE void add_row(const Gradients *k, const Input *n, int64_t y, int64_t i, int64_t g, int64_t end, const int vectors) {
-    const int channels = vectors == 4 ? 2 : 4;
+INLINE void add_row(const Gradients *k, const Input *n, int64_t y, int64_t i, int64_t g, int64_t end,
+                    const int vectors) {
+    const int channels = vectors == VECTORS ? 2 : CHANNELS;
     for (int64_t residue = 0; residue < k->stride[1]; residue++) {
         V *totals = n->totals + (y % n->depth * k->stride[1] + residue) * n->blocks * LANES * VECTORS;
         for (int64_t t = 0, taps = n->taps[residue]; t < taps; t += TAPS) {
@@ -172,7 +175,7 @@ INLINE void add_row(const Gradients *k, const Input *n, int64_t y, int64_t i, in
     }
 }
 
-/* Adds what a row of outputs of `images` images gives to rows [from, to) of inputs, to those from number `first` on. */
+/* Adds what a row of outputs gives to rows [from, to) of inputs, in a tile from `first` on of `images` images. */
 static void spread_row(const Gradients *k, const Input *n, int64_t image, int64_t images, int64_t row, int64_t first,
                        int64_t from, int64_t to) {
     for (int64_t g = 0; g < n->groups; g += n->share) {
@@ -197,7 +200,7 @@ static void spread_row(const Gradients *k, const Input *n, int64_t image, int64_
     }
 }
 
-/* A row of inputs has all sums: lanes become channels. */
+/* A row of inputs has its sums: lanes become channels, and the sums gradients. */
 static void finish_row(const Gradients *k, const Input *n, int64_t image, int64_t images, int64_t y, int64_t first) {
     int64_t stride = k->stride[1];
     for (int64_t residue = 0; residue < stride; residue++) {
@@ -263,16 +266,16 @@ typedef struct {
     int64_t positions;             /* of inputs in a row, those of the padding included */
     H *bits;                       /* (positions, blocks): the Offset of entry 1 where an input of a row is +1 */
     H *entries;                    /* (images, lines, groups, columns, blocks): Offsets of the entries for the inputs */
-    int64_t *read;                 /* (images, lines): the row whose they are */
+    int64_t *read;                 /* (images, lines): the row of inputs that they are of */
     V *tables;                     /* (images, rows, groups, ENTRIES, vectors) */
-    V *unseen;                     /* (images, rows, columns, vectors): gradients of outputs for which taps see padding */
-    V *totals;                     /* (tiles, rows, channels, columns, vectors) */
-    V *outside;                    /* (tiles, rows, columns, vectors): of the padding, which counts as -1 in the totals */
+    V *unseen;                     /* (images, rows, columns, vectors): the sums for which a tap sees the padding */
+    V *totals;                     /* (tiles, rows, channels, columns, vectors): the sums so far, with padding as -1 */
+    V *outside;                    /* (tiles, rows, columns, vectors): what is too little in them */
 } Weights;
 
 static Weights weights_of(const Gradients *k, char **scratch) {
     Weights n = {.blocks = up(k->channels, LANES), .groups = up(k->out_width, ITEMS)};
-    n.tiles = up(k->outputs, 4 * WIDTH);
+    n.tiles = up(k->outputs, VECTORS * WIDTH);
     n.vectors = up(k->outputs, n.tiles * WIDTH);
     n.step = ENTRIES * n.vectors;
     int64_t rows = CACHED / (n.groups * n.step * (int64_t)sizeof(V));
@@ -389,11 +392,11 @@ INLINE void add_rows(const Gradients *k, const Weights *n, V *to, int64_t images
 /* For all channels, as many at a time as have their sums in registers. */
 INLINE void add_channels(const Gradients *k, const Weights *n, V *to, int64_t images, int64_t rows, int64_t first,
                          int64_t line, const int vectors) {
-    const int alone = vectors > 2 ? 2 : 4, together = vectors > 2 ? 1 : 4 / vectors;
+    const int alone = vectors > 2 ? 2 : CHANNELS, together = vectors > 2 ? 1 : CHANNELS / vectors;
     int64_t j = 0, channel = k->columns * vectors;
-    for (; j + 3 <= k->columns; j += 3)
+    for (; j + TAPS <= k->columns; j += TAPS)
         for (int64_t c = 0; c < k->channels; c += together)
-            add_rows(k, n, to + c * channel + j * vectors, images, rows, first, line, c, j, together, 3, vectors);
+            add_rows(k, n, to + c * channel + j * vectors, images, rows, first, line, c, j, together, TAPS, vectors);
     for (; j < k->columns; j++)
         for (int64_t c = 0; c < k->channels; c += alone)
             add_rows(k, n, to + c * channel + j * vectors, images, rows, first, line, c, j, alone, 1, vectors);
@@ -425,7 +428,7 @@ static void weights_tile(const Gradients *k, const Weights *n, int64_t tile, int
     }
 }
 
-/* Writes them, channels next to each other. */
+/* Lanes become channels. */
 static void end_weights(const Gradients *k, const Weights *n, float *sums) {
     int64_t lanes = n->blocks * LANES, channel = k->columns * n->vectors;
     for (int64_t o = 0; o < k->outputs; o += WIDTH)

@@ -1,5 +1,5 @@
-/* Tables in registers, for AVX-512: the 16 entries of a table fill one, and an instruction looks up one for each lane by
-   the lowest bits of it. Lanes are channels. Part of gradients.h. */
+/* Tables in registers, for AVX-512: the 16 entries of a table fill one, and an instruction looks up an entry for each
+   lane by the lowest bits of that lane. Lanes are channels. Part of gradients.h. */
 
 #include <immintrin.h>
 
@@ -162,7 +162,8 @@ static void input_gradient_work(const void *task, int thread, int threads) {
                 for (int64_t b = 0; b < n.blocks; b++) {
                     F tile[TILE_INPUTS] = {{0}};
                     input_tile(k, &n, y, residue, first, b, tile);
-                    int64_t pixel = row * k->width + first * stride + residue, filled = least(TILE_INPUTS, count - first);
+                    int64_t pixel = row * k->width + first * stride + residue;
+                    int64_t filled = least(TILE_INPUTS, count - first);
                     if (k->out_half)
                         finish_tile(k, tile, pixel, filled, b * LANES, n.sums + 2 * b, 1);
                     else
