@@ -532,21 +532,21 @@ def is_watched(module: nn.Module) -> bool:
 
 
 def step(norm: nn.Module | None, layer: nn.Module, x: Tensor, addend: Tensor | None = None) -> Tensor:
-    """``layer(norm(x)) + addend``, in one pass of the engine in the training of a binary layer that nobody watches."""
+    """``layer(norm(x)) + addend``, in one pass of the engine if it is a binary layer that nobody watches."""
     is_ours = isinstance(layer, BinaryLayer) and type(layer).forward is BinaryLayer.forward and not is_watched(layer)
     # Not a proxy of torch.fx.
-    if is_ours and layer.training and torch.is_grad_enabled() and isinstance(x, Tensor):
+    if is_ours and isinstance(x, Tensor):
         return layer(x, norm, addend)  # type: ignore[no-any-return]
     y = layer(x if norm is None else norm(x))
     return y if addend is None else y + addend  # type: ignore[no-any-return]
 
 
 def normalized(norm: nn.Module, x: Tensor, addend: Tensor | None = None) -> Tensor:
-    """``norm(x) + addend``, in one pass of the engine in the training of a plain norm that nobody watches.
+    """``norm(x) + addend``, in one pass of the engine if it is a plain norm that nobody watches.
 
     x ``(B, C, H, W)``; the addend broadcasts over it. Other norms, layouts and devices take torch's operations.
     """
-    is_ours = isinstance(x, Tensor) and norm.training and torch.is_grad_enabled() and is_plain_norm(norm)
+    is_ours = isinstance(x, Tensor) and is_plain_norm(norm)
     is_ours = is_ours and operators.takes(x) and x.is_contiguous(memory_format=torch.channels_last)
     if is_ours and x.shape[1] == norm.num_features and x.numel() > x.shape[1]:  # else the norm says what is wrong
         joins = addend is not None and addend.shape == x.shape and addend.dtype == x.dtype

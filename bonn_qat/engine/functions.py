@@ -252,8 +252,8 @@ class Norm(NamedTuple):
                     unbiased = variance * (count / (count - 1))
                     module.running_var.lerp_(unbiased.to(module.running_var.dtype), module.momentum)
                     module.num_batches_tracked.add_(1)
-            # As torch's batch norm rounds it; not every device has doubles.
-            wide = torch.float64 if x.device.type == "cpu" else dtype
+            # As torch's batch norm rounds them; not every device has doubles.
+            wide = torch.float64 if statistics and x.device.type == "cpu" else dtype
             invstd = (variance.to(wide) + module.eps).rsqrt().to(dtype)
         gamma = filled(1) if module.weight is None else module.weight
         return cls(gamma, filled(0) if module.bias is None else module.bias, mean, invstd, statistics)

@@ -744,6 +744,23 @@ def test_a_norm_and_a_sum_are_torchs(
     assert (y.grad_fn.name() == "_NormalizedBackward") == by_engine
 
 
+@given(st.integers(1, 70), st.booleans(), st.booleans(), st.sampled_from(["bonn", "reactnet"]), st.integers(0, 2**32))
+@settings(quick, max_examples=20)
+def test_in_evaluation_norms_sums_and_products_are_torchs_bit_for_bit(
+    channels: int, affine: bool, trains: bool, case: str, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    x, addend = maps(2, channels, 6, 7), maps(2, channels, 6, 7)
+    norm = nn.BatchNorm2d(channels, affine=affine).eval()
+    for tensor in (*norm.parameters(), norm.running_mean):
+        nn.init.normal_(tensor)
+    nn.init.uniform_(norm.running_var, 0.01, 2)
+    layer = binary(case, lambda: nn.Conv2d(channels, channels, 3, padding=1)).eval()
+    with torch.set_grad_enabled(trains):
+        assert torch.equal(normalized(norm, x, addend), norm(x) + addend)
+        assert torch.equal(step(norm, layer, x, addend), layer(norm(x)) + addend)
+
+
 def test_the_sum_of_a_norm_and_a_map_broadcasts_and_keeps_its_dtype() -> None:
     x, row = maps(2, 8, 4, 4), torch.randn(8, 1, 1, dtype=torch.float64)
     y, norm = normalized(nn.BatchNorm2d(8), x, row), nn.BatchNorm2d(8)
