@@ -212,8 +212,10 @@ static void finish_row(const Gradients *k, const Input *n, int64_t image, int64_
                 for (int64_t v = 0; v < n->across; v++)
                     for (int half = 0; half < LANES; half += WIDTH) {
                         V values[WIDTH];
-                        for (int c = 0; c < WIDTH; c++)
-                            values[c] = totals[(b * LANES + half + c) * VECTORS + m * n->across + v];
+                        for (int c = 0; c < WIDTH; c++) {
+                            V *total = totals + (b * LANES + half + c) * VECTORS + m * n->across + v;
+                            values[c] = *total, *total = (V){0};
+                        }
                         transpose(values);
                         for (int i = 0; i < WIDTH; i++)
                             memcpy((float *)(tile + v * WIDTH + i) + half, values + i, sizeof(V));
@@ -224,7 +226,6 @@ static void finish_row(const Gradients *k, const Input *n, int64_t image, int64_
                 else
                     finish_tile(k, tile, pixel, count, b * LANES, n->sums + 2 * b, 0);
             }
-        memset(totals, 0, sizeof(V) * (size_t)(n->blocks * LANES * VECTORS));
     }
 }
 
