@@ -8,6 +8,7 @@
 
 #define ITEMS 4 /* numbers of a table */
 #define ENTRIES (1 << ITEMS)
+#define STRIP 8 /* outputs */
 
 typedef struct {
     const void *grad;      /* (batch, out_height, out_width, outputs) */
@@ -15,7 +16,7 @@ typedef struct {
     const float *scale;    /* of the weights, one for each output */
     const Task *signs;     /* how the inputs became signs: their map a, norm and estimator */
     void *out;             /* (batch, height, width, channels) */
-    float *sums;           /* (threads, outputs in whole tiles, rows, columns, channels in whole LANES) */
+    float *sums;           /* (outputs in whole STRIPs, rows, columns, channels in whole LANES) */
     char *scratch;         /* (threads, scratch_size) */
     int64_t scratch_size, batch, height, width, words, channels, out_height, out_width, outputs, rows, columns;
     int64_t stride[2], padding[2], dilation[2];
@@ -91,8 +92,8 @@ static void weight_gradient_work(const void *task, int thread, int threads) {
     const Gradients *k = task;
     char *scratch = k->scratch + thread * k->scratch_size;
     Weights n = weights_of(k, &scratch);
-    float *sums = k->sums + thread * up(k->outputs, 8) * 8 * k->rows * k->columns * n.blocks * LANES;
-    begin_weights(k, &n, sums);
+    begin_weights(k, &n);
+    *n.threads = threads; /* there may be fewer than were asked for */
     int64_t parts = up(k->out_height, n.rows), end = border(k->batch, n.images, thread + 1, threads);
     for (int64_t image = border(k->batch, n.images, thread, threads); image < end; image += n.images)
         for (int64_t part = 0; part < parts; part++) {
@@ -110,11 +111,19 @@ static void weight_gradient_work(const void *task, int thread, int threads) {
                 weights_tile(k, &n, tile, images, first, last);
             }
         }
-    end_weights(k, &n, sums);
+}
+
+static void weight_sums_work(const void *task, int thread, int threads) {
+    const Gradients *k = task;
+    char *scratch = k->scratch; /* of the first thread */
+    Weights n = weights_of(k, &scratch);
+    int64_t end = border(k->outputs, STRIP, thread + 1, threads);
+    for (int64_t o = border(k->outputs, STRIP, thread, threads); o < end; o += STRIP) sum_weights(k, &n, o);
 }
 
 EXPORT void NAME(weight_gradient)(const Gradients *task, int threads) {
     in_threads(weight_gradient_work, task, threads);
+    in_threads(weight_sums_work, task, threads);
 }
 
 /* The bytes of scratch for each thread. */

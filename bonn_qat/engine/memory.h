@@ -3,7 +3,7 @@
    For the gradients of inputs, lanes are pixels, which share the signs of weights; for those of weights they are
    outputs, which share the signs of inputs. Part of gradients.h. */
 
-#define WIDTH 8           /* lanes */
+#define WIDTH STRIP       /* lanes */
 #define VECTORS 4         /* at most, of a tile of inputs or outputs */
 #define CHANNELS 4        /* at most, that are added up at a time */
 #define TAPS 3            /* likewise */
@@ -272,6 +272,7 @@ typedef struct {
     V *unseen;                     /* (images, rows, columns, vectors): the sums for which a tap sees the padding */
     V *totals;                     /* (tiles, rows, channels, columns, vectors): the sums so far, with padding as -1 */
     V *outside;                    /* (tiles, rows, columns, vectors): what is too little in them */
+    int64_t *threads;              /* that there are */
 } Weights;
 
 static Weights weights_of(const Gradients *k, char **scratch) {
@@ -292,11 +293,11 @@ static Weights weights_of(const Gradients *k, char **scratch) {
     int64_t taps = n.tiles * k->rows * k->columns;
     n.totals = take(scratch, taps * n.blocks * LANES * n.vectors * (int64_t)sizeof(V));
     n.outside = take(scratch, taps * n.vectors * (int64_t)sizeof(V));
+    n.threads = take(scratch, (int64_t)sizeof *n.threads);
     return n;
 }
 
-static void begin_weights(const Gradients *k, Weights *n, const float *sums) {
-    (void)sums;
+static void begin_weights(const Gradients *k, const Weights *n) {
     int64_t taps = n->tiles * k->rows * k->columns;
     memset(n->bits, 0, sizeof(H) * (size_t)(n->positions * n->blocks));
     memset(n->read, -1, sizeof *n->read * (size_t)(n->images * n->lines));
@@ -429,19 +430,23 @@ static void weights_tile(const Gradients *k, const Weights *n, int64_t tile, int
     }
 }
 
-/* Lanes become channels. */
-static void end_weights(const Gradients *k, const Weights *n, float *sums) {
+/* The sums of all threads, for STRIP outputs from o on; n is that of the first thread. Lanes become channels. */
+static void sum_weights(const Gradients *k, const Weights *n, int64_t o) {
     int64_t lanes = n->blocks * LANES, channel = k->columns * n->vectors;
-    for (int64_t o = 0; o < k->outputs; o += WIDTH)
-        for (int64_t i = 0; i < k->rows; i++)
-            for (int64_t j = 0; j < k->columns; j++)
-                for (int64_t c = 0; c < lanes; c += WIDTH) {
-                    int64_t tile = o / WIDTH / n->vectors, v = o / WIDTH % n->vectors;
-                    const V *from = n->totals + ((tile * k->rows + i) * lanes + c) * channel + j * n->vectors + v;
-                    V values[WIDTH], outside = n->outside[(tile * k->rows + i) * channel + j * n->vectors + v];
-                    for (int d = 0; d < WIDTH; d++) values[d] = from[d * channel] + outside;
-                    transpose(values);
+    int64_t tile = o / WIDTH / n->vectors, v = o / WIDTH % n->vectors;
+    for (int64_t i = 0; i < k->rows; i++)
+        for (int64_t j = 0; j < k->columns; j++)
+            for (int64_t c = 0; c < lanes; c += WIDTH) {
+                int64_t row = tile * k->rows + i, tap = j * n->vectors + v;
+                V values[WIDTH] = {{0}};
+                for (int64_t t = 0; t < *n->threads; t++) {
+                    const V *totals = (const V *)((const char *)n->totals + t * k->scratch_size);
+                    const V *outside = (const V *)((const char *)n->outside + t * k->scratch_size);
                     for (int d = 0; d < WIDTH; d++)
-                        memcpy(sums + (((o + d) * k->rows + i) * k->columns + j) * lanes + c, values + d, sizeof(V));
+                        values[d] += totals[(row * lanes + c + d) * channel + tap] + outside[row * channel + tap];
                 }
+                transpose(values);
+                for (int d = 0; d < WIDTH; d++)
+                    memcpy(k->sums + (((o + d) * k->rows + i) * k->columns + j) * lanes + c, values + d, sizeof(V));
+            }
 }

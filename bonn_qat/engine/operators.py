@@ -6,6 +6,7 @@ are there. Sizes that do not fit raise RuntimeError.
 """
 
 import ctypes
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -370,12 +371,12 @@ def weight_gradient(
     look_up = _LookUp(grad, channels, image, kernel, stride, padding, dilation)
     look_up.check("weight_gradient", {"x": words})
     size = (outputs + -outputs % library.TILE, *kernel, channels + -channels % _LANES)
-    sums = torch.empty(len(look_up.parts), look_up.threads, *size)
+    sums = torch.empty(len(look_up.parts), *size)
     for part, sum_ in zip(look_up.parts, sums, strict=True):
         look_up.run(
             "weight_gradient", part, x=part.pointer(words, words.numel() // words.shape[-1]), sums=sum_.data_ptr()
         )
-    total = sums.sum((0, 1))[:outputs, ..., :channels]
+    total = functools.reduce(torch.add, sums)[:outputs, ..., :channels]
     return _no_weights(grad, words, channels, kernel).copy_(total.permute(0, 3, 1, 2))
 
 

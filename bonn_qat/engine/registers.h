@@ -6,7 +6,7 @@
 #define SPAN 32 /* numbers for whose signs a word has bits */
 #define TAPS 3  /* at most, that share a load of a table */
 #define TILE_INPUTS 8
-#define TILE_OUTPUTS 8
+#define TILE_OUTPUTS STRIP
 #define TABLES 64 /* for each output of a tile, at a time */
 
 /* Entry e is the sum of ITEMS numbers, number i with plus where bit i of e is 1, and else with minus. */
@@ -188,7 +188,8 @@ typedef struct {
     U *words;                      /* (images, lines, blocks, spans, columns): those of the inputs of SPAN outputs */
     float *values;                 /* (groups, ITEMS, TILE_OUTPUTS): a row of gradients, 0 beyond the last */
     F *sums;                       /* (images, rows, tables, TILE_OUTPUTS): the tables */
-    float *totals;                 /* as the sums of Gradients */
+    float *totals;                 /* as the sums of Gradients, of this thread */
+    int64_t *threads;              /* that there are */
 } Weights;
 
 /* The outputs of a group for which a tap sees an input, or that are beyond the last one. */
@@ -218,6 +219,8 @@ static Weights weights_of(const Gradients *k, char **scratch) {
     n.words = take(scratch, n.images * n.lines * n.blocks * n.spans * k->columns * (int64_t)sizeof(U));
     n.values = take(scratch, n.groups * ITEMS * TILE_OUTPUTS * (int64_t)sizeof(float));
     n.sums = take(scratch, n.images * n.rows * n.tables * TILE_OUTPUTS * (int64_t)sizeof(F));
+    n.totals = take(scratch, n.tiles * TILE_OUTPUTS * k->rows * k->columns * n.blocks * (int64_t)sizeof(F));
+    n.threads = take(scratch, (int64_t)sizeof *n.threads);
     return n;
 }
 
@@ -232,15 +235,12 @@ static void find_places(const Gradients *k, const Weights *n) {
         }
 }
 
-static void begin_weights(const Gradients *k, Weights *n, float *sums) {
-    n->totals = sums;
+static void begin_weights(const Gradients *k, const Weights *n) {
     find_places(k, n);
-    memset(sums, 0, sizeof(F) * (size_t)(n->tiles * TILE_OUTPUTS * k->rows * k->columns * n->blocks));
+    memset(n->totals, 0, sizeof(F) * (size_t)(n->tiles * TILE_OUTPUTS * k->rows * k->columns * n->blocks));
     memset(n->values, 0, sizeof(float) * (size_t)(n->groups * ITEMS * TILE_OUTPUTS));
     memset(n->bits, 0, sizeof(U) * (size_t)(n->segments + 2));
 }
-
-static void end_weights(const Gradients *k, const Weights *n, float *sums) { (void)k, (void)n, (void)sums; }
 
 /* The words of a row of inputs. */
 static void read_line(const Gradients *k, const Weights *n, int64_t image, int64_t m, int64_t y, int64_t l) {
@@ -346,3 +346,13 @@ static void weights_tile(const Gradients *k, const Weights *n, int64_t tile, int
     }
 }
 
+/* The sums of all threads, for STRIP outputs from o on; n is that of the first thread. */
+static void sum_weights(const Gradients *k, const Weights *n, int64_t o) {
+    int64_t size = k->rows * k->columns * n->blocks * LANES;
+    for (int64_t at = o * size; at < (o + STRIP) * size; at += LANES) {
+        F sum = {0};
+        for (int64_t t = 0; t < *n->threads; t++)
+            sum += load((const char *)n->totals + t * k->scratch_size, at, LANES, 0);
+        store(k->sums, at, sum, LANES, 0);
+    }
+}

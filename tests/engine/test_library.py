@@ -268,7 +268,7 @@ def check_gradients(
     x_words = words_of(x.detach().movedim(1, -1))
     w_words = kernel_words(w.detach())
     out = torch.full_like(x, 7, dtype=torch.bfloat16 if half else torch.float32, memory_format=torch.channels_last)
-    sums = torch.full((threads, -(-outputs // 8) * 8, *kernel, -(-channels // 16) * 16), 7.0)
+    sums = torch.full((-(-outputs // 8) * 8, *kernel, -(-channels // 16) * 16), 7.0)
     # The signs are those of 2a + 1 - 1, and the estimator passes what is below 2.
     a = torch.randint(0, 2, x.shape).to(out.dtype).contiguous(memory_format=torch.channels_last)
     moments, (one, two, mean) = torch.zeros(threads, library.SUMS, channels).double(), torch.tensor([[1.0], [2], [3]])
@@ -293,7 +293,7 @@ def check_gradients(
     assert torch.equal(out.nan_to_num(99), (passed * (2 if scaled else 1)).to(out.dtype).nan_to_num(99))
     for found, terms in zip(moments.sum(0), (passed.double(), passed.double() * -3), strict=False):
         assert equal((found - terms.sum((0, 2, 3))).abs() <= 1e-6 * terms.abs().sum((0, 2, 3)), ~found.isnan())
-    found = sums.sum(0)[:outputs, ..., :channels].movedim(-1, 1) * scale.view(-1, 1, 1, 1)
+    found = sums[:outputs, ..., :channels].movedim(-1, 1) * scale.view(-1, 1, 1, 1)
     found[w.grad.isnan() & (sum(padding) > 0)] = math.nan  # torch multiplies with the padding too
     assert torch.equal(found.nan_to_num(99), w.grad.nan_to_num(99))
 
@@ -319,6 +319,17 @@ def test_a_kernel_with_tables_may_reach_far(kernels: Library) -> None:
     x, w, dilation = signs(4, 5, 2, 8), signs(9, 5, 1, 2), (1, operators._REACH)
     check_gradients(kernels, x, w, (1, 1), dilation, (0, 998), torch.float32, False, False, 1, 0)
     assert not operators.has_tables(torch.float32, (1, 2), (1, operators._REACH + 1))
+
+
+@with_tables
+def test_gradients_by_fewer_threads_than_asked_for(kernels: Library) -> None:
+    assert SHARED is not None
+    SHARED[f"use_threads_{kernels.variant}"](None, None, None)  # as in a forked process
+    try:
+        x, w, one = signs(2, 5, 4, 9), signs(9, 5, 3, 3), (1, 1)
+        check_gradients(kernels, x, w, one, one, one, torch.float32, False, False, threads=2, odd=0)
+    finally:
+        library.bind(SHARED, kernels.variant)
 
 
 # ------------------------------------------------------------------------------------------------- loading
