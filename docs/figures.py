@@ -21,7 +21,7 @@ CIFAR10 = (
     "2026-11-30-cifar10-24-epochs-seed1-float-bireal", "2026-11-30-cifar10-24-epochs-pcnn",
     "2026-11-30-cifar10-24-epochs-reactnet-bireal", "2026-11-30-bonn-plus-50-epochs",
     "2026-11-30-cifar10-100-epochs-bonn", "2026-12-01-cifar10-100-epochs-xnor",
-    "2026-12-01-cifar10-100-epochs-bireal",
+    "2026-12-01-cifar10-100-epochs-bireal", "2026-12-01-cifar10-24-epochs-seed1-reactnet-pcnn",
 )  # fmt: skip
 ESTIMATORS = {
     "ste_sign: BNN, XNOR-Net, BONN": functional.ste_sign,
