@@ -3,12 +3,12 @@
    their sum. The gradients of inputs are sums over outputs, looked up by the signs of weights; those of weights are
    sums over outputs that are neighbours in a row, looked up by the signs of inputs. All sums are float32.
 
-   registers.h and memory.h keep tables in one or the other. Each defines the work for a thread on the gradient of
-   inputs, and Weights with the steps of the work on that of weights. */
+   tables_in_registers.h and tables_in_memory.h each define the work of a thread on the gradient of inputs, and Weights
+   with the steps of the work on that of weights. */
 
 #define ITEMS 4 /* numbers of a table */
 #define ENTRIES (1 << ITEMS)
-#define STRIP 8 /* outputs */
+#define STRIP 8 /* outputs, whose weights are written as a whole */
 
 typedef struct {
     const void *grad;      /* (batch, out_height, out_width, outputs) */
@@ -79,9 +79,9 @@ INLINE void add_sums(const Gradients *k, const F *row, double *sums) {
 }
 
 #if defined(__AVX512F__)
-#include "registers.h"
+#include "tables_in_registers.h"
 #else
-#include "memory.h"
+#include "tables_in_memory.h"
 #endif
 
 EXPORT void NAME(input_gradient)(const Gradients *task, int threads) { in_threads(input_gradient_work, task, threads); }

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 SUMS = 3  # for each channel and thread, of a pass over pixels
-TILE = 8  # outputs, of kernels with tables
+STRIP = 8  # outputs: the sums of their weights are written as a whole
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _FOLDER = Path(__file__).parent
 _FILE = _FOLDER / "lib" / f"kernels.{ {'darwin': 'dylib', 'win32': 'dll'}.get(sys.platform, 'so') }"

@@ -370,7 +370,7 @@ def weight_gradient(
     outputs, image = grad.shape[1], words.shape[1:3]
     look_up = _LookUp(grad, channels, image, kernel, stride, padding, dilation)
     look_up.check("weight_gradient", {"x": words})
-    size = (outputs + -outputs % library.TILE, *kernel, channels + -channels % _LANES)
+    size = (outputs + -outputs % library.STRIP, *kernel, channels + -channels % _LANES)
     sums = torch.empty(len(look_up.parts), *size)
     for part, sum_ in zip(look_up.parts, sums, strict=True):
         look_up.run(

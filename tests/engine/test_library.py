@@ -318,6 +318,7 @@ def test_gradients_by_tables_are_those_of_torch(
 def test_a_kernel_with_tables_may_reach_far(kernels: Library) -> None:
     x, w, dilation = signs(4, 5, 2, 8), signs(9, 5, 1, 2), (1, operators._REACH)
     check_gradients(kernels, x, w, (1, 1), dilation, (0, 998), torch.float32, False, False, 1, 0)
+    assert operators.has_tables(torch.float32, (1, 2), dilation)
     assert not operators.has_tables(torch.float32, (1, 2), (1, operators._REACH + 1))
 
 
