@@ -8,7 +8,6 @@ spread around them, one per kernel; f features ``(B, D)``; c, sigma_m class mean
 and estimator.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
@@ -241,7 +240,7 @@ def bonn_scale(modulation: Tensor, *, inverse: bool = False) -> Tensor:
     (tensor(2.), tensor([0.5000, 0.2500]))
     """
     values = modulation.reciprocal() if inverse else modulation
-    return values.mean() if len(values) == 1 else values.mean(tuple(range(1, values.ndim)), keepdim=True)
+    return values.mean() if values.shape[0] == 1 else values.mean(tuple(range(1, values.ndim)), keepdim=True)
 
 
 class _Filters:
@@ -254,7 +253,7 @@ class _Filters:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``(O, ...) -> (O, N)``."""
-        return x.permute(self._order).reshape(len(x), -1).contiguous()
+        return x.permute(self._order).reshape(x.shape[0], -1).contiguous()
 
     def shared(self, modulation: Tensor) -> Tensor:
         """``(1, ...) -> (N,)``; a plane is repeated."""
@@ -262,7 +261,7 @@ class _Filters:
 
     def back(self, rows: Tensor) -> Tensor:
         """``(O, N) -> (O, ...)``."""
-        return _restored(rows.reshape(len(rows), *self._sizes), self._order)
+        return _restored(rows.reshape(rows.shape[0], *self._sizes), self._order)
 
 
 class _BonnBinarize(torch.autograd.Function):
@@ -428,32 +427,35 @@ class _PReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, slope: Tensor, before: Tensor | None, after: Tensor | None) -> Tensor:
         ctx.kinds = [None if vector is None else (vector.shape, vector.dtype) for vector in (slope, before, after)]
-        inner, outer = (_of_channels(shift, x) for shift in (before, after))
-        ctx.save_for_backward(x, slope, inner)
+        given = [slope] if before is None and after is None else [slope, before, after]
+        # A copy, because an optimizer may change them before the backward pass.
+        vectors = torch.stack([_of_channels(vector, x) for vector in given])
+        ctx.save_for_backward(x, vectors)
         if not torch.compiler.is_compiling():
-            ctx.again = functools.partial(_prelu_again, outer)
-        return cast(Tensor, operators.prelu(x, _of_channels(slope, x), inner, outer))
+            ctx.again = _prelu_again
+        return cast(Tensor, operators.prelu(x, vectors))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, slope, before = ctx.saved_tensors
+        x, vectors = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
-        dx, *sums = operators.prelu_gradient(grad, x, _of_channels(slope, x), before)
+        dx, totals = operators.prelu_gradient(grad, x, vectors)
+        slopes, passed, given = totals.unbind()
+        before = None if ctx.kinds[1] is None else -passed
         return dx, *(
-            None if kind is None else found.sum_to_size(kind[0]).to(kind[1])
-            for found, kind in zip(sums, ctx.kinds, strict=True)
+            None if kind is None or found is None else found.sum_to_size(kind[0]).to(kind[1])
+            for found, kind in zip((slopes, before, given), ctx.kinds, strict=True)
         )
 
 
-def _of_channels(vector: Tensor | None, x: Tensor) -> Tensor | None:
-    """A number for each channel of x: a copy, because an optimizer may change a shift before the backward pass."""
-    return None if vector is None else vector.to(torch.float32, copy=True).expand(x.shape[1]).contiguous()
+def _of_channels(vector: Tensor | None, x: Tensor) -> Tensor:
+    vector = x.new_zeros(()) if vector is None else vector
+    return vector.to(torch.float32).expand(x.shape[1])
 
 
-def _prelu_again(after: Tensor | None, ctx: Any) -> Tensor:
-    x, slope, before = ctx.saved_tensors
-    return cast(Tensor, operators.prelu(x, _of_channels(slope, x), before, after))
+def _prelu_again(ctx: Any) -> Tensor:
+    return cast(Tensor, operators.prelu(*ctx.saved_tensors))
 
 
 class _PlainPReLU(torch.autograd.Function):

@@ -122,12 +122,11 @@ class _SignProduct(torch.autograd.Function):
         addend: Tensor | None, scale: Tensor, mean: Tensor, invstd: Tensor, estimator: tuple[float, bool],
         statistics: bool, geometry: Geometry, dtype: torch.dtype, layout: torch.memory_format,
     ) -> Tensor:  # fmt: skip
-        alpha, shift = affine(gamma, beta, mean, invstd)
         outputs, channels = value.shape[:2]
-        low = threshold.to(torch.float32, copy=True).expand(channels).contiguous()
+        norm = _rows(gamma, beta, threshold, mean, invstd)
         magnitude = scale.abs().float().flatten().expand(outputs).contiguous()
-        words, weight = operators.signs(x, alpha, shift, low), operators.kernel_words(value)
-        ctx.save_for_backward(x, alpha, shift, low, mean, invstd, words, weight, magnitude)
+        words, weight = operators.signs(x, norm), operators.kernel_words(value)
+        ctx.save_for_backward(x, norm, words, weight, magnitude)
         dtypes = value.dtype, gamma.dtype, beta.dtype, threshold.dtype, None if bias is None else bias.dtype
         ctx.call = estimator, statistics, geometry, dtypes, threshold.shape
         top, _, left, _ = geometry.padding
@@ -144,14 +143,13 @@ class _SignProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ctx.made = None
-        x, alpha, shift, low, mean, invstd, words, weight, magnitude = ctx.saved_tensors
+        x, norm, words, weight, magnitude = ctx.saved_tensors
         (clip, parabola), statistics, geometry, dtypes, threshold_shape = ctx.call
         value_dtype, gamma_dtype, beta_dtype, threshold_dtype, bias_dtype = dtypes
         grad = grad.contiguous(memory_format=torch.channels_last)
         needs = any(ctx.needs_input_grad[:4]), ctx.needs_input_grad[4]
         top, _, left, _ = geometry.padding
         places, channels, kernel = (geometry.stride, (top, left), geometry.dilation), x.shape[1], weight.shape[1:3]
-        norm = alpha, shift, low, mean, invstd
         dx = dvalue = dgamma = dbeta = dthreshold = dbias = None
         by_tables, found = operators.has_tables(grad.dtype, kernel, geometry.dilation), None
         if not by_tables:
@@ -160,14 +158,14 @@ class _SignProduct(torch.autograd.Function):
             dsign, dvalue = geometry.gradients(grad, operators.spread(words, channels, grad.dtype), value, needs)
             if dsign is not None:
                 dsign = dsign.to(x.dtype).contiguous(memory_format=torch.channels_last)
-                found = operators.gradient(dsign, x, *norm, clip, parabola, statistics)
+                found = operators.gradient(dsign, x, norm, clip, parabola, statistics)
         if by_tables and needs[0]:
-            found = operators.input_gradient(grad, weight, magnitude, x, *norm, *places, clip, parabola, statistics)
+            found = operators.input_gradient(grad, weight, magnitude, x, norm, *places, clip, parabola, statistics)
         if by_tables and needs[1]:
             dvalue = operators.weight_gradient(grad, words, channels, kernel, *places)
         if found is not None:
-            dx, total, product = found
-            dgamma, dbeta = (product * invstd).to(gamma_dtype), total.to(beta_dtype)
+            dx, (total, product) = found[0], found[1].unbind()
+            dgamma, dbeta = (product * norm[4]).to(gamma_dtype), total.to(beta_dtype)
             dthreshold = -total.to(threshold_dtype).sum_to_size(threshold_shape)
         if ctx.needs_input_grad[5]:
             dbias = grad.sum((0, 2, 3), dtype=torch.float32).to(bias_dtype)
@@ -205,6 +203,12 @@ def affine(gamma: Tensor, beta: Tensor, mean: Tensor, invstd: Tensor) -> tuple[T
     """Factor and summand of a norm, rounded as in torch's batch norm."""
     alpha = gamma.to(invstd.dtype) * invstd
     return alpha, torch.addcmul(beta.to(invstd.dtype), mean, alpha, value=-1)
+
+
+def _rows(gamma: Tensor, beta: Tensor, threshold: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+    """A norm and the threshold behind it as the kernels take them, ``(5, C)``."""
+    low = threshold.to(torch.float32).expand(mean.shape)
+    return torch.stack((*affine(gamma, beta, mean, invstd), low, mean, invstd))
 
 
 def affine_map(x: Tensor, alpha: Tensor, shift: Tensor) -> Tensor:
@@ -261,7 +265,7 @@ class Norm(NamedTuple):
 
 def _moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if operators.takes(x) and x.is_contiguous(memory_format=torch.channels_last):
-        return cast(tuple[Tensor, Tensor], operators.moments(x))
+        return cast(tuple[Tensor, Tensor], operators.moments(x).unbind())
     if x.device.type == "cpu" and not torch.compiler.is_compiling():  # in the order of torch's batch norm
         return torch.batch_norm_update_stats(x.to(dtype), None, None, 0.0)
     variance, mean = torch.var_mean(x.to(dtype), (0, 2, 3), correction=0)
@@ -274,31 +278,28 @@ class _Normalized(torch.autograd.Function):
         ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, addend: Tensor | None, mean: Tensor, invstd: Tensor,
         statistics: bool,
     ) -> Tensor:  # fmt: skip
-        alpha, shift = affine(gamma, beta, mean, invstd)
-        ctx.save_for_backward(x, alpha, shift, mean, invstd)
+        norm = _rows(gamma, beta, mean.new_zeros(()), mean, invstd)
+        ctx.save_for_backward(x, norm)
         ctx.call = statistics, gamma.dtype, beta.dtype
         if addend is None and not torch.compiler.is_compiling():
             ctx.again = _normalized_again
-        return cast(Tensor, operators.affine(x, alpha, shift, addend))
+        return cast(Tensor, operators.affine(x, norm, addend))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, alpha, shift, mean, invstd = ctx.saved_tensors
+        x, norm = ctx.saved_tensors
         statistics, gamma_dtype, beta_dtype = ctx.call
         grad = grad.contiguous(memory_format=torch.channels_last)
         # As behind an estimator that passes everything.
-        threshold = torch.zeros_like(mean)
-        dx, total, product = operators.gradient(
-            grad, x, alpha, shift, threshold, mean, invstd, math.inf, False, statistics
-        )
+        dx, totals = operators.gradient(grad, x, norm, math.inf, False, statistics)
+        total, product = totals.unbind()
         daddend = grad if ctx.needs_input_grad[3] else None
-        return dx, (product * invstd).to(gamma_dtype), total.to(beta_dtype), daddend, None, None, None
+        return dx, (product * norm[4]).to(gamma_dtype), total.to(beta_dtype), daddend, None, None, None
 
 
 def _normalized_again(ctx: Any) -> Tensor:
-    x, alpha, shift, *_ = ctx.saved_tensors
-    return cast(Tensor, operators.affine(x, alpha, shift, None))
+    return cast(Tensor, operators.affine(*ctx.saved_tensors, None))
 
 
 def normalized_map(x: Tensor, norm: Norm, addend: Tensor | None) -> Tensor:

@@ -84,7 +84,11 @@ INLINE void add_sums(const Gradients *k, const F *row, double *sums) {
 #include "tables_in_memory.h"
 #endif
 
-EXPORT void NAME(input_gradient)(const Gradients *task, int threads) { in_threads(input_gradient_work, task, threads); }
+/* The sums that the gradients for signs have so far stay, and their totals are made. */
+EXPORT void NAME(input_gradient)(const Gradients *task, int threads) {
+    in_threads(input_gradient_work, task, threads);
+    add_threads(task->signs, threads);
+}
 
 /* ---- of the weights ---- */
 

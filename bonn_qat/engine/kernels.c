@@ -134,12 +134,13 @@ INLINE int64_t border(int64_t items, int64_t step, int thread, int threads) {
 /* ---- passes over maps ---- */
 
 typedef struct {
-    const void *a, *c;                                     /* maps that are read */
-    void *out;                                             /* and written */
-    const float *alpha, *beta, *threshold, *mean, *k1, *k2; /* a number for each channel */
-    double *sums;                                          /* (threads, SUMS, channels) */
+    const void *a, *c;                                      /* maps that are read */
+    void *out;                                              /* and written */
+    const float *alpha, *beta, *threshold, *mean, *factor;  /* a number for each channel */
+    float *totals;                                          /* (SUMS, channels): the sums over all pixels */
+    double *sums;                                           /* (threads, SUMS, channels): those of each thread */
     uint32_t *words;
-    int64_t pixels, channels;
+    int64_t pixels, channels, taps;
     float clip;
     int32_t half, parabola;
 } Task;
@@ -166,9 +167,19 @@ INLINE void publish(void) {
 #endif
 }
 
-/* Defines name(task, threads), which calls name_part for every block of pixels and of channels. The number of lanes is
-   a constant for multiples of 8 channels, where loads and stores are then single instructions. */
-#define PASS(name)                                                                                        \
+INLINE double total(const Task *k, int64_t i, int threads) {
+    double sum = 0;
+    for (int t = 0; t < threads; t++) sum += k->sums[t * SUMS * k->channels + i];
+    return sum;
+}
+
+static void add_threads(const Task *k, int threads) {
+    for (int64_t i = 0; i < SUMS * k->channels; i++) k->totals[i] = (float)total(k, i, threads);
+}
+
+/* Defines name_work, which calls name_part for every block of pixels and of channels. The number of lanes is a constant
+   for multiples of 8 channels, where loads and stores are then single instructions. */
+#define WORK(name)                                                                                        \
     INLINE void name##_share(const Task *k, int thread, int threads, int half) {                          \
         int64_t end = border(k->pixels, BLOCK, thread + 1, threads);                                      \
         for (int64_t p = border(k->pixels, BLOCK, thread, threads); p < end; p += BLOCK) {                \
@@ -187,8 +198,23 @@ INLINE void publish(void) {
             name##_share(task, thread, threads, 1);                                                       \
         else                                                                                              \
             name##_share(task, thread, threads, 0);                                                       \
-    }                                                                                                     \
-    EXPORT void NAME(name)(const Task *task, int threads) { in_threads(name##_work, task, threads); }
+    }
+
+/* A pass over all pixels, with its sums if it has some. */
+static void sum_up(Work *work, const Task *k, int threads) {
+    if (k->sums) memset(k->sums, 0, sizeof *k->sums * SUMS * (size_t)(k->channels * threads));
+    in_threads(work, k, threads);
+}
+
+/* And with their totals. */
+static void pass(Work *work, const Task *k, int threads) {
+    sum_up(work, k, threads);
+    if (k->sums) add_threads(k, threads);
+}
+
+#define PASS(name) \
+    WORK(name)     \
+    EXPORT void NAME(name)(const Task *task, int threads) { pass(name##_work, task, threads); }
 
 #define PART(name) \
     INLINE void name##_part(const Task *k, int64_t p, int64_t stop, int64_t c, int lanes, int half, double *sums)
@@ -202,6 +228,15 @@ INLINE F normed(const Task *k, int64_t p, F alpha, F beta, int64_t c, int lanes,
     return load(k->a, p * k->channels + c, lanes, half) * alpha + beta;
 }
 
+/* The mean of a block, into the last row of totals. */
+PART(origin) {
+    F sum = {0}, count = fill((float)(stop - p));
+    (void)sums;
+    for (; p < stop; p++) sum += load(k->a, p * k->channels + c, lanes, half);
+    store(k->totals, 2 * k->channels + c, sum / count, lanes, 0);
+}
+WORK(origin)
+
 /* The sums of a - mean and of its square, for a mean that need not be exact: squares of differences stay small. */
 PART(moments) {
     F origin = load(k->mean, c, lanes, 0), sum = {0}, square = {0};
@@ -213,7 +248,23 @@ PART(moments) {
     add_up(sums + c, sum, lanes);
     add_up(sums + k->channels + c, square, lanes);
 }
-PASS(moments)
+WORK(moments)
+
+/* The totals are the mean and the biased variance. */
+EXPORT void NAME(moments)(const Task *task, int threads) {
+    Task first = *task, all = *task;
+    float *mean = task->totals, *variance = mean + task->channels, *origin = variance + task->channels;
+    if (first.pixels > BLOCK) first.pixels = BLOCK;
+    origin_work(&first, 0, 1);
+    all.mean = origin;
+    sum_up(moments_work, &all, threads);
+    for (int64_t c = 0; c < task->channels; c++) {
+        double distance = total(task, c, threads) / (double)task->pixels;
+        double square = total(task, task->channels + c, threads) / (double)task->pixels - distance * distance;
+        mean[c] = (float)(origin[c] + distance);
+        variance[c] = (float)(square < 0 ? 0 : square);
+    }
+}
 
 /* Bits of alpha a + beta >= threshold, which is false for NaN. */
 PART(signs) {
@@ -230,6 +281,19 @@ PART(signs) {
     }
 }
 PASS(signs)
+
+/* Bits of a >= 0 of kernels (outputs, taps, channels) as a Convolution reads them; words are 0 before. */
+PART(kernel_words) {
+    int64_t words = (k->channels + 31) / 32;
+    uint16_t present = (uint16_t)((1u << lanes) - 1);
+    (void)sums;
+    for (; p < stop; p++) {
+        int64_t o = p / k->taps, tap = o / LANES * k->taps + p % k->taps;
+        uint16_t *halves = (uint16_t *)(k->words + (tap * words + c / 32) * LANES + o % LANES);
+        halves[c / 16 % 2] = bits_of((I)(load(k->a, p * k->channels + c, lanes, half) >= 0)) & present;
+    }
+}
+PASS(kernel_words)
 
 /* Bits to -1 and +1. */
 PART(spread) {
@@ -271,22 +335,32 @@ PART(gradient_sums) {
     add_up(sums + c, sum, lanes);
     add_up(sums + k->channels + c, product, lanes);
 }
-PASS(gradient_sums)
+WORK(gradient_sums)
 
-/* And the norm's: out = (gradient - k1 - (a - mean) k2) alpha; without k1 and k2 for constant statistics, where an a
-   that is not finite must not count. */
+/* And the norm's: out = (gradient - k1 - (a - mean) k2) alpha, where k1 and k2 are the sums' means, k2 times the square
+   of factor, 1 / std. Without a factor the statistics are constant, and an a that is not finite must not count. */
 PART(gradient) {
     F alpha = load(k->alpha, c, lanes, 0), beta = load(k->beta, c, lanes, 0), mean = load(k->mean, c, lanes, 0);
-    F threshold = load(k->threshold, c, lanes, 0), k1 = {0}, k2 = {0};
+    F threshold = load(k->threshold, c, lanes, 0), k1 = {0}, k2 = {0}, count = fill((float)k->pixels);
     (void)sums;
-    if (k->k1) k1 = load(k->k1, c, lanes, 0), k2 = load(k->k2, c, lanes, 0);
+    if (k->factor) {
+        F invstd = load(k->factor, c, lanes, 0);
+        k1 = load(k->totals, c, lanes, 0) / count;
+        k2 = load(k->totals, k->channels + c, lanes, 0) / count * (invstd * invstd);
+    }
     for (; p < stop; p++) {
         F gradient = estimated_at(k, p, alpha, beta, threshold, c, lanes, half);
-        if (k->k1) gradient = gradient - k1 - (load(k->a, p * k->channels + c, lanes, half) - mean) * k2;
+        if (k->factor) gradient = gradient - k1 - (load(k->a, p * k->channels + c, lanes, half) - mean) * k2;
         put(k, p * k->channels + c, gradient * alpha, lanes, half);
     }
 }
-PASS(gradient)
+WORK(gradient)
+
+/* Without sums, the totals are there already. */
+EXPORT void NAME(gradient)(const Task *task, int threads) {
+    if (task->sums) pass(gradient_sums_work, task, threads);
+    in_threads(gradient_work, task, threads);
+}
 
 /* out = alpha a + beta, plus a map c if there is one. */
 PART(affine) {
@@ -354,14 +428,14 @@ PART(latent_gradient) {
 }
 PASS(latent_gradient)
 
-/* Of BONN's kernel loss, with a number for each filter in threshold (its scale), mean (mu) and k1 (the factor of the
+/* Of BONN's kernel loss, with a number for each filter in threshold (its scale), mean (mu) and factor (of the
    second part): clip times the gradient of a, (13), and the sums of |a| (alpha |a| - threshold), (16). */
 PART(kernel_gradient) {
     F w = load(k->alpha, c, lanes, 0), sum = {0};
     for (; p < stop; p++) {
         int64_t at = p * k->channels + c;
         F x = load(k->a, at, lanes, half), size = magnitude(x), error = w * size - k->threshold[p];
-        F gradient = (error * w + (size - k->mean[p]) * k->k1[p]) * k->clip;
+        F gradient = (error * w + (size - k->mean[p]) * k->factor[p]) * k->clip;
         put(k, at, pick((I)(x >= 0), gradient, -gradient), lanes, half);
         sum += size * error;
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-SUMS = 3  # for each channel and thread, of a pass over pixels
+SUMS = 3  # at most, for each channel, of a pass over pixels
 STRIP = 8  # outputs: the sums of their weights are written as a whole
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _FOLDER = Path(__file__).parent
@@ -23,9 +23,9 @@ class Task(ctypes.Structure):
     """A pass over maps. Pointers are ``data_ptr()``s; None where a kernel does not read them."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("a", "c", "out", "alpha", "beta", "threshold", "mean", "k1", "k2")),
-        *((name, ctypes.c_void_p) for name in ("sums", "words")),
-        *((name, ctypes.c_int64) for name in ("pixels", "channels")),
+        *((name, ctypes.c_void_p) for name in ("a", "c", "out", "alpha", "beta", "threshold", "mean", "factor")),
+        *((name, ctypes.c_void_p) for name in ("totals", "sums", "words")),
+        *((name, ctypes.c_int64) for name in ("pixels", "channels", "taps")),
         ("clip", ctypes.c_float),
         *((name, ctypes.c_int32) for name in ("half", "parabola")),
     )
@@ -77,8 +77,8 @@ class Library:
     variant: str
     moments: Pass
     signs: Pass
+    kernel_words: Pass
     spread: Pass
-    gradient_sums: Pass
     gradient: Pass
     affine: Pass
     prelu: Pass
@@ -163,7 +163,7 @@ def bind(shared: ctypes.CDLL, variant: str) -> Library:
         # A forked process has none of the threads, and OpenMP would wait for them forever.
         os.register_at_fork(after_in_child=lambda: use_threads(None, None, None))
     passes = (
-        "moments", "signs", "spread", "gradient_sums", "gradient", "affine", "prelu", "prelu_gradient",
+        "moments", "signs", "kernel_words", "spread", "gradient", "affine", "prelu", "prelu_gradient",
         "latent_gradient", "kernel_gradient", "kernel_sums",
     )  # fmt: skip
     tables = None

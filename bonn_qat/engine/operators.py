@@ -78,52 +78,50 @@ def _threads(elements: int) -> int:
     return torch.get_num_threads() if elements >= _PARALLEL else 1
 
 
-def _run(
-    name: str,
-    like: Tensor,
-    tensors: Mapping[str, Tensor | None],
-    *,
-    sums: int = 0,
-    of_pixels: Sequence[str] = (),
-    into: Tensor | None = None,
-    **values: Any,
-) -> list[Tensor]:
-    """Run a pass over maps of the shape of ``like``; returns ``sums`` of its sums over pixels, in double.
-
-    Tensors that are not maps have a number for each channel, but those ``of_pixels`` for each pixel; None is one that
-    the pass does without. ``into`` gets the sums of a pass whose sums are not over pixels.
-    """
-    batch, channels, height, width = like.shape
-    pixels, threads = batch * height * width, _threads(like.numel())
-    partial = torch.zeros(threads, library.SUMS, channels, dtype=torch.float64) if sums else None
-    for key, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if key in _MAPS:
-            good = tensor.shape == like.shape and tensor.dtype == like.dtype
-            good = good and tensor.is_contiguous(memory_format=torch.channels_last)
-        else:
-            size, dtype = (pixels * -(-channels // 32), torch.int32) if key == "words" else (channels, torch.float32)
-            size = pixels if key in of_pixels else size
-            good = tensor.is_contiguous() and tensor.numel() == size and tensor.dtype == dtype
-        if not good:
-            raise RuntimeError(f"{name}: {key} is {tensor.dtype} {tuple(tensor.shape)}; the map {tuple(like.shape)}")
-        values[key] = tensor.data_ptr()
-    sums_of = into if partial is None else partial
-    values["sums"] = None if sums_of is None else sums_of.data_ptr()
+def _kernels() -> library.Library:
     kernels = library.load()
     assert kernels is not None
-    task = library.Task(pixels=pixels, channels=channels, half=like.dtype == torch.bfloat16, **values)
-    getattr(kernels, name)(task, threads)
-    return [] if partial is None else list(partial.sum(0)[:sums].unbind())
+    return kernels
 
 
-_MAPS = {"a", "c", "out"}
-_NORM = ("alpha", "beta", "threshold", "mean")
+def _rows(name: str, tensor: Tensor, keys: Sequence[str], count: int) -> dict[str, int]:
+    """Where each row of a tensor ``(len(keys), count)`` begins."""
+    if not (tensor.is_contiguous() and tensor.numel() == len(keys) * count and tensor.dtype == torch.float32):
+        wanted = f"{len(keys)} x {count} numbers ({', '.join(keys)})"
+        raise RuntimeError(f"{name}: a tensor {tensor.dtype} {tuple(tensor.shape)} for {wanted}")
+    start = tensor.data_ptr()
+    return {key: start + 4 * count * row for row, key in enumerate(keys)}
 
 
-def _vectors(x: Tensor, count: int) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(count))
+def _norm(name: str, norm: Tensor, x: Tensor) -> dict[str, int]:
+    return _rows(name, norm, ("alpha", "beta", "threshold", "mean", "factor"), x.shape[1])
+
+
+def _run(name: str, like: Tensor, maps: Mapping[str, Tensor | None], **values: Any) -> None:
+    """Run a pass over maps of the shape of ``like``; None is a map that the pass does without."""
+    batch, channels, height, width = like.shape
+    for key, map_ in maps.items():
+        if map_ is None:
+            continue
+        good = map_.shape == like.shape and map_.dtype == like.dtype
+        if not (good and map_.is_contiguous(memory_format=torch.channels_last)):
+            raise RuntimeError(f"{name}: {key} is {map_.dtype} {tuple(map_.shape)}; the map {tuple(like.shape)}")
+        values[key] = map_.data_ptr()
+    half = like.dtype == torch.bfloat16
+    task = library.Task(pixels=batch * height * width, channels=channels, half=half, **values)
+    getattr(_kernels(), name)(task, _threads(like.numel()))
+
+
+def _totals(name: str, like: Tensor, count: int, maps: Mapping[str, Tensor | None], **values: Any) -> Tensor:
+    """Run a pass; returns its first ``count`` sums over all pixels, ``(count, C)``."""
+    totals = torch.empty(library.SUMS, like.shape[1])
+    sums = torch.empty(_threads(like.numel()), *totals.shape, dtype=torch.float64)
+    _run(name, like, maps, totals=totals.data_ptr(), sums=sums.data_ptr(), **values)
+    return totals[:count]
+
+
+def _no_totals(count: int, x: Tensor) -> Tensor:
+    return x.new_empty((count, x.shape[1]), dtype=torch.float32)
 
 
 def _no_words(x: Tensor, *_: Any) -> Tensor:
@@ -131,22 +129,20 @@ def _no_words(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty((batch, height, width, -(-channels // 32)), dtype=torch.int32)
 
 
-@_operator("moments(Tensor x) -> (Tensor, Tensor)", lambda x: _vectors(x, 2))
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean and the biased variance of each channel."""
-    origin = x[:1].mean((0, 2, 3), dtype=torch.float32)  # of the first image
-    first, second = _run("moments", x, {"a": x, "mean": origin}, sums=2)
-    count = x.numel() // x.shape[1]
-    first /= count
-    variance = (second / count - first.square()).clamp_(min=0)
-    return (first + origin).float(), variance.float()
+@_operator("moments(Tensor x) -> Tensor", functools.partial(_no_totals, 2))
+def moments(x: Tensor) -> Tensor:
+    """The mean and the biased variance of each channel, ``(2, C)``."""
+    return _totals("moments", x, 2, {"a": x})
 
 
-@_operator("signs(Tensor x, Tensor alpha, Tensor beta, Tensor threshold) -> Tensor", _no_words)
-def signs(x: Tensor, alpha: Tensor, beta: Tensor, threshold: Tensor) -> Tensor:
-    """The words of ``alpha x + beta >= threshold``, where the left side is rounded once."""
+@_operator("signs(Tensor x, Tensor norm) -> Tensor", _no_words)
+def signs(x: Tensor, norm: Tensor) -> Tensor:
+    """The words of ``alpha x + beta >= threshold``, where the left side is rounded once.
+
+    ``norm`` ``(5, C)`` is alpha, beta, threshold, mean and 1 / std, here and below.
+    """
     words = _no_words(x)
-    _run("signs", x, {"a": x, "alpha": alpha, "beta": beta, "threshold": threshold, "words": words})
+    _run("signs", x, {"a": x}, words=words.data_ptr(), **_norm("signs", norm, x))
     return words
 
 
@@ -158,8 +154,10 @@ def _no_map(words: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
 @_operator("spread(Tensor words, int channels, ScalarType dtype) -> Tensor", _no_map)
 def spread(words: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """Words as a map of -1 and +1."""
+    if not (words.shape[3] == -(-channels // 32) and words.is_contiguous() and words.dtype == torch.int32):
+        raise RuntimeError(f"spread: words are {words.dtype} {tuple(words.shape)}, for {channels} channels")
     out = _no_map(words, channels, dtype)
-    _run("spread", out, {"out": out, "words": words})
+    _run("spread", out, {"out": out}, words=words.data_ptr())
     return out
 
 
@@ -221,8 +219,6 @@ def convolve(
         fits = fits and addend.is_contiguous(memory_format=torch.channels_last)
     if not fits:
         raise RuntimeError(f"convolve: words {tuple(words.shape)}, weight {tuple(weight.shape)}, {channels} channels")
-    kernels = library.load()
-    assert kernels is not None
     pixels = out.numel() // outputs
     for part in _parts(batch, (height, width), size, (rows, columns), stride, padding):
         task = library.Convolution(
@@ -232,18 +228,22 @@ def convolve(
             out_width=part.size[1], outputs=outputs, rows=rows, columns=columns, stride=tuple(stride),
             padding=tuple(padding), dilation=tuple(dilation), half=dtype == torch.bfloat16,
         )  # fmt: skip
-        kernels.convolve(task, _threads(out.numel() * channels // 16))
+        _kernels().convolve(task, _threads(out.numel() * channels // 16))
     return out
 
 
+def _no_kernel_words(value: Tensor) -> Tensor:
+    outputs, channels, rows, columns = value.shape
+    return value.new_empty((-(-outputs // _LANES), rows, columns, -(-channels // 32), _LANES), dtype=torch.int32)
+
+
+@_operator("kernel_words(Tensor value) -> Tensor", _no_kernel_words)
 def kernel_words(value: Tensor) -> Tensor:
     """The signs of kernels ``(O, I, kh, kw)`` as :func:`convolve` reads them: ``(ceil(O / 16), kh, kw, words, 16)``."""
-    value = value.float().contiguous(memory_format=torch.channels_last)
-    one, zero = value.new_ones(value.shape[1]), value.new_zeros(value.shape[1])
-    words: Tensor = signs(value, one, zero, zero)
-    words = torch.nn.functional.pad(words, (0, 0, 0, 0, 0, 0, 0, -len(words) % _LANES))
-    blocks = words.view(-1, _LANES, *words.shape[1:])
-    return blocks.permute(0, 2, 3, 4, 1).contiguous()
+    words = _no_kernel_words(value).zero_()
+    value = value.contiguous(memory_format=torch.channels_last)
+    _run("kernel_words", value, {"a": value}, words=words.data_ptr(), taps=value.shape[2] * value.shape[3])
+    return words
 
 
 def kernel_signs(words: Tensor, outputs: int, channels: int, dtype: torch.dtype) -> Tensor:
@@ -281,7 +281,6 @@ class _LookUp:
         wanted = {
             "x": ((batch, *self.image, self.words), torch.int32), "scale": ((outputs,), torch.float32),
             "w": ((-(-outputs // _LANES), *self.kernel, self.words, _LANES), torch.int32),
-            **dict.fromkeys((*_NORM, "invstd"), ((self.channels,), torch.float32)),
         }  # fmt: skip
         fits = grad.is_contiguous(memory_format=torch.channels_last) and grad.dtype in (torch.float32, torch.bfloat16)
         for key, tensor in tensors.items():
@@ -293,64 +292,55 @@ class _LookUp:
 
     def run(self, name: str, part: _Part, **arguments: Any) -> None:
         """Run a kernel of :class:`library.Tables` on a part."""
-        kernels = library.load()
-        assert kernels is not None
-        assert kernels.tables is not None
+        tables = _kernels().tables
+        assert tables is not None
         task = library.Gradients(
             grad=part.pointer(self.grad, self.pixels), batch=part.batch, height=part.image[0], width=part.image[1],
             words=self.words, channels=self.channels, out_height=part.size[0], out_width=part.size[1],
             outputs=self.grad.shape[1], rows=self.kernel[0], columns=self.kernel[1],
             half=self.grad.dtype == torch.bfloat16, **self.places, **arguments,
         )  # fmt: skip
-        size = kernels.tables.scratch_size(task)
+        size = tables.scratch_size(task)
         scratch = torch.empty(self.threads * size, dtype=torch.uint8)  # where torch allocates, a cache line begins
         task.scratch_size, task.scratch = size, scratch.data_ptr()
-        getattr(kernels.tables, name)(task, self.threads)
+        getattr(tables, name)(task, self.threads)
 
 
 @_operator(
-    "input_gradient(Tensor grad, Tensor weight, Tensor scale, Tensor x, Tensor alpha, Tensor beta, Tensor threshold, "
-    "Tensor mean, Tensor invstd, int[] stride, int[] padding, int[] dilation, float clip, bool parabola, "
-    "bool statistics) -> (Tensor, Tensor, Tensor)",
-    lambda grad, weight, scale, x, *_: (torch.empty_like(x), *_vectors(x, 2)),
+    "input_gradient(Tensor grad, Tensor weight, Tensor scale, Tensor x, Tensor norm, int[] stride, int[] padding, "
+    "int[] dilation, float clip, bool parabola, bool statistics) -> (Tensor, Tensor)",
+    lambda grad, weight, scale, x, *_: (torch.empty_like(x), _no_totals(2, x)),
 )
 def input_gradient(
-    grad: Tensor, weight: Tensor, scale: Tensor, x: Tensor, alpha: Tensor, beta: Tensor, threshold: Tensor,
-    mean: Tensor, invstd: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], clip: float,
-    parabola: bool, statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor, weight: Tensor, scale: Tensor, x: Tensor, norm: Tensor, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], clip: float, parabola: bool, statistics: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradient ``grad`` of :func:`convolve`'s output becomes that of its signs, and goes on as in :func:`gradient`.
 
     The second part is rounded less often than there.
     """
     fits = x.is_contiguous(memory_format=torch.channels_last) and x.dtype in (torch.float32, torch.bfloat16)
-    if not fits or len(x) != len(grad):
+    if not fits or x.shape[0] != grad.shape[0]:
         raise RuntimeError(f"input_gradient: x is {x.dtype} {tuple(x.shape)}; the gradient {tuple(grad.shape)}")
-    look_up = _LookUp(grad, x.shape[1], x.shape[2:], weight.shape[1:3], stride, padding, dilation)
-    norm = {"alpha": alpha, "beta": beta, "threshold": threshold, "mean": mean}
-    look_up.check("input_gradient", {"w": weight, "scale": scale, **norm, "invstd": invstd})
-    out, pixels = torch.empty_like(x), x.numel() // x.shape[1]
-    vectors = {key: vector.data_ptr() for key, vector in norm.items()}
-    sums = torch.zeros(len(look_up.parts), look_up.threads, library.SUMS, x.shape[1], dtype=torch.float64)
-    for part, sum_ in zip(look_up.parts, sums, strict=True):
+    channels = x.shape[1]
+    look_up = _LookUp(grad, channels, x.shape[2:], weight.shape[1:3], stride, padding, dilation)
+    look_up.check("input_gradient", {"w": weight, "scale": scale})
+    out, pixels, pointers = torch.empty_like(x), x.numel() // channels, _norm("input_gradient", norm, x)
+    totals = torch.empty(library.SUMS, channels)
+    sums = torch.zeros(look_up.threads, *totals.shape, dtype=torch.float64)
+    for part in look_up.parts:
         signs = library.Task(
-            a=part.pointer(x, pixels), sums=sum_.data_ptr(), clip=clip, parabola=parabola, **vectors
+            a=part.pointer(x, pixels), channels=channels, sums=sums.data_ptr(), totals=totals.data_ptr(), clip=clip,
+            parabola=parabola, **pointers,
         )  # fmt: skip
         look_up.run(
             "input_gradient", part, w=weight.data_ptr(), scale=scale.data_ptr(), signs=ctypes.pointer(signs),
             out=part.pointer(out, pixels), out_half=x.dtype == torch.bfloat16, scaled=not statistics,
         )  # fmt: skip
-    total, product = (both.float() for both in sums.sum((0, 1))[:2])
     if statistics:  # the estimator has been applied
-        passes = {"a": x, "c": out, "out": out, **norm, **_mean_factors(total, product, x, invstd)}
-        _run("gradient", x, passes, clip=math.inf, parabola=False)
-    return out, total, product
-
-
-def _mean_factors(total: Tensor, product: Tensor, x: Tensor, invstd: Tensor) -> dict[str, Tensor]:
-    """What goes through the statistics of a norm."""
-    count = x.numel() // x.shape[1]
-    return {"k1": total / count, "k2": product / count * invstd.square()}
+        maps = {"a": x, "c": out, "out": out}
+        _run("gradient", x, maps, totals=totals.data_ptr(), clip=math.inf, parabola=False, **pointers)
+    return out, totals[:2]
 
 
 def _no_weights(grad: Tensor, words: Tensor, channels: int, kernel: Sequence[int], *_: Any) -> Tensor:
@@ -371,72 +361,63 @@ def weight_gradient(
     look_up = _LookUp(grad, channels, image, kernel, stride, padding, dilation)
     look_up.check("weight_gradient", {"x": words})
     size = (outputs + -outputs % library.STRIP, *kernel, channels + -channels % _LANES)
-    sums = torch.empty(len(look_up.parts), *size)
+    sums = [torch.empty(size) for _ in look_up.parts]
     for part, sum_ in zip(look_up.parts, sums, strict=True):
         look_up.run(
             "weight_gradient", part, x=part.pointer(words, words.numel() // words.shape[-1]), sums=sum_.data_ptr()
         )
-    total = functools.reduce(torch.add, sums)[:outputs, ..., :channels]
-    return _no_weights(grad, words, channels, kernel).copy_(total.permute(0, 3, 1, 2))
+    total: Tensor = functools.reduce(torch.add, sums)[:outputs, ..., :channels]
+    return total.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
 @_operator(
-    "gradient(Tensor grad, Tensor x, Tensor alpha, Tensor beta, Tensor threshold, Tensor mean, Tensor invstd, "
-    "float clip, bool parabola, bool statistics) -> (Tensor, Tensor, Tensor)",
-    lambda grad, x, *_: (torch.empty_like(x), *_vectors(x, 2)),
+    "gradient(Tensor grad, Tensor x, Tensor norm, float clip, bool parabola, bool statistics) -> (Tensor, Tensor)",
+    lambda grad, x, *_: (torch.empty_like(x), _no_totals(2, x)),
 )
 def gradient(
-    grad: Tensor, x: Tensor, alpha: Tensor, beta: Tensor, threshold: Tensor, mean: Tensor, invstd: Tensor,
-    clip: float, parabola: bool, statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor, x: Tensor, norm: Tensor, clip: float, parabola: bool, statistics: bool
+) -> tuple[Tensor, Tensor]:
     """The gradient of a sign through its estimator and the norm before it, to x.
 
     With u = ``alpha x + beta - threshold``, the estimator passes ``grad [|u| < clip]``, or ``grad max(0, 2 - 2|u|)`` if
     it is a ``parabola``. ``statistics`` says that the norm's were those of x. Also returns the sums over all pixels of
-    what the estimator passes, and of its product with ``x - mean``.
+    what the estimator passes, and of its product with ``x - mean``: ``(2, C)``.
     """
-    tensors = {"a": x, "c": grad, "alpha": alpha, "beta": beta, "threshold": threshold, "mean": mean}
-    constants: dict[str, Any] = {"clip": clip, "parabola": parabola}
-    total, product = (sums.float() for sums in _run("gradient_sums", x, tensors, sums=2, **constants))
-    out, factors = torch.empty_like(x), _mean_factors(total, product, x, invstd) if statistics else {}
-    _run("gradient", x, tensors | factors | {"out": out}, **constants)
-    return out, total, product
+    out, pointers = torch.empty_like(x), _norm("gradient", norm, x)
+    if not statistics:
+        del pointers["factor"]
+    maps = {"a": x, "c": grad, "out": out}
+    return out, _totals("gradient", x, 2, maps, clip=clip, parabola=parabola, **pointers)
 
 
-@_operator(
-    "affine(Tensor x, Tensor alpha, Tensor beta, Tensor? addend) -> Tensor",
-    lambda x, alpha, beta, addend: torch.empty_like(x),
-)
-def affine(x: Tensor, alpha: Tensor, beta: Tensor, addend: Tensor | None) -> Tensor:
+@_operator("affine(Tensor x, Tensor norm, Tensor? addend) -> Tensor", lambda x, norm, addend: torch.empty_like(x))
+def affine(x: Tensor, norm: Tensor, addend: Tensor | None) -> Tensor:
     """``alpha x + beta``, plus ``addend``, a map like x."""
     out = torch.empty_like(x)
-    _run("affine", x, {"a": x, "alpha": alpha, "beta": beta, "c": addend, "out": out})
+    _run("affine", x, {"a": x, "c": addend, "out": out}, **_norm("affine", norm, x))
+    return out
+
+
+def _vectors(name: str, vectors: Tensor, x: Tensor) -> dict[str, int]:
+    return _rows(name, vectors, ("alpha", "threshold", "beta")[: vectors.shape[0]], x.shape[1])
+
+
+@_operator("prelu(Tensor x, Tensor vectors) -> Tensor", lambda x, vectors: torch.empty_like(x))
+def prelu(x: Tensor, vectors: Tensor) -> Tensor:
+    """``PReLU(x - before) + after``; ``vectors`` is the slope ``(1, C)``, or slope, before and after ``(3, C)``."""
+    out = torch.empty_like(x)
+    _run("prelu", x, {"a": x, "out": out}, **_vectors("prelu", vectors, x))
     return out
 
 
 @_operator(
-    "prelu(Tensor x, Tensor slope, Tensor? before, Tensor? after) -> Tensor",
-    lambda x, slope, before, after: torch.empty_like(x),
+    "prelu_gradient(Tensor grad, Tensor x, Tensor vectors) -> (Tensor, Tensor)",
+    lambda grad, x, vectors: (torch.empty_like(x), _no_totals(3, x)),
 )
-def prelu(x: Tensor, slope: Tensor, before: Tensor | None, after: Tensor | None) -> Tensor:
-    """``PReLU(x - before) + after``, all but x ``(C,)``."""
-    out = torch.empty_like(x)
-    _run("prelu", x, {"a": x, "alpha": slope, "threshold": before, "beta": after, "out": out})
-    return out
-
-
-@_operator(
-    "prelu_gradient(Tensor grad, Tensor x, Tensor slope, Tensor? before) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda grad, x, slope, before: (torch.empty_like(x), *_vectors(x, 3)),
-)
-def prelu_gradient(
-    grad: Tensor, x: Tensor, slope: Tensor, before: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradient of :func:`prelu`'s output becomes those of x, slope, before and after."""
-    out = torch.empty_like(x)
-    tensors = {"a": x, "c": grad, "alpha": slope, "threshold": before, "out": out}
-    slopes, passed, given = (sums.float() for sums in _run("prelu_gradient", x, tensors, sums=3))
-    return out, slopes, -passed, given
+def prelu_gradient(grad: Tensor, x: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of :func:`prelu`'s output becomes those of x, and of slope, -before and after ``(3, C)``."""
+    out, maps = torch.empty_like(x), {"a": x, "c": grad}
+    return out, _totals("prelu_gradient", x, 3, maps | {"out": out}, **_vectors("prelu_gradient", vectors, x))
 
 
 def takes_filters(latent: Tensor, modulation: Tensor) -> bool:
@@ -454,10 +435,9 @@ def takes_filters(latent: Tensor, modulation: Tensor) -> bool:
 )
 def latent_gradient(grad: Tensor, latent: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of latents X ``(O, N)`` and modulation w ``(N,)`` by BONN's (12) and (15), from that of X^."""
-    out = torch.empty_like(latent)
-    tensors = {"a": _filters(latent), "c": _filters(grad), "alpha": modulation, "out": _filters(out)}
-    (sums,) = _run("latent_gradient", tensors["a"], tensors, sums=1)
-    return out, sums.float()
+    out, rows = torch.empty_like(latent), _filters(latent)
+    maps, pointers = {"a": rows, "c": _filters(grad), "out": _filters(out)}, _modulation(modulation, rows)
+    return out, _totals("latent_gradient", rows, 1, maps, **pointers)[0]
 
 
 @_operator(
@@ -469,9 +449,9 @@ def kernel_sums(latent: Tensor, modulation: Tensor, scale: Tensor, mu: Tensor) -
 
     Latents ``(O, N)``, modulation w ``(N,)``, scale and mu ``(O,)``.
     """
-    totals = latent.new_empty((len(latent), 3), dtype=torch.float64)
-    tensors = {"a": _filters(latent), "alpha": modulation, "threshold": scale, "mean": mu}
-    _run("kernel_sums", tensors["a"], tensors, of_pixels=("threshold", "mean"), into=totals)
+    totals, rows = latent.new_empty((len(latent), 3), dtype=torch.float64), _filters(latent)
+    filters = _of_filters("kernel_sums", rows, threshold=scale, mean=mu)
+    _run("kernel_sums", rows, {"a": rows}, sums=totals.data_ptr(), **filters, **_modulation(modulation, rows))
     return totals
 
 
@@ -487,12 +467,18 @@ def kernel_gradient(
 
     ``factor`` ``(O,)`` is ``nu / sigma^2``; the rest as for :func:`kernel_sums`.
     """
-    out, times = torch.empty_like(latent), float(grad)
-    tensors = {"a": _filters(latent), "alpha": modulation, "threshold": scale, "mean": mu, "k1": factor}
-    tensors["out"] = _filters(out)
-    of_pixels = ("threshold", "mean", "k1")
-    (sums,) = _run("kernel_gradient", tensors["a"], tensors, sums=1, of_pixels=of_pixels, clip=times)
-    return out, (sums * times).float()
+    out, rows, times = torch.empty_like(latent), _filters(latent), float(grad)
+    filters = _of_filters("kernel_gradient", rows, threshold=scale, mean=mu, factor=factor)
+    maps, pointers = {"a": rows, "out": _filters(out)}, _modulation(modulation, rows)
+    return out, _totals("kernel_gradient", rows, 1, maps, clip=times, **filters, **pointers)[0] * times
+
+
+def _modulation(modulation: Tensor, rows: Tensor) -> dict[str, int]:
+    return _rows("modulation", modulation, ("alpha",), rows.shape[1])
+
+
+def _of_filters(name: str, rows: Tensor, **vectors: Tensor) -> dict[str, int]:
+    return {key: _rows(name, vector, (key,), rows.shape[0])[key] for key, vector in vectors.items()}
 
 
 def _filters(rows: Tensor) -> Tensor:

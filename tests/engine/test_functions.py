@@ -645,7 +645,7 @@ def operators_and_arguments() -> dict[str, tuple[Any, ...]]:
     single = torch.float32
     return {
         "convolve": (words, weight, scale, scale, grad, 40, *places, (3, 4), single),
-        "input_gradient": (grad, weight, scale, maps(2, 40, 6, 6), *torch.ones(5, 40), *places, 1.0, False, True),
+        "input_gradient": (grad, weight, scale, maps(2, 40, 6, 6), torch.ones(5, 40), *places, 1.0, False, True),
         "weight_gradient": (grad, words, 40, (3, 3), *places),
     }
 
