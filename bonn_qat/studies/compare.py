@@ -82,8 +82,8 @@ def compare(
     that diverges is reported as failed, and the others go on.
 
     Several processes, on one machine or on many that see ``directory``, may make the same call at once: each takes the
-    next run that no other is training. ``elsewhere`` of the result names the runs that others were still training at
-    the end; with ``waits`` it waits for these, and takes over what another process left.
+    next run that no other is training, and in the end takes over what another has left unfinished. ``elsewhere`` of the
+    result names the runs that others were still training then; with ``waits`` it waits for these.
 
     ``jobs`` above 1 starts that many such processes: several on one GPU where the kernels are too small to fill it, or
     as many as there are cores, which they share as threads unless ``OMP_NUM_THREADS`` is set. With the same number of

@@ -43,17 +43,21 @@ def in_turn(
 ) -> None:
     """Run one recipe after another in this process, except those that other processes are training.
 
-    With ``waits`` it then waits for these, and trains what the others left unfinished. ``begins`` is called before
+    What these leave unfinished meanwhile is trained too; with ``waits`` it waits for them. ``begins`` is called before
     each attempt. Other arguments and errors as for :func:`run`.
     """
-    left = list(recipes)
-    for waits_now in (False, True) if waits else (False,):
+    left, waits_now = list(recipes), False
+    while left:
         elsewhere = []
         for recipe in left:
             begins(recipe)
             outcome = run(recipe, data, directory, pm=pm, waits=waits_now, device=device)
             if isinstance(outcome, Elsewhere):
                 elsewhere.append(recipe)
+        if len(elsewhere) == len(left):
+            if not waits:
+                return
+            waits_now = True
         left = elsewhere
 
 

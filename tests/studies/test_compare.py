@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import errno
 import json
@@ -10,8 +11,10 @@ import torch
 
 from bonn_qat import hookimpl, plugins
 from bonn_qat.errors import InvalidData, InvalidRecipe, UnknownName
+from bonn_qat.files.locks import locked
 from bonn_qat.studies.compare import compare, plan
 from bonn_qat.studies.comparison import PAGE, read_comparison
+from bonn_qat.studies.run import lock_of
 from bonn_qat.training import data
 from bonn_qat.training.network import build
 from bonn_qat.training.recipe import Recipe
@@ -39,6 +42,27 @@ def test_a_plan_crosses_schemes_latents_and_seeds_and_runs_the_float_network_onc
         plan(RECIPE, schemes=["xnorr"])
     with pytest.raises(InvalidRecipe, match="no scheme to compare"):
         plan(RECIPE, schemes=[])
+
+
+def test_what_another_process_leaves_unfinished_is_taken_over(tmp_path: Path, digits: data.Data) -> None:
+    left, ours = planned = plan(RECIPE, schemes=["bonn"], seeds=range(2))
+    lock_of(tmp_path, left.name).parent.mkdir()
+    begun: list[int] = []
+    with contextlib.ExitStack() as other:
+        assert other.enter_context(locked(lock_of(tmp_path, left.name), waits=False))
+
+        class Observer:
+            @hookimpl
+            def bonn_qat_before_run(self, recipe: Recipe) -> None:
+                begun.append(recipe.seed)
+                other.close()  # during the first run
+
+        pm = plugins.create_manager()
+        pm.register(Observer())
+        found = compare(planned, digits, tmp_path, pm=pm)
+    assert begun == [ours.seed, left.seed]
+    assert [result.name for result in found.results] == _names(planned)
+    assert not found.elsewhere
 
 
 def test_a_scheme_comes_with_options_of_its_own(tmp_path: Path, digits: data.Data) -> None:
