@@ -25,7 +25,11 @@ def sign_words(x: Tensor, thresholds: Tensor, groups: int) -> Tensor:
     low, high = thresholds.contiguous()
     if has_kernels(x, groups) and x.numel():
         x, one, zero = x.contiguous(memory_format=torch.channels_last), torch.ones_like(low), torch.zeros_like(low)
-        return engine.signs(x, one, zero, low) & engine.signs(x, -one, zero, -high)  # type: ignore[no-any-return]
+        above, below = (
+            engine.signs(x, torch.stack((factor, zero, threshold, zero, zero)))
+            for factor, threshold in ((one, low), (-one, -high))
+        )
+        return above & below  # type: ignore[no-any-return]
     pixels = x.permute(0, 2, 3, 1)
     return encode_signs((pixels >= low) & (pixels <= high), groups)
 
