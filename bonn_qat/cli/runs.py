@@ -71,8 +71,7 @@ def compare(
     """Train the same network under several schemes, and report accuracy, size and the latent weights.
 
     The same command with the same output directory may be started several times, on one machine or on many: each
-    process takes the next run that no other is training, and in the end what
-    another has left unfinished.
+    process takes the next run that no other is training, and in the end what another has left unfinished.
     """
     from bonn_qat import plugins
     from bonn_qat.studies import compare as comparing

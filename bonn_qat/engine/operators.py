@@ -84,7 +84,7 @@ def _kernels() -> library.Library:
     return kernels
 
 
-def _rows(name: str, tensor: Tensor, keys: Sequence[str], count: int) -> dict[str, int]:
+def _pointers(name: str, tensor: Tensor, keys: Sequence[str], count: int) -> dict[str, int]:
     """Where each row of a tensor ``(len(keys), count)`` begins."""
     if not (tensor.is_contiguous() and tensor.numel() == len(keys) * count and tensor.dtype == torch.float32):
         wanted = f"{len(keys)} x {count} numbers ({', '.join(keys)})"
@@ -94,7 +94,7 @@ def _rows(name: str, tensor: Tensor, keys: Sequence[str], count: int) -> dict[st
 
 
 def _norm(name: str, norm: Tensor, x: Tensor) -> dict[str, int]:
-    return _rows(name, norm, ("alpha", "beta", "threshold", "mean", "factor"), x.shape[1])
+    return _pointers(name, norm, ("alpha", "beta", "threshold", "mean", "factor"), x.shape[1])
 
 
 def _run(name: str, like: Tensor, maps: Mapping[str, Tensor | None], **values: Any) -> None:
@@ -399,7 +399,7 @@ def affine(x: Tensor, norm: Tensor, addend: Tensor | None) -> Tensor:
 
 
 def _vectors(name: str, vectors: Tensor, x: Tensor) -> dict[str, int]:
-    return _rows(name, vectors, ("alpha", "threshold", "beta")[: vectors.shape[0]], x.shape[1])
+    return _pointers(name, vectors, ("alpha", "threshold", "beta")[: vectors.shape[0]], x.shape[1])
 
 
 @_operator("prelu(Tensor x, Tensor vectors) -> Tensor", lambda x, vectors: torch.empty_like(x))
@@ -474,11 +474,11 @@ def kernel_gradient(
 
 
 def _modulation(modulation: Tensor, rows: Tensor) -> dict[str, int]:
-    return _rows("modulation", modulation, ("alpha",), rows.shape[1])
+    return _pointers("modulation", modulation, ("alpha",), rows.shape[1])
 
 
 def _of_filters(name: str, rows: Tensor, **vectors: Tensor) -> dict[str, int]:
-    return {key: _rows(name, vector, (key,), rows.shape[0])[key] for key, vector in vectors.items()}
+    return {key: _pointers(name, vector, (key,), rows.shape[0])[key] for key, vector in vectors.items()}
 
 
 def _filters(rows: Tensor) -> Tensor:

@@ -204,6 +204,18 @@ def kernel_words(w: Tensor) -> Tensor:
     return words.unflatten(0, (-1, 16)).movedim(1, -1).contiguous()
 
 
+@pytest.mark.skipif(not VARIANTS, reason="no kernels")
+@given(st.tuples(st.integers(1, 40), st.integers(1, 70), st.integers(1, 3), st.integers(1, 3)), st.booleans())
+@quick
+def test_the_words_of_kernels_are_those_of_their_signs(shape: tuple[int, ...], half: bool) -> None:
+    value = torch.randn(shape).to(torch.bfloat16 if half else torch.float32)
+    value[torch.rand(shape) < 0.1] = -0.0
+    value[torch.rand(shape) < 0.1] = math.nan
+    expected = kernel_words(torch.where(value >= 0, 1.0, -1.0))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        assert torch.equal(operators.kernel_words(value.contiguous(memory_format=layout)), expected)
+
+
 @st.composite
 def convolutions(draw: st.DrawFn, widest: int = 17, largest: int = 4) -> tuple[Tensor, Tensor, Pair, Pair, Pair]:
     pair = lambda least, most: draw(st.tuples(*[st.integers(least, most)] * 2))  # noqa: E731
