@@ -183,8 +183,9 @@ class PackedModel(nn.Module):
     def _computed(self, tensors: list[Tensor], in_c: bool = True) -> Any:
         first = tensors[0]
         if torch.compiler.is_compiling():
-            kind = first.device.type
-            with torch.no_grad(), torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING:
+            # Not `torch.no_grad`: an exported graph that raises within it leaves gradients off in the process.
+            kind, tensors = first.device.type, [x.detach() for x in tensors]
+            with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING:
                 return self._run(tensors)
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise InvalidModel(

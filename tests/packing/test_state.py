@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bonn_qat
 from bonn_qat import PackedModel, pack
 from bonn_qat.errors import InvalidData, InvalidModel
-from bonn_qat.runtime import planned
+from bonn_qat.runtime import planned, products
 
 ROUNDING = 1e-5
 
@@ -247,6 +247,16 @@ def test_a_trace_of_torchscript_is_refused():
     with pytest.raises(InvalidModel, match=r"torch.jit.trace would record .*; use torch.export or torch.compile"):
         torch.jit.trace(packed, odd_images(2, 0))
     assert same(torch.export.export(packed, (odd_images(2, 0),)).module()(odd_images(2, 0)), packed(odd_images(2, 0)))
+
+
+def test_an_exported_network_has_no_gradients_and_switches_none_off_for_others(monkeypatch):
+    packed, x = pack(network(8, "bonn")[0]), odd_images(2, 0)
+    exported = torch.export.export(packed, (x,)).module()
+    assert not exported(x.clone().requires_grad_()).requires_grad
+    monkeypatch.setattr(products, "binary_conv2d", None)
+    with pytest.raises(TypeError):
+        exported(x)
+    assert torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize("compiled", [False, True])
