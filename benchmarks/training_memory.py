@@ -3,9 +3,10 @@
 Each arm runs in a fresh process. ``kept`` is what the forward pass allocates and does not free, by torch's allocator:
 whatever autograd, its hooks or a module keep is in it; parameters and images, which were there before, are not.
 ``peak`` is the largest resident memory of some steps (VmHWM; on a GPU that of torch's allocator), less what there was
-before the first step. ``tight`` is the same peak in a process whose C library returns freed maps of a MiB and more to
-the system (``TIGHT``), and so has no gaps between them. The largest batch that fits into ``--limit`` GiB is searched by
-the peak of the whole process, in both kinds of process.
+before the first step. ``uncached`` is the same peak in a process whose C library has no cache of small blocks, and
+``tight`` in one whose C library returns freed maps of a MiB and more to the system (``PROCESSES``), so that there are
+few gaps, or none, between maps. The largest batch that fits into ``--limit`` GiB is searched by the peak of the whole
+process, in each kind of process.
 ``--against`` adds every arm with the package of another checkout. Examples::
 
     python benchmarks/training_memory.py --limit 4 --output memory.json --page
@@ -15,9 +16,9 @@ the peak of the whole process, in both kinds of process.
 
 The file of ``--output`` is JSON: ``options`` of the command line, ``environment``, ``machine``, ``before`` (the
 environment of the other checkout, or null), and ``results``, one for each case: ``case``, ``rows`` (one for each
-variant of an arm: its fields, ``kept_bytes``, ``peak_bytes`` and ``tight_bytes``, null if compiled, and
-``storage_bytes``, which is ``kept_bytes`` by another method, null if compiled or on a GPU), and ``largest_batch`` (by
-variant, for ``default`` and ``tight``, empty without ``--limit``).
+variant of an arm: its fields, ``kept_bytes``, ``peak_bytes``, ``uncached_bytes`` and ``tight_bytes``, null if compiled,
+and ``storage_bytes``, which is ``kept_bytes`` by another method, null if compiled or on a GPU), and ``largest_batch``
+(by variant and kind of process, empty without ``--limit``).
 """
 
 import argparse
@@ -58,7 +59,11 @@ from bonn_qat import plugins
 MIB, GIB = 2**20, 2**30
 CLASSES = 10
 STEPS = 3  # from the second one on, the optimizer has its state
-TIGHT = {"MALLOC_MMAP_THRESHOLD_": str(MIB)}
+PROCESSES = {
+    "default": None,
+    "uncached": {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"},
+    "tight": {"MALLOC_MMAP_THRESHOLD_": str(MIB)},
+}
 
 
 class Case(NamedTuple):
@@ -87,22 +92,23 @@ def measure_all(args: Namespace) -> dict[str, Any]:
         rows, largest = [], {}
         for variant in variants(args):
 
-            def ask(function: str, tight: bool, batch: int, case: Case = case, variant: Variant = variant) -> Any:
+            def ask(function: str, kind: str, batch: int, case: Case = case, variant: Variant = variant) -> Any:
                 nonlocal before
                 checkout = args.against if variant.checkout == BEFORE else ROOT
-                child = Child(__file__, checkout, TIGHT if tight else None)
+                child = Child(__file__, checkout, PROCESSES[kind])
                 before = child.package if variant.checkout == BEFORE else before
                 found = child.call(function, variant, plain(args), case._replace(batch=batch))
                 child.close()
-                print(f"{case.model}, {variant.name}, batch {batch}, tight {tight}: {found}", file=sys.stderr)
+                print(f"{case.model}, {variant.name}, batch {batch}, {kind}: {found}", file=sys.stderr)
                 return found
 
-            measured, tight = ask("measure", False, case.batch), ask("measure", True, case.batch)
-            rows.append({"name": variant.name, **variant._asdict(), **measured, "tight_bytes": tight["peak_bytes"]})
+            measured = {kind: ask("measure", kind, case.batch) for kind in PROCESSES}
+            others = {f"{kind}_bytes": measured[kind]["peak_bytes"] for kind in PROCESSES if kind != "default"}
+            rows.append({"name": variant.name, **variant._asdict(), **measured["default"], **others})
             if args.limit and variant.arm in args.fit:
                 largest[variant.name] = {
-                    kind: largest_batch(functools.partial(ask, "process_peak", kind == "tight"), args.limit * GIB)
-                    for kind in ("default", "tight")
+                    kind: largest_batch(functools.partial(ask, "process_peak", kind), args.limit * GIB)
+                    for kind in PROCESSES
                 }
         results.append({"case": case._asdict(), "rows": rows, "largest_batch": largest})
     return document | {"before": before, "results": results}
@@ -225,20 +231,20 @@ def tables(document: dict[str, Any]) -> str:
         for name, row in by_name.items():
             base = by_name[Variant(FLOAT, row["mode"], row["precision"]).name]
             rows.setdefault(name, []).extend(
-                _cell(row[key], base[key]) for key in ("kept_bytes", "peak_bytes", "tight_bytes")
+                _cell(row[key], base[key]) for key in ("kept_bytes", "peak_bytes", "uncached_bytes", "tight_bytes")
             )
     lines = [
         f"{subtitle(document)} MiB, in brackets relative to the float network.",
         "",
-        "| arm | " + " | ".join(f"{case}: kept | peak | tight" for case in cases) + " |",
-        "|---" * (1 + 3 * len(cases)) + "|",
+        "| arm | " + " | ".join(f"{case}: kept | peak | uncached | tight" for case in cases) + " |",
+        "|---" * (1 + 4 * len(cases)) + "|",
         *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()),
     ]
     if names := list(dict.fromkeys(name for result in results for name in result["largest_batch"])):
         lines += ["", f"The largest batch in a process of at most {document['options']['limit']:g} GiB:", ""]
         lines += ["| network, process | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
         for result in results:
-            for kind in ("default", "tight"):
+            for kind in PROCESSES:
                 sizes = (str(result["largest_batch"][name][kind]) for name in names)
                 lines.append(
                     "| {model}, {size}x{size}".format(**result["case"]) + f", {kind} | " + " | ".join(sizes) + " |"

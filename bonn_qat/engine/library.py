@@ -117,9 +117,10 @@ def keep_freed_memory() -> None:
     """Have the GNU allocator keep blocks of up to 32 MiB that are freed, up to 1 GiB, for the next step or call.
 
     Otherwise it returns them, and every page of the next block costs a fault. Other allocators are not affected, nor
-    are processes whose environment has settings for it.
+    are processes whose environment sets such a threshold.
     """
-    if sys.platform == "linux" and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+    settings = (f"{name}={value}" for name, value in os.environ.items() if name.startswith(("MALLOC_", "GLIBC_")))
+    if sys.platform == "linux" and not any("threshold" in setting.lower() for setting in settings):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, size: None)
         mallopt(_M_MMAP_THRESHOLD, 2**25)
         mallopt(_M_TRIM_THRESHOLD, 2**30)

@@ -472,8 +472,16 @@ print(mallinfo2().fordblks // 2**20)
 @pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="for glibc 2.33 or newer"
 )
-@pytest.mark.parametrize(("own", "kept"), [({}, True), ({"MALLOC_MMAP_THRESHOLD_": "1048576"}, False)])
-def test_freed_maps_are_kept_unless_the_environment_says_otherwise(own: dict[str, str], kept: bool) -> None:
+@pytest.mark.parametrize(
+    ("own", "kept"),
+    [
+        ({}, True),
+        ({"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0", "MALLOC_ARENA_MAX": "2"}, True),
+        ({"MALLOC_MMAP_THRESHOLD_": "1048576"}, False),
+        ({"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1048576"}, False),
+    ],
+)
+def test_freed_maps_are_kept_unless_the_environment_sets_a_threshold(own: dict[str, str], kept: bool) -> None:
     others = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
     found = subprocess.run([sys.executable, "-c", KEPT], env=others | own, capture_output=True, text=True, check=True)
     assert (int(found.stdout) >= 8 * 31) == kept  # MiB that the allocator has for the next maps

@@ -193,7 +193,7 @@ def test_the_largest_batch_fits_and_the_next_does_not(limit, curve):
 def test_the_memory_table_is_relative_to_the_float_network_of_the_same_form():
     names = [("float", None, "float32"), ("float", None, "bfloat16"), ("bonn", None, "bfloat16")]
     kept = dict(zip(names, [400, 200, 100], strict=True))
-    keys = "kept_bytes", "peak_bytes", "tight_bytes"
+    keys = "kept_bytes", "peak_bytes", "uncached_bytes", "tight_bytes"
     rows = [
         {"name": Variant(*name).name, **Variant(*name)._asdict()}
         | {key: times * n * 2**20 for times, key in enumerate(keys, 1)}
@@ -202,14 +202,14 @@ def test_the_memory_table_is_relative_to_the_float_network_of_the_same_form():
     result = {
         "case": training_memory.Case("net", 8, 2)._asdict(),
         "rows": rows,
-        "largest_batch": {"float": {"default": 3, "tight": 5}},
+        "largest_batch": {"float": {"default": 3, "uncached": 4, "tight": 5}},
     }
     document = {
         "options": {"channels_last": True, "limit": 4.0}, "environment": {"torch": "2", "commit": "c"},
         "machine": {"processor": "p"}, "before": None, "results": [result],
     }  # fmt: skip
     table = training_memory.tables(document)
-    assert "| bonn, bfloat16 | 100.0 (0.50) | 200.0 (0.50) | 300.0 (0.50) |" in table
+    assert "| bonn, bfloat16 | 100.0 (0.50) | 200.0 (0.50) | 300.0 (0.50) | 400.0 (0.50) |" in table
     assert "| net, 8x8, default | 3 |" in table
     assert "| net, 8x8, tight | 5 |" in table
 
