@@ -225,6 +225,7 @@ def machine(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "processor": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "platform": platform.system(),
+        "libc": " ".join(platform.libc_ver()),
     }
 
 
