@@ -597,7 +597,7 @@ def binary_form(layer: nn.Module, scheme: Scheme, *, normalize: bool = True) -> 
 
 
 def he_std(kernels: Tensor) -> float:
-    """``sqrt(2 / n)`` for kernels ``(O, ...)`` of n elements: the standard deviation of He's initialisation."""
+    """``sqrt(2 / n)`` for kernels ``(O, ...)`` of n elements: the standard deviation of He's initialization."""
     return math.sqrt(2 / math.prod(kernels.shape[1:]))
 
 

@@ -87,7 +87,7 @@ class Objective(nn.Module):
     be anything that it understands: several outputs, soft targets, several labels per image. The feature loss is the
     exception: it needs class indices. ``regularizers`` maps names to weights, by default those of the model's scheme;
     ``options`` maps names to further keyword arguments, such as ``{"kernel": {"nu": 1e-3}}``. Since the regularizers
-    run inside ``forward``, wrapping the Objective in DistributedDataParallel synchronises their parameters too.
+    run inside ``forward``, wrapping the Objective in DistributedDataParallel synchronizes their parameters too.
 
     A sign turns NaN into -1, so a binary network trains on with a finite loss after one NaN has spoilt its norms. Each
     call therefore notes, without waiting for the device, whether images, inputs of binary layers and loss terms are

@@ -140,7 +140,7 @@ class Scheme:
     ``None`` keeps their scale. The quantizers start from the float weights: a scheme with a scale of its own, such as
     BONN's, keeps that scale, where one that computes it from the latents, such as XNOR-Net's, shrinks with them. With
     ``"equal-output"`` the latents get the scale at which the quantized weights have the root mean square of He's
-    initialisation, so that the outputs of a layer start with the same standard deviation in every scheme.
+    initialization, so that the outputs of a layer start with the same standard deviation in every scheme.
 
     ``regularizers`` maps names to weights, for a training of one stage; ``stages`` are for
     more. Read from a scheme, ``regularizers`` are the weights of its last stage. ``given`` is set by :meth:`configure`:

@@ -6,6 +6,7 @@ python docs/loops.py
 import ast
 import difflib
 from pathlib import Path
+from textwrap import fill
 
 DOCS = Path(__file__).parent
 EXAMPLES = DOCS.parent / "examples"
@@ -18,7 +19,7 @@ after adding BONN; the tests run both. This page shows their differences and is 
 script before trains a float network, or with Brevitas, torchao and torch.ao a network that the library quantizes to
 8 bits.
 
-The sign of NaN is -1, so a binary network trains on with a finite loss after a NaN has spoilt it. On a CPU, a call of
+The sign of NaN is -1, so after a NaN a binary network trains on with a finite loss. On a CPU, a call of
 `bonn_qat.Objective` raises at once if images, inputs of binary layers or loss terms are not finite. On a GPU it only
 takes note, because looking would make the host wait: call `objective.check_finite()` after each epoch and before
 saving. It also checks parameters and buffers, and names layer and step. In several processes all of them must call it.
@@ -70,12 +71,12 @@ LOOPS = {
     ),
     "accelerate_loop": (
         "Accelerate",
-        "Pass the Objective to `prepare` in place of the model, so that several processes synchronise its parameters "
+        "Pass the Objective to `prepare` in place of the model, so that several processes synchronize its parameters "
         "too. Evaluate and save `model` as before.",
     ),
     "lightning_module": (
         "Lightning",
-        "The Objective is a submodule, so Lightning moves and synchronises it under every strategy. A checkpoint lists "
+        "The Objective is a submodule, so Lightning moves and synchronizes it under every strategy. A checkpoint lists "
         "the network twice, as `model` and as `objective.model`; both share the same tensors.",
     ),
 }
@@ -103,7 +104,8 @@ def page() -> str:
     parts = [INTRODUCTION]
     for name, (title, text) in LOOPS.items():
         shown = "\n".join(difference(name))
-        parts.append(f"## {title}\n\n{text}\n\n```diff\n{shown}\n```\n")
+        wrapped = fill(text, 120, break_long_words=False, break_on_hyphens=False)
+        parts.append(f"## {title}\n\n{wrapped}\n\n```diff\n{shown}\n```\n")
     return "\n".join(parts)
 
 

@@ -195,7 +195,7 @@ def test_a_closure_gives_the_gradients_and_its_loss_comes_back():
 
 
 def test_a_step_never_waits_for_a_value():
-    # A meta tensor has no values: any look at one, which on a GPU would be a synchronisation, is an error.
+    # A meta tensor has no values: any look at one, which on a GPU would be a synchronization, is an error.
     weight = nn.Parameter(torch.empty(3, 2, 3, 3, device="meta"))
     with pytest.raises(RuntimeError, match="meta"):
         bool(weight.sum() > 0)

@@ -272,7 +272,7 @@ SCALED = ["bonn", "xnor", "bwn", "bireal", "pcnn", "recu", "adabin", "tbn", "dor
 
 @pytest.mark.parametrize("name", SCALED)
 @pytest.mark.parametrize("make", [*STANDARDIZING.values(), lambda: nn.Conv2d(6, 8, 3), lambda: nn.Linear(6, 8)])
-def test_every_scheme_can_start_with_the_output_of_hes_initialisation(name, make):
+def test_every_scheme_can_start_with_the_output_of_hes_initialization(name, make):
     torch.manual_seed(0)
     module = make()
     with torch.no_grad():

@@ -247,7 +247,7 @@ def test_channels_last_is_kept_and_changes_no_value(net, trained):
 
 @EVERY_NET
 def test_accumulated_gradients_are_those_of_the_whole_batch(net, trained):
-    # In evaluation mode: in training each part would be normalised by its own statistics, in float as well, and would
+    # In evaluation mode: in training each part would be normalized by its own statistics, in float as well, and would
     # move the centres of the feature loss.
     whole, parts = (bonn_qat.Objective(trained(net)).eval() for _ in range(2))
     images, targets = batch(8)

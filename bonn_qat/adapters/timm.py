@@ -85,7 +85,7 @@ class BonnTask(TrainingTask):  # type: ignore[misc]
         }
 
     def prepare_distributed(self, device_ids: list[Any] | None = None, **ddp_kwargs: Any) -> "BonnTask":
-        """Wrap model and regularizers together, so that the parameters of both are synchronised; returns the task."""
+        """Wrap model and regularizers together, so that the parameters of both are synchronized; returns the task."""
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         return self
 

@@ -51,7 +51,7 @@ def diagnose(model: nn.Module, images: Tensor) -> Diagnosis:
 
     They may be inputs of another shape that the model takes, such as ``(B, C, L)`` or ``(B, features)``.
 
-    Norms use the statistics of the batch, as in training, because the running ones of a new network do not normalise;
+    Norms use the statistics of the batch, as in training, because the running ones of a new network do not normalize;
     dropout is off. The model is unchanged afterwards. Warns of DeadLayers, once for all of them. Raises InvalidData
     for less than two images, InvalidModel for a model without binary activations or that does not take the images.
 

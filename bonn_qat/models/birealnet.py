@@ -113,7 +113,7 @@ class BiRealNet(Backbone):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """MSRA initialisation of the convolutions."""
+        """MSRA initialization of the convolutions."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

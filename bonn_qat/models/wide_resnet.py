@@ -217,7 +217,7 @@ class WideResNet(Backbone):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """MSRA initialisation of the convolutions, zero bias of the classifier."""
+        """MSRA initialization of the convolutions, zero bias of the classifier."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

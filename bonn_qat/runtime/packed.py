@@ -102,7 +102,7 @@ class PackedModel(nn.Module):
     Tokens and several tensors are taken too, by position or by name: ``inputs``. Of a model that returns a dict of
     tensors, or an object of transformers that is one, the outputs are a dict.
 
-    ``layers`` says how each binary layer was packed, ``preprocessing`` how the images of the training were standardised
+    ``layers`` says how each binary layer was packed, ``preprocessing`` how the images of the training were standardized
     and what the classes are called, if that is known. Made by :func:`pack` or :meth:`load`. The outputs do not depend
     on what the caller has set in torch, such as ``torch.autocast`` (:func:`bonn_qat.modes.neutral`), and they are the
     caller's own: changing them in place changes neither the network nor the images.

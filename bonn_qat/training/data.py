@@ -30,11 +30,11 @@ _SPLIT_SEED = 0
 
 
 class Data(ABC):
-    """A training and a test set. Images are ``(B, C, H, W)`` float32, standardised; targets are ``(B,)`` int64.
+    """A training and a test set. Images are ``(B, C, H, W)`` float32, standardized; targets are ``(B,)`` int64.
 
     ``shard`` is (rank, world size). Each process gets an equal part of every training batch, so that up to
     ``world - 1`` images of the last batch are left out, and every ``world``-th batch of the other sets.
-    ``preprocessing`` says how its images were standardised and what its classes are called; None if it is not known.
+    ``preprocessing`` says how its images were standardized and what its classes are called; None if it is not known.
     """
 
     name: str
@@ -136,7 +136,7 @@ class TensorData(Data):
         moved._mean, moved._std = self._mean.to(device), self._std.to(device)
         return moved
 
-    def _standardise(self, images: Tensor) -> Tensor:
+    def _standardize(self, images: Tensor) -> Tensor:
         return (images.float() - self._mean).div_(self._std)
 
     def train_batches(
@@ -166,7 +166,7 @@ class TensorData(Data):
             batch = images[chosen]
             if views:
                 batch = augmented(batch, Views(*(part[own] for part in views)))
-            yield self._standardise(batch), targets[chosen]
+            yield self._standardize(batch), targets[chosen]
 
     def test_batches(self, batch_size: int = 500, *, shard: Shard = WHOLE) -> Iterator[Batch]:
         return self._in_order(self._test, batch_size, shard)
@@ -178,7 +178,7 @@ class TensorData(Data):
         for images, targets in _sharded(
             list(zip(*(torch.split(tensor, batch_size) for tensor in part), strict=True)), shard
         ):
-            yield self._standardise(images), targets
+            yield self._standardize(images), targets
 
 
 def _checked(part: str, images: Any, targets: Any, classes: int) -> Batch:

@@ -37,7 +37,7 @@ class Guess(NamedTuple):
 def evaluate(model: nn.Module, data: Data) -> Accuracy:
     """The accuracy of a network, trained or packed, on the test set of ``data``, computed in evaluation mode.
 
-    Images are standardised as in the network's training, ``model.preprocessing``, where that is known. The model and
+    Images are standardized as in the network's training, ``model.preprocessing``, where that is known. The model and
     its mode stay as they are.
 
     >>> data = bonn_qat.load_data("digits")  # doctest: +SKIP
@@ -55,7 +55,7 @@ def evaluate(model: nn.Module, data: Data) -> Accuracy:
             f"the network takes images with {channels} channel(s); those of the data have {data.image[0]}"
         )
     device = _device(model)
-    adapt = restandardise(data.preprocessing, known, device)
+    adapt = restandardize(data.preprocessing, known, device)
     batches = ((adapt(images.to(device)), targets) for images, targets in data.test_batches())
     with modes(model), torch.no_grad():
         sums = tally(model, batches, data.classes)
@@ -91,7 +91,7 @@ def predict(model: nn.Module, paths: Sequence[str | Path], *, top: int = TOP) ->
 
     An image is scaled so that it covers the network's image size, and what juts out is cut off on both sides.
 
-    Raises InvalidModel for a network that does not know its images' size and standardisation, InvalidData naming a file
+    Raises InvalidModel for a network that does not know its images' size and standardization, InvalidData naming a file
     that cannot be read as an image.
     """
     from PIL import Image, ImageOps
@@ -135,10 +135,10 @@ def warn_of_other_labels(known: Preprocessing | None, data: Data, consequence: s
         )
 
 
-def restandardise(
+def restandardize(
     given: Preprocessing | None, wanted: Preprocessing | None, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
-    """A function of images ``(B, C, H, W)`` on ``device`` that are standardised as ``given``: makes them ``wanted``.
+    """A function of images ``(B, C, H, W)`` on ``device`` that are standardized as ``given``: makes them ``wanted``.
 
     It changes nothing where either is None.
     """

@@ -13,14 +13,14 @@ from bonn_qat import distributed
 
 
 @final
-class SynchronisedNorms:
+class SynchronizedNorms:
     """Within :meth:`on`, the batch norms of ``model`` compute their statistics over all processes of the group.
 
     On a GPU each becomes torch's ``SyncBatchNorm``; torch has none for CPUs, so there it becomes our equivalent. Both
     share the parameters and buffers of the original norm, and after the block the model has its own modules again.
     Nothing changes without a process group, with ``wanted=False``, or for a norm class that overrides ``forward``.
 
-    >>> norms = SynchronisedNorms(model := nn.Sequential(nn.BatchNorm2d(3)))
+    >>> norms = SynchronizedNorms(model := nn.Sequential(nn.BatchNorm2d(3)))
     >>> with norms.on():
     ...     type(model[0]).__name__  # this process is alone
     'BatchNorm2d'
@@ -36,10 +36,10 @@ class SynchronisedNorms:
         for parent in list(model.modules()):
             for name, norm in parent.named_children():
                 if isinstance(norm, _BatchNorm) and type(norm).forward in known:
-                    synchronised = convert_sync_batchnorm(norm)
+                    synchronized = convert_sync_batchnorm(norm)
                     if not any(parameter.is_cuda for parameter in model.parameters()):
-                        synchronised.__class__ = _OnCPU
-                    self._pairs.append((parent, name, norm, synchronised))
+                        synchronized.__class__ = _OnCPU
+                    self._pairs.append((parent, name, norm, synchronized))
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
@@ -59,9 +59,9 @@ class SynchronisedNorms:
         finally:
             self._put(True)
 
-    def _put(self, synchronise: bool) -> None:
-        for parent, name, norm, synchronised in self._pairs:
-            before, after = (norm, synchronised) if synchronise else (synchronised, norm)
+    def _put(self, synchronize: bool) -> None:
+        for parent, name, norm, synchronized in self._pairs:
+            before, after = (norm, synchronized) if synchronize else (synchronized, norm)
             after.train(before.training)
             parent.add_module(name, after)
 
@@ -83,7 +83,7 @@ def average_statistics(model: nn.Module) -> None:
                 distributed.all_reduce(statistic.mul_(own / total))
 
 
-class _Normalised(torch.autograd.Function):
+class _Normalized(torch.autograd.Function):
     """Batch normalization over the batch of all processes (Ioffe and Szegedy 2015, algorithm 1).
 
     Also returns the mean, the biased variance and the number of values per channel. The passes over the values are
@@ -128,15 +128,15 @@ class _OnCPU(_BatchNorm):
         pass
 
     def forward(self, input: Tensor) -> Tensor:
-        result = self._normalise(input) if self.training else super().forward(input)
+        result = self._normalize(input) if self.training else super().forward(input)
         for name in ("drop", "act"):  # timm's norms have these
             if hasattr(self, name):
                 result = getattr(self, name)(result)
         return result
 
-    def _normalise(self, input: Tensor) -> Tensor:
+    def _normalize(self, input: Tensor) -> Tensor:
         result: Tensor
-        result, mean, variance, count = _Normalised.apply(input, self.weight, self.bias, self.eps)
+        result, mean, variance, count = _Normalized.apply(input, self.weight, self.bias, self.eps)
         self._track(mean, variance * count / (count - 1))
         return result
 

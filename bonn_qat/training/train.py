@@ -17,7 +17,7 @@ from bonn_qat.files.tensors import read_tensors
 from bonn_qat.objective import CrossEntropy, in_float32
 from bonn_qat.training.checkpoint import Checkpointer
 from bonn_qat.training.data import Data
-from bonn_qat.training.evaluate import restandardise, warn_of_other_labels
+from bonn_qat.training.evaluate import restandardize, warn_of_other_labels
 from bonn_qat.training.interrupts import deferred_interrupts
 from bonn_qat.training.network import float_network, load_file, restore, to_memory_format, weights_file
 from bonn_qat.training.precision import matmul_precision, warn_if_slow
@@ -114,7 +114,7 @@ def _teacher(
         )
     known = preprocessing_of(teacher)
     warn_of_other_labels(known, data, f"the teacher {recipe.teacher} teaches the numbers of classes, not their names")
-    adapt = restandardise(data.preprocessing, known, device)
+    adapt = restandardize(data.preprocessing, known, device)
     teacher.register_forward_pre_hook(lambda module, inputs: (adapt(inputs[0]),))
     teacher.register_forward_hook(lambda module, inputs, output: in_float32(output))
     distillation: nn.Module = LogitDistillationTask(

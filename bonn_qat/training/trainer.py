@@ -32,10 +32,10 @@ from bonn_qat.training.precision import autocast
 from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.results import SIZES, RunResult
 from bonn_qat.training.schedule import lr_factor, stage_of
-from bonn_qat.training.sync_norms import SynchronisedNorms, average_statistics
+from bonn_qat.training.sync_norms import SynchronizedNorms, average_statistics
 
 _BINS = 61
-_CHECK_EVERY = 50  # steps between checks for NaN on a GPU, each of which synchronises
+_CHECK_EVERY = 50  # steps between checks for NaN on a GPU, each of which synchronizes
 
 
 class Trainer:
@@ -94,7 +94,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.run_id = distributed.broadcast(uuid.uuid4().hex)
-        self.norms = SynchronisedNorms(self.model, wanted=recipe.sync_norms)
+        self.norms = SynchronizedNorms(self.model, wanted=recipe.sync_norms)
         self.checkpointer = Checkpointer()
         self.shard = distributed.rank(), distributed.world()
         if min(recipe.batch_size, data.train_size) < self.shard[1]:
@@ -276,7 +276,7 @@ class Trainer:
         if self.shard[1] > 1:
             devices = [self.device.index] if self.device.type == "cuda" else None
             forward = DistributedDataParallel(forward, devices)
-            # Synchronised norms keep all buffers equal. Set here because torch 2.15 renames the argument and warns.
+            # Synchronized norms keep all buffers equal. Set here because torch 2.15 renames the argument and warns.
             forward.broadcast_buffers = not self.recipe.sync_norms
         return torch.compile(forward, mode=self.recipe.compile) if self.recipe.compile else forward
 

@@ -37,7 +37,7 @@ function shrunk(image) {
 }
 
 // Pixels (height, width, RGBA) from 0 to 255 as the network's input (channels, height, width).
-export function standardised(pixels, { mean, std }) {
+export function standardized(pixels, { mean, std }) {
   const count = pixels.length / 4, input = new Float32Array(3 * count);
   for (let c = 0; c < 3; c++) {
     for (let i = 0; i < count; i++) input[c * count + i] = (pixels[4 * i + c] / 255 - mean[c]) / std[c];
@@ -78,7 +78,7 @@ async function show(source) {
   }
   const small = shrunk(image), context = $("seen").getContext("2d");
   context.drawImage(small, 0, 0);
-  last = standardised(small.getContext("2d").getImageData(0, 0, SIZE, SIZE).data, facts);
+  last = standardized(small.getContext("2d").getImageData(0, 0, SIZE, SIZE).data, facts);
   $("status").textContent = "";
   $("networks").replaceChildren(...Object.keys(facts.networks).map((key) => card(key)));
   drawSigns();

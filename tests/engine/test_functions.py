@@ -320,7 +320,7 @@ def test_norms_of_every_kind(case: str) -> None:
         check(layer, x)
 
 
-def test_a_synchronised_norm_is_called_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_synchronized_norm_is_called_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Tensor] = []
 
     def seen(self: Any, input: Tensor) -> Tensor:

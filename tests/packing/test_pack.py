@@ -570,7 +570,7 @@ def test_a_part_without_autocast_is_packed_too():
         assert torch.allclose(pack(careful, tuple(x.shape[1:]))(x), careful(x), atol=1e-6)
 
 
-def _normalised(net, x):
+def _normalized(net, x):
     return net(x.sub_(0.5).div_(0.2))
 
 
@@ -607,7 +607,7 @@ def test_a_model_that_is_no_function_of_each_image_is_refused(name):
 
 
 def test_images_may_be_changed_in_place_but_no_buffer():
-    model = bonn_qat.binarize(Of(_normalised), include=["net.1"], input_size=(3, 8, 8)).eval()
+    model = bonn_qat.binarize(Of(_normalized), include=["net.1"], input_size=(3, 8, 8)).eval()
     x = torch.randn(4, 3, 8, 8)
     with torch.no_grad():
         # Its float convolutions add in the order of channels_last, which not every CPU's kernels share.

@@ -30,7 +30,7 @@ def _images(root: Path, classes: int = 2, count: int = 5, size: int = 20) -> Pat
     return root
 
 
-def test_digits_are_complete_split_and_standardised() -> None:
+def test_digits_are_complete_split_and_standardized() -> None:
     digits = data.load("digits")
     assert (digits.train_size + digits.test_size, digits.classes, digits.image) == (1797, 10, (1, 8, 8))
     images = torch.cat([images for images, _ in digits.measure_batches()])

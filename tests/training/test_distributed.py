@@ -136,7 +136,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(both: dict[str, Any], s
     assert found["top1"] == 0
 
 
-def test_synchronised_norms_are_those_of_the_whole_batch_however_it_is_shared(both: dict[str, Any]) -> None:
+def test_synchronized_norms_are_those_of_the_whole_batch_however_it_is_shared(both: dict[str, Any]) -> None:
     assert len(both["batch_norms"]) == 6
     assert max(both["batch_norms"].values()) < 1e-13  # outputs, gradients and statistics, in float64
 

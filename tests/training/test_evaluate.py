@@ -46,7 +46,7 @@ def test_a_packed_network_has_the_accuracy_of_the_trained_one(run, data):
     assert evaluate(bonn_qat.pack(model), data).top1 == evaluate(model, data).top1
 
 
-def test_images_are_standardised_as_in_the_networks_training(run, data):
+def test_images_are_standardized_as_in_the_networks_training(run, data):
     model, _ = run
     known = data.preprocessing
     other = TensorData("other", data._train, data._test, classes=10, pad=1, flip=False)

@@ -26,7 +26,7 @@ from bonn_qat.training import data
 from bonn_qat.training.network import build
 from bonn_qat.training.recipe import Recipe
 from bonn_qat.training.results import RunResult
-from bonn_qat.training.sync_norms import SynchronisedNorms
+from bonn_qat.training.sync_norms import SynchronizedNorms
 from bonn_qat.training.train import train
 
 IMAGES, BATCH = 32, 16
@@ -40,8 +40,8 @@ def recipe(variant: str, **changes: Any) -> Recipe:
 
 def images(train_images: int = IMAGES) -> data.Data:
     digits = data.load("digits", train_images=train_images, test_images=33)
-    standardise = digits._standardise  # type: ignore[attr-defined]
-    digits._standardise = lambda images: standardise(images).double()  # type: ignore[attr-defined]
+    standardize = digits._standardize  # type: ignore[attr-defined]
+    digits._standardize = lambda images: standardize(images).double()  # type: ignore[attr-defined]
     return digits
 
 
@@ -131,7 +131,7 @@ def batch_norm(norm: nn.Module, size: tuple[int, ...]) -> float:
         (copy.deepcopy(model), slice(None)), (model, slice(3) if distributed.rank() == 0 else slice(3, None))
     ):  # fmt: skip
         own = images[part].requires_grad_()
-        with SynchronisedNorms(one, wanted=one is model).on():
+        with SynchronizedNorms(one, wanted=one is model).on():
             output = one(own)
         of_images, *rest = torch.autograd.grad(output, [own, *one.parameters()], grad[part])
         rest = [distributed.all_reduce(gradient) if one is model else gradient for gradient in rest]

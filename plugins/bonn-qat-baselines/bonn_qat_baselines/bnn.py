@@ -4,7 +4,7 @@ W latent weights ``(O, I, kh, kw)`` or ``(O, I)``, kept within [-1, 1]; G the gr
 x activations ``(B, C, ...)``.
 
 This file has the quantizers of the paper, but not the rest of the authors' Theano recipe: learning rates scaled by
-Glorot's initialisation, the squared hinge loss, shift-based batch norm and AdaMax.
+Glorot's initialization, the squared hinge loss, shift-based batch norm and AdaMax.
 """
 
 import math

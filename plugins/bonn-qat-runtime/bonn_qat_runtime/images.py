@@ -25,12 +25,12 @@ def predict(network: Network, paths: Sequence[str | Path], *, top: int = 5) -> I
     An image is scaled so that it covers the network's image size, and what juts out is cut off on both sides. Needs
     Pillow, ``pip install bonn-qat-runtime[images]``.
 
-    Raises InvalidFile for a network that does not know its images' standardisation, and for a file that cannot be read
+    Raises InvalidFile for a network that does not know its images' standardization, and for a file that cannot be read
     as an image; UnsupportedOperator for a network that gives no logits.
     """
     known, channels = network.preprocessing, network.input_size[0]
     if known is None or channels not in (1, 3) or len(known.mean) != channels:
-        raise InvalidFile("the network does not say how images are standardised; Network(path)(images) runs it")
+        raise InvalidFile("the network does not say how images are standardized; Network(path)(images) runs it")
     for path in paths:
         logits = network(read_image(path, network.input_size, known)[None])[0].astype(np.float64)
         if logits.ndim != 1:
@@ -43,7 +43,7 @@ def predict(network: Network, paths: Sequence[str | Path], *, top: int = 5) -> I
 
 
 def read_image(path: str | Path, size: tuple[int, int, int], known: Preprocessing) -> NDArray[np.float32]:
-    """A file as float32 ``(C, H, W)``, standardised. Raises InvalidFile naming a file that cannot be read."""
+    """A file as float32 ``(C, H, W)``, standardized. Raises InvalidFile naming a file that cannot be read."""
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
