@@ -14,7 +14,7 @@ import torch
 
 SUMS = 3  # at most, for each channel, of a pass over pixels
 STRIP = 8  # outputs: the sums of their weights are written as a whole
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_M_MXFAST, _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = 1, -1, -3  # of glibc's malloc.h
 _FOLDER = Path(__file__).parent
 _FILE = _FOLDER / "lib" / f"kernels.{ {'darwin': 'dylib', 'win32': 'dll'}.get(sys.platform, 'so') }"
 
@@ -116,14 +116,16 @@ def load() -> Library | None:
 def keep_freed_memory() -> None:
     """Have the GNU allocator keep blocks of up to 32 MiB that are freed, up to 1 GiB, for the next step or call.
 
-    Otherwise it returns them, and every page of the next block costs a fault. Other allocators are not affected, nor
-    are processes whose environment sets such a threshold.
+    Otherwise it returns them, and every page of the next block costs a fault. Small blocks are joined with free ones
+    beside them at once, for they may be ends of large ones: a map that misses its end is too small for the next map.
+    Other allocators are not affected, nor are processes whose environment sets such a threshold.
     """
     settings = (f"{name}={value}" for name, value in os.environ.items() if name.startswith(("MALLOC_", "GLIBC_")))
     if sys.platform == "linux" and not any("threshold" in setting.lower() for setting in settings):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, size: None)
         mallopt(_M_MMAP_THRESHOLD, 2**25)
         mallopt(_M_TRIM_THRESHOLD, 2**30)
+        mallopt(_M_MXFAST, 0)
 
 
 def sources() -> int:
