@@ -26,7 +26,8 @@ def classifier(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
     if len(found) != 1:
         reason = "none that returns (B, classes)" if not found else f"{len(found)} ({', '.join(found)})"
         raise InvalidModel(
-            f"{type(model).__name__} needs one classifier layer, has {reason}; name it: classifier='...'"
+            f"{type(model).__name__} needs one classifier layer, has {reason}; name it, for an Objective in "
+            "options={'feature': {'classifier': 'NAME'}}"
         )
     return found[0], layers[found[0]]
 
@@ -45,10 +46,12 @@ def record_of(model: nn.Module) -> tuple[str, Any]:
 
 def _logits(model: nn.Module) -> tuple[str, ...] | None:
     prefix, record = record_of(model)
-    if record is not None and record.logits is not None:
-        return tuple(prefix + name for name in record.logits)
-    if record is not None:
+    if record is not None and record.logits is None:
         return None
+    if record is not None:
+        names, layers = tuple(prefix + name for name in record.logits), dict(model.named_modules())
+        if all(isinstance(layers.get(name), nn.Conv2d | nn.Linear) for name in names):
+            return names  # else the head is another one by now
     from bonn_qat.binarization.policy import decide  # of a higher rank
 
     return decide(model).logits

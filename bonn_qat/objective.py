@@ -11,7 +11,6 @@ from torch.utils._pytree import tree_map_only
 
 from bonn_qat import distributed, plugins
 from bonn_qat.errors import BonnQatError, InvalidData, InvalidModel, InvalidRecipe, TrainingDiverged, check_model
-from bonn_qat.heads import record_of
 from bonn_qat.layers import BinaryLayer
 from bonn_qat.quantizers import ParameterRule, Quantizer, WeightQuantizer
 from bonn_qat.regularizers import Regularizer, check_range, class_indices, described, may_look, tensor_quant
@@ -80,12 +79,25 @@ def _check_probabilities(target: Tensor) -> None:
         )
 
 
+def _regularizers(model: nn.Module) -> Mapping[str, float]:
+    records = (vars(module).get("binarization") for module in model.modules())
+    schemes = [scheme for record in records if isinstance(scheme := getattr(record, "scheme", None), Scheme)]
+    for other in schemes[1:]:
+        if other.regularizers != schemes[0].regularizers:
+            raise InvalidModel(
+                f"parts of {type(model).__name__} are binarized with {schemes[0].name} and {other.name}, which have "
+                "other losses; name them: Objective(model, regularizers={NAME: WEIGHT})"
+            )
+    return schemes[0].regularizers if schemes else {}
+
+
 class Objective(nn.Module):
     """Model, task loss and regularizers in one forward pass: ``objective(images, targets).total.backward()``.
 
     ``task`` maps (output of the model, targets) to a scalar, by default :class:`CrossEntropy`. Outputs and targets may
     be anything that it understands: several outputs, soft targets, several labels per image. The feature loss is the
-    exception: it needs class indices. ``regularizers`` maps names to weights, by default those of the model's scheme;
+    exception: it needs class indices. ``regularizers`` maps names to weights, by default those of the scheme with which
+    the model, or a part of it, was binarized;
     ``options`` maps names to further keyword arguments, such as ``{"kernel": {"nu": 1e-3}}``. Since the regularizers
     run inside ``forward``, wrapping the Objective in DistributedDataParallel synchronizes their parameters too.
 
@@ -123,8 +135,7 @@ class Objective(nn.Module):
         super().__init__()
         check_model(model)
         if regularizers is None:
-            scheme = getattr(record_of(model)[1], "scheme", None)
-            regularizers = scheme.regularizers if isinstance(scheme, Scheme) else {}
+            regularizers = _regularizers(model)
         self.model = model
         self.task = CrossEntropy() if task is None else task
         self._distillation = (distillation,)  # a tuple, because a module would be registered as a submodule

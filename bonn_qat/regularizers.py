@@ -55,8 +55,9 @@ class _Tap:
         features, self._features = self._features, []
         if not features:
             raise InvalidModel(
-                "no features: the feature loss is called after a forward pass, once for each, and created before "
-                "torch.compile first runs the model"
+                "no features: the layer that was the classifier when the feature loss was made was not called; make "
+                "the loss after the last change of the head, before torch.compile first runs the model, and call it "
+                "once after each forward pass"
             )
         return features
 

@@ -83,6 +83,27 @@ def test_regularizers_can_be_chosen_and_a_float_model_has_none(batch: tuple[Tens
         Objective(model, regularizers={"kernal": 1.0})
 
 
+def test_a_model_around_a_binarized_part_has_the_losses_of_its_scheme(batch: tuple[Tensor, Tensor]) -> None:
+    def part(scheme: str) -> nn.Module:
+        layers = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        return bonn_qat.binarize(nn.Sequential(*layers), scheme, input_size=(3, 8, 8), include=["1"])
+
+    whole = nn.Sequential(part("bonn"), nn.Linear(8, 4))
+    assert set(Objective(whole)(*batch).terms) == {"task", "kernel", "feature"}
+    with pytest.raises(InvalidModel, match=r"binarized with bonn and float, which have other losses; name them"):
+        Objective(nn.ModuleList([part("bonn"), part("float")]))
+
+
+def test_a_head_that_is_changed_later_is_found_or_its_loss_says_so(batch: tuple[Tensor, Tensor]) -> None:
+    layers = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    model = bonn_qat.binarize(nn.Sequential(*layers), input_size=(3, 8, 8))
+    objective = Objective(model)
+    model[4] = nn.Sequential(nn.Dropout(0.1), nn.Linear(8, 4))  # type: ignore[index]
+    with pytest.raises(InvalidModel, match="make the loss after the last change of the head"):
+        objective(*batch)
+    assert set(Objective(model)(*batch).terms) == {"task", "kernel", "feature"}
+
+
 # ---------------------------------------------------------------------------------------------- a task of one's own
 
 

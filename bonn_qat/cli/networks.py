@@ -10,7 +10,7 @@ import click
 
 from bonn_qat.cli.exits import say, say_written
 from bonn_qat.cli.options import IMAGE, Argument, DataDir, NoPlugins, Option, console, numbers, scheme_of
-from bonn_qat.errors import InvalidRecipe, UnknownName
+from bonn_qat.errors import InvalidData, InvalidRecipe, UnknownName
 
 if TYPE_CHECKING:
     from torch import nn
@@ -159,11 +159,18 @@ def evaluate(
     no_plugins: NoPlugins = False,
 ) -> None:
     """Measure the accuracy of a trained network on the test set of labelled images."""
+    from bonn_qat.files.preprocessing import preprocessing_of
+    from bonn_qat.training.data import CROP
     from bonn_qat.training.data import load as load_data
     from bonn_qat.training.evaluate import evaluate as measure
 
     network, size = _trained(source, packed)
-    images = load_data(data, directory=data_dir, size=img_size or size[-1])
+    known = preprocessing_of(network)
+    images = load_data(data, directory=data_dir, size=img_size or size[-1], crop=known.crop if known else CROP)
+    if img_size and images.image[-1] != img_size:
+        raise InvalidData(
+            f"--img-size is for image folders; the images of {data} have {images.image[-1]} pixels an edge"
+        )
     with console().status(f"evaluating {source}"):
         found = measure(network, images)
     top5 = "" if found.top5 is None else f", top-5 {found.top5:.2f} %"

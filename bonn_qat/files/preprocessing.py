@@ -25,7 +25,8 @@ def _all(holds: Callable[[float], bool], numbers: tuple[float, ...]) -> bool:
 class Preprocessing:
     """The data that a network was trained on: ``(x - mean) / std`` of each channel of images with values from 0 to 1.
 
-    ``labels`` are the names of the classes in the order of the logits, empty where they are not known. Raises
+    ``labels`` are the names of the classes in the order of the logits, empty where they are not known. ``crop`` is the
+    part of an image's height and width, in its middle, that the network saw in evaluation. Raises
     InvalidData for another number of means than of standard deviations.
     """
 
@@ -38,6 +39,7 @@ class Preprocessing:
             lambda names: len(names) <= _MOST_LABELS and all(map(str.isprintable, names)),
         ),
     ] = ()
+    crop: Annotated[float, Allowed("a number above 0 and at most 1", lambda x: 0 < x <= 1)] = 1.0
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std):

@@ -27,6 +27,7 @@ WHOLE: Shard = (0, 1)
 _TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion-mnist": "FashionMNIST"}
 NAMES = ("digits", *_TORCHVISION)
 _SPLIT_SEED = 0
+CROP = 0.875  # of the scaled images of a folder, as timm has it
 
 
 class Data(ABC):
@@ -268,6 +269,7 @@ class FolderData(Data):
         test_images: int = 0,
         validation_images: int = 0,
         workers: int = 0,
+        crop: float = CROP,
     ) -> None:
         from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 
@@ -280,6 +282,7 @@ class FolderData(Data):
             mean=IMAGENET_DEFAULT_MEAN,
             std=IMAGENET_DEFAULT_STD,
             labels=tuple(one_line(printable(name)) for name in layout.classes),
+            crop=crop,
         )
         train, test = layout.train, layout.held_out
         if test is None:
@@ -292,9 +295,9 @@ class FolderData(Data):
         if validation_images:
             kept, held_out = _held_out(len(train), validation_images)
             train, test = [train[i] for i in kept.tolist()], [train[i] for i in held_out.tolist()]
-        plain = create_transform((3, size, size), is_training=False)
+        plain = create_transform((3, size, size), is_training=False, crop_pct=crop)
         images = functools.partial(Images, Path(root), layout.classes)
-        self._augmented = {name: images(train, transform) for name, transform in _augmentations(size).items()}
+        self._augmented = {name: images(train, transform) for name, transform in _augmentations(size, crop).items()}
         self._train, self._measure, self._test = self._augmented["crop"], images(train, plain), images(test, plain)
         self.train_size, self.test_size = len(train), len(test)
 
@@ -369,7 +372,7 @@ class _SeededImages(torch.utils.data.Dataset[Any]):
             return self._images[place]
 
 
-def _augmentations(size: int) -> dict[str, Any]:
+def _augmentations(size: int, share: float) -> dict[str, Any]:
     """The transforms of a recipe's ``augmentation``.
 
     ``"crop"`` resizes as for evaluation, then crops and mirrors at random; ``"resized_crop"`` is timm's.
@@ -378,7 +381,7 @@ def _augmentations(size: int) -> dict[str, Any]:
     from torchvision.transforms import CenterCrop, Compose, RandomCrop, RandomHorizontalFlip
 
     crop = Compose([RandomCrop(size), RandomHorizontalFlip()])
-    plain = create_transform((3, size, size), is_training=False)
+    plain = create_transform((3, size, size), is_training=False, crop_pct=share)
     return {
         "crop": Compose([crop if isinstance(part, CenterCrop) else part for part in plain.transforms]),
         "resized_crop": create_transform((3, size, size), is_training=True),
@@ -414,6 +417,7 @@ def load(
     validation_images: int = 0,
     size: int = 224,
     workers: int = 0,
+    crop: float = CROP,
 ) -> Data:
     """Load data by name (``digits``, ``cifar10``, ``cifar100``, ``fashion-mnist``) or by the path of an image folder.
 
@@ -421,8 +425,8 @@ def load(
     (:mod:`bonn_qat.training.image_folder`). ``directory`` holds the named sets, or they are downloaded to it; by
     default ``BONN_QAT_DATA`` or else ``data``. ``train_images`` and ``test_images`` take a fixed random part, 0 all.
     With ``validation_images``, a fixed random part of the training images is held out and replaces the test set.
-    ``size`` is the height and width to which the images of a folder are resized, ``workers`` is the number of processes
-    that read them.
+    ``size`` is the height and width of the images of a folder: each is scaled to cover ``size / crop``, and the middle
+    of it is cut out. ``workers`` is the number of processes that read them.
 
     >>> data = load("digits", train_images=100)
     >>> data.image, data.classes, data.train_size
@@ -447,6 +451,7 @@ def load(
             test_images=test_images,
             validation_images=validation_images,
             workers=workers,
+            crop=crop,
         )
     if os.sep in name or path.exists():
         raise InvalidData(f"the image folder {name} does not exist" if not path.exists() else f"{name} is not a folder")

@@ -89,7 +89,8 @@ def tally(model: nn.Module, batches: Iterable[Batch], classes: int | None = None
 def predict(model: nn.Module, paths: Sequence[str | Path], *, top: int = TOP) -> Iterator[list[Guess]]:
     """For each image file the ``top`` classes that a network, trained or packed, gives the highest probability.
 
-    An image is scaled so that it covers the network's image size, and what juts out is cut off on both sides.
+    Of an image the part ``model.preprocessing.crop``, in its middle, is scaled so that it covers the network's image
+    size, and what juts out is cut off on both sides, as in the evaluation of image folders.
 
     Raises InvalidModel for a network that does not know its images' size and standardization, InvalidData naming a file
     that cannot be read as an image.
@@ -107,7 +108,7 @@ def predict(model: nn.Module, paths: Sequence[str | Path], *, top: int = TOP) ->
         )
     for path in paths:
         image = read_image(Path(path)).convert("L" if size[0] == 1 else "RGB")
-        image = ImageOps.fit(image, (size[2], size[1]), Image.Resampling.BICUBIC)
+        image = ImageOps.fit(image, (size[2], size[1]), Image.Resampling.BILINEAR, bleed=(1 - known.crop) / 2)
         pixels = torch.tensor(np.asarray(image), dtype=torch.float32).view(size[1], size[2], size[0])
         mean, std = _statistics(known, pixels.device)
         batch = (pixels.permute(2, 0, 1)[None] / 255 - mean) / std

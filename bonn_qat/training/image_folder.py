@@ -284,6 +284,8 @@ def read_image(path: Path) -> Image.Image:
             return _as_rgb(image)
     except MemoryError:
         raise
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise InvalidData(f"cannot read {path}: {one_line(error.strerror or error).lower()}") from error
     except Exception as error:  # whatever a decoder makes of a damaged file
         raise InvalidData(f"{path} cannot be read as an image: {_why(error, path)}; replace or remove it") from error
 

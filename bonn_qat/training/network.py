@@ -5,6 +5,7 @@ import copy
 import os
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -59,6 +60,11 @@ def check(recipe: Recipe, pm: pluggy.PluginManager | None = None) -> None:
     """Raise UnknownName for a model, scheme, option or regularizer of the recipe that is not installed."""
     import timm
 
+    if "." in recipe.model and recipe.model in plugins.pretrained(pm):
+        raise InvalidRecipe(
+            f'{recipe.model} is a trained network; start from it with model = "{recipe.model.partition(".")[0]}" and '
+            f'checkpoint = "{recipe.model}"'
+        )
     if not timm.is_model(recipe.model):
         raise UnknownName("model", recipe.model, timm.list_models())
     for stage in recipe_scheme(recipe, pm).stages:
@@ -107,7 +113,7 @@ def _build(recipe: Recipe, classes: int, image: tuple[int, ...], pm: pluggy.Plug
     start = replace(scheme, latent_std=None) if float_first else scheme
     model = binarize(model, start, skip=recipe.skip, include=recipe.include, inplace=True, pm=pm)
     if recipe.checkpoint:
-        load_file(model, weights_file(recipe.checkpoint, pm))
+        _load_start(model, weights_file(recipe.checkpoint, pm))
     elif recipe.norm_start == "uniform" and not recipe.model_options.get("pretrained"):
         _draw_norms(model, recipe.seed)
     for _, layer in binary_layers(model):
@@ -157,6 +163,22 @@ def to_memory_format(model: nn.Module, layout: torch.memory_format) -> None:
 def load_file(model: nn.Module, path: str | Path) -> None:
     """Load a safetensors file into ``model``. Raises InvalidData naming the file if it is of another network."""
     _load_tensors(model, read_tensors(path)[0], path)
+
+
+def _load_start(model: nn.Module, path: Path) -> None:
+    """As :func:`load_file`; a classifier for another number of classes is left out, with a warning."""
+    tensors, own = read_tensors(path)[0], model.state_dict()
+    for name in metadata(model, "classifier"):
+        head = {key: own[key] for key in (f"{name}.weight", f"{name}.bias") if key in own and key in tensors}
+        classes = {len(of[key]) for key in head for of in (tensors, own)}
+        if len(classes) > 1:
+            warnings.warn(
+                f"{path} sorts into {len(tensors[f'{name}.weight'])} classes, the data have "
+                f"{len(own[f'{name}.weight'])}: {name} starts anew",
+                stacklevel=2,
+            )
+            tensors = {**tensors, **head}
+    _load_tensors(model, tensors, path)
 
 
 def _load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from bonn_qat import distributed, plugins
+from bonn_qat.binarization.binarize import Binarization
 from bonn_qat.errors import InvalidData
 from bonn_qat.files.preprocessing import preprocessing_of
 from bonn_qat.files.tensors import read_tensors
@@ -42,6 +43,11 @@ def train(
 ) -> RunResult:
     """Train a binarized model in place and return its result.
 
+    Of the recipe it uses what concerns the training. ``model``, ``model_options``, ``scheme``, ``scheme_options``,
+    ``latents``, ``skip`` and ``include`` only describe the network, which is as you made it: the result has the model's
+    own scheme. Afterwards ``model.preprocessing`` is that of the data. Installed observers, such as those for MLflow
+    and TensorBoard, are called.
+
     ``device`` defaults to a GPU if there is one. ``tick`` is called after each step. Everything random follows from the
     recipe's seed, which torch's global generators are seeded with.
 
@@ -56,9 +62,11 @@ def train(
     Raises TrainingDiverged when a loss term, a parameter, a buffer or the input of a binary layer becomes NaN or
     infinite: with the step, on a GPU up to 50 steps later, and before weights, results or a checkpoint are written.
     Raises InvalidData for images that hold NaN, labels that the model has no class for or a checkpoint of another run,
-    InvalidModel for a model that is not binarized, InvalidRecipe for a batch that is too small for the model's norms,
-    OSError where the checkpoint cannot be written; the last checkpoint stays.
+    InvalidModel for a model that is not binarized, InvalidRecipe for a batch that is too small for the model's norms
+    and for a ``checkpoint`` of the recipe that the model was not built from, OSError where the checkpoint cannot be
+    written; the last checkpoint stays.
     """
+    recipe = _with_scheme_of(model, recipe)
     device = torch.device(device) if device else distributed.device()
     if distributed.rank() == 0:
         warn_if_slow(recipe.precision, device)
@@ -92,6 +100,15 @@ def train(
             to_memory_format(model, torch.contiguous_format)  # as safetensors needs it
             hook.bonn_qat_after_run(recipe=recipe, result=outcome)
     return result
+
+
+def _with_scheme_of(model: nn.Module, recipe: Recipe) -> Recipe:
+    record, own = getattr(model, "binarization", None), getattr(model, "recipe", None)
+    if not isinstance(record, Binarization) or record.scheme.name == recipe.scheme:
+        return recipe
+    scheme = record.scheme
+    options = own.scheme_options if isinstance(own, Recipe) and own.scheme == scheme.name else {}
+    return replace(recipe, scheme=scheme.name, scheme_options=options, latents=scheme.start)
 
 
 def _teacher(

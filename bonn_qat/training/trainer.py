@@ -66,6 +66,11 @@ class Trainer:
                 f"{type(model).__name__} is not binarized; train(binarize(model), ...), or for a float network "
                 "binarize(model, 'float')"
             )
+        if recipe.checkpoint and getattr(getattr(model, "recipe", None), "checkpoint", "") != recipe.checkpoint:
+            raise InvalidRecipe(
+                f"train trains the model that it is given, and does not load checkpoint = {recipe.checkpoint!r}; load "
+                "it before, for example with bonn_qat.create_model(NAME, pretrained=True) or bonn_qat.load(PATH)"
+            )
         if tensor := non_finite(model):
             raise InvalidModel(f"{tensor} holds NaN or infinity before the first step; load finite weights")
         self.size = summary(model, data.image)
@@ -73,6 +78,7 @@ class Trainer:
         self.model = model.to(device=device)
         to_memory_format(self.model, self.layout)
         self.recipe, self.data, self.device = recipe, data.to(device), device
+        model.preprocessing = data.preprocessing  # type: ignore[assignment]
         self.scheme = record.scheme
         own = tuple(reweighed(stage, recipe.scheme_options) for stage in recipe.stages)
         self.stages = own or self.scheme.stages

@@ -562,7 +562,7 @@ def test_a_trained_network_is_evaluated_and_asked_by_name_and_as_files(
             "unknown pretrained network 'wrn10_16'; known: wrn10_16.bonn_digits",
         ),
         (["predict", "wrn10_16.xnor_digits"], "Missing argument 'IMAGE...'"),
-        (["predict", "wrn10_16.xnor_digits", "nothing.png"], "nothing.png cannot be read as an image"),
+        (["predict", "wrn10_16.xnor_digits", "nothing.png"], "cannot read nothing.png: no such file or directory"),
         (["predict", "none.safetensors", "nothing.png"], "cannot read none.safetensors"),
         (["summary", "wrn10_16.xnor_digits", "--scheme", "bonn"], "holds its scheme and classes; leave out --scheme"),
     ],

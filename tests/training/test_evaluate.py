@@ -1,5 +1,7 @@
 """Accuracy on labelled images, and the answers for image files, of trained and packed networks."""
 
+import copy
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -60,6 +62,16 @@ def test_images_are_standardized_as_in_the_networks_training(run, data):
     assert evaluate(model, other).loss != pytest.approx(expected.loss, rel=1e-2)
 
 
+def test_a_network_that_is_trained_on_other_data_knows_these(run, data, tmp_path):
+    model, recipe = copy.deepcopy(run[0]), replace(run[0].recipe, epochs=1)
+    model.preprocessing = Preprocessing(mean=(0.9,), std=(0.01,), labels=("a", "b"))
+    result = bonn_qat.train(model, recipe, data)
+    bonn_qat.save(model, tmp_path / "again.safetensors")
+    for network in (model, bonn_qat.load(tmp_path / "again.safetensors")):
+        assert network.preprocessing == data.preprocessing
+        assert evaluate(network, data).top1 == result.top1
+
+
 def test_up_to_five_classes_have_no_top5(data):
     model = bonn_qat.binarize(timm.create_model("wrn10_16", num_classes=2, in_chans=1), input_size=(1, 8, 8))
     batch = data._test[0][:8], torch.arange(8) % 2
@@ -114,8 +126,31 @@ def test_an_image_of_another_shape_is_scaled_and_cut(run, tmp_path):
     assert one == other
 
 
+@pytest.mark.parametrize(("crop", "edge"), [(1.0, 28), (0.875, 32)])
+def test_an_image_of_a_folder_is_answered_as_in_its_evaluation(crop, edge, tmp_path):
+    """Images whose part in the middle has the network's size, so that no pixel is interpolated."""
+    source = np.random.default_rng(0)
+    for place in range(4):
+        (tmp_path / f"class {place % 2}").mkdir(exist_ok=True)
+        pixels = source.integers(0, 256, (edge, edge + 6, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"class {place % 2}" / f"{place}.png")
+    folder = bonn_qat.load_data(tmp_path, size=28, crop=crop)
+    recipe = bonn_qat.Recipe(data=str(tmp_path), model="wrn10_16", epochs=1, batch_size=2)
+    model = build(recipe, folder).eval()
+    assert model.preprocessing.crop == crop
+    batch, _ = next(folder.measure_batches(4))
+    with torch.no_grad():
+        expected = model(batch).softmax(1)
+    for guesses, chances in zip(predict(model, [path for path, *_ in folder._measure.samples]), expected, strict=True):
+        for name, probability in guesses:
+            assert probability == pytest.approx(chances[folder.preprocessing.labels.index(name)].item(), abs=1e-5)
+
+
 def test_what_cannot_be_answered(run, tmp_path):
     model, _ = run
+    for path, reason in ((tmp_path / "none.png", "no such file or directory"), (tmp_path, "is a directory")):
+        with pytest.raises(InvalidData, match=re.escape(f"cannot read {path}: {reason}")):
+            list(predict(model, [path]))
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(InvalidData, match=r"text.png cannot be read as an image"):
         list(predict(model, [tmp_path / "text.png"]))

@@ -128,6 +128,19 @@ def test_a_checkpoint_keeps_its_gammas(tmp_path: Path) -> None:
         assert all(torch.equal(gamma, gammas(one)[name]) for name, gamma in gammas(other).items())
 
 
+def test_a_checkpoint_for_other_classes_starts_with_a_new_classifier(tmp_path: Path) -> None:
+    digits = data.load("digits", train_images=16, test_images=8)
+    recipe = Recipe(scheme="bonn", checkpoint=str(tmp_path / "five.safetensors"))
+    five = build(dataclasses.replace(recipe, checkpoint="", model_options={}), digits)
+    five.reset_classifier(5)  # type: ignore[operator]
+    save_file({key: value + 1 for key, value in five.state_dict().items()}, recipe.checkpoint)
+    with pytest.warns(UserWarning, match=r"five.safetensors sorts into 5 classes, the data have 10: fc starts anew"):
+        found = build(recipe, digits).state_dict()
+    expected = build(dataclasses.replace(recipe, checkpoint=""), digits).state_dict()
+    for key, value in five.state_dict().items():
+        assert torch.equal(found[key], expected[key] if key.startswith("fc.") else value + 1), key
+
+
 def test_a_network_of_a_recipe_comes_back_and_can_be_trained_on_and_saved_again(tmp_path: Path) -> None:
     recipe = Recipe(
         model="wrn10_16", scheme="xnor", scheme_options={"gradient": "plain"}, model_options={"drop_rate": 0.1},

@@ -11,6 +11,7 @@ from bonn_qat import Pretrained, hookimpl, plugins
 from bonn_qat.errors import InvalidData, InvalidRecipe, PluginConflict, UnknownName
 from bonn_qat.files.preprocessing import Preprocessing
 from bonn_qat.files.tensors import read_tensors, write_tensors
+from bonn_qat.training.network import check
 
 NAME = "wrn10_16.mine_data"
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -135,6 +136,13 @@ def test_any_other_name_is_timms(pm):
 def test_an_unknown_name(pm, name, words):
     with pytest.raises(UnknownName, match=words):
         bonn_qat.create_model(name, pretrained=True, pm=pm)
+
+
+def test_a_trained_network_is_no_model_of_a_recipe(pm):
+    with pytest.raises(
+        InvalidRecipe, match=r'start from it with model = "wrn10_16" and checkpoint = "wrn10_16\.mine_data"'
+    ):
+        check(bonn_qat.Recipe(model=NAME), pm)
 
 
 def test_a_name_that_two_plugins_offer(pm):

@@ -11,7 +11,7 @@ from torch import nn
 
 from bonn_qat import FeatureLoss, binarize, hookimpl, plugins
 from bonn_qat.binarization.binarize import binary_layers
-from bonn_qat.errors import InvalidData, InvalidModel, TrainingDiverged, UnknownName
+from bonn_qat.errors import InvalidData, InvalidModel, InvalidRecipe, TrainingDiverged, UnknownName
 from bonn_qat.files.tensors import read_tensors, write_tensors
 from bonn_qat.inspection.diagnose import first_non_finite
 from bonn_qat.scheme import Stage
@@ -154,6 +154,15 @@ def test_a_model_with_too_few_classes_is_told(digits: data.Data) -> None:
 def test_a_model_that_is_not_binarized_is_told(digits: data.Data) -> None:
     with pytest.raises(InvalidModel, match=r"Linear is not binarized; train\(binarize\(model\)"):
         train(nn.Linear(2, 2), RECIPE, digits)
+
+
+def test_a_result_has_the_scheme_of_the_model_and_no_checkpoint_that_was_not_loaded(digits: data.Data) -> None:
+    recipe = dataclasses.replace(RECIPE, scheme="xnor", scheme_options={"gradient": "exact"}, epochs=1)
+    model = build(recipe, digits)
+    result = train(model, dataclasses.replace(recipe, scheme="bonn", scheme_options={}), digits)
+    assert (result.scheme, result.recipe["scheme"]) == ("xnor:gradient=exact", "xnor")
+    with pytest.raises(InvalidRecipe, match=r"does not load checkpoint = 'net.safetensors'; load it before"):
+        train(model, dataclasses.replace(recipe, checkpoint="net.safetensors"), digits)
 
 
 @pytest.mark.parametrize(

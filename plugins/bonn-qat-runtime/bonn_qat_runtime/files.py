@@ -40,11 +40,15 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """``(x - mean) / std`` of each channel of images with values from 0 to 1; ``labels`` are the classes' names."""
+    """``(x - mean) / std`` of each channel of images with values from 0 to 1; ``labels`` are the classes' names.
+
+    ``crop`` is the part of an image's height and width, in its middle, that the network saw in evaluation.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     labels: tuple[str, ...] = ()
+    crop: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +208,10 @@ def _preprocessing(table: Any) -> Preprocessing:
         raise ValueError(f"its labels are not a list of at most {_LABELS:,} names")
     if not all(isinstance(label, str) and label.isprintable() for label in labels):
         raise ValueError("its labels are not names of characters that can be printed")
-    return Preprocessing(mean=tuple(mean), std=tuple(std), labels=tuple(labels))
+    crop = table.get("crop", 1.0)
+    if not _are_finite([crop]) or not 0 < crop <= 1:
+        raise ValueError("its crop is not a number above 0 and at most 1")
+    return Preprocessing(mean=tuple(mean), std=tuple(std), labels=tuple(labels), crop=float(crop))
 
 
 def _are_finite(numbers: Any) -> bool:

@@ -22,8 +22,8 @@ class Guess(NamedTuple):
 def predict(network: Network, paths: Sequence[str | Path], *, top: int = 5) -> Iterator[list[Guess]]:
     """For each image file the ``top`` classes that a network gives the highest probability.
 
-    An image is scaled so that it covers the network's image size, and what juts out is cut off on both sides. Needs
-    Pillow, ``pip install bonn-qat-runtime[images]``.
+    Of an image the part ``network.preprocessing.crop``, in its middle, is scaled so that it covers the network's image
+    size, and what juts out is cut off on both sides. Needs Pillow, ``pip install bonn-qat-runtime[images]``.
 
     Raises InvalidFile for a network that does not know its images' standardization, and for a file that cannot be read
     as an image; UnsupportedOperator for a network that gives no logits.
@@ -52,7 +52,7 @@ def read_image(path: str | Path, size: tuple[int, int, int], known: Preprocessin
     try:
         with Image.open(path) as file:
             image: Any = _rgb(ImageOps.exif_transpose(file)).convert("L" if channels == 1 else "RGB")
-            image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+            image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR, bleed=(1 - known.crop) / 2)
     except MemoryError:
         raise
     except Exception as error:  # whatever a decoder makes of a damaged file

@@ -164,4 +164,5 @@ def _preprocessing(known: Preprocessing) -> str:
     numbers = " and ".join(
         f"{what} {', '.join(f'{n:g}' for n in row)}" for what, row in (("mean", known.mean), ("std", known.std))
     )
-    return f"\nAn image is `(x - mean) / std` of pixels from 0 to 1, with {numbers}, for each channel."
+    part = "" if known.crop == 1 else f" The network saw the middle {known.crop:.1%} of an image's height and width."
+    return f"\nAn image is `(x - mean) / std` of pixels from 0 to 1, with {numbers}, for each channel.{part}"

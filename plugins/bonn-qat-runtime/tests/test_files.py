@@ -115,7 +115,7 @@ def known(packed, tmp_path):
     """A packed network that knows its images and classes, and some images."""
     model = bonn_qat.PackedModel.load(packed("wrn10_16", "bonn", 16))
     labels = tuple(f"kind {i}" for i in range(10))
-    model.preprocessing = Preprocessing(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), labels=labels)
+    model.preprocessing = Preprocessing(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), labels=labels, crop=0.875)
     pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 4), np.uint8)
     images = {"rgb.png": pixels[..., :3], "rgba.png": pixels, "grey.png": pixels[..., 0]}
     images["deep.png"] = pixels[..., 0].astype(np.uint16) * 257
