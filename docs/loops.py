@@ -35,8 +35,8 @@ LOOPS = {
     "plain": (
         "Plain PyTorch",
         "The two losses are modules with their own parameters, so the optimizer needs them too. `bonn_qat.Objective` "
-        "combines both with the task loss. Make them after the last change of the head: the feature loss listens to the "
-        "classifier that it found. If you add the feature loss later in training, `feature.start(batches)` "
+        "combines both with the task loss. Make them after the last change of the head: the feature loss listens to "
+        "the classifier that it found. If you add the feature loss later in training, `feature.start(batches)` "
         "measures the class means first. Schemes that bound their weights or schedule their estimator need "
         "`bonn_qat.constrain_` after each step and `bonn_qat.advance` before each epoch.",
     ),

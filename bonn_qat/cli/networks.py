@@ -10,7 +10,7 @@ import click
 
 from bonn_qat.cli.exits import say, say_written
 from bonn_qat.cli.options import IMAGE, Argument, DataDir, NoPlugins, Option, console, numbers, scheme_of
-from bonn_qat.errors import InvalidData, InvalidRecipe, UnknownName
+from bonn_qat.errors import InvalidData, InvalidRecipe
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,8 +27,8 @@ Trained = Annotated[
     Argument(help="A pretrained network such as wrn22_16.bonn_cifar10, a weights file, or a packed network's file."),
 ]
 Scheme = Annotated[str | None, Option(help="The scheme of a timm model, or float; by default bonn.")]
-Classes = Annotated[int | None, Option(help="Classes of a timm model; by default 1000.")]
-Edge = Annotated[int | None, Option(help="Height and width of an image; by default as in training, or 224.")]
+Classes = Annotated[int | None, Option(min=1, help="Classes of a timm model; by default 1000.")]
+Edge = Annotated[int | None, Option(min=1, help="Height and width of an image; by default as in training, or 224.")]
 
 
 def summary(
@@ -192,11 +192,9 @@ def predict(
 
 def _float(model: str, num_classes: int) -> "nn.Module":
     """A timm model with random weights. Raises UnknownName."""
-    import timm
+    from bonn_qat.training.pretrained import create_model
 
-    if not timm.is_model(model):
-        raise UnknownName("model", model, timm.list_models())
-    return timm.create_model(model, num_classes=num_classes)  # type: ignore[no-any-return]
+    return create_model(model, num_classes=num_classes)
 
 
 def _source(

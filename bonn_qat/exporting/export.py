@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bonn_qat.binarization.binarize import Binarization, binary_layers
 from bonn_qat.binarization.copies import unwrapped
-from bonn_qat.errors import BonnQatError, InvalidModel, UnknownName
+from bonn_qat.errors import BonnQatError, InvalidData, InvalidModel, UnknownName
 from bonn_qat.exporting.onnx import beyond_bipolar, run_onnx, run_qonnx, write_onnx, write_qonnx
 from bonn_qat.exporting.sources import files_of, run_c, run_wasm
 from bonn_qat.exporting.trace import outputs_of, run_pt2, write_pt2
@@ -87,7 +87,7 @@ def export(
     Raises UnknownName for another format; PackageMissing; InvalidModel for a model that is not binarized, that cannot
     be copied or traced, of which torch records something else than it computes for one, two and three images, or with a
     layer that the format cannot hold, or that a stage of the training left float; OSError for a path that cannot be
-    written, before any work if that can be known.
+    written, before any work if that can be known; InvalidData for a folder with files of yours that would be replaced.
 
     >>> import bonn_qat, tempfile
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
@@ -100,8 +100,8 @@ def export(
     _require(format, chosen.needs)
     with neutral(making=True):
         model = unwrapped(model)
-        inputs = inputs_of(model, input_size, example_inputs)
         _check(model, format)
+        inputs = inputs_of(model, input_size, example_inputs)
         check_writable(path / "file" if chosen.files else path)
         frozen = inference_copy(model)
         for _, layer in binary_layers(frozen):
@@ -109,7 +109,13 @@ def export(
         content = chosen.write(frozen, inputs)
     if chosen.files is None:
         return write_bytes(path, content)
-    for name, part in chosen.files(content, path.resolve().name).items():
+    files = chosen.files(content, path.resolve().name)
+    there = [name for name in files if (path / name).exists()]
+    if there and len(there) < len(files):
+        raise InvalidData(
+            f"{path} already holds {' and '.join(there)}, and no earlier export of this name; give a folder of its own"
+        )
+    for name, part in files.items():
         write_bytes(path / name, part)
     return path
 
@@ -130,8 +136,9 @@ def verify(
         given = batch.map(lambda x: x.to(reference if x.is_floating_point() else reference.device))
         ours = [output.cpu().float() for output in outputs_of(given.call(model))]
         theirs = chosen.run(Path(path), batch)
-    errors = [(own - other.view_as(own)).abs().flatten(1).amax(1) for own, other in zip(ours, theirs, strict=True)]
-    differences, same = torch.stack(errors).amax(0), ours[-1].argmax(1) == theirs[-1].argmax(1)
+    both = [(own.view(images, -1), other.view(images, -1)) for own, other in zip(ours, theirs, strict=True)]
+    differences = torch.stack([(own - other).abs().amax(1) for own, other in both]).amax(0)
+    same = both[-1][0].argmax(1) == both[-1][1].argmax(1)
     return Agreement(float(differences.max()), float(differences.median()), float(same.float().mean()))
 
 
@@ -149,6 +156,11 @@ def _require(format: str, packages: Sequence[str]) -> None:
 
 
 def _check(model: nn.Module, format: str) -> None:
+    if isinstance(model, PackedModel):
+        raise InvalidModel(
+            "a packed network cannot be exported again; export the model that it was packed from, or write its file as "
+            "C or WebAssembly with bonn_qat_runtime.sources.c_files and wasm_files"
+        )
     layers, record = dict(binary_layers(model)), getattr(model, "binarization", None)
     if not layers and not isinstance(record, Binarization):
         raise InvalidModel(

@@ -34,9 +34,9 @@ def files_of(packed: bytes, name: str, format: str) -> Mapping[str, bytes]:
         path = Path(folder, "packed.safetensors")
         path.write_bytes(packed)
         try:
-            return {"c": c_files, "wasm": wasm_files}[format](path, re.sub("[^a-z0-9]+", "_", name.lower()).strip("_"))
+            return {"c": c_files, "wasm": wasm_files}[format](path, _identifier(name))
         except InvalidFile as error:
-            raise InvalidModel(str(error)) from error
+            raise InvalidModel(f"the folder {name}: {error}") from error
         except RuntimeFailure as error:
             reason = str(error).removeprefix(f"{path}: ").partition("; use bonn_qat.PackedModel")[0]
             raise InvalidModel(
@@ -46,7 +46,7 @@ def files_of(packed: bytes, name: str, format: str) -> Mapping[str, bytes]:
 
 def run_c(path: Path, inputs: Tensor | Inputs) -> list[Tensor]:
     """What the program of a folder gives, compiled by zig."""
-    (source,) = (file for file in path.glob("*.c") if file.with_suffix(".h").exists() and file.stem != "kernels")
+    source = path / f"{_name_of(path)}.c"
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "program")
         options = ["-O3", "-std=c11", "-ffp-contract=off", path / "main.c", source, "-o", program]
@@ -56,8 +56,16 @@ def run_c(path: Path, inputs: Tensor | Inputs) -> list[Tensor]:
 
 def run_wasm(path: Path, inputs: Tensor | Inputs) -> list[Tensor]:
     """What the module of a folder gives in Node."""
-    (module,) = path.glob("*.js")
-    return _outputs(["node", "--input-type=module", "-e", _SCRIPT, module.resolve().as_uri()], inputs)
+    module = (path / f"{_name_of(path)}.js").resolve()
+    return _outputs(["node", "--input-type=module", "-e", _SCRIPT, module.as_uri()], inputs)
+
+
+def _name_of(path: Path) -> str:
+    return _identifier(path.resolve().name)
+
+
+def _identifier(name: str) -> str:
+    return re.sub("[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 def _outputs(command: Sequence[str | Path], inputs: Tensor | Inputs) -> list[Tensor]:

@@ -86,6 +86,8 @@ _SIZES = "a packed network takes inputs of one to three axes, such as images (C,
 
 def _check(model: nn.Module) -> None:
     """Raise InvalidModel for a model that is not 1-bit."""
+    if isinstance(model, PackedModel):
+        raise InvalidModel("the network is packed already")
     layers, record = list(binary_layers(model)), getattr(model, "binarization", None)
     if not layers and not (isinstance(record, Binarization) and record.scheme.name == "float"):
         raise InvalidModel(

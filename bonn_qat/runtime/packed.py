@@ -160,15 +160,16 @@ class PackedModel(nn.Module):
             )
         tensors = [named[name] for name in names]
         for each, x in zip(self.inputs, tensors, strict=True):
-            if not isinstance(x, Tensor):
-                raise InvalidData(f"a packed network takes a tensor of {each.name}; got {type(x).__name__}")
+            if not isinstance(x, Tensor) or x.layout != torch.strided:
+                given = f"one of layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
+                raise InvalidData(f"a packed network takes a tensor of {each.name}; got {given}")
             if x.shape[1:] != each.size or x.dtype != each.dtype:
                 is_other = x.dtype != each.dtype
                 todo = (
                     "convert them as for the model"
                     if is_other
                     else "for another size pack it with "
-                    + ("input_size=(C, H, W)" if x.is_floating_point() else "example_inputs")
+                    + (_AXES.get(len(each.size), "example_inputs") if x.is_floating_point() else "example_inputs")
                 )
                 raise InvalidData(f"this network was packed for {each}; got {x.dtype} {tuple(x.shape)}; {todo}")
         if len({len(x) for x in tensors}) > 1:
@@ -393,6 +394,7 @@ class PackedModel(nn.Module):
 
 
 _NOTHING = contextlib.nullcontext()
+_AXES = {1: "input_size=(C,)", 2: "input_size=(C, L)", 3: "input_size=(C, H, W)"}
 
 
 def _mapped(function: Callable[..., Tensor], *results: Any) -> Any:

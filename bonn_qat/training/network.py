@@ -535,6 +535,11 @@ class _Header:
 
 
 def _read_header(header: Mapping[str, Any], path: str | Path) -> _Header:
+    if header.get("kind") == "packed":
+        raise InvalidData(
+            f"{path} is a packed network, which bonn_qat.PackedModel.load and the commands evaluate and predict read; "
+            "here the weights file that it was packed from is needed"
+        )
     if "recipe" not in header:
         raise InvalidData(
             f"{path} does not describe the network of its weights: an earlier version of bonn-qat wrote it, or "

@@ -564,6 +564,13 @@ def test_a_trained_network_is_evaluated_and_asked_by_name_and_as_files(
         (["predict", "wrn10_16.xnor_digits"], "Missing argument 'IMAGE...'"),
         (["predict", "wrn10_16.xnor_digits", "nothing.png"], "cannot read nothing.png: no such file or directory"),
         (["predict", "none.safetensors", "nothing.png"], "cannot read none.safetensors"),
+        (
+            ["evaluate", "wrn10_16.xnor_digits", "--data", "digits", "--img-size", "16"],
+            "--img-size is for image folders; the images of digits have 8 pixels an edge",
+        ),
+        (["summary", "wrn10_16.xnor_digit"], "unknown pretrained network 'wrn10_16.xnor_digit'; did you mean"),
+        (["summary", "wrn10_16", "--img-size", "0"], "0 is not in the range x>=1"),
+        (["summary", "wrn10_16", "--num-classes", "-3"], "-3 is not in the range x>=1"),
         (["summary", "wrn10_16.xnor_digits", "--scheme", "bonn"], "holds its scheme and classes; leave out --scheme"),
     ],
 )

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bonn_qat
 from bonn_qat import plugins
 from bonn_qat.binarization.binarize import binary_layers
-from bonn_qat.errors import BonnQatError, InvalidModel, UnknownName
+from bonn_qat.errors import BonnQatError, InvalidData, InvalidModel, UnknownName
 from bonn_qat.exporting import export as exporting
 from bonn_qat.exporting.export import FORMATS, PackageMissing, export, verify
 from bonn_qat.runtime.packed import PackedModel
@@ -260,12 +260,33 @@ def test_a_folder_gives_the_same_and_says_nothing_of_the_machine(format: str, tm
     if format == "wasm" and shutil.which("node") is None:
         pytest.skip("no Node")
     net = worn(wrn("reactnet"))
-    path = export(net, tmp_path / "Net-1", format)
+    path = tmp_path / "Net-1"
+    path.mkdir()
+    for name in ("app.c", "app.h", "app.js"):  # a project of one's own
+        path.joinpath(name).write_text("mine")
+    for _ in range(2):  # the second time in place of the first
+        assert export(net, path, format) == path
     check(net, path, format, torch.randn(6, 3, 16, 16), tolerance=1e-4)
     content = b"".join(file.read_bytes() for file in path.iterdir())
     for place in (Path(bonn_qat.__file__).parent, Path(torch.__file__).parents[1], tmp_path):
         assert str(place).encode() not in content
     assert path.joinpath(f"net_1.{'js' if format == 'wasm' else 'c'}").exists()
+    assert path.joinpath("app.c").read_text() == "mine"
+
+
+def test_a_folder_with_a_file_of_the_same_name_is_refused_and_stays(tmp_path: Path) -> None:
+    tmp_path.joinpath("main.c").write_text("mine")
+    with pytest.raises(
+        InvalidData, match=r"already holds main.c, and no earlier export of this name; give a folder of"
+    ):
+        export(small(), tmp_path / ".", "c")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("main.c", "mine")]
+
+
+def test_one_number_for_each_image_is_verified(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 1), nn.Flatten(0))
+    net = bonn_qat.binarize(net, input_size=(3, 8, 8)).eval()
+    assert verify(net, export(net, tmp_path / "net", "packed"), "packed").difference < 1e-5
 
 
 def test_a_folder_refuses_what_the_runtime_lacks_and_names_that_are_none(tmp_path: Path) -> None:
@@ -491,9 +512,15 @@ def in_a_float_stage() -> nn.Module:
             InvalidModel,
             "1 is in a stage of the training that leaves weights or activations float",
         ),
+        (
+            lambda: bonn_qat.pack(small(), (3, 8, 8)),
+            "c",
+            InvalidModel,
+            r"a packed network cannot be exported again; .*c_files",
+        ),
         (Branching, "pt2", InvalidModel, r"torch.export cannot trace Branching for float32 \(B, 3, 8, 8\): "),
     ],
-    ids=["format", "float", "stage", "branching"],
+    ids=["format", "float", "stage", "packed", "branching"],
 )
 def test_what_cannot_be_exported_is_told(
     make: Any, format: str, error: type[BonnQatError], words: str, tmp_path: Path

@@ -1,7 +1,8 @@
 """Network: a packed file as a function of images."""
 
+import functools
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +43,7 @@ class Network:
     def __init__(self, path: str | Path | bytes, *, threads: int = 1) -> None:
         if type(threads) is not int or threads < 1:
             raise InvalidThreads(f"threads is {shown(threads)}; it is a whole number, at least 1")
-        self.threads = threads
+        self.threads, self._path = threads, path
         file = read_packed(path)
         self.name, self.scheme, self.input_size = file.name, file.scheme, file.input_size
         self.preprocessing, self.cpu = file.preprocessing, library.chosen_cpu()
@@ -59,6 +60,10 @@ class Network:
             size = ", ".join(map(str, self.input_size))
             raise InvalidFile(f"this network was packed for float32 images (B, {size}); got {given}")
         return self._program(np.ascontiguousarray(images), self.threads)
+
+    def __reduce__(self) -> tuple[Any, tuple[str | Path | bytes]]:
+        # The compiled program is of this process: a copy reads the file again.
+        return functools.partial(Network, threads=self.threads), (self._path,)
 
     def __repr__(self) -> str:
         return f"Network({self.name}, scheme={self.scheme!r}, input_size={self.input_size}, cpu={self.cpu!r})"

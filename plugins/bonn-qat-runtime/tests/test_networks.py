@@ -1,3 +1,5 @@
+import copy
+import pickle
 import subprocess
 import sys
 
@@ -90,6 +92,16 @@ def test_threads_change_no_result(packed, count):
     images = images_for(alone, count)
     np.testing.assert_array_equal(together(images), alone(images))
     assert together.threads == 3
+
+
+def test_a_copy_is_the_same_network(packed):
+    path = packed("wrn10_16", "bonn", 16)
+    x = np.random.default_rng(0).standard_normal((2, 3, 16, 16), np.float32)
+    for source in (path, path.read_bytes()):
+        network = bonn_qat_runtime.Network(source, threads=2)
+        for copied in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+            assert copied.threads == 2
+            assert np.array_equal(copied(x), network(x))
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, True, None])
