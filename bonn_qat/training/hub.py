@@ -14,7 +14,6 @@ from bonn_qat.errors import InvalidData, within_memory
 from bonn_qat.files.atomic import LARGEST, write_text
 from bonn_qat.files.plain import from_json, one_line, printable, read_text
 from bonn_qat.files.tensors import read_tensors, write_tensors
-from bonn_qat.training.data import NAMES
 from bonn_qat.training.network import describe, restore
 
 WEIGHTS, CONFIG, PACKED, CARD = "model.safetensors", "config.json", "packed.safetensors", "README.md"
@@ -158,14 +157,12 @@ def _described(path: Path) -> dict[str, Any]:
 
 def _config(model: nn.Module, header: Mapping[str, Any]) -> dict[str, Any]:
     """``config.json`` with what timm and readers look for; the header of the weights says the same."""
-    recipe, (channels, height, width) = header["recipe"], header["image"]
+    channels, height, width = header["image"]
     own: Any = getattr(model, "pretrained_cfg", None) or {}
     data = {key: value for key, value in dict(own).items() if key not in _OTHERS and value is not None}
     data |= {"input_size": [channels, height, width], "num_classes": header["classes"]}
-    if recipe["data"] in NAMES:
-        data["crop_pct"] = 1.0
-    known = header.get("preprocessing") or {}
-    data |= {key: known[key] for key in ("mean", "std") if key in known}
+    if known := header.get("preprocessing") or {}:
+        data |= {"mean": known["mean"], "std": known["std"], "crop_pct": known.get("crop", 1.0)}
     labels = {"label_names": known["labels"]} if known.get("labels") else {}
     return {
         "architecture": ARCHITECTURE, "library_name": "bonn-qat", "num_classes": header["classes"], **labels,
