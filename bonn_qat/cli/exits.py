@@ -22,6 +22,7 @@ NOT_WRITTEN = {
     *_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
     errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE, errno.EBUSY, errno.ENXIO, errno.EMFILE, errno.ENFILE,
 }  # fmt: skip
+_PACKAGE = Path(__file__).parents[1]
 DISCONNECTED = "another process of the group ended, or cannot be reached"
 
 
@@ -83,9 +84,10 @@ def one_line_warnings() -> Iterator[None]:
     """Within the block a warning of this package is one line, without the source line that it came from."""
     before = warnings.formatwarning
 
-    def formatted(message: Warning | str, category: type[Warning], *others: Any, **named: Any) -> str:
-        if category.__module__.partition(".")[0] != "bonn_qat":
-            return before(message, category, *others, **named)
+    def formatted(message: Warning | str, category: type[Warning], filename: str, *others: Any, **named: Any) -> str:
+        is_ours = category.__module__.partition(".")[0] == "bonn_qat" or _PACKAGE in Path(filename).parents
+        if not is_ours:
+            return before(message, category, filename, *others, **named)
         return f"bonn-qat: warning: {plain.printable(plain.one_line(str(message)))}\n"
 
     warnings.formatwarning = formatted

@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -14,13 +15,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+import bonn_qat
 from bonn_qat import cli, plugins
 from bonn_qat.cli import options
+from bonn_qat.cli.exits import one_line_warnings
 from bonn_qat.exporting.export import FORMATS
 from bonn_qat.files.locks import locked
 from bonn_qat.studies.comparison import MANIFEST, PAGE, read_comparison
@@ -583,6 +587,14 @@ def test_what_cannot_be_evaluated_is_one_line(
     assert error.startswith("bonn-qat: ")
     assert words in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("place", "is_ours"), [(bonn_qat.__file__, True), (timm.__file__, False)])
+def test_a_warning_of_ours_is_one_line(place: str, is_ours: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    with one_line_warnings(), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn_explicit("fc starts anew", UserWarning, place, 1)
+    assert (capsys.readouterr().err == "bonn-qat: warning: fc starts anew\n") == is_ours
 
 
 def test_export_of_a_timm_model_without_a_runtime_says_what_is_missing(
