@@ -546,7 +546,7 @@ def test_each_forward_pass_serves_one_call():
     model = dense().eval()
     feature = FeatureLoss(model)
     ((images, targets),) = batches([3])
-    with pytest.raises(InvalidModel, match="after a forward pass"):
+    with pytest.raises(InvalidModel, match="after each forward pass"):
         feature(targets)
     model(images)
     feature(targets)
