@@ -550,7 +550,7 @@ def test_each_forward_pass_serves_one_call():
         feature(targets)
     model(images)
     feature(targets)
-    with pytest.raises(InvalidModel, match="after a forward pass"):
+    with pytest.raises(InvalidModel, match="after each forward pass"):
         feature(targets)
 
 
