@@ -97,9 +97,9 @@ class Objective(nn.Module):
     ``task`` maps (output of the model, targets) to a scalar, by default :class:`CrossEntropy`. Outputs and targets may
     be anything that it understands: several outputs, soft targets, several labels per image. The feature loss is the
     exception: it needs class indices. ``regularizers`` maps names to weights, by default those of the scheme with which
-    the model, or a part of it, was binarized;
-    ``options`` maps names to further keyword arguments, such as ``{"kernel": {"nu": 1e-3}}``. Since the regularizers
-    run inside ``forward``, wrapping the Objective in DistributedDataParallel synchronizes their parameters too.
+    the model, or a part of it, was binarized; ``options`` maps names to further keyword arguments, such as
+    ``{"kernel": {"nu": 1e-3}}``. Since the regularizers run inside ``forward``, wrapping the Objective in
+    DistributedDataParallel synchronizes their parameters too.
 
     A sign turns NaN into -1, so a binary network trains on with a finite loss after one NaN has spoilt its norms. Each
     call therefore notes, without waiting for the device, whether images, inputs of binary layers and loss terms are
@@ -112,8 +112,9 @@ class Objective(nn.Module):
     Under autocast, losses are in float32: the task gets the model's outputs in it, and the regularizers are computed
     without autocast.
 
-    Raises UnknownName for an unknown regularizer and InvalidRecipe for options that it does not take. A call raises
-    what its task and regularizers raise, InvalidModel for a task whose loss is no scalar, and on a CPU what
+    Raises UnknownName for an unknown regularizer, InvalidRecipe for options that it does not take, and InvalidModel for
+    a model without the one classifier that the feature loss needs, or of parts whose schemes have other losses. A call
+    raises what its task and regularizers raise, InvalidModel for a task whose loss is no scalar, and on a CPU what
     :meth:`check_finite` raises.
 
     >>> from bonn_qat import binarize

@@ -495,6 +495,14 @@ def test_a_float_model_is_refused():
         pack(timm.create_model("wrn10_16"))
 
 
+def test_a_packed_network_is_refused_and_its_file_is_no_weights_file(model, tmp_path):
+    packed = pack(model)
+    with pytest.raises(InvalidModel, match="the network is packed already"):
+        pack(packed)
+    with pytest.raises(InvalidData, match=r"is a packed network, which bonn_qat\.PackedModel\.load"):
+        bonn_qat.load(packed.save(tmp_path / "net.safetensors"))
+
+
 def test_a_stage_with_float_weights_is_refused(model):
     other = copy.deepcopy(model)
     next(layer for _, layer in binary_layers(other)).binary_weight = False

@@ -230,6 +230,11 @@ def test_no_image_has_outputs_of_every_kind():
     [
         (None, "takes a tensor of images; got NoneType"),
         ([torch.zeros(3, 12, 11)], "takes a tensor of images; got list"),
+        (torch.zeros(1, *SIZE).to_sparse(), "takes a tensor of images; got one of layout torch.sparse_coo"),
+        (
+            torch.zeros(1, 3, 5, 5),
+            r"got torch.float32 \(1, 3, 5, 5\); for another size pack it with input_size=\(C, H, W\)",
+        ),
         (torch.zeros(()), r"got torch.float32 \(\)"),
         (torch.zeros(0), r"got torch.float32 \(0,\)"),
         (torch.zeros(0, 0, 0, 0), r"got torch.float32 \(0, 0, 0, 0\)"),
